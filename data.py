@@ -1,0 +1,363 @@
+"""GSM8K: from rows to prompts, token ids and labels, and on to packed micro-batches.
+
+Nothing is ever padded. A micro-batch is one row of concatenated sequences with the borders
+between them; see `Batch`.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import scoring
+from errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE = -100  # the label of a token that is not supervised, as in torch's cross_entropy
+
+
+# ---------------------------------------------------------------- rows
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One row of GSM8K: ``answer`` holds the reasoning and ends in ``#### NUMBER``."""
+
+    question: str
+    answer: str
+
+    @property
+    def gold(self) -> str:
+        """The final number as the data set writes it, commas included."""
+        return scoring.gold_answer(self.answer)
+
+
+def load_problems(dataset: str, split: str) -> list[Problem]:
+    """Load and check every row of ``split`` (``train`` or ``test``).
+
+    Args:
+        dataset: a local folder with ``train.jsonl`` and ``test.jsonl``, or a hub id.
+
+    Raises:
+        UserError: there is no such data set, or a row is not valid; names the file and the line.
+    """
+    folder = Path(dataset).expanduser()
+    if folder.is_dir():
+        return _read_jsonl(folder / f"{split}.jsonl")
+    if folder.exists():
+        raise UserError(f"dataset {dataset!r} is a file: name the folder that holds train.jsonl and test.jsonl")
+    if not is_hub_id(dataset):
+        raise UserError(f"dataset {dataset!r} is no folder here and no hub id such as openai/gsm8k: check the path")
+    return _download(dataset, split)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether ``name`` has the form of a hub id, ``owner/name``, rather than that of a path."""
+    owner, slash, rest = name.partition("/")
+    return bool(slash and owner and rest) and "/" not in rest and not name.startswith((".", "~", "/"))
+
+
+def _read_jsonl(file: Path) -> list[Problem]:
+    try:
+        # Bytes, and split at \n alone: U+2028, which GSM8K holds, would break str.splitlines().
+        lines = file.read_bytes().removesuffix(b"\n").split(b"\n")
+    except OSError as error:
+        raise UserError(
+            f"{file}: can't be read ({error.strerror}): a data set folder holds train.jsonl and test.jsonl"
+        ) from None
+    if lines == [b""]:
+        raise UserError(f"{file}: is empty: it needs one JSON object a line, with question and answer")
+    return [_parse_line(line, f"{file}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def _parse_line(line: bytes, where: str) -> Problem:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: is no JSON ({one_line(error)[:120]}): write one object a line") from None
+    return _check_row(row, where)
+
+
+def _check_row(row: Any, where: str) -> Problem:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: is no JSON object: write {{'question': ..., 'answer': ...}}")
+    for field in ("question", "answer"):
+        value = row.get(field)
+        if not isinstance(value, str) or not value.strip():
+            shown = "is missing" if field not in row else f"is {json.dumps(value)[:60]}"
+            raise UserError(f"{where}: {field!r} {shown}: it must be a text that is not empty")
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError(f"{where}: {field!r} holds half a surrogate pair: write it as valid Unicode") from None
+    try:
+        scoring.gold_answer(row["answer"])
+    except ValueError as error:
+        raise UserError(f"{where}: the answer {one_line(row['answer'])[-60:]!r} {error}") from None
+    return Problem(row["question"], row["answer"])
+
+
+def _download(dataset: str, split: str) -> list[Problem]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(dataset, "main", split=split)
+    except Exception as error:  # the hub's client raises many types: all mean that the rows can't be had
+        raise UserError(
+            f"dataset {dataset!r}: can't be loaded from the hub ({type(error).__name__}: {one_line(error)[:200]}): "
+            "check the id and the network, or name a local folder with train.jsonl and test.jsonl"
+        ) from None
+    return [_check_row(row, f"{dataset}, {split} row {number}") for number, row in enumerate(rows)]
+
+
+def carve_validation(problems: Sequence[Problem], size: int, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """Split the train rows into those to train on and those to validate on.
+
+    Questions are ranked by a hash of seed and text, so the split is the same on every machine
+    and with every library version, and a question that stands in several rows (augmented data)
+    never falls on both sides.
+
+    Returns:
+        The rows to train on, and at most ``size`` rows to validate on, each in their old order.
+    """
+    if size >= len(problems):
+        raise UserError(
+            f"validation_size {size} leaves nothing of the {len(problems)} train rows to train on: make it smaller"
+        )
+    count: dict[str, int] = {}
+    for problem in problems:
+        count[problem.question] = count.get(problem.question, 0) + 1
+    chosen, room = set(), size
+    for question in sorted(count, key=lambda question: _digest("validation", seed, question)):
+        if count[question] <= room:
+            chosen.add(question)
+            room -= count[question]
+        if not room:
+            break
+    if not chosen:
+        raise UserError(f"validation_size {size} is too small: each question stands in more rows than that")
+    train = [problem for problem in problems if problem.question not in chosen]
+    return train, [problem for problem in problems if problem.question in chosen]
+
+
+def load_split(dataset: str, split: str, validation_size: int, seed: int) -> list[Problem]:
+    """The rows of ``train`` (without those of validation), ``validation`` or ``test``."""
+    if split == "test":
+        return load_problems(dataset, "test")
+    train, validation = carve_validation(load_problems(dataset, "train"), validation_size, seed)
+    return train if split == "train" else validation
+
+
+def check_disjoint(train: Iterable[Problem], test: Iterable[Problem]) -> None:
+    """Raises UserError if a test question stands among ``train``: its score would be worth nothing."""
+    shared = {problem.question for problem in train} & {problem.question for problem in test}
+    if shared:
+        raise UserError(
+            f"{len(shared)} questions stand both in train.jsonl and in test.jsonl, one is "
+            f"{one_line(min(shared))[:80]!r}: remove them from train"
+        )
+
+
+def fingerprint(problems: Iterable[Problem]) -> str:
+    """SHA-256 over all questions and answers in order: two data sets with the same one are equal."""
+    digest = hashlib.sha256()
+    for problem in problems:
+        digest.update(json.dumps([problem.question, problem.answer]).encode())
+    return digest.hexdigest()
+
+
+def _digest(*parts: object) -> bytes:
+    return hashlib.sha256(json.dumps(parts).encode()).digest()
+
+
+# ---------------------------------------------------------------- tokens
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sequence: BOS, prompt, answer, EOS.
+
+    ``labels`` has the length of ``input_ids`` and is not shifted: a token that the model learns
+    to write (answer and EOS) is its own label, every other label is -100.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def answer_separator(prompt: str) -> str:
+    """What stands between prompt and answer: one space, unless the prompt ends in white space.
+
+    The space is lm-evaluation-harness's target delimiter, and with Llama's tokenizer it belongs
+    to the answer's first token.
+    """
+    return "" if prompt[-1:].isspace() else " "
+
+
+def encode_prompts(tokenizer: "PreTrainedTokenizerBase", problems: Sequence[Problem], prompt: str) -> list[list[int]]:
+    """Token ids of BOS and prompt for each problem, as the model reads them in training and decoding."""
+    texts = [prompt.replace("{question}", problem.question) for problem in problems]
+    return [[tokenizer.bos_token_id, *ids] for ids in _token_ids(tokenizer, texts)]
+
+
+def encode(tokenizer: "PreTrainedTokenizerBase", problems: Sequence[Problem], prompt: str) -> list[Example]:
+    """Token ids and labels of each problem.
+
+    Raises:
+        UserError: the ids of a prompt are not the beginning of the ids of prompt and answer
+            together (the tokenizer merged across the border), so that what is trained would
+            differ from what is decoded.
+    """
+    separator = answer_separator(prompt)
+    prompts = encode_prompts(tokenizer, problems, prompt)
+    texts = [f"{prompt.replace('{question}', problem.question)}{separator}{problem.answer}" for problem in problems]
+    examples = []
+    for number, (prompt_ids, joint) in enumerate(zip(prompts, _token_ids(tokenizer, texts), strict=True)):
+        input_ids = [tokenizer.bos_token_id, *joint, tokenizer.eos_token_id]
+        if input_ids[: len(prompt_ids)] != prompt_ids:
+            raise UserError(
+                f"prompt {prompt!r}: the tokenizer merges its end with the beginning of the answer (row {number}), so "
+                "training would differ from decoding: let the prompt end in a visible character such as ':'"
+            )
+        examples.append(Example(input_ids, [IGNORE] * len(prompt_ids) + input_ids[len(prompt_ids) :]))
+    return examples
+
+
+def _token_ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
+    # split_special_tokens: a "</s>" that stands in a row's text is text, not the end of the sequence.
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids if texts else []
+
+
+def leave_out_long(examples: Sequence[Example], max_length: int, name: str) -> list[Example]:
+    """The examples of at most ``max_length`` tokens; says how many were left out.
+
+    A longer one is left out, not cut: a cut answer would teach a wrong ending.
+    """
+    kept = [example for example in examples if len(example.input_ids) <= max_length]
+    if len(kept) < len(examples):
+        print(f"{name}: {len(examples) - len(kept)} of {len(examples)} rows have over {max_length} tokens: left out")
+    if not kept:
+        raise UserError(f"max_length {max_length}: no {name} row is that short: make it larger")
+    return kept
+
+
+# ---------------------------------------------------------------- micro-batches
+
+
+def stable_permutation(length: int, *key: object) -> list[int]:
+    """A random order of ``range(length)`` that depends on ``key`` alone, on every machine and version."""
+    return sorted(range(length), key=lambda index: _digest("order", *key, index))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch: S sequences of T tokens in all, one behind the other, nothing padded.
+
+    Attributes:
+        input_ids: ``[1, T]``.
+        position_ids: ``[1, T]``, counted from 0 in each sequence.
+        cu_seqlens: ``[S + 1]``, int32: where each sequence begins, and T at the end.
+        seqlens: the S lengths as Python numbers, for code that must not wait for the device.
+        loss_positions: ``[N]``: where in T the hidden states stand whose next token is supervised.
+        labels: ``[N]``: these next tokens.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    seqlens: tuple[int, ...]
+    loss_positions: torch.Tensor
+    labels: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.shape[1]
+
+    @property
+    def num_labels(self) -> int:
+        return self.labels.shape[0]
+
+    def to(self, device: torch.device) -> "Batch":
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            if device.type != "cuda":
+                return tensor.to(device)
+            return tensor.pin_memory().to(device, non_blocking=True)  # pinned: the copy does not wait for the device
+
+        return Batch(
+            move(self.input_ids),
+            move(self.position_ids),
+            move(self.cu_seqlens),
+            self.seqlens,
+            move(self.loss_positions),
+            move(self.labels),
+        )
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Concatenate ``examples`` into one `Batch`."""
+    input_ids, position_ids, borders, loss_positions, labels = [], [], [0], [], []
+    for example in examples:
+        for position, label in enumerate(example.labels[1:]):
+            if label != IGNORE:
+                loss_positions.append(borders[-1] + position)
+                labels.append(label)
+        input_ids += example.input_ids
+        position_ids += range(len(example.input_ids))
+        borders.append(len(input_ids))
+    return Batch(
+        torch.tensor([input_ids]),
+        torch.tensor([position_ids]),
+        torch.tensor(borders, dtype=torch.int32),
+        tuple(len(example.input_ids) for example in examples),
+        torch.tensor(loss_positions, dtype=torch.long),
+        torch.tensor(labels, dtype=torch.long),
+    )
+
+
+def pack(examples: Sequence[Example], micro_batch_tokens: int) -> list[Batch]:
+    """Distribute ``examples`` over few micro-batches of at most ``micro_batch_tokens``: first-fit decreasing.
+
+    Which sequences share a micro-batch changes no result: attention does not cross their
+    borders, and each supervised token weighs the same (see `perplexity.summed_loss`).
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(examples)), key=lambda index: -len(examples[index].input_ids)):
+        length = len(examples[index].input_ids)
+        if length > micro_batch_tokens:
+            raise ValueError(f"a sequence of {length} tokens fits no micro-batch of {micro_batch_tokens}")
+        fit = next((number for number, free in enumerate(room) if free >= length), len(bins))
+        if fit == len(bins):
+            bins.append([])
+            room.append(micro_batch_tokens)
+        bins[fit].append(index)
+        room[fit] -= length
+    return [collate([examples[index] for index in sorted(members)]) for members in bins]
+
+
+class TrainingData:
+    """The training examples and the order in which an epoch takes them, computed and never replayed."""
+
+    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int):
+        self.examples = examples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.steps_per_epoch = -(-len(examples) // batch_size)
+        self._epoch, self._order = -1, []
+
+    def window(self, step: int) -> list[Example]:
+        """The sequences of optimizer step ``step`` (counted from 0 over all epochs).
+
+        The last window of an epoch holds what is left, and may be smaller than ``batch_size``.
+        """
+        epoch, window = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, stable_permutation(len(self.examples), self.seed, epoch)
+        first = window * self.batch_size
+        return [self.examples[index] for index in self._order[first : first + self.batch_size]]

@@ -1,0 +1,55 @@
+"""How a script ends: one clear line and an exit code instead of a traceback."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+DONE, USER_ERROR, NOT_FINITE = 0, 2, 3
+
+
+class UserError(Exception):
+    """Something the user typed, or a file of theirs, is wrong.
+
+    The message names the value, the rule and the cure, on one line. Exit code 2.
+    """
+
+
+class NotFiniteError(Exception):
+    """The loss or the gradient norm is NaN or infinite. Exit code 3."""
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM arrived and the state is saved. Exit code 128 + signal number."""
+
+    def __init__(self, signal_number: int, message: str):
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+def one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def run_script(story: Callable[..., None], *arguments: object) -> None:
+    """Run ``story(*arguments)`` and end the process with the exit code that interface and shell expect."""
+    try:
+        story(*arguments)
+        sys.stdout.flush()
+    except UserError as error:
+        sys.exit(_complain(f"error: {one_line(error)}", USER_ERROR))
+    except NotFiniteError as error:
+        sys.exit(_complain(f"stopped: {one_line(error)}", NOT_FINITE))
+    except Stopped as stop:
+        sys.exit(_complain(f"stopped: {one_line(stop)}", 128 + stop.signal_number))
+    except KeyboardInterrupt:
+        sys.exit(_complain("stopped by Ctrl-C", 128 + signal.SIGINT))
+    except BrokenPipeError:
+        # The reader of our output (a `| head`) is gone: not a fault, and nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _complain(line: str, exit_code: int) -> int:
+    print(line, file=sys.stderr, flush=True)
+    return exit_code

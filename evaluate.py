@@ -1,0 +1,290 @@
+"""Greedy decoding and exact match of a checkpoint on GSM8K.
+
+python evaluate.py --ckpt checkpoints/llama-2-7b-gsm8k/best
+python evaluate.py --ckpt meta-llama/Llama-2-7b-hf --split validation --limit 100
+python evaluate.py --rescore checkpoints/llama-2-7b-gsm8k/eval/test/predictions.jsonl
+
+Each completion is written to predictions.jsonl as it is finished; the same command goes on
+where it was stopped. scores.json and the table come at the end.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from config import ArgumentParser, Config, parse_arguments, positive_number
+from errors import UserError, one_line, run_script
+
+
+def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("--ckpt", metavar="DIR", help="checkpoint, model folder or hub id (best of the config's run)")
+    parser.add_argument("--split", choices=("test", "validation"), help="which rows (test)")
+    parser.add_argument("--limit", type=positive_number, metavar="N", help="only the first N rows")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where results go (eval/SPLIT of the run)")
+    parser.add_argument("--rescore", type=Path, metavar="FILE", help="score a predictions.jsonl again, without a model")
+    arguments, typed = parse_arguments(parser, argv)
+    if arguments.rescore:
+        extra = [f"--{name}" for name in ("ckpt", "split", "limit") if getattr(arguments, name)]
+        if extra or typed:
+            used = ", ".join(extra + [f"--{key}" for key in typed])
+            raise UserError(f"command line: {used} can't go with --rescore, which reads one file and no model")
+    arguments.split = arguments.split or "test"
+    return arguments, typed
+
+
+if __name__ == "__main__":  # before the heavy imports: --help and a mistyped flag are answered at once
+    _parsed: list = []
+    run_script(lambda: _parsed.extend(read_arguments(sys.argv[1:])))
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import data
+import scoring
+from checkpoint import Source, replace_file, resolve_source
+from generate import greedy_decode
+from model import check_vocabulary, eos_token_ids, load_model, load_tokenizer, pick_device, weights_identity
+from tracking import MetricsLog, start_tracker
+
+PREDICTIONS_FILE, SCORES_FILE, IDENTITY_FILE = "predictions.jsonl", "scores.json", "evaluation.json"
+
+
+# ---------------------------------------------------------------- the story
+
+
+def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
+    if arguments.rescore:
+        rescore(arguments.rescore, arguments.output)
+        return
+    source = resolve_source(arguments.ckpt, arguments.config, typed)
+    config = source.config
+    all_problems = data.load_split(config.dataset, arguments.split, config.validation_size, config.seed)
+    problems = all_problems[: arguments.limit]
+    tokenizer = load_tokenizer(source.path)
+    prompts = data.encode_prompts(tokenizer, problems, config.prompt)
+    folder = arguments.output or output_folder(source, arguments.split)
+    predictions = PredictionsFile(folder, identify(source, arguments.split, all_problems), len(problems))
+    model = load_model(source.path, getattr(torch, config.dtype), pick_device())
+    check_vocabulary(model, tokenizer, source.path)
+    check_lengths(prompts, config.max_new_tokens, model.config.max_position_embeddings)
+
+    waiting = [index for index in range(len(problems)) if index not in predictions.rows]
+    if len(waiting) < len(problems):
+        print(f"going on: {len(problems) - len(waiting)} of {len(problems)} problems are in {predictions.file}")
+    started, tokens, correct = time.perf_counter(), 0, predictions.num_correct()
+    with tqdm(total=len(problems), initial=len(predictions.rows), desc="decoding", unit="problem", disable=None) as bar:
+        for completion in greedy_decode(
+            model,
+            [prompts[index] for index in waiting],
+            max_new_tokens=config.max_new_tokens,
+            eos_token_ids=eos_token_ids(model, tokenizer),
+            slots=config.decode_slots,
+        ):
+            index = waiting[completion.index]
+            text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+            num_tokens = len(completion.token_ids) + (completion.stop == "eos")
+            row = predictions.write(index, problems[index], text, completion.stop, num_tokens)
+            tokens, correct = tokens + num_tokens, correct + row["correct"]
+            seconds = time.perf_counter() - started
+            bar.update()
+            bar.set_postfix(exact_match=f"{correct / len(predictions.rows):.1%}", tok_s=f"{tokens / seconds:.0f}")
+    seconds = time.perf_counter() - started
+
+    scores = scoring.score(list(predictions.rows.values()), len(problems), str(predictions.file))
+    scores |= predictions.identity
+    scores |= {"seconds": round(seconds, 3), "tokens_per_second": round(tokens / max(seconds, 1e-9), 1)}
+    predictions.close()
+    replace_file(folder / SCORES_FILE, json.dumps(scores, indent=2) + "\n")
+    if len(problems) == len(all_problems):
+        track(source, arguments.split, scores)
+    print(scoring.score_table(scores, f"{source.path} on {arguments.split}"))
+    print(f"results: {folder}")
+
+
+def rescore(file: Path, output: Path | None) -> None:
+    """Score a ``predictions.jsonl`` again; ``scores.json`` goes beside it, or under ``output``."""
+    rows = read_predictions(file)
+    identity = read_identity(file.with_name(IDENTITY_FILE))
+    scores = scoring.score(rows, identity.get("num_problems", len(rows)), str(file)) | identity
+    folder = output or file.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / SCORES_FILE, json.dumps(scores, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written ({error.strerror}): choose another --output") from None
+    print(scoring.score_table(scores, str(file)))
+
+
+# ---------------------------------------------------------------- its parts
+
+
+def output_folder(source: Source, split: str) -> Path:
+    """The run's own ``eval`` folder; for a model that belongs to no run, one named after it."""
+    if source.run_folder is not None:
+        return source.run_folder / "eval" / split
+    name = source.path.replace("/", "--") if not Path(source.path).exists() else Path(source.path).resolve().name
+    return Path(source.config.output_dir).expanduser() / name / "eval" / split
+
+
+def identify(source: Source, split: str, problems: Sequence[data.Problem]) -> dict[str, Any]:
+    """Everything that a completion depends on: predictions of another identity are never mixed in."""
+    config: Config = source.config
+    return {
+        "checkpoint": source.path,
+        "weights": weights_identity(source.path),
+        "split": split,
+        "data_sha256": data.fingerprint(problems),
+        "prompt": config.prompt,
+        "max_new_tokens": config.max_new_tokens,
+        "dtype": config.dtype,
+    }
+
+
+def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_positions: int) -> None:
+    longest = max(map(len, prompts))
+    if longest + max_new_tokens > max_positions:
+        raise UserError(
+            f"max_new_tokens {max_new_tokens}: with the longest prompt ({longest} tokens) it exceeds the model's "
+            f"{max_positions} positions: set at most {max_positions - longest}"
+        )
+
+
+class PredictionsFile:
+    """``predictions.jsonl`` as it grows, and what it holds from before.
+
+    Attributes:
+        rows: the predictions by id.
+        identity: see `identify`, with ``num_problems``.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any], num_problems: int):
+        """Open ``folder``, and keep what an interrupted evaluation with the same identity left there.
+
+        Raises:
+            UserError: what is there belongs to another evaluation, or holds more problems than
+                asked for now, or the folder can't be written.
+        """
+        self.file = folder / PREDICTIONS_FILE
+        self.identity = identity | {"num_problems": num_problems}
+        self.rows: dict[int, dict[str, Any]] = {}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if self.file.exists():
+                self._keep_finished(folder, num_problems)
+            replace_file(folder / IDENTITY_FILE, json.dumps(self.identity, indent=2) + "\n")
+            self._stream = self.file.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{folder}: can't be written ({error.strerror}): choose another --output") from None
+
+    def _keep_finished(self, folder: Path, num_problems: int) -> None:
+        cure = f"choose another --output, or move {folder} away"
+        before = read_identity(folder / IDENTITY_FILE)
+        changed = [
+            f"{key} was {before.get(key)!r} and is {value!r}"
+            for key, value in self.identity.items()
+            if key != "num_problems" and before.get(key) != value
+        ]
+        if changed:
+            raise UserError(f"{self.file}: belongs to another evaluation ({'; '.join(changed)}): {cure}")
+        rows = read_predictions(self.file, drop_cut_line=True)
+        self.rows = {row["id"]: row for row in rows}
+        beyond = [row["id"] for row in rows if row["id"] >= num_problems]
+        if beyond or len(self.rows) < len(rows):
+            raise UserError(f"{self.file}: holds {len(rows)} problems, with {num_problems} asked for now: {cure}")
+        # Without the line that a kill cut in the middle.
+        replace_file(self.file, "".join(_json_line(row) for row in rows))
+
+    def num_correct(self) -> int:
+        return sum(row["correct"] for row in self.rows.values())
+
+    def write(self, index: int, problem: data.Problem, completion: str, stop: str, num_tokens: int) -> dict[str, Any]:
+        """Add one prediction as one whole line."""
+        row = {
+            "id": index,
+            "question": problem.question,
+            "gold": problem.gold,
+            "completion": completion,
+            "answer": scoring.extract_openai(completion),
+            "correct": scoring.correct_openai(completion, problem.gold),
+            "stop": stop,
+            "num_tokens": num_tokens,
+        }
+        self._stream.write(_json_line(row))
+        self._stream.flush()
+        self.rows[index] = row
+        return row
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _json_line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"  # ASCII: U+2028 in a question must not look like a line's end to anyone
+
+
+def read_predictions(file: Path, drop_cut_line: bool = False) -> list[dict[str, Any]]:
+    """The rows of a ``predictions.jsonl``, each checked to have what scoring needs.
+
+    Args:
+        drop_cut_line: a last line without its end, from a kill, is no error.
+    """
+    try:
+        lines = file.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{file}: can't be read ({error.strerror}): name a predictions.jsonl") from None
+    if lines[-1] == b"" or drop_cut_line:
+        lines.pop()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            for key, kind in (("id", int), ("gold", str), ("completion", str), ("stop", str), ("correct", bool)):
+                if type(row[key]) is not kind:
+                    raise ValueError(f"{key!r} is {row[key]!r}, not of type {kind.__name__}")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"{file}, line {number}: is no prediction ({type(error).__name__}: {one_line(error)[:120]}): each line "
+                "holds one that evaluate.py wrote; restore it or evaluate again"
+            ) from None
+        rows.append(row)
+    return rows
+
+
+def read_identity(file: Path) -> dict[str, Any]:
+    """The ``evaluation.json`` beside predictions; empty where there is none."""
+    try:
+        identity = json.loads(file.read_bytes()) if file.exists() else {}
+        if not isinstance(identity, dict) or not isinstance(identity.get("num_problems", 0), int):
+            raise ValueError("it must hold an object with num_problems")
+        return identity
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: is damaged ({one_line(error)[:120]}): move it away or evaluate again") from None
+
+
+def track(source: Source, split: str, scores: dict[str, Any]) -> None:
+    """Log the exact match into the run that the checkpoint comes from."""
+    if source.description is None or source.run_folder is None:
+        return
+    name = "eval/exact_match" if split == "test" else f"eval/{split}_exact_match"
+    config, step, epoch = source.config, source.description["step"], source.description["epoch"]
+    tracker = start_tracker(
+        config.wandb_mode,
+        project=config.wandb_project,
+        name=config.run_name,
+        run_id=source.description["wandb_run_id"],
+        folder=source.run_folder,
+        settings={},
+    )
+    metrics = MetricsLog(source.run_folder, tracker)
+    metrics.write(step, epoch, {name: scores["exact_match"]})
+    metrics.close()
+
+
+if __name__ == "__main__":
+    run_script(main, *_parsed)

@@ -1,0 +1,247 @@
+"""The tokenizer and the model, and attention over packed sequences.
+
+The model is Transformers' Llama as it is; only the attention is ours. Transformers hands every
+keyword argument that it does not know on to the attention function, so a forward pass says
+there what its row consists of:
+
+- ``model(input_ids, position_ids, seqlens=..., cu_seqlens=...)``: packed sequences, each blind
+  to the others (training, validation, prefill);
+- the same with ``kv_cache=...``: the keys and values are kept in the cache as well (prefill);
+- ``model(input_ids, position_ids, kv_cache=...)``: one new token for each slot of the cache.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch.nn.attention import varlen
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCausalLM
+
+from checkpoint import STATE_FILE
+from data import is_hub_id
+from errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from generate import KVCache
+
+ATTENTION = "packed"  # our attention's name in Transformers' registry
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# ---------------------------------------------------------------- attention
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float,
+    dropout: float = 0.0,
+    seqlens: tuple[int, ...] | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    kv_cache: "KVCache | None" = None,
+    **unused: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each sequence, for Transformers' `AttentionInterface`.
+
+    Args:
+        query: ``[B, heads, T, head_dim]``; key and value: ``[B, kv_heads, T, head_dim]``.
+            B is 1 for packed sequences, and T is 1 for a decoding step.
+        seqlens, cu_seqlens: see `data.Batch`. None in a decoding step.
+        kv_cache: keeps the keys and values of a prefill; holds the past of a decoding step.
+
+    Returns:
+        ``[B, T, heads, head_dim]``, and None for the attention weights.
+    """
+    if seqlens is None:
+        if kv_cache is None:
+            raise TypeError("packed attention needs seqlens, or a kv_cache for a decoding step")
+        output = kv_cache.attend(module.layer_idx, query, key, value, scaling)
+        return output.transpose(1, 2), None
+    if kv_cache is not None:
+        kv_cache.write_prompts(module.layer_idx, key, value)
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
+        return _attend_varlen(query, key, value, scaling, cu_seqlens, max(seqlens)), None
+    outputs = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=True)
+        for q, k, v in zip(query.split(seqlens, 2), key.split(seqlens, 2), value.split(seqlens, 2), strict=True)
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _attend_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+) -> torch.Tensor:
+    """All packed sequences in one FlashAttention kernel; shapes as in `packed_attention`."""
+    groups = query.shape[1] // key.shape[1]
+    query, key, value = (
+        tensor[0].repeat_interleave(repeats, dim=0).transpose(0, 1)  # [T, heads, head_dim]
+        for tensor, repeats in ((query, 1), (key, groups), (value, groups))
+    )
+    output = varlen.varlen_attn(
+        query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling, window_size=(-1, 0)
+    )
+    return output.unsqueeze(0)
+
+
+transformers.AttentionInterface.register(ATTENTION, packed_attention)
+transformers.utils.logging.disable_progress_bar()  # its bars for loading and saving also fill what is no terminal
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a local folder or a hub id, checked to have the BOS and EOS that data.py needs."""
+    _check_name(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(_local(name))
+    except Exception as error:  # tokenizers, sentencepiece and the hub's client raise many types
+        raise _load_error(name, "tokenizer", error) from None
+    for token in ("bos_token_id", "eos_token_id"):
+        if getattr(tokenizer, token) is None:
+            raise UserError(f"model {name!r}: its tokenizer has no {token}: use one of the Llama family")
+    return tokenizer
+
+
+def load_model(name: str, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
+    """The model of a local folder or a hub id, with our attention, in eval mode.
+
+    Raises:
+        UserError: it can't be had, is no Llama, or its files lack weights (Transformers would
+            fill them at random with no more than a warning).
+    """
+    _check_name(name)
+    try:
+        config = AutoConfig.from_pretrained(_local(name))
+    except Exception as error:  # as in load_tokenizer
+        raise _load_error(name, "config.json", error) from None
+    if config.model_type != "llama":
+        raise UserError(f"model {name!r} is of type {config.model_type!r}: only 'llama' is supported")
+    try:
+        model, report = LlamaForCausalLM.from_pretrained(
+            _local(name), config=config, dtype=dtype, attn_implementation=ATTENTION, output_loading_info=True
+        )
+    except Exception as error:  # as in load_tokenizer
+        raise _load_error(name, "weights", error) from None
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise UserError(
+            f"model {name!r}: its files lack {len(missing)} weights, the first is {missing[0]}: get it anew"
+        )
+    # Llama-2's own generation_config carries sampling settings: here decoding is greedy, and an
+    # inconsistent one would make save_pretrained raise after the last epoch.
+    model.generation_config = GenerationConfig(
+        bos_token_id=model.generation_config.bos_token_id,
+        eos_token_id=model.generation_config.eos_token_id,
+        pad_token_id=model.generation_config.pad_token_id,
+        do_sample=False,
+    )
+    return model.to(device).eval()
+
+
+def check_vocabulary(model: LlamaForCausalLM, tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
+    """Raises UserError where the tokenizer has ids that the model's embedding does not."""
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"model {name!r}: its tokenizer has {len(tokenizer)} tokens and its embedding {rows} rows: "
+            "use the tokenizer that the model was made with"
+        )
+
+
+def eos_token_ids(model: LlamaForCausalLM, tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+    """The tokens that end a completion: the tokenizer's EOS, and those of the model's generation config."""
+    configured = model.generation_config.eos_token_id
+    listed = configured if isinstance(configured, list) else [configured]
+    return frozenset({tokenizer.eos_token_id, *listed} - {None})
+
+
+def weights_identity(name: str) -> str:
+    """What tells the weights of two folders apart: SHA-256 over the names, sizes and contents of their files.
+
+    For a hub id, which is fixed enough for that, the id itself.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return name
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")) + [folder / "config.json"]:
+        if file.name != STATE_FILE:
+            with file.open("rb") as stream:
+                digest.update(f"{file.name} {file.stat().st_size} ".encode())
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _local(name: str) -> str:
+    folder = Path(name).expanduser()
+    return str(folder) if folder.is_dir() else name
+
+
+def _check_name(name: str) -> None:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model {name!r} is a folder without a config.json: name a Hugging Face model folder")
+    elif folder.exists():
+        raise UserError(f"model {name!r} is a file: name the Hugging Face model folder around it")
+    elif not is_hub_id(name):
+        raise UserError(f"model {name!r} is no folder here and no hub id such as meta-llama/Llama-2-7b-hf")
+
+
+def _load_error(name: str, what: str, error: BaseException) -> UserError:
+    """What went wrong with the hub or the files, and what to do about it."""
+    if Path(name).expanduser().is_dir():
+        return UserError(
+            f"model {name!r}: its {what} can't be read ({_cause(error)}): the folder is damaged or incomplete"
+        )
+    kinds = {type(link).__name__ for link in _chain(error)}
+    status = next((code for link in _chain(error) if (code := _http_status(link))), None)
+    if "GatedRepoError" in kinds or status in (401, 403):
+        return UserError(
+            f"model {name!r} is gated or does not exist: accept its licence at huggingface.co/{name}, then log in "
+            "with 'hf auth login' or set HF_TOKEN"
+        )
+    if "RepositoryNotFoundError" in kinds or status == 404:
+        return UserError(
+            f"model {name!r} is not on the hub (or lacks its {what}): check the id, or name a local folder"
+        )
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+    return UserError(
+        f"model {name!r}: its {what} can't be loaded from the hub{offline} ({_cause(error)}): check the network, "
+        "or name a local folder"
+    )
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    links: list[BaseException] = []
+    while error is not None and error not in links:
+        links.append(error)
+        error = error.__cause__ or error.__context__
+    return links
+
+
+def _http_status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _cause(error: BaseException) -> str:
+    root = _chain(error)[-1]
+    return f"{type(root).__name__}: {one_line(root)[:160]}"

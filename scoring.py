@@ -1,0 +1,182 @@
+"""From a completion to a verdict: the published rules for GSM8K, and what a score is worth.
+
+The headline is OpenAI's rule; beside it, always, stand both filters of EleutherAI's
+lm-evaluation-harness. They are reproduced to the letter, faults included, so that a score
+can be compared with the literature.
+
+Sources: `grade_school_math/dataset.py` of github.com/openai/grade-school-math and
+`lm_eval/tasks/gsm8k/gsm8k.yaml`, `lm_eval/filters/extraction.py`, `lm_eval/api/metrics.py`
+of github.com/EleutherAI/lm-evaluation-harness.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from errors import UserError, one_line
+
+OPENAI_ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
+LM_EVAL_FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+LM_EVAL_STOPS = ("Question:", "</s>", "<|im_end|>")
+LM_EVAL_IGNORED = (",", r"\$", r"(?s).*#### ", r"\.$")
+GOLD = re.compile(r"-?([0-9][0-9,]*)?(\.[0-9]+)?")
+
+
+def gold_answer(answer: str) -> str:
+    """The number after ``####`` on the last line of a data set's answer, as it is written there.
+
+    Raises:
+        ValueError: there is no such number, or more than one ``####``. Without this check "no
+            answer" would equal "no gold", and garbage would score 96 %.
+    """
+    number = answer.rstrip().rpartition("\n")[2]
+    if answer.count("####") != 1 or not number.startswith("#### "):
+        raise ValueError("must end in a line '#### NUMBER', its only '####'")
+    number = number.removeprefix("#### ").strip()
+    check_gold(number)
+    return number
+
+
+def check_gold(number: object) -> None:
+    """Raises ValueError unless ``number`` is a text such as ``-1,450,000`` or ``0.5``."""
+    if not (isinstance(number, str) and GOLD.fullmatch(number) and any(map(str.isdecimal, number))):
+        raise ValueError(f"the gold {number!r} is no number such as 18, -3, 1,450,000 or 0.5")
+
+
+def extract_openai(completion: str) -> str | None:
+    """The first ``#### NUMBER``, without its commas; None where there is none."""
+    match = OPENAI_ANSWER.search(completion)
+    return match.group(1).strip().replace(",", "") if match else None
+
+
+def correct_openai(completion: str, gold: str) -> bool:
+    return extract_openai(completion) == gold.replace(",", "")
+
+
+def extract_lm_eval_strict(completion: str) -> str | None:
+    """The first ``#### NUMBER`` before any stop string, as it stands there."""
+    matches = OPENAI_ANSWER.findall(_cut_at_stop(completion))
+    return matches[0].strip() if matches else None
+
+
+def extract_lm_eval_flexible(completion: str) -> str | None:
+    """The last thing before any stop string that looks like a number."""
+    matches = LM_EVAL_FLEXIBLE.findall(_cut_at_stop(completion))
+    return next(group for group in matches[-1] if group).strip() if matches else None
+
+
+def correct_lm_eval_strict(completion: str, gold: str) -> bool:
+    return _equal_lm_eval(extract_lm_eval_strict(completion), gold)
+
+
+def correct_lm_eval_flexible(completion: str, gold: str) -> bool:
+    return _equal_lm_eval(extract_lm_eval_flexible(completion), gold)
+
+
+def _cut_at_stop(completion: str) -> str:
+    for stop in LM_EVAL_STOPS:
+        completion = completion.partition(stop)[0]
+    return completion
+
+
+def _equal_lm_eval(extracted: str | None, gold: str) -> bool:
+    return extracted is not None and _normalise_lm_eval(extracted) == _normalise_lm_eval(gold)
+
+
+def _normalise_lm_eval(text: str) -> str:
+    for pattern in LM_EVAL_IGNORED:
+        text = re.sub(pattern, "", text)
+    return text.lower()
+
+
+RULES: dict[str, Callable[[str, str], bool]] = {
+    "openai": correct_openai,
+    "lm_eval_strict": correct_lm_eval_strict,
+    "lm_eval_flexible": correct_lm_eval_flexible,
+}
+
+
+def wilson_interval(num_correct: int, num_problems: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a proportion, as two fractions (Wilson, JASA 22, 1927)."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(num_correct, num_problems).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def score(predictions: Sequence[dict[str, Any]], num_problems: int, source: str) -> dict[str, Any]:
+    """Score one completion a problem by every rule.
+
+    Args:
+        predictions: objects with ``id``, ``gold``, ``completion`` and ``stop``, in any order.
+        num_problems: how many problems were asked; the ids must be 0 .. num_problems - 1.
+        source: what an error message calls the predictions.
+
+    Raises:
+        UserError: an id is missing, double or foreign, or a gold is no number: no score is
+            better than a wrong one.
+    """
+    _check_complete([prediction["id"] for prediction in predictions], num_problems, source)
+    for prediction in predictions:
+        try:
+            check_gold(prediction["gold"])
+        except ValueError as error:
+            raise UserError(
+                f"{source}: problem {prediction['id']}: {error}; restore the data set's number, or evaluate again"
+            ) from None
+    verdicts = {
+        name: [rule(prediction["completion"], prediction["gold"]) for prediction in predictions]
+        for name, rule in RULES.items()
+    }
+    num_correct = sum(verdicts["openai"])
+    return {
+        "exact_match": num_correct / num_problems,
+        "num_correct": num_correct,
+        "num_problems": num_problems,
+        "ci95": list(wilson_interval(num_correct, num_problems)),
+        "rules": {name: sum(verdict) / num_problems for name, verdict in verdicts.items()},
+        "stopped_by_length": sum(prediction["stop"] == "length" for prediction in predictions),
+    }
+
+
+def _check_complete(ids: Sequence[int], num_problems: int, source: str) -> None:
+    double = sorted(identity for identity, count in Counter(ids).items() if count > 1)
+    missing = sorted(set(range(num_problems)) - set(ids))
+    foreign = sorted(set(ids) - set(range(num_problems)))
+    faults = [
+        f"{what} {_some(which)}"
+        for what, which in (("double ids", double), ("missing ids", missing), ("unknown ids", foreign))
+        if which
+    ]
+    if num_problems < 1:
+        faults = ["no problems"]
+    if faults:
+        raise UserError(
+            f"{source}: holds {len(ids)} predictions for {num_problems} problems: {', '.join(faults)}; there must be "
+            "exactly one each with ids from 0: run evaluate.py again, it goes on where it stopped"
+        )
+
+
+def _some(values: Iterable[int]) -> str:
+    values = list(values)
+    return ", ".join(map(str, values[:5])) + (f" and {len(values) - 5} more" if len(values) > 5 else "")
+
+
+def score_table(scores: dict[str, Any], title: str) -> str:
+    """The scores as a few lines of text for people."""
+    low, high = scores["ci95"]
+    names = {
+        "openai": "OpenAI (headline)",
+        "lm_eval_strict": "lm-eval strict-match",
+        "lm_eval_flexible": "lm-eval flexible-extract",
+    }
+    counts = f"{scores['num_correct']} of {scores['num_problems']}"
+    lines = [
+        one_line(title),
+        f"  exact match               {scores['exact_match']:7.2%}   {counts}",
+        f"  95 % interval (Wilson)    {low:7.2%} to {high:.2%}",
+        *(f"    {names[name]:<24}{fraction:7.2%}" for name, fraction in scores["rules"].items()),
+        f"  cut by max_new_tokens     {scores['stopped_by_length']:>7}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,353 @@
+"""Fine-tune Llama-2-7B on GSM8K: python train.py
+
+python train.py
+python train.py --learning_rate 1e-5 --run_name lower-rate
+python train.py --config demo.yaml
+python train.py --model ./my-llama --dataset ./my-gsm8k --wandb_mode disabled
+
+Settings stand in config.yaml, each with its meaning; any of them can be set on the command
+line. A run that was stopped goes on when the same command is typed again.
+"""
+
+import sys
+
+from config import ArgumentParser, Config, load_config, parse_arguments, settings_text
+from errors import NotFiniteError, Stopped, UserError, run_script
+
+
+def read_arguments(argv: list[str]) -> Config:
+    arguments, typed = parse_arguments(ArgumentParser(__doc__), argv)
+    return load_config(arguments.config, typed)
+
+
+if __name__ == "__main__":  # before the heavy imports: --help and a mistyped setting are answered at once
+    _parsed: list[Config] = []
+    run_script(lambda: _parsed.append(read_arguments(sys.argv[1:])))
+
+import importlib.metadata
+import math
+import platform
+import secrets
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+import checkpoint
+import data
+from generate import greedy_decode
+from model import check_vocabulary, eos_token_ids, load_model, load_tokenizer, pick_device
+from optimizer import build_optimizer, scheduled_rate
+from perplexity import Measurement, measure, summed_loss
+from tracking import MetricsLog, start_tracker
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with ``last``, so that a resumed run logs what the unstopped one would.
+
+    Attributes:
+        step: optimizer steps done.
+        nats, num_labels: summed loss, and supervised tokens, since the last logged line.
+        best_loss: lowest validation loss so far, in nats a token.
+    """
+
+    step: int = 0
+    nats: float = 0.0
+    num_labels: int = 0
+    best_loss: float | None = None
+    wandb_run_id: str = field(default_factory=lambda: secrets.token_hex(4))
+
+
+# ---------------------------------------------------------------- the story
+
+
+def main(config: Config) -> None:
+    run_folder = Path(config.output_dir).expanduser() / config.run_name
+    resume_from = claim_run_folder(run_folder, config.resume)
+    device, dtype = pick_device(), getattr(torch, config.dtype)
+    tokenizer = load_tokenizer(config.model)
+    training, validation, sample, data_hashes = load_data(config, tokenizer)
+    if resume_from is not None:
+        checkpoint.check_same_run(resume_from, config, data_hashes["train_sha256"])
+    total_steps = config.epochs * training.steps_per_epoch
+
+    model = load_model(str(resume_from or config.model), dtype, device)
+    check_vocabulary(model, tokenizer, config.model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    optimizer = build_optimizer(
+        model.parameters(),
+        learning_rate=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        epsilon=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )
+    torch.manual_seed(config.seed)
+    progress = Progress()
+    if resume_from is not None:
+        progress = Progress(**checkpoint.unpack_state(resume_from, optimizer))
+        if progress.step >= total_steps:
+            raise UserError(
+                f"{run_folder}: this run is finished ({config.epochs} epochs, {total_steps} steps): evaluate it, or "
+                "train another under a new --run_name"
+            )
+        print(f"resuming: {resume_from} at step {progress.step} of {total_steps}")
+
+    def save(name: str, result: Measurement | None = None) -> None:
+        description = describe(config, progress, training.steps_per_epoch, data_hashes, result)
+        state = checkpoint.pack_state(optimizer, asdict(progress)) if name == "last" else None
+        checkpoint.save_checkpoint(run_folder / name, model, tokenizer, description, state)
+
+    if resume_from is None:
+        save("last")  # a disk or a folder that can't hold a checkpoint is found out now, not after an epoch
+    checkpoint.replace_file(run_folder / "config.yaml", settings_text(config))
+    tracker = start_tracker(
+        config.wandb_mode,
+        project=config.wandb_project,
+        name=config.run_name,
+        run_id=progress.wandb_run_id,
+        folder=run_folder,
+        settings=asdict(config),
+    )
+    metrics = MetricsLog(run_folder, tracker, progress.step)
+    print(
+        f"training: {len(training.examples)} rows, {total_steps} steps of {config.batch_size} sequences in "
+        f"{config.epochs} epochs, on {device.type} in {config.dtype}; validation: {len(validation)} rows"
+    )
+
+    stop = StopSignal()
+    bar = tqdm(total=total_steps, initial=progress.step, desc="training", unit="step", disable=None)
+    speed = Speed()
+    while progress.step < total_steps:
+        speed.start()
+        rate = set_learning_rate(optimizer, config, progress.step, total_steps)
+        window = data.pack(training.window(progress.step), config.micro_batch_tokens)
+        nats, num_labels, grad_norm = accumulate(model, window, device, config.max_grad_norm)
+        if not (math.isfinite(nats) and math.isfinite(grad_norm)):
+            raise NotFiniteError(
+                f"step {progress.step + 1}: loss {nats / num_labels} and gradient norm {grad_norm} must be finite; the "
+                f"weights of {run_folder / 'last'} are from before: lower the learning_rate, or set dtype float32"
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+        progress.step += 1
+        progress.nats += nats
+        progress.num_labels += num_labels
+        speed.stop(sum(batch.num_tokens for batch in window))
+        epoch = progress.step / training.steps_per_epoch
+        bar.update()
+
+        if progress.step % config.log_every == 0 or progress.step == total_steps:
+            loss = progress.nats / progress.num_labels
+            progress.nats, progress.num_labels = 0.0, 0
+            bar.set_postfix(loss=f"{loss:.4f}")
+            numbers = {
+                "train/loss": loss,
+                "train/perplexity": math.exp(min(loss, 700)),
+                "train/learning_rate": rate,
+                "train/grad_norm": grad_norm,
+                "train/tokens_per_second": speed.read_and_reset(),
+            }
+            metrics.write(progress.step, epoch, numbers)
+
+        epoch_ends = progress.step % training.steps_per_epoch == 0
+        if epoch_ends:
+            result = measure(model, validation, config.micro_batch_tokens, device)
+            if not math.isfinite(result.loss):
+                raise NotFiniteError(f"validation loss {result.loss} after step {progress.step} must be finite")
+            metrics.write(progress.step, epoch, {"val/loss": result.loss, "val/perplexity": result.perplexity})
+            improved = progress.best_loss is None or result.loss < progress.best_loss
+            bar.write(
+                f"epoch {epoch:.0f} of {config.epochs}: validation loss {result.loss:.6f}, perplexity "
+                f"{result.perplexity:.6f}{', the best so far' if improved else ''}"
+            )
+            bar.write(write_sample(model, tokenizer, sample, config))
+            # best before last: after a kill between the two, the epoch is trained again and best saved again.
+            if improved:
+                progress.best_loss = result.loss
+                save("best", result)
+
+        due = config.checkpoint_steps is not None and progress.step % config.checkpoint_steps == 0
+        if epoch_ends or due or stop.signal_number is not None:
+            save("last")
+        if stop.signal_number is not None and progress.step < total_steps:
+            bar.close()
+            metrics.close()
+            raise Stopped(
+                stop.signal_number,
+                f"{signal.Signals(stop.signal_number).name} after step {progress.step}, saved in "
+                f"{run_folder / 'last'}: the same command goes on from there",
+            )
+
+    bar.close()
+    metrics.close()
+    print(f"done: best validation loss {progress.best_loss:.6f}; next: python evaluate.py --ckpt {run_folder / 'best'}")
+
+
+# ---------------------------------------------------------------- its parts
+
+
+def claim_run_folder(folder: Path, resume: str) -> Path | None:
+    """Make the run's folder, or find what to resume from.
+
+    Returns:
+        The checkpoint to go on from, or None for a new run.
+
+    Raises:
+        UserError: the folder is in use and may not be, or can't be written.
+    """
+    last = checkpoint.find_last(folder)
+    if last is not None and resume == "auto":
+        return last
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        in_use = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+        if not in_use:
+            checkpoint.replace_file(folder / ".write_test", "")
+            (folder / ".write_test").unlink()
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written ({error.strerror}): choose another --output_dir") from None
+    if in_use:
+        raise UserError(
+            f"{folder}: is in use ({', '.join(in_use[:4])}): "
+            + ("--resume auto goes on from its last; or " if last else "")
+            + "choose another --run_name"
+        )
+    return None
+
+
+def load_data(
+    config: Config, tokenizer: PreTrainedTokenizerBase
+) -> tuple[data.TrainingData, list[data.Example], data.Problem, dict[str, str]]:
+    """Training and validation examples, one validation problem to look at, and the hashes of the rows."""
+    rows = data.load_problems(config.dataset, "train")
+    test = data.load_problems(config.dataset, "test")
+    data.check_disjoint(rows, test)
+    train, validation = data.carve_validation(rows, config.validation_size, config.seed)
+    examples = {
+        name: data.leave_out_long(data.encode(tokenizer, problems, config.prompt), config.max_length, name)
+        for name, problems in (("train", train), ("validation", validation))
+    }
+    hashes = {"train_sha256": data.fingerprint(rows), "test_sha256": data.fingerprint(test)}
+    training = data.TrainingData(examples["train"], config.batch_size, config.seed)
+    return training, examples["validation"], validation[0], hashes
+
+
+def accumulate(
+    model: LlamaForCausalLM, window: Sequence[data.Batch], device: torch.device, max_grad_norm: float | None
+) -> tuple[float, int, float]:
+    """Add up the gradient of one optimizer step over its micro-batches, and clip it.
+
+    The loss is the mean over the supervised tokens of the whole window: each weighs the same,
+    whichever micro-batch it fell into, and however full the last one is.
+
+    Returns:
+        The window's summed loss in nats, its supervised tokens, and the gradient norm before clipping.
+    """
+    num_labels = sum(batch.num_labels for batch in window)
+    nats = torch.zeros((), dtype=torch.float64, device=device)
+    for batch in window:
+        loss = summed_loss(model, batch.to(device))
+        (loss / num_labels).backward()
+        nats += loss.detach()
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+    return nats.item(), num_labels, grad_norm.item()
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: int, total_steps: int) -> float:
+    rate = scheduled_rate(
+        step,
+        total_steps,
+        peak=config.learning_rate,
+        schedule=config.lr_schedule,
+        warmup_ratio=config.warmup_ratio,
+        min_ratio=config.min_lr_ratio,
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def write_sample(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, problem: data.Problem, config: Config
+) -> str:
+    """What the model writes for one validation problem, next to what the data set says."""
+    model.eval()
+    prompts = data.encode_prompts(tokenizer, [problem], config.prompt)
+    [completion] = greedy_decode(
+        model,
+        prompts,
+        max_new_tokens=config.max_new_tokens,
+        eos_token_ids=eos_token_ids(model, tokenizer),
+        slots=1,
+    )
+    model.train()
+    text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    return f"  question: {problem.question!r}\n  model:    {text!r} ({completion.stop})\n  gold:     {problem.answer!r}"
+
+
+def describe(
+    config: Config,
+    progress: Progress,
+    steps_per_epoch: int,
+    data_hashes: Mapping[str, str],
+    result: Measurement | None,
+) -> dict[str, Any]:
+    """The content of ``training.json``."""
+    packages = ("torch", "transformers", "tokenizers", "safetensors", "torch-optimi")
+    return {
+        "step": progress.step,
+        "epoch": progress.step / steps_per_epoch,
+        "validation_loss": result.loss if result else None,
+        "validation_perplexity": result.perplexity if result else None,
+        "settings": asdict(config),
+        "data": dict(data_hashes),
+        "wandb_run_id": progress.wandb_run_id,
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+class StopSignal:
+    """Remembers SIGINT and SIGTERM until the step is done; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: object) -> None:
+        self.signal_number = number
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+
+
+class Speed:
+    """Tokens a second over the optimizer steps alone, without validation and saving."""
+
+    def __init__(self) -> None:
+        self._tokens, self._seconds, self._started = 0, 0.0, 0.0
+
+    def start(self) -> None:
+        self._started = time.perf_counter()
+
+    def stop(self, tokens: int) -> None:
+        self._tokens += tokens
+        self._seconds += time.perf_counter() - self._started
+
+    def read_and_reset(self) -> float:
+        rate = self._tokens / self._seconds
+        self._tokens, self._seconds = 0, 0.0
+        return rate
+
+
+if __name__ == "__main__":
+    run_script(main, *_parsed)
