@@ -137,9 +137,12 @@ def pack_state(
                 tensors[f"optimizer.{index}.{name}"] = value
             else:
                 scalars.setdefault(str(index), {})[name] = value
+    groups: list[dict[str, Any]] = []
     for index, group in enumerate(content["param_groups"]):  # optimi counts its steps there
         tensors |= {f"group.{index}.{name}": value for name, value in group.items() if isinstance(value, torch.Tensor)}
-    return tensors, {"progress": dict(progress), "optimizer": scalars}
+        plain = (bool, int, float, str, type(None))
+        groups.append({name: value for name, value in group.items() if isinstance(value, plain)})
+    return tensors, {"progress": dict(progress), "optimizer": scalars, "groups": groups}
 
 
 def unpack_state(folder: Path, optimizer: "torch.optim.Optimizer") -> dict[str, Any]:
@@ -152,7 +155,10 @@ def unpack_state(folder: Path, optimizer: "torch.optim.Optimizer") -> dict[str, 
         tensors = load_file(folder / STATE_FILE)
         scalars = description["state"]["optimizer"]
         state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in scalars.items()}
-        groups = optimizer.state_dict()["param_groups"]
+        groups = [
+            group | saved
+            for group, saved in zip(optimizer.state_dict()["param_groups"], description["state"]["groups"], strict=True)
+        ]
         for key, tensor in tensors.items():
             kind, index, name = key.split(".", 2) if key.count(".") > 1 else ("random", "", "")
             if kind == "optimizer":

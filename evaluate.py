@@ -44,6 +44,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 import data
 import scoring
@@ -69,37 +70,13 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
     tokenizer = load_tokenizer(source.path)
     prompts = data.encode_prompts(tokenizer, problems, config.prompt)
     folder = arguments.output or output_folder(source, arguments.split)
-    predictions = PredictionsFile(folder, identify(source, arguments.split, all_problems), len(problems))
-    model = load_model(source.path, getattr(torch, config.dtype), pick_device())
-    check_vocabulary(model, tokenizer, source.path)
-    check_lengths(prompts, config.max_new_tokens, model.config.max_position_embeddings)
-
-    waiting = [index for index in range(len(problems)) if index not in predictions.rows]
-    if len(waiting) < len(problems):
-        print(f"going on: {len(problems) - len(waiting)} of {len(problems)} problems are in {predictions.file}")
-    started, tokens, correct = time.perf_counter(), 0, predictions.num_correct()
-    with tqdm(total=len(problems), initial=len(predictions.rows), desc="decoding", unit="problem", disable=None) as bar:
-        for completion in greedy_decode(
-            model,
-            [prompts[index] for index in waiting],
-            max_new_tokens=config.max_new_tokens,
-            eos_token_ids=eos_token_ids(model, tokenizer),
-            slots=config.decode_slots,
-        ):
-            index = waiting[completion.index]
-            text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-            num_tokens = len(completion.token_ids) + (completion.stop == "eos")
-            row = predictions.write(index, problems[index], text, completion.stop, num_tokens)
-            tokens, correct = tokens + num_tokens, correct + row["correct"]
-            seconds = time.perf_counter() - started
-            bar.update()
-            bar.set_postfix(exact_match=f"{correct / len(predictions.rows):.1%}", tok_s=f"{tokens / seconds:.0f}")
-    seconds = time.perf_counter() - started
-
-    scores = scoring.score(list(predictions.rows.values()), len(problems), str(predictions.file))
-    scores |= predictions.identity
-    scores |= {"seconds": round(seconds, 3), "tokens_per_second": round(tokens / max(seconds, 1e-9), 1)}
-    predictions.close()
+    with PredictionsFile(folder, identify(source, arguments.split, all_problems), len(problems)) as predictions:
+        model = load_model(source.path, getattr(torch, config.dtype), pick_device())
+        check_vocabulary(model, tokenizer, source.path)
+        check_lengths(prompts, config.max_new_tokens, model.config.max_position_embeddings)
+        speed = decode(model, tokenizer, problems, prompts, predictions, config)
+        scores = scoring.score(list(predictions.rows.values()), len(problems), str(predictions.file))
+        scores |= predictions.identity | speed
     replace_file(folder / SCORES_FILE, json.dumps(scores, indent=2) + "\n")
     if len(problems) == len(all_problems):
         track(source, arguments.split, scores)
@@ -155,11 +132,49 @@ def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_pos
         )
 
 
+def decode(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[data.Problem],
+    prompts: Sequence[list[int]],
+    predictions: "PredictionsFile",
+    config: Config,
+) -> dict[str, float]:
+    """Complete every problem that ``predictions`` does not hold yet, each written as soon as it is finished.
+
+    Returns:
+        ``seconds`` that it took, and ``tokens_per_second``, without what was there before.
+    """
+    waiting = [index for index in range(len(problems)) if index not in predictions.rows]
+    if len(waiting) < len(problems):
+        print(f"going on: {len(problems) - len(waiting)} of {len(problems)} problems are in {predictions.file}")
+    started, tokens = time.perf_counter(), 0
+    with tqdm(total=len(problems), initial=len(predictions.rows), desc="decoding", unit="problem", disable=None) as bar:
+        for completion in greedy_decode(
+            model,
+            [prompts[index] for index in waiting],
+            max_new_tokens=config.max_new_tokens,
+            eos_token_ids=eos_token_ids(model, tokenizer),
+            slots=config.decode_slots,
+        ):
+            index = waiting[completion.index]
+            text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+            num_tokens = len(completion.token_ids) + (completion.stop == "eos")
+            predictions.write(index, problems[index], text, completion.stop, num_tokens)
+            tokens += num_tokens
+            rate = tokens / (time.perf_counter() - started)
+            bar.update()
+            bar.set_postfix(exact_match=f"{predictions.num_correct / len(predictions.rows):.1%}", tok_s=f"{rate:.0f}")
+    seconds = time.perf_counter() - started
+    return {"seconds": round(seconds, 3), "tokens_per_second": round(tokens / max(seconds, 1e-9), 1)}
+
+
 class PredictionsFile:
     """``predictions.jsonl`` as it grows, and what it holds from before.
 
     Attributes:
         rows: the predictions by id.
+        num_correct: how many of them are, by the headline rule.
         identity: see `identify`, with ``num_problems``.
     """
 
@@ -179,6 +194,7 @@ class PredictionsFile:
                 self._keep_finished(folder, num_problems)
             replace_file(folder / IDENTITY_FILE, json.dumps(self.identity, indent=2) + "\n")
             self._stream = self.file.open("a", encoding="utf-8")
+            self.num_correct = sum(row["correct"] for row in self.rows.values())
         except OSError as error:
             raise UserError(f"{folder}: can't be written ({error.strerror}): choose another --output") from None
 
@@ -200,10 +216,7 @@ class PredictionsFile:
         # Without the line that a kill cut in the middle.
         replace_file(self.file, "".join(_json_line(row) for row in rows))
 
-    def num_correct(self) -> int:
-        return sum(row["correct"] for row in self.rows.values())
-
-    def write(self, index: int, problem: data.Problem, completion: str, stop: str, num_tokens: int) -> dict[str, Any]:
+    def write(self, index: int, problem: data.Problem, completion: str, stop: str, num_tokens: int) -> None:
         """Add one prediction as one whole line."""
         row = {
             "id": index,
@@ -218,9 +231,12 @@ class PredictionsFile:
         self._stream.write(_json_line(row))
         self._stream.flush()
         self.rows[index] = row
-        return row
+        self.num_correct += row["correct"]
 
-    def close(self) -> None:
+    def __enter__(self) -> "PredictionsFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._stream.close()
 
 
@@ -281,9 +297,8 @@ def track(source: Source, split: str, scores: dict[str, Any]) -> None:
         folder=source.run_folder,
         settings={},
     )
-    metrics = MetricsLog(source.run_folder, tracker)
-    metrics.write(step, epoch, {name: scores["exact_match"]})
-    metrics.close()
+    with MetricsLog(source.run_folder, tracker) as metrics:
+        metrics.write(step, epoch, {name: scores["exact_match"]})
 
 
 if __name__ == "__main__":

@@ -156,6 +156,14 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device) -> LlamaForC
     return model.to(device).eval()
 
 
+def checkpoint_activations(model: LlamaForCausalLM) -> None:
+    """Recompute each layer's activations in the backward pass instead of keeping them."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:  # its name before Transformers 5.2x
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def check_vocabulary(model: LlamaForCausalLM, tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
     """Raises UserError where the tokenizer has ids that the model's embedding does not."""
     rows = model.get_input_embeddings().num_embeddings

@@ -59,7 +59,7 @@ def summed_loss(model: LlamaForCausalLM, batch: data.Batch) -> torch.Tensor:
     the backward pass, so that logits of the whole micro-batch never exist.
 
     Returns:
-        A scalar, in float32 or better.
+        A scalar in float64; each token's own loss is computed in float32 or better.
     """
     hidden = model.model(
         input_ids=batch.input_ids,
@@ -80,7 +80,8 @@ def _head_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor)
     logits = F.linear(hidden, weight)
     # The log-sum-exp of bfloat16 logits would be off in the third digit.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, labels, reduction="sum")
+    # Added up in float64: a float32 sum over thousands of tokens is off in the sixth digit.
+    return F.cross_entropy(logits, labels, reduction="none").sum(dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,14 @@ class Measurement:
     loss: float
     perplexity: float
     num_tokens: int
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:.8g}, perplexity {self.perplexity:.8g}"
+
+
+def perplexity_of(loss: float) -> float:
+    """exp of a mean loss in nats; infinity where float64 ends."""
+    return math.exp(loss) if loss < 709 else math.inf
 
 
 @torch.no_grad()
@@ -110,7 +119,7 @@ def measure(
     model.train(was_training)
     num_tokens = sum(batch.num_labels for batch in batches)
     loss = nats.item() / num_tokens
-    return Measurement(loss, math.exp(loss) if loss < 700 else math.inf, num_tokens)
+    return Measurement(loss, perplexity_of(loss), num_tokens)
 
 
 # ---------------------------------------------------------------- the script

@@ -141,7 +141,10 @@ class MetricsLog:
         self._file.flush()
         self._tracker.log(line)
 
-    def close(self) -> None:
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
         self._tracker.finish()
 

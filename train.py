@@ -42,9 +42,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 import checkpoint
 import data
 from generate import greedy_decode
-from model import check_vocabulary, eos_token_ids, load_model, load_tokenizer, pick_device
+from model import check_vocabulary, checkpoint_activations, eos_token_ids, load_model, load_tokenizer, pick_device
 from optimizer import build_optimizer, scheduled_rate
-from perplexity import Measurement, measure, summed_loss
+from perplexity import Measurement, measure, perplexity_of, summed_loss
 from tracking import MetricsLog, start_tracker
 
 
@@ -64,6 +64,18 @@ class Progress:
     best_loss: float | None = None
     wandb_run_id: str = field(default_factory=lambda: secrets.token_hex(4))
 
+    def count(self, nats: float, num_labels: int) -> None:
+        """One more optimizer step is done."""
+        self.step += 1
+        self.nats += nats
+        self.num_labels += num_labels
+
+    def read_and_reset_loss(self) -> float:
+        """Mean loss in nats over all supervised tokens since the last call."""
+        loss = self.nats / self.num_labels
+        self.nats, self.num_labels = 0.0, 0
+        return loss
+
 
 # ---------------------------------------------------------------- the story
 
@@ -81,7 +93,7 @@ def main(config: Config) -> None:
     model = load_model(str(resume_from or config.model), dtype, device)
     check_vocabulary(model, tokenizer, config.model)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     model.train()
     optimizer = build_optimizer(
         model.parameters(),
@@ -117,78 +129,63 @@ def main(config: Config) -> None:
         folder=run_folder,
         settings=asdict(config),
     )
-    metrics = MetricsLog(run_folder, tracker, progress.step)
     print(
         f"training: {len(training.examples)} rows, {total_steps} steps of {config.batch_size} sequences in "
         f"{config.epochs} epochs, on {device.type} in {config.dtype}; validation: {len(validation)} rows"
     )
+    with (
+        MetricsLog(run_folder, tracker, progress.step) as metrics,
+        StopSignal() as stop,
+        tqdm(total=total_steps, initial=progress.step, desc="training", unit="step", disable=None) as bar,
+    ):
+        speed = Speed()
+        while progress.step < total_steps:
+            speed.start()
+            rate = set_learning_rate(optimizer, config, progress.step, total_steps)
+            window = data.pack(training.window(progress.step), config.micro_batch_tokens)
+            nats, num_labels, grad_norm = accumulate(model, window, device, config.max_grad_norm)
+            check_finite(progress.step + 1, nats / num_labels, grad_norm, run_folder)
+            optimizer.step()
+            optimizer.zero_grad()
+            speed.stop(sum(batch.num_tokens for batch in window))
+            progress.count(nats, num_labels)
+            epoch = progress.step / training.steps_per_epoch
+            bar.update()
 
-    stop = StopSignal()
-    bar = tqdm(total=total_steps, initial=progress.step, desc="training", unit="step", disable=None)
-    speed = Speed()
-    while progress.step < total_steps:
-        speed.start()
-        rate = set_learning_rate(optimizer, config, progress.step, total_steps)
-        window = data.pack(training.window(progress.step), config.micro_batch_tokens)
-        nats, num_labels, grad_norm = accumulate(model, window, device, config.max_grad_norm)
-        if not (math.isfinite(nats) and math.isfinite(grad_norm)):
-            raise NotFiniteError(
-                f"step {progress.step + 1}: loss {nats / num_labels} and gradient norm {grad_norm} must be finite; the "
-                f"weights of {run_folder / 'last'} are from before: lower the learning_rate, or set dtype float32"
-            )
-        optimizer.step()
-        optimizer.zero_grad()
-        progress.step += 1
-        progress.nats += nats
-        progress.num_labels += num_labels
-        speed.stop(sum(batch.num_tokens for batch in window))
-        epoch = progress.step / training.steps_per_epoch
-        bar.update()
+            if progress.step % config.log_every == 0 or progress.step == total_steps:
+                loss = progress.read_and_reset_loss()
+                bar.set_postfix(loss=f"{loss:.4f}")
+                numbers = {
+                    "train/loss": loss,
+                    "train/perplexity": perplexity_of(loss),
+                    "train/learning_rate": rate,
+                    "train/grad_norm": grad_norm,
+                    "train/tokens_per_second": speed.read_and_reset(),
+                }
+                metrics.write(progress.step, epoch, numbers)
 
-        if progress.step % config.log_every == 0 or progress.step == total_steps:
-            loss = progress.nats / progress.num_labels
-            progress.nats, progress.num_labels = 0.0, 0
-            bar.set_postfix(loss=f"{loss:.4f}")
-            numbers = {
-                "train/loss": loss,
-                "train/perplexity": math.exp(min(loss, 700)),
-                "train/learning_rate": rate,
-                "train/grad_norm": grad_norm,
-                "train/tokens_per_second": speed.read_and_reset(),
-            }
-            metrics.write(progress.step, epoch, numbers)
+            epoch_ends = progress.step % training.steps_per_epoch == 0
+            if epoch_ends:
+                result = measure(model, validation, config.micro_batch_tokens, device)
+                check_finite(progress.step, result.loss, grad_norm, run_folder)
+                metrics.write(progress.step, epoch, {"val/loss": result.loss, "val/perplexity": result.perplexity})
+                bar.write(f"epoch {epoch:.0f} of {config.epochs}: validation {result}")
+                bar.write(write_sample(model, tokenizer, sample, config))
+                # best before last: after a kill between the two, the epoch is trained again and best saved again.
+                if progress.best_loss is None or result.loss < progress.best_loss:
+                    progress.best_loss = result.loss
+                    save("best", result)
 
-        epoch_ends = progress.step % training.steps_per_epoch == 0
-        if epoch_ends:
-            result = measure(model, validation, config.micro_batch_tokens, device)
-            if not math.isfinite(result.loss):
-                raise NotFiniteError(f"validation loss {result.loss} after step {progress.step} must be finite")
-            metrics.write(progress.step, epoch, {"val/loss": result.loss, "val/perplexity": result.perplexity})
-            improved = progress.best_loss is None or result.loss < progress.best_loss
-            bar.write(
-                f"epoch {epoch:.0f} of {config.epochs}: validation loss {result.loss:.6f}, perplexity "
-                f"{result.perplexity:.6f}{', the best so far' if improved else ''}"
-            )
-            bar.write(write_sample(model, tokenizer, sample, config))
-            # best before last: after a kill between the two, the epoch is trained again and best saved again.
-            if improved:
-                progress.best_loss = result.loss
-                save("best", result)
+            due = config.checkpoint_steps is not None and progress.step % config.checkpoint_steps == 0
+            if epoch_ends or due or stop.signal_number is not None:
+                save("last")
+            if stop.signal_number is not None and progress.step < total_steps:
+                raise Stopped(
+                    stop.signal_number,
+                    f"{signal.Signals(stop.signal_number).name} after step {progress.step}, saved in "
+                    f"{run_folder / 'last'}: the same command goes on from there",
+                )
 
-        due = config.checkpoint_steps is not None and progress.step % config.checkpoint_steps == 0
-        if epoch_ends or due or stop.signal_number is not None:
-            save("last")
-        if stop.signal_number is not None and progress.step < total_steps:
-            bar.close()
-            metrics.close()
-            raise Stopped(
-                stop.signal_number,
-                f"{signal.Signals(stop.signal_number).name} after step {progress.step}, saved in "
-                f"{run_folder / 'last'}: the same command goes on from there",
-            )
-
-    bar.close()
-    metrics.close()
     print(f"done: best validation loss {progress.best_loss:.6f}; next: python evaluate.py --ckpt {run_folder / 'best'}")
 
 
@@ -262,6 +259,15 @@ def accumulate(
     return nats.item(), num_labels, grad_norm.item()
 
 
+def check_finite(step: int, loss: float, grad_norm: float, run_folder: Path) -> None:
+    """Raises NotFiniteError before a NaN or an infinity reaches the weights."""
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise NotFiniteError(
+            f"step {step}: loss {loss} and gradient norm {grad_norm} must be finite; the weights of "
+            f"{run_folder / 'last'} are from before: lower the learning_rate, or set dtype float32"
+        )
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: int, total_steps: int) -> float:
     rate = scheduled_rate(
         step,
@@ -319,14 +325,18 @@ def describe(
 class StopSignal:
     """Remembers SIGINT and SIGTERM until the step is done; a second one ends the process at once."""
 
-    def __init__(self) -> None:
+    def __enter__(self) -> "StopSignal":
         self.signal_number: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._remember)
+        self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _remember(self, number: int, frame: object) -> None:
         self.signal_number = number
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in self._before:
             signal.signal(each, signal.SIG_DFL)
 
 

@@ -1,0 +1,198 @@
+"""A tiny real Llama with a tokenizer trained on the spot, small data sets, and a way to call the scripts."""
+
+import json
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # the tests need no network, and must not reach for it
+os.environ["WANDB_MODE"] = "disabled"
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+import config
+import demo
+from data import Problem
+from errors import run_script
+from model import load_model
+
+PROMPT = "Question: {question}\nAnswer:"
+
+# What GSM8K holds beside plain ASCII, and what has broken other projects.
+PECULIAR = [
+    Problem("It’s 3 – 2 × €5 − 1?", "It’s <<3-2=1>>1.\n#### 1"),
+    Problem("A tab\there, a\u00a0hard space, a\u200bzero width.", "½ of 2 is <<1/2*2=1>>1\n#### 1"),
+    Problem("Line\u2028separator in one question?", "Yes.\u2028No.\n#### -10"),
+    Problem("How much is a million?", "It is 1,450,000.\n#### 1,450,000"),
+    Problem("Leading  double  spaces?", "  Two spaces first.\n#### 7"),
+    Problem("A newline\nin the question?", "A\n\nB\n#### 0.5"),
+    Problem("Is </s> an end, or <s> a beginning?", "No: </s> is text here.\n#### 3"),
+    Problem("七 + 八 = ?", "十五\n#### 15"),
+    Problem("#hashes# and 12%?", "#1 is <<12*1=12>>12%\n#### 12"),
+]
+
+
+@pytest.fixture(scope="session")
+def problems() -> list[Problem]:
+    return [Problem(**row) for row in demo.make_problems(120, seed=1)] + PECULIAR
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory, problems: list[Problem]) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    demo.make_tokenizer([f"Question: {p.question}\nAnswer: {p.answer}" for p in problems], folder, vocab_size=420)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def make_llama() -> Callable[..., LlamaForCausalLM]:
+    """Makes a Llama of two layers with random weights, in Transformers' own attention."""
+
+    def make(vocab_size: int, *, seed: int = 0, std: float = 0.1, **settings: Any) -> LlamaForCausalLM:
+        torch.manual_seed(seed)
+        shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        shape |= {"num_key_value_heads": 2, "max_position_embeddings": 1024, "initializer_range": std}
+        return LlamaForCausalLM(
+            LlamaConfig(vocab_size=vocab_size, bos_token_id=1, eos_token_id=2, **(shape | settings))
+        ).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model_folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    tokenizer: PreTrainedTokenizerBase,
+    make_llama: Callable[..., LlamaForCausalLM],
+) -> Path:
+    """A base model as a user has it: weights and tokenizer in Hugging Face format."""
+    folder = tmp_path_factory.mktemp("model")
+    make_llama(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(model_folder: Path) -> LlamaForCausalLM:
+    """The base model with packed attention, in float32."""
+    return load_model(str(model_folder), torch.float32, torch.device("cpu"))
+
+
+@pytest.fixture
+def model64(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
+    """The base model with packed attention, in float64 throughout.
+
+    Transformers' RMSNorm computes in float32 whatever it is given, which would hide faults below 1e-8.
+    """
+
+    def forward(norm: LlamaRMSNorm, hidden: torch.Tensor) -> torch.Tensor:
+        return norm.weight * hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+    return load_model(str(model_folder), torch.float64, torch.device("cpu"))
+
+
+def write_rows(file: Path, problems: list[Problem]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = ({"question": problem.question, "answer": problem.answer} for problem in problems)
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory: pytest.TempPathFactory, problems: list[Problem]) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_rows(folder / "train.jsonl", problems[12:])
+    write_rows(folder / "test.jsonl", problems[:12])
+    return folder
+
+
+@pytest.fixture
+def settings(model_folder: Path, data_folder: Path, tmp_path: Path) -> dict[str, str]:
+    """Flags of a run that trains 117 - 17 = 100 rows: 7 steps an epoch, the last window partial."""
+    return {
+        "model": str(model_folder),
+        "dataset": str(data_folder),
+        "output_dir": str(tmp_path / "runs"),
+        "run_name": "test",
+        "max_length": "256",
+        "validation_size": "17",
+        "epochs": "2",
+        "batch_size": "16",
+        "micro_batch_tokens": "512",
+        "learning_rate": "3e-3",
+        "dtype": "float32",
+        "gradient_checkpointing": "false",
+        "max_new_tokens": "8",
+        "wandb_mode": "disabled",
+    }
+
+
+def flags(settings: dict[str, str]) -> list[str]:
+    return [word for key, value in settings.items() for word in (f"--{key}", value)]
+
+
+def make_config(settings: dict[str, str]) -> config.Config:
+    return config.load_config(config.CONFIG_FILE, settings)
+
+
+class Outcome:
+    """How a script ended: exit code, standard output, standard error."""
+
+    def __init__(self, code: int, out: str, err: str):
+        self.code, self.out, self.err = code, out, err
+
+    def assert_user_error(self, *fragments: str) -> None:
+        assert self.code == 2, (self.code, self.out, self.err)
+        assert self.err.startswith("error: ") and self.err.count("\n") == 1, self.err
+        for fragment in fragments:
+            assert fragment in self.err, (fragment, self.err)
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Outcome]]:
+    """Runs a script in this process just as its last lines do."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(script: ModuleType, *argv: str) -> Outcome:
+        def story() -> None:
+            parsed = script.read_arguments(list(argv))
+            script.main(*(parsed if isinstance(parsed, tuple) else (parsed,)))
+
+        capsys.readouterr()
+        code = 0
+        try:
+            run_script(story)
+        except SystemExit as end:
+            code = end.code
+        return Outcome(code, *capsys.readouterr())
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def dead_port() -> int:
+    """A port of this machine at which nobody listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def real_folder(variable: str) -> Path:
+    """The folder of real data that an environment variable names; skips the test, visibly, where it does not."""
+    if not os.environ.get(variable):
+        pytest.skip(f"{variable} does not say where the real one is")
+    return Path(os.environ[variable])

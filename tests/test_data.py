@@ -1,0 +1,266 @@
+"""From rows to labels: nothing supervised but answer and EOS, nothing seen twice, nothing lost unsaid."""
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from conftest import PROMPT, real_folder, write_rows
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+import data
+from data import Problem
+from errors import UserError
+
+
+def assert_boundary(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], prompt: str) -> None:
+    """Prompt ids + answer ids == ids of the joint text, and only answer and EOS are supervised."""
+    prompts = data.encode_prompts(tokenizer, problems, prompt)
+    examples = data.encode(tokenizer, problems, prompt)
+    separator = data.answer_separator(prompt)
+    for problem, prompt_ids, example in zip(problems, prompts, examples, strict=True):
+        text = prompt.replace("{question}", problem.question)
+        joint = tokenizer(text + separator + problem.answer, add_special_tokens=False, split_special_tokens=True)
+        alone = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        assert prompt_ids == [tokenizer.bos_token_id, *alone.input_ids]
+        assert example.input_ids == [tokenizer.bos_token_id, *joint.input_ids, tokenizer.eos_token_id]
+        assert example.input_ids[: len(prompt_ids)] == prompt_ids
+        answer_ids = example.input_ids[len(prompt_ids) :]
+        assert example.labels == [data.IGNORE] * len(prompt_ids) + answer_ids
+        assert answer_ids[-1] == tokenizer.eos_token_id
+        assert example.input_ids.count(tokenizer.bos_token_id) == 1
+        assert example.input_ids.count(tokenizer.eos_token_id) == 1
+        assert tokenizer.decode(answer_ids[:-1]).removeprefix(" ") == problem.answer.removeprefix(" ")
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, "Q: {question}\n\n### Answer:\n", "{question}"])
+def test_boundary_of_fixture_rows(tokenizer: PreTrainedTokenizerBase, problems: list[Problem], prompt: str) -> None:
+    """Guards against a second BOS, a lost EOS, an answer's first token that decoding would never produce."""
+    assert_boundary(tokenizer, [p for p in problems if not (prompt[-1] == "\n" and p.answer[0] == " ")], prompt)
+
+
+def test_boundary_of_all_real_rows() -> None:
+    folder = real_folder("GSM8K_DIR")
+    tokenizer = AutoTokenizer.from_pretrained(real_folder("TOKENIZER_DIR"))
+    train, test = (data.load_problems(str(folder), split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (7473, 1319)
+    assert_boundary(tokenizer, train + test, PROMPT)
+    assert max(len(example.input_ids) for example in data.encode(tokenizer, train + test, PROMPT)) == 577
+
+
+def test_a_prompt_that_merges_with_the_answer_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Guards against training on ids that differ from those decoded: '▁' + 'x' became '▁x'."""
+    with pytest.raises(UserError, match=r"merges its end .* \(row 0\)"):
+        data.encode(tokenizer, [Problem("How many?", "There are 3\n#### 3")], "Question: {question} Answer: ")
+
+
+def test_special_tokens_in_text_stay_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Guards against a question that holds </s>, which would end the sequence there."""
+    [example] = data.encode(tokenizer, [Problem("</s><s>", "<unk></s> #1\n#### 1")], PROMPT)
+    assert example.input_ids[0] == tokenizer.bos_token_id
+    assert not {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id} & set(example.input_ids[1:-1])
+
+
+def test_a_question_with_braces_is_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Guards against str.format on what a row holds."""
+    [ids] = data.encode_prompts(tokenizer, [Problem("{x} {question} {0}", "1\n#### 1")], "{{q}} {question}")
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "{{q}} {x} {question} {0}"
+
+
+def test_long_rows_are_left_out_counted_and_reported(
+    tokenizer: PreTrainedTokenizerBase, problems: list[Problem], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against a cut answer, which would teach a wrong ending."""
+    examples = data.encode(tokenizer, problems, PROMPT)
+    lengths = sorted(len(example.input_ids) for example in examples)
+    limit = lengths[len(lengths) // 2]
+    kept = data.leave_out_long(examples, limit, "train")
+    left_out = sum(length > limit for length in lengths)
+    assert [e for e in examples if len(e.input_ids) <= limit] == kept
+    assert capsys.readouterr().out == (
+        f"train: {left_out} of {len(examples)} rows have over {limit} tokens: left out\n"
+    )
+    assert data.leave_out_long(kept, limit, "train") == kept
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match="no train row is that short"):
+        data.leave_out_long(examples, 5, "train")
+
+
+# ---------------------------------------------------------------- splits and order
+
+
+def test_validation_is_disjoint_from_train_and_stable(problems: list[Problem]) -> None:
+    """Guards against a split that moves with the machine, a library version, or the order of the file."""
+    train, validation = data.carve_validation(problems, 30, seed=7)
+    assert len(validation) == 30 and len(train) == len(problems) - 30
+    assert not set(train) & set(validation) and set(train) | set(validation) == set(problems)
+    again = data.carve_validation(problems[::-1], 30, seed=7)
+    assert (set(again[0]), set(again[1])) == (set(train), set(validation))
+    assert set(data.carve_validation(problems, 30, seed=8)[1]) != set(validation)
+
+
+def test_split_and_order_are_those_of_every_other_machine() -> None:
+    """Fixed values: a change here means that resumed and compared runs would no longer see the same rows."""
+    rows = [Problem(f"question {number}", "#### 1") for number in range(12)]
+    chosen = [problem.question for problem in data.carve_validation(rows, 3, seed=0)[1]]
+    assert chosen == EXPECTED_VALIDATION
+    assert data.stable_permutation(8, 0, 1) == EXPECTED_ORDER
+
+
+EXPECTED_VALIDATION = ["question 0", "question 2", "question 6"]
+EXPECTED_ORDER = [7, 3, 4, 5, 0, 2, 6, 1]
+
+
+def test_rows_of_one_question_stay_on_one_side() -> None:
+    """Guards against augmented data leaking into validation."""
+    rows = [Problem(f"question {number // 3}", f"way {number}\n#### 1") for number in range(60)]
+    train, validation = data.carve_validation(rows, 10, seed=0)
+    assert len(validation) == 9
+    assert not {p.question for p in train} & {p.question for p in validation}
+
+
+def test_real_splits_are_disjoint() -> None:
+    folder = str(real_folder("GSM8K_DIR"))
+    splits = [data.load_split(folder, split, 305, 0) for split in ("train", "validation", "test")]
+    assert [len(split) for split in splits] == [7168, 305, 1319]
+    questions = [{problem.question for problem in split} for split in splits]
+    assert len(set.union(*questions)) == sum(map(len, questions)) == 8792
+
+
+def test_a_test_question_in_train_is_refused(problems: list[Problem]) -> None:
+    with pytest.raises(UserError, match="1 questions stand both in train"):
+        data.check_disjoint(problems[:20], problems[19:30])
+    data.check_disjoint(problems[:20], problems[20:30])
+
+
+def test_windows_cover_each_epoch_once_in_another_order(
+    tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
+) -> None:
+    """Guards against rows that are skipped or repeated, and against the same order in each epoch."""
+    examples = data.encode(tokenizer, problems[:50], PROMPT)
+    training = data.TrainingData(examples, batch_size=16, seed=3)
+    assert training.steps_per_epoch == 4
+    epochs = [[training.window(step) for step in range(4 * epoch, 4 * epoch + 4)] for epoch in range(3)]
+    for epoch in epochs:
+        assert [len(window) for window in epoch] == [16, 16, 16, 2]
+        flat = [example for window in epoch for example in window]
+        assert sorted(map(id, flat)) == sorted(map(id, examples))
+    assert epochs[0] != epochs[1] != epochs[2]
+    # Computed, not replayed: asking for a later step first gives the same window.
+    fresh = data.TrainingData(examples, batch_size=16, seed=3)
+    assert fresh.window(9) == epochs[2][1] and fresh.window(2) == epochs[0][2]
+
+
+# ---------------------------------------------------------------- packing
+
+
+@pytest.mark.parametrize("budget", [150, 300, 1000])
+def test_packing_loses_nothing_and_keeps_the_budget(
+    tokenizer: PreTrainedTokenizerBase, problems: list[Problem], budget: int
+) -> None:
+    """Guards against padding, cut sequences, positions that run on, and labels of the wrong place."""
+    examples = data.encode(tokenizer, problems, PROMPT)
+    batches = data.pack(examples, budget)
+    found = []
+    for batch in batches:
+        assert batch.num_tokens <= budget
+        borders = batch.cu_seqlens.tolist()
+        assert borders[0] == 0 and borders[-1] == batch.num_tokens
+        next_token = dict(zip(batch.loss_positions.tolist(), batch.labels.tolist(), strict=True))
+        for start, end in itertools.pairwise(borders):
+            ids = batch.input_ids[0, start:end].tolist()
+            assert batch.position_ids[0, start:end].tolist() == list(range(end - start))
+            labels = [data.IGNORE] + [next_token.get(start + p, data.IGNORE) for p in range(end - start - 1)]
+            assert start + len(ids) - 1 not in next_token
+            found.append(data.Example(ids, labels))
+        assert batch.seqlens == tuple(b - a for a, b in itertools.pairwise(borders))
+    assert sorted(found, key=str) == sorted(examples, key=str)
+    # First-fit decreasing needs at most 11/9 of the optimum and 6/9 of a bin.
+    fewest = math.ceil(sum(len(example.input_ids) for example in examples) / budget)
+    assert len(batches) <= math.ceil(fewest * 11 / 9 + 6 / 9) + 1
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_local_folder_is_read_to_the_letter(problems: list[Problem], tmp_path: Path) -> None:
+    """Guards against splitlines, which breaks a row that holds U+2028, and against stripped texts."""
+    write_rows(tmp_path / "train.jsonl", problems)
+    assert data.load_problems(str(tmp_path), "train") == problems
+
+
+def test_real_data_is_the_published_one() -> None:
+    folder = real_folder("GSM8K_DIR")
+    for split in ("train", "test"):
+        for problem in data.load_problems(str(folder), split):
+            assert problem.answer.endswith(f"#### {problem.gold}")
+
+
+GOOD = json.dumps({"question": "1 + 1?", "answer": "2\n#### 2"})
+
+
+@pytest.mark.parametrize(
+    ("bad", "fragment"),
+    [
+        ("", "is no JSON"),
+        ("{", "is no JSON"),
+        ("[" * 100_000, "is no JSON"),
+        ("[1]", "is no JSON object"),
+        ('"text"', "is no JSON object"),
+        ('{"question": "x"}', "'answer' is missing"),
+        ('{"answer": "#### 1"}', "'question' is missing"),
+        ('{"question": 5, "answer": "#### 1"}', "'question' is 5"),
+        ('{"question": " ", "answer": "#### 1"}', "'question' is"),
+        ('{"question": "x", "answer": null}', "'answer' is null"),
+        ('{"question": "x", "answer": "it is 5"}', "must end in a line '#### NUMBER'"),
+        ('{"question": "x", "answer": "#### five"}', "'five'"),
+        ('{"question": "x", "answer": "#### "}', "must end in"),
+        ('{"question": "x", "answer": "#### 5\\nreally"}', "must end in"),
+        ('{"question": "x", "answer": "#### 4\\n#### 5"}', "its only '####'"),
+        ('{"question": "x", "answer": "#### ."}', "'.'"),
+        ('{"question": "x", "answer": "#### ٣"}', "'٣'"),
+        ('{"question": "\\ud800", "answer": "#### 5"}', "surrogate"),
+        ('{"question": "\udcff", "answer": "#### 5"}', "is no JSON"),
+    ],
+)
+def test_bad_rows_name_file_and_line(tmp_path: Path, bad: str, fragment: str) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_bytes(f"{GOOD}\n{bad}\n{GOOD}\n".encode(errors="surrogateescape"))
+    with pytest.raises(UserError) as error:
+        data.load_problems(str(tmp_path), "train")
+    assert f"{file}, line 2: " in str(error.value) and fragment in str(error.value)
+
+
+def test_bad_places_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "train.jsonl").touch()
+    (tmp_path / "folder" / "train.jsonl").mkdir(parents=True)
+    for dataset, fragment in (
+        (tmp_path, "can't be read"),
+        (tmp_path / "empty", "is empty"),
+        (tmp_path / "folder", "can't be read"),
+        (tmp_path / "empty" / "train.jsonl", "is a file"),
+        (tmp_path / "nowhere", "is no folder here"),
+        ("gsm8k", "is no folder here"),
+        ("owner/gsm8k", "can't be loaded from the hub"),
+    ):
+        with pytest.raises(UserError, match=fragment):
+            data.load_problems(str(dataset), "train")
+
+
+def test_hub_rows_are_checked_like_local_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub itself is out of reach here: what it hands over passes the same checks."""
+    import datasets
+
+    asked = []
+
+    def load_dataset(*args: object, **kwargs: object) -> list[dict[str, object]]:
+        asked.append((args, kwargs))
+        return [json.loads(GOOD), {"question": "x", "answer": "none"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match=r"openai/gsm8k, test row 1: .*####"):
+        data.load_problems("openai/gsm8k", "test")
+    assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]

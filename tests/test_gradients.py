@@ -1,0 +1,176 @@
+"""Accumulation and packing change no gradient, in float64 at 1e-10."""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from conftest import PROMPT
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+import data
+import train
+from model import checkpoint_activations
+from optimizer import build_optimizer
+from perplexity import summed_loss
+
+CPU = torch.device("cpu")
+EXACT = {"rtol": 0, "atol": 1e-10}
+
+
+@pytest.fixture(scope="module")
+def examples(tokenizer: PreTrainedTokenizerBase, problems: list[data.Problem]) -> list[data.Example]:
+    ragged = [*problems[:20], *problems[-9:]]
+    return data.encode(tokenizer, ragged, PROMPT)
+
+
+def padded_loss(model: LlamaForCausalLM, examples: Sequence[data.Example]) -> torch.Tensor:
+    """The textbook big batch: Transformers' own attention, padding, mask, and its own mean loss."""
+    reference = copy.deepcopy(model)
+    reference.set_attn_implementation("sdpa")
+    longest = max(len(example.input_ids) for example in examples)
+
+    def pad(rows: list[list[int]], value: int) -> torch.Tensor:
+        return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+
+    mask = pad([[1] * len(example.input_ids) for example in examples], 0)
+    labels = pad([example.labels for example in examples], data.IGNORE)
+    logits = reference(input_ids=pad([e.input_ids for e in examples], 0), attention_mask=mask, use_cache=False).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    loss.backward()
+    model.zero_grad()
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        ours.grad = theirs.grad
+    return loss.detach()
+
+
+def step(model: LlamaForCausalLM) -> None:
+    optimizer = build_optimizer(
+        model.parameters(), learning_rate=1e-2, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.1
+    )
+    optimizer.step()
+
+
+def gradients(model: LlamaForCausalLM) -> list[torch.Tensor]:
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def mean_of_means(model: LlamaForCausalLM, window: list[data.Batch], *_: object) -> None:
+    """The fault of other projects: each micro-batch's mean counts the same, however few its labels."""
+    for batch in window:
+        (summed_loss(model, batch) / batch.num_labels / len(window)).backward()
+
+
+@pytest.mark.parametrize("rows", [29, 16, 5], ids=["full window", "partial window", "small last window"])
+@pytest.mark.parametrize("budget", [96, 200, 333, 10_000])
+def test_accumulated_gradients_and_weights_equal_one_big_batch(
+    model64: LlamaForCausalLM, examples: list[data.Example], budget: int, rows: int
+) -> None:
+    """Guards against micro-batches weighed by anything but their supervised tokens."""
+    window = examples[:rows]
+    budget = max(budget, max(len(example.input_ids) for example in window))
+    big, ours = copy.deepcopy(model64), copy.deepcopy(model64)
+    expected_loss = padded_loss(big, window)
+    nats, num_labels, grad_norm = train.accumulate(ours, data.pack(window, budget), CPU, None)
+    torch.testing.assert_close(nats / num_labels, expected_loss.item(), **EXACT)
+    torch.testing.assert_close(gradients(ours), gradients(big), **EXACT)
+    torch.testing.assert_close(
+        grad_norm, math.sqrt(sum(gradient.square().sum().item() for gradient in gradients(big))), **EXACT
+    )
+    step(big)
+    step(ours)
+    torch.testing.assert_close(list(ours.parameters()), list(big.parameters()), **EXACT)
+
+
+def test_mean_of_micro_batch_means_fails_the_same_comparison(
+    model64: LlamaForCausalLM, examples: list[data.Example]
+) -> None:
+    """The negative control: were this to pass, the test above could not see the fault it guards against."""
+    big, ours = copy.deepcopy(model64), copy.deepcopy(model64)
+    padded_loss(big, examples)
+    window = data.pack(examples, 333)
+    assert len({batch.num_labels for batch in window}) > 1
+    mean_of_means(ours, window)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(gradients(ours), gradients(big), rtol=0, atol=1e-6)
+    step(big)
+    step(ours)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(list(ours.parameters()), list(big.parameters()), rtol=0, atol=1e-6)
+
+
+def test_packed_loss_and_gradients_equal_those_of_each_sequence_alone(
+    model64: LlamaForCausalLM, examples: list[data.Example]
+) -> None:
+    """Guards against attention or positions that reach across a border, and labels shifted over one."""
+    packed, alone = copy.deepcopy(model64), copy.deepcopy(model64)
+    loss = summed_loss(packed, data.collate(examples[:9]))
+    loss.backward()
+    losses = [summed_loss(alone, data.collate([example])) for example in examples[:9]]
+    torch.stack(losses).sum().backward()
+    torch.testing.assert_close(loss, torch.stack(losses).sum(), **EXACT)
+    torch.testing.assert_close(gradients(packed), gradients(alone), **EXACT)
+
+
+def test_each_packed_sequence_has_the_loss_transformers_gives_it_alone(
+    model64: LlamaForCausalLM, make_llama: Callable[..., LlamaForCausalLM], examples: list[data.Example]
+) -> None:
+    """The same against a model that has nothing of ours in it, sequence by sequence."""
+    reference = copy.deepcopy(model64)
+    reference.set_attn_implementation("sdpa")
+    for example in examples[:9]:
+        ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])
+        theirs = reference(input_ids=ids, labels=labels, use_cache=False).loss * sum(
+            label != data.IGNORE for label in example.labels
+        )
+        ours = summed_loss(model64, data.collate([example]))
+        # Transformers takes its own loss in float32.
+        torch.testing.assert_close(ours.item(), theirs.item(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("elements", [1, 420 * 7, 2**30])
+def test_chunks_of_the_head_change_nothing(
+    model64: LlamaForCausalLM, examples: list[data.Example], elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a chunk that is left out, counted twice, or not differentiated."""
+    whole, chunked = copy.deepcopy(model64), copy.deepcopy(model64)
+    batch = data.collate(examples[:5])
+    expected = summed_loss(whole, batch)
+    expected.backward()
+    monkeypatch.setattr("perplexity.CHUNK_ELEMENTS", elements)
+    loss = summed_loss(chunked, batch)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, **EXACT)
+    torch.testing.assert_close(gradients(chunked), gradients(whole), **EXACT)
+
+
+def test_gradient_checkpointing_changes_nothing(model64: LlamaForCausalLM, examples: list[data.Example]) -> None:
+    """Guards against keyword arguments (the borders) that do not reach the recomputation."""
+    plain, checkpointed = copy.deepcopy(model64).train(), copy.deepcopy(model64).train()
+    checkpoint_activations(checkpointed)
+    for each in (plain, checkpointed):
+        summed_loss(each, data.collate(examples[:7])).backward()
+    torch.testing.assert_close(gradients(checkpointed), gradients(plain), **EXACT)
+
+
+def test_clipping_scales_to_the_norm(model64: LlamaForCausalLM, examples: list[data.Example]) -> None:
+    """Guards against clipping each micro-batch instead of their sum, and against reporting the clipped norm."""
+    free, clipped = copy.deepcopy(model64), copy.deepcopy(model64)
+    window = data.pack(examples, 333)
+    _, _, norm = train.accumulate(free, window, CPU, None)
+    _, _, reported = train.accumulate(clipped, window, CPU, norm / 4)
+    torch.testing.assert_close(reported, norm, **EXACT)
+    # clip_grad_norm_ adds 1e-6 to the norm that it divides by.
+    scaled = [gradient * (norm / 4) / (norm + 1e-6) for gradient in gradients(free)]
+    torch.testing.assert_close(gradients(clipped), scaled, **EXACT)
+
+
+def test_bfloat16_updates_do_not_stall() -> None:
+    """Guards against plain rounding: at 2e-5 a weight of 1 would never move, since bf16 steps there are 2**-7."""
+    weight = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    optimizer = build_optimizer([weight], learning_rate=2e-5, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0)
+    for _ in range(1000):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    torch.testing.assert_close(weight.float(), torch.full((8,), 1 - 1000 * 2e-5), rtol=0, atol=2**-8)

@@ -1,0 +1,155 @@
+"""The published rules to the letter, and no score where the predictions are not whole."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import real_folder
+
+import data
+import evaluate
+import scoring
+from errors import UserError
+
+# Where the rules part; run on the code of grade-school-math and lm-evaluation-harness.
+TABLE = [
+    ("#### 18.", "18", "nYY"),
+    ("#### 18.0", "18", "nnn"),
+    ("#### $18", "18", "nnY"),
+    ("#### 18%", "18", "YYY"),
+    ("#### 2,125", "2,125", "YYY"),
+    ("####18", "18", "nnY"),
+    ("#### −10", "-10", "nnn"),
+    ("#### 36/2", "18", "nnn"),
+    ("#### 18e0", "18", "YYn"),
+    ("#### 18 … #### 5", "18", "YYn"),
+    ("#### 5 … #### 18", "18", "nnY"),
+    ("So she makes $18 every day.", "18", "nnY"),
+    ("The total is 18...", "18", "nnn"),
+    ("#### 018", "18", "nnn"),
+    # Beyond the published table: what a completion may also hold.
+    ("", "18", "nnn"),
+    ("#### ", "18", "nnn"),
+    ("#### -10", "-10", "YYY"),
+    ("#### 1450000", "1,450,000", "YYY"),
+    ("#### 18\n#### 19", "18", "YYn"),
+    ("#### 18\n\nQuestion: 5?\nAnswer: #### 7", "18", "YYY"),
+    ("no idea. Question: what? #### 18", "18", "Ynn"),
+    ("#### ,", "18", "nnn"),
+    ("#### 18<|im_end|>#### 5", "18", "YYY"),
+    # A multiplication sign's ASCII minus, and digits of another script.
+    ("#### ١٨", "18", "nnn"),
+]
+
+
+@pytest.mark.parametrize(("completion", "gold", "verdicts"), TABLE)
+def test_every_rule_on_every_row(completion: str, gold: str, verdicts: str) -> None:
+    """Guards against a grader that is looser or stricter than the published one."""
+    found = {name: rule(completion, gold) for name, rule in scoring.RULES.items()}
+    assert found == {
+        name: verdict == "Y"
+        for name, verdict in zip(("openai", "lm_eval_strict", "lm_eval_flexible"), verdicts, strict=True)
+    }
+
+
+def test_every_real_gold_parses_and_scores_itself() -> None:
+    """Guards against a gold that no completion could ever match."""
+    folder = str(real_folder("GSM8K_DIR"))
+    commas = 0
+    for split in ("train", "test"):
+        for problem in data.load_problems(folder, split):
+            commas += "," in problem.gold
+            assert all(rule(problem.answer, problem.gold) for name, rule in scoring.RULES.items() if "flex" not in name)
+            assert scoring.extract_openai(problem.answer) == problem.gold.replace(",", "")
+    assert commas == 79 + 14
+
+
+def prediction(identity: int, completion: str = "#### 1", gold: str = "1") -> dict[str, object]:
+    return {"id": identity, "gold": gold, "completion": completion, "stop": "eos", "correct": completion == "#### 1"}
+
+
+def test_score_counts() -> None:
+    rows = [prediction(0), prediction(2, "#### 2"), prediction(1, "The answer is 1"), prediction(3)]
+    rows[1]["stop"] = "length"
+    scores = scoring.score(rows, 4, "rows")
+    assert (scores["exact_match"], scores["num_correct"], scores["num_problems"]) == (0.5, 2, 4)
+    assert scores["rules"] == {"openai": 0.5, "lm_eval_strict": 0.5, "lm_eval_flexible": 0.75}
+    assert scores["stopped_by_length"] == 1
+
+
+def test_wilson_interval_against_published_values() -> None:
+    """Newcombe, Statistics in Medicine 17 (1998), table I, method 3: 81 of 263, 15 of 148, 0 of 20, 1 of 29."""
+    for correct, total, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)):
+        assert scoring.wilson_interval(correct, total) == pytest.approx((low, high), abs=5e-5)
+    assert scoring.wilson_interval(1, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "count", "fragment"),
+    [
+        ([prediction(0), prediction(1)], 3, "missing ids 2"),
+        ([prediction(0), prediction(0), prediction(1)], 2, "double ids 0"),
+        ([prediction(0), prediction(2)], 2, "missing ids 1, unknown ids 2"),
+        ([prediction(0), prediction(5)], 1, "unknown ids 5"),
+        ([], 0, "no problems"),
+        ([prediction(0), prediction(1, "", "")], 2, "problem 1: the gold ''"),
+        ([prediction(0, "#### x", "x")], 1, "the gold 'x'"),
+        ([prediction(0, "", "[invalid]")], 1, "the gold '[invalid]'"),
+    ],
+)
+def test_incomplete_predictions_give_no_score(rows: list[dict], count: int, fragment: str) -> None:
+    """Guards against a percentage of the wrong number of problems, and 'no answer' equal to 'no gold'."""
+    with pytest.raises(UserError) as error:
+        scoring.score(rows, count, "rows")
+    assert fragment in str(error.value)
+
+
+# ---------------------------------------------------------------- --rescore
+
+
+def write(file: Path, rows: list[dict]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_rescore_writes_scores_beside_the_file_or_elsewhere(call, tmp_path: Path) -> None:
+    file = tmp_path / "predictions.jsonl"
+    write(file, [prediction(1), prediction(0, "#### 3")])
+    before = file.read_bytes()
+    outcome = call(evaluate, "--rescore", str(file))
+    assert outcome.code == 0, outcome.err
+    assert "50.00%   1 of 2" in outcome.out
+    assert json.loads((tmp_path / "scores.json").read_text())["exact_match"] == 0.5
+    assert call(evaluate, "--rescore", str(file), "--output", str(tmp_path / "new")).code == 0
+    assert (tmp_path / "new" / "scores.json").read_bytes() == (tmp_path / "scores.json").read_bytes()
+    assert file.read_bytes() == before
+
+
+def test_rescore_does_not_trust_the_verdicts_in_the_file(call, tmp_path: Path) -> None:
+    write(tmp_path / "p.jsonl", [prediction(0, "#### 3") | {"correct": True}])
+    assert call(evaluate, "--rescore", str(tmp_path / "p.jsonl")).code == 0
+    assert json.loads((tmp_path / "scores.json").read_text())["exact_match"] == 0.0
+
+
+def test_rescore_knows_how_many_problems_were_asked(call, tmp_path: Path) -> None:
+    """Guards against a file whose end was lost: the ids alone would not tell."""
+    write(tmp_path / "predictions.jsonl", [prediction(0), prediction(1)])
+    (tmp_path / "evaluation.json").write_text('{"num_problems": 3}')
+    call(evaluate, "--rescore", str(tmp_path / "predictions.jsonl")).assert_user_error("missing ids 2")
+    assert not (tmp_path / "scores.json").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{}\n", "nonsense\n", '{"id": "0"}\n', json.dumps(prediction(0) | {"id": True}) + "\n", "[]\n", "\xff\n"],
+)
+def test_rescore_refuses_what_is_no_predictions_file(call, tmp_path: Path, content: str) -> None:
+    (tmp_path / "p.jsonl").write_text(content, encoding="latin-1")
+    call(evaluate, "--rescore", str(tmp_path / "p.jsonl")).assert_user_error("p.jsonl")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.jsonl"]
+
+
+def test_rescore_goes_with_no_model_flags(call, tmp_path: Path) -> None:
+    outcome = call(evaluate, "--rescore", "x", "--ckpt", "y", "--dtype", "float32")
+    outcome.assert_user_error("--ckpt, --dtype can't go with --rescore")
+    call(evaluate, "--rescore", str(tmp_path / "none")).assert_user_error("none: can't be read")
+    call(evaluate, "--rescore", str(tmp_path)).assert_user_error("can't be read")

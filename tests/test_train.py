@@ -1,0 +1,392 @@
+"""The loop as a whole: resuming bit for bit, the best epoch, what a run writes and what it refuses."""
+
+import json
+import math
+import os
+import shutil
+import signal
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import PROMPT, flags, make_config, write_rows
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import checkpoint
+import data
+import perplexity
+import train
+from data import Problem
+from perplexity import Measurement
+
+STEPS = 14  # 2 epochs of 7 steps: 100 rows in windows of 16, the last one of 4
+
+
+def run_folder(settings: dict[str, str]) -> Path:
+    return Path(settings["output_dir"]) / settings["run_name"]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def metrics(settings: dict[str, str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_folder(settings) / "metrics.jsonl").read_text().splitlines()]
+
+
+def logged(settings: dict[str, str]) -> list[dict[str, Any]]:
+    """All logged numbers that must not depend on the clock."""
+    clock = ("time", "train/tokens_per_second")
+    return [{key: value for key, value in line.items() if key not in clock} for line in metrics(settings)]
+
+
+def assert_same_bits(ours: Path, theirs: Path) -> None:
+    for name in ("model.safetensors", "state.safetensors"):
+        a, b = load_file(ours / name), load_file(theirs / name)
+        assert a.keys() == b.keys()
+        for key in a:
+            assert torch.equal(a[key], b[key]), (name, key)
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch):
+    """Makes training end as by a signal, or die as by a kill, in optimizer step ``step`` (from 1)."""
+
+    def arrange(step: int, end: int | None) -> None:
+        original = train.accumulate
+        calls = iter(range(1, 10_000))
+
+        def accumulate(*args: Any) -> Any:
+            if next(calls) == step:
+                if end is None:
+                    raise RuntimeError("killed")
+                os.kill(os.getpid(), end)
+            return original(*args)
+
+        monkeypatch.setattr(train, "accumulate", accumulate)
+        return original
+
+    return arrange
+
+
+# ---------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_resume_in_mid_epoch_2_equals_the_run_that_was_not_stopped(
+    settings: dict[str, str], stop_after, monkeypatch: pytest.MonkeyPatch, dtype: str, dropout: float, tmp_path: Path
+) -> None:
+    """Guards against optimizer state, data order, schedule, random state or log sums lost with the process.
+
+    Killed in step 13, resumed from the save of step 10: steps 11 and 12 are trained and logged again.
+    """
+    base = tmp_path / "base"
+    shutil.copytree(settings["model"], base)
+    shape = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(shape | {"attention_dropout": dropout}))
+    settings |= {"model": str(base), "dtype": dtype, "checkpoint_steps": "5", "log_every": "4", "seed": "11"}
+    whole = settings | {"run_name": "whole"}
+    train.main(make_config(whole))
+
+    with monkeypatch.context() as patch:
+        original = train.accumulate
+        with pytest.raises(RuntimeError, match="killed"):
+            stop_after(13, None)
+            train.main(make_config(settings))
+        patch.setattr(train, "accumulate", original)
+        torch.manual_seed(12345)  # another process would not have this one's random state
+        assert checkpoint.read_description(run_folder(settings) / "last")["step"] == 10
+        train.main(make_config(settings))
+
+    assert_same_bits(run_folder(settings) / "last", run_folder(whole) / "last")
+    assert logged(settings) == logged(whole)
+    steps = [line["step"] for line in logged(settings) if "train/loss" in line]
+    assert steps == [4, 8, 12, 14]
+    assert [line["step"] for line in logged(settings) if "val/loss" in line] == [7, 14]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_finish_the_step_save_and_resume(
+    call, settings: dict[str, str], stop_after, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    """Guards against a step cut in the middle, and against an exit code that says all is done."""
+    whole = settings | {"run_name": "whole"}
+    assert call(train, *flags(whole)).code == 0
+    with monkeypatch.context():
+        original = stop_after(9, number)
+        outcome = call(train, *flags(settings))
+    assert outcome.code == code
+    assert "after step 9, saved in" in outcome.err
+    monkeypatch.setattr(train, "accumulate", original)
+    outcome = call(train, *flags(settings))
+    assert outcome.code == 0 and "last at step 9 of 14" in outcome.out
+    assert_same_bits(run_folder(settings) / "last", run_folder(whole) / "last")
+    assert logged(settings) == logged(whole)
+
+
+def test_micro_batches_may_change_on_resume_and_change_no_step(settings: dict[str, str], stop_after) -> None:
+    """The memory knob is free: the losses stay those of the unstopped run, within float32."""
+    whole = settings | {"run_name": "whole"}
+    train.main(make_config(whole))
+    original = train.accumulate
+    with pytest.raises(RuntimeError):
+        stop_after(10, None)
+        train.main(make_config(settings))
+    train.accumulate = original
+    train.main(make_config(settings | {"micro_batch_tokens": "256"}))
+    ours, theirs = ([line["train/loss"] for line in logged(s) if "train/loss" in line] for s in (settings, whole))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "fragment"),
+    [
+        ({"batch_size": "8"}, "batch_size was 16 and is 8"),
+        ({"seed": "1", "learning_rate": "1e-3"}, "seed was 0 and is 1; learning_rate was 0.003 and is 0.001"),
+        ({"epochs": "3"}, "epochs was 2 and is 3"),
+        ({"validation_size": "18"}, "validation_size was 17 and is 18"),
+    ],
+)
+def test_resuming_with_what_may_not_change_is_refused(
+    call, settings: dict[str, str], change: dict[str, str], fragment: str
+) -> None:
+    settings["epochs"] = "2"
+    assert call(train, *flags(settings)).code == 0
+    before = {path: path.read_bytes() for path in run_folder(settings).rglob("*") if path.is_file()}
+    # A list, so that learning_rate is compared in the order of the settings, as the message has it.
+    outcome = call(train, *flags(settings | change))
+    outcome.assert_user_error(*fragment.split("; "))
+    assert {path: path.read_bytes() for path in run_folder(settings).rglob("*") if path.is_file()} == before
+
+
+def test_other_rows_are_refused(call, settings: dict[str, str], problems: list[Problem], tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(settings["dataset"], folder)
+    settings["dataset"] = str(folder)
+    assert call(train, *flags(settings)).code == 0
+    write_rows(folder / "train.jsonl", problems[13:])
+    call(train, *flags(settings)).assert_user_error("the rows of the data set are not the same")
+
+
+def test_finished_foreign_and_forbidden_folders_are_refused(call, settings: dict[str, str]) -> None:
+    """Guards against a run that overwrites another one."""
+    assert call(train, *flags(settings)).code == 0
+    call(train, *flags(settings)).assert_user_error("this run is finished", "--run_name")
+    call(train, *flags(settings), "--resume", "never").assert_user_error("is in use", "--resume auto")
+    foreign = settings | {"run_name": "foreign"}
+    run_folder(foreign).mkdir()
+    (run_folder(foreign) / "thesis.tex").write_text("precious")
+    call(train, *flags(foreign)).assert_user_error("is in use (thesis.tex)")
+    assert [path.name for path in run_folder(foreign).iterdir()] == ["thesis.tex"]
+
+
+def test_kill_between_the_two_renames_of_a_save_loses_nothing(call, settings: dict[str, str]) -> None:
+    """Guards against the moment in which last has gone and its successor is not there yet."""
+    assert call(train, *flags(settings)).code == 0
+    last = run_folder(settings) / "last"
+    last.rename(last.with_name(".last.previous"))
+    call(train, *flags(settings)).assert_user_error("this run is finished")
+
+
+# ---------------------------------------------------------------- the best epoch
+
+
+def test_best_is_the_epoch_with_the_lowest_validation_loss(
+    settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against best = last, against >= for >, and against a best that a later, worse epoch replaces."""
+    losses = iter([3.0, 2.0, 2.5, 2.0])
+    monkeypatch.setattr(train, "measure", lambda *_: Measurement(loss := next(losses), math.exp(loss), 1))
+    saved = {}
+    original = checkpoint.save_checkpoint
+
+    def save_checkpoint(folder: Path, model: Any, *rest: Any) -> None:
+        original(folder, model, *rest)
+        if folder.name == "last":
+            saved[rest[1]["step"]] = weights(folder)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save_checkpoint)
+    train.main(make_config(settings | {"epochs": "4"}))
+    best = run_folder(settings) / "best"
+    description = json.loads((best / "training.json").read_text())
+    assert (description["epoch"], description["step"], description["validation_loss"]) == (2, 14, 2.0)
+    assert not (best / "state.safetensors").exists()
+    for key, tensor in weights(best).items():
+        assert torch.equal(tensor, saved[14][key])
+    assert any(not torch.equal(tensor, saved[28][key]) for key, tensor in weights(best).items())
+
+
+def test_best_survives_a_resume_with_worse_epochs(
+    settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, stop_after
+) -> None:
+    """Guards against a best loss that is forgotten with the process."""
+    losses = iter([2.0, 2.5, 2.6])
+    monkeypatch.setattr(train, "measure", lambda *_: Measurement(loss := next(losses), math.exp(loss), 1))
+    settings["epochs"] = "3"
+    original = train.accumulate
+    with pytest.raises(RuntimeError):
+        stop_after(9, None)
+        train.main(make_config(settings))
+    train.accumulate = original
+    train.main(make_config(settings))
+    assert checkpoint.read_description(run_folder(settings) / "best")["epoch"] == 1
+
+
+def test_transformers_loads_best_and_gives_the_same_logits(
+    settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, problems: list[Problem]
+) -> None:
+    """Guards against an export that only this program can read, or reads differently."""
+    models = []
+    original = train.load_model
+    monkeypatch.setattr(train, "load_model", lambda *args: (models.append(original(*args)), models[-1])[1])
+    train.main(make_config(settings))
+    best = run_folder(settings) / "best"
+    assert "packed" not in (best / "config.json").read_text()
+    loaded = AutoModelForCausalLM.from_pretrained(best)
+    assert loaded.dtype == torch.float32
+    tokenizer = AutoTokenizer.from_pretrained(best)
+    examples = data.encode(tokenizer, problems, PROMPT)
+    assert examples == data.encode(AutoTokenizer.from_pretrained(settings["model"]), problems, PROMPT)
+    batch = data.collate(examples[:6])
+    with torch.no_grad():
+        [trained] = models
+        hidden = (
+            trained.eval()
+            .model(
+                batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                seqlens=batch.seqlens,
+                cu_seqlens=batch.cu_seqlens,
+            )
+            .last_hidden_state
+        )
+        for example, ours in zip(examples, trained.lm_head(hidden)[0].split(batch.seqlens), strict=False):
+            theirs = loaded(torch.tensor([example.input_ids])).logits[0]
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------- what a run writes
+
+
+def test_a_run_writes_what_the_interface_promises(call, settings: dict[str, str]) -> None:
+    outcome = call(train, *flags(settings))
+    assert outcome.code == 0, outcome.err
+    folder = run_folder(settings)
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "metrics.jsonl", "best", "last"}
+    config = make_config(settings)
+    assert train.read_arguments(["--config", str(folder / "config.yaml")]) == config
+    description = json.loads((folder / "best" / "training.json").read_text())
+    assert description["settings"] == asdict(config)
+    assert {"epoch", "step", "validation_loss", "validation_perplexity", "data", "versions"} <= description.keys()
+    lines = metrics(settings)
+    assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, STEPS + 1))
+    for line in lines:
+        expected = {"step", "epoch", "time"}
+        expected |= {"val/loss", "val/perplexity"} if "val/loss" in line else TRAIN_NAMES
+        assert line.keys() == expected
+        assert line["epoch"] == pytest.approx(line["step"] / 7, abs=1e-6)
+    assert lines[-1]["val/loss"] == min(line["val/loss"] for line in lines if "val/loss" in line)
+    assert f"python evaluate.py --ckpt {folder / 'best'}" in outcome.out
+
+
+TRAIN_NAMES = {
+    "train/loss",
+    "train/perplexity",
+    "train/learning_rate",
+    "train/grad_norm",
+    "train/tokens_per_second",
+}
+
+
+def test_logged_loss_is_the_mean_over_all_tokens_since_the_last_line(settings: dict[str, str]) -> None:
+    """Guards against logging the last micro-batch's loss, or a mean of means."""
+    each, fourth = settings | {"run_name": "each"}, settings | {"run_name": "fourth", "log_every": "4"}
+    train.main(make_config(each))
+    train.main(make_config(fourth))
+    config = make_config(each)
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    training = train.load_data(config, tokenizer)[0]
+    count = [data.collate(training.window(step)).num_labels for step in range(STEPS)]
+    losses = [line["train/loss"] for line in logged(each) if "train/loss" in line]
+    found = [(line["step"], line["train/loss"]) for line in logged(fourth) if "train/loss" in line]
+    assert [step for step, _ in found] == [4, 8, 12, 14]
+    for (end, loss), start in zip(found, (0, 4, 8, 12), strict=True):
+        nats = sum(losses[step] * count[step] for step in range(start, end))
+        assert loss == pytest.approx(nats / sum(count[start:end]), rel=1e-12)
+
+
+def test_validation_at_the_end_is_what_the_perplexity_script_says(call, settings: dict[str, str]) -> None:
+    """Guards against two losses: the one that chooses the best checkpoint, and the one that is reported."""
+    assert call(train, *flags(settings)).code == 0
+    best = run_folder(settings) / "best"
+    outcome = call(perplexity, "--ckpt", str(best), "--split", "validation")
+    assert outcome.code == 0, outcome.err
+    description = json.loads((best / "training.json").read_text())
+    assert float(outcome.out.split()[-1]) == pytest.approx(description["validation_perplexity"], rel=1e-6)
+
+
+def test_not_finite_stops_before_the_step(call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a NaN that is filtered, averaged away, or stepped on."""
+    original = train.accumulate
+    calls = iter(range(1, 100))
+    monkeypatch.setattr(
+        train, "accumulate", lambda *a: original(*a) if next(calls) < 10 else (math.nan, 1, original(*a)[2])
+    )
+    outcome = call(train, *flags(settings))
+    assert outcome.code == 3
+    assert outcome.err.startswith("stopped: step 10: loss nan") and outcome.err.count("\n") == 1
+    assert checkpoint.read_description(run_folder(settings) / "last")["step"] == 7
+    for tensor in weights(run_folder(settings) / "last").values():
+        assert tensor.isfinite().all()
+
+
+def test_training_learns(settings: dict[str, str]) -> None:
+    """Guards against gradients that never reach the weights."""
+    train.main(make_config(settings | {"epochs": "4", "learning_rate": "1e-2"}))
+    losses = [line["train/loss"] for line in logged(settings) if "train/loss" in line]
+    assert losses[-1] < losses[0] - 1
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_earlier_checkpoint(
+    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = checkpoint._sync
+    calls = iter(range(10_000))
+
+    def sync(path: Path) -> None:
+        if next(calls) > 30:
+            raise OSError(28, "No space left on device")
+        original(path)
+
+    monkeypatch.setattr(checkpoint, "_sync", sync)
+    outcome = call(train, *flags(settings))
+    outcome.assert_user_error("No space left on device", "earlier ones are intact")
+    assert checkpoint.find_last(run_folder(settings)) is not None
+
+
+# ---------------------------------------------------------------- the schedule
+
+
+def test_schedule() -> None:
+    """Guards against a first step at rate zero, a peak never reached, and a floor ignored."""
+    from optimizer import scheduled_rate
+
+    def rates(schedule: str, minimum: float = 0.0) -> list[float]:
+        return [
+            scheduled_rate(step, 100, peak=2.0, schedule=schedule, warmup_ratio=0.03, min_ratio=minimum)
+            for step in range(100)
+        ]
+
+    for schedule in ("cosine", "linear", "constant"):
+        assert rates(schedule)[:4] == pytest.approx([2 / 3, 4 / 3, 2.0, 2.0])
+    assert rates("constant")[-1] == 2.0
+    assert rates("linear")[50] == pytest.approx(2 * (1 - 47 / 97))
+    assert rates("cosine")[50] == pytest.approx(1 + math.cos(math.pi * 47 / 97))
+    assert 0 < rates("cosine")[-1] < 0.001
+    assert rates("cosine", 0.1)[-1] == pytest.approx(0.2, abs=1e-3)
+    assert rates("cosine") == sorted(rates("cosine")[:3]) + sorted(rates("cosine")[3:], reverse=True)
