@@ -8,6 +8,7 @@ parsed by its field's annotation: YAML's own typing would read ``1e-5`` as a str
 
 import argparse
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -114,7 +115,7 @@ def _rule(key: str, error: ValidationError) -> str:
     if key in ("run_name", "wandb_project"):
         return "must be letters, digits, '.', '_' and '-', beginning with a letter or digit, at most 128"
     messages = dict.fromkeys(
-        detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        re.sub(r"^(Input|String) should", "must", detail["msg"].removeprefix("Value error, "))
         for detail in details
         if detail["type"] != "none_required"
     )

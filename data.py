@@ -105,7 +105,9 @@ def _check_row(row: Any, where: str) -> Problem:
 
 def _download(dataset: str, split: str) -> list[Problem]:
     import datasets
+    import huggingface_hub
 
+    huggingface_hub.utils.logging.set_verbosity_error()  # its retries would be lines before our one line
     try:
         rows = datasets.load_dataset(dataset, "main", split=split)
     except Exception as error:  # the hub's client raises many types: all mean that the rows can't be had

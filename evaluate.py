@@ -65,9 +65,9 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
         return
     source = resolve_source(arguments.ckpt, arguments.config, typed)
     config = source.config
+    tokenizer = load_tokenizer(source.path)
     all_problems = data.load_split(config.dataset, arguments.split, config.validation_size, config.seed)
     problems = all_problems[: arguments.limit]
-    tokenizer = load_tokenizer(source.path)
     prompts = data.encode_prompts(tokenizer, problems, config.prompt)
     folder = arguments.output or output_folder(source, arguments.split)
     with PredictionsFile(folder, identify(source, arguments.split, all_problems), len(problems)) as predictions:

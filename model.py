@@ -101,7 +101,9 @@ def _attend_varlen(
 
 
 transformers.AttentionInterface.register(ATTENTION, packed_attention)
-transformers.utils.logging.disable_progress_bar()  # its bars for loading and saving also fill what is no terminal
+# Errors end in one line of ours; their warnings on the way, and bars where there is no terminal, are noise.
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
 
 
 # ---------------------------------------------------------------- loading

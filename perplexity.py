@@ -129,8 +129,8 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
     source = resolve_source(arguments.ckpt, arguments.config, typed)
     config: Config = source.config
     device = pick_device()
-    problems = data.load_split(config.dataset, arguments.split, config.validation_size, config.seed)
     tokenizer = load_tokenizer(source.path)
+    problems = data.load_split(config.dataset, arguments.split, config.validation_size, config.seed)
     examples = data.encode(tokenizer, problems[: arguments.limit], config.prompt)
     examples = data.leave_out_long(examples, config.max_length, arguments.split)
     model = load_model(source.path, getattr(torch, config.dtype), device)

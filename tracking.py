@@ -5,6 +5,7 @@ W&B is a guest: a run never waits long for it and never dies of it.
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,6 +79,7 @@ def start_tracker(
             if resolved == "offline":
                 raise
             print(f"W&B: not reached ({one_line(error)[:120]}): logging offline, 'wandb sync' uploads it later")
+            wandb.teardown()  # else the id would count as in use by the attempt that failed
             run = _init(wandb, "offline", project, name, run_id, folder, settings)
         if not run.offline:
             print(f"W&B: {run.url}")
@@ -87,18 +89,16 @@ def start_tracker(
         return NoTracker()
 
 
-def _default_mode(wandb: Any) -> str:
-    settings = wandb.Settings()
-    if settings.mode != "online":  # WANDB_MODE, or a settings file of W&B's
-        return settings.mode
-    if wandb.login(prompt=False):
-        return "online"
+def _default_mode(wandb: Any) -> str | None:
+    """None leaves it to W&B: what WANDB_MODE or `wandb offline` say, else online."""
+    if "WANDB_MODE" in os.environ or wandb.login(prompt=False):
+        return os.environ.get("WANDB_MODE")
     print("W&B: not logged in, so logging offline ('wandb login' before the run, or 'wandb sync' after it)")
     return "offline"
 
 
 def _init(
-    wandb: Any, mode: str, project: str, name: str, run_id: str, folder: Path, settings: Mapping[str, Any]
+    wandb: Any, mode: str | None, project: str, name: str, run_id: str, folder: Path, settings: Mapping[str, Any]
 ) -> Any:
     return wandb.init(
         project=project,
@@ -107,7 +107,7 @@ def _init(
         dir=str(folder),
         mode=mode,
         config=dict(settings),
-        resume="allow" if mode == "online" else None,  # offline knows no resuming: 'wandb sync' joins by id
+        resume=None if mode == "offline" else "allow",  # offline knows no resuming: 'wandb sync' joins by id
         settings=wandb.Settings(
             init_timeout=INIT_SECONDS,
             finish_timeout=FINISH_SECONDS,

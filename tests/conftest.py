@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import config
-import demo
+import standin
 from data import Problem
 from errors import run_script
 from model import load_model
@@ -41,13 +41,13 @@ PECULIAR = [
 
 @pytest.fixture(scope="session")
 def problems() -> list[Problem]:
-    return [Problem(**row) for row in demo.make_problems(120, seed=1)] + PECULIAR
+    return [Problem(**row) for row in standin.make_problems(120, seed=1)] + PECULIAR
 
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory, problems: list[Problem]) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
-    demo.make_tokenizer([f"Question: {p.question}\nAnswer: {p.answer}" for p in problems], folder, vocab_size=420)
+    standin.make_tokenizer([f"Question: {p.question}\nAnswer: {p.answer}" for p in problems], folder, vocab_size=420)
     return folder
 
 

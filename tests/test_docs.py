@@ -1,0 +1,77 @@
+"""Every command that README, docstrings and demo show can be typed; what they say of settings is so."""
+
+import re
+import shlex
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import config
+import demo
+import evaluate
+import perplexity
+import train
+
+ROOT = Path(config.__file__).parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCRIPTS = {"train.py": train, "evaluate.py": evaluate, "perplexity.py": perplexity}
+
+
+def commands() -> list[str]:
+    """Each ``python SCRIPT.py ...`` in a code block or docstring line, once."""
+    blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", README, re.DOTALL | re.MULTILINE))
+    texts = [blocks, *(module.__doc__ for module in (*SCRIPTS.values(), demo))]
+    texts += [(ROOT / "benchmarks" / "random_llama.py").read_text(), (ROOT / "RESULTS.md").read_text()]
+    lines = [line.strip().removeprefix("$ ") for text in texts for line in text.replace("\\\n", " ").splitlines()]
+    return sorted({line.split("  #")[0].strip() for line in lines if line.startswith(("python ", "make "))})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_shown_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a flag that was renamed, and a document that was not."""
+    monkeypatch.chdir(ROOT)
+    program, script, *arguments = shlex.split(command)
+    if program == "make":
+        assert re.search(rf"^{script}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return
+    assert (ROOT / script).is_file()
+    if script in SCRIPTS:
+        SCRIPTS[script].read_arguments(arguments)
+
+
+def test_commands_were_found() -> None:
+    found = commands()
+    assert len(found) >= 12
+    for start in ("make demo", "make test", "python train.py", "python evaluate.py --ckpt", "python perplexity.py"):
+        assert any(command.startswith(start) for command in found), start
+
+
+def test_readme_table_has_every_setting_with_its_value() -> None:
+    values, comments = config.read_settings(config.CONFIG_FILE)
+    rows = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \| .* \|$", README, re.MULTILINE))
+    assert list(rows) == [field.name for field in fields(config.Config)]
+    for key, shown in rows.items():
+        assert shown == values[key].replace("\n", "\\n"), key
+    for key, comment in comments.items():
+        assert f"| {comment} |" in README, key
+
+
+def test_readme_tree_is_what_is_there() -> None:
+    """Guards against a file tree that shows what is gone, or lacks what has come."""
+    tree = re.search(r"^## The files\n.*?```\n(.*?)```", README, re.DOTALL | re.MULTILINE)[1]
+    shown = {line.split()[0] for line in tree.splitlines() if line and not line.startswith(" ")}
+    there = {path.name + "/" * path.is_dir() for path in ROOT.iterdir() if not path.name.startswith((".", "__"))}
+    assert there - shown <= {"demo/", "wandb/"} and shown <= there
+
+
+def test_links_lead_somewhere() -> None:
+    for document in (README, (ROOT / "RESULTS.md").read_text()):
+        for target in re.findall(r"\]\(([^)#]+)\)", document):
+            assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_every_requirement_is_pinned() -> None:
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
+    assert "torch==2.13.0" in lines

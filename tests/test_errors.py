@@ -1,0 +1,255 @@
+"""What a user may get wrong: one clear line, exit code 2, no traceback, nothing written over."""
+
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import flags
+
+import checkpoint
+import config
+import evaluate
+import perplexity
+import train
+
+ROOT = Path(config.__file__).parent
+
+
+def tree(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A script as the user starts it."""
+    variables = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=variables | environment, capture_output=True, text=True, timeout=120
+    )
+
+
+# ---------------------------------------------------------------- as a process
+
+
+def test_exit_code_and_one_line_in_a_real_process(settings: dict[str, str]) -> None:
+    """Guards against a traceback from what is imported before or after the arguments are read."""
+    for command in (
+        ["train.py", "--epochs", "0"],
+        ["evaluate.py", "--split", "train"],
+        ["perplexity.py", "--ckpt", "nowhere"],
+        ["train.py", *flags(settings | {"model": "nowhere"})],
+    ):
+        result = run(*command)
+        assert result.returncode == 2, result
+        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "perplexity.py", "demo.py"])
+def test_help_shows_every_key_and_loads_nothing_heavy(script: str) -> None:
+    """Guards against --help that takes as long as importing torch."""
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = [{script!r}, '--help']\n"
+        "try:\n"
+        f"    runpy.run_path({script!r}, run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    assert end.code == 0, end.code\n"
+        "assert not {'torch', 'transformers', 'wandb', 'datasets', 'scipy'} & set(sys.modules)\n"
+    )
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr
+    if script != "demo.py":
+        values, comments = config.read_settings(config.CONFIG_FILE)
+        shown = " ".join(result.stdout.split())
+        for key, value in values.items():
+            assert f"--{key} VALUE" in shown
+            assert " ".join(f"{comments[key]} (now {value!r})".split()) in shown
+
+
+# ---------------------------------------------------------------- the hub
+
+
+@pytest.fixture
+def hub() -> Iterator[Callable[[int, str], str]]:
+    """A hub on this machine that answers every request with one status and error code."""
+    servers = []
+
+    def start(status: int, code: str) -> str:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(status)
+                if code:
+                    self.send_header("X-Error-Code", code)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            do_HEAD = do_GET
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "fragments"),
+    [
+        (401, "GatedRepo", ["is gated", "accept its licence at huggingface.co/owner/gated", "HF_TOKEN"]),
+        (403, "GatedRepo", ["is gated", "HF_TOKEN"]),
+        (401, "", ["is gated or does not exist", "HF_TOKEN"]),
+        (404, "RepoNotFound", ["is not on the hub", "check the id"]),
+    ],
+)
+def test_hub_refusals_say_what_to_do(
+    settings: dict[str, str], hub, tmp_path: Path, status: int, code: str, fragments: list[str]
+) -> None:
+    arguments = flags(settings | {"model": "owner/gated"})
+    result = run("train.py", *arguments, HF_ENDPOINT=hub(status, code), HF_HOME=str(tmp_path / "hf"))
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    for fragment in fragments:
+        assert fragment in result.stderr
+
+
+def test_hub_out_of_reach(settings: dict[str, str], dead_port: int, tmp_path: Path) -> None:
+    environment = {"HF_ENDPOINT": f"http://127.0.0.1:{dead_port}", "HF_HOME": str(tmp_path / "hf")}
+    result = run("train.py", *flags(settings | {"model": "owner/model"}), **environment)
+    assert result.returncode == 2, result.stderr
+    assert "can't be loaded from the hub" in result.stderr and "check the network" in result.stderr
+    result = run("train.py", *flags(settings | {"dataset": "owner/rows"}), **environment)
+    assert result.returncode == 2, result.stderr
+    assert "dataset 'owner/rows': can't be loaded from the hub" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+
+
+# ---------------------------------------------------------------- models and checkpoints
+
+
+def damaged(folder: Path, base: str, damage: Callable[[Path], object]) -> str:
+    shutil.copytree(base, folder)
+    damage(folder)
+    return str(folder)
+
+
+def edit_json(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def drop_weight(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "fragment"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "no config.json|without a config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "can't be read"),
+        (lambda folder: edit_json(folder / "config.json", model_type="gpt2"), "only 'llama' is supported"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "its weights can't be read"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 64), "its weights can't be read"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 20_000), "its weights can't be read"),
+        (drop_weight, "lack 1 weights, the first is model.layers.1.mlp.up_proj.weight"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "its tokenizer can't be read"),
+        (lambda folder: edit_json(folder / "config.json", hidden_size=64), "its weights can't be read"),
+    ],
+)
+@pytest.mark.parametrize("script", [train, evaluate, perplexity])
+def test_damaged_models(call, settings: dict[str, str], tmp_path: Path, script, damage, fragment: str) -> None:
+    """Guards against random weights in place of missing ones, and tracebacks of other people's code."""
+    folder = damaged(tmp_path / "bad", settings["model"], damage)
+    before = tree(tmp_path)
+    if script is train:
+        outcome = call(train, *flags(settings | {"model": folder}))
+    else:
+        outcome = call(script, "--ckpt", folder, *flags(settings))
+    outcome.assert_user_error("bad")
+    assert any(part in outcome.err for part in fragment.split("|")), outcome.err
+    assert {path: content for path, content in tree(tmp_path).items() if path in before} == before
+
+
+def test_models_that_are_none(call, settings: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    for model, fragment in (
+        (str(tmp_path / "nowhere"), "is no folder here and no hub id"),
+        ("no-slash", "is no folder here and no hub id"),
+        (str(tmp_path / "file"), "is a file"),
+        (str(tmp_path / "empty"), "config.json"),
+    ):
+        call(train, *flags(settings | {"model": model})).assert_user_error(repr(model), fragment)
+        for script in (evaluate, perplexity):
+            call(script, "--ckpt", model, *flags(settings)).assert_user_error(model, fragment)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_no_checkpoint_yet(call, settings: dict[str, str]) -> None:
+    for script in (evaluate, perplexity):
+        call(script, *flags(settings)).assert_user_error("there is no such checkpoint", "--ckpt DIR")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"settings": {}}', b'{"settings": 1, "step": 1}', b"\xff", b"null", b"[" * 100_000]
+)
+def test_damaged_descriptions(call, settings: dict[str, str], content: bytes) -> None:
+    """Guards against a run that starts anew over a checkpoint it can't read."""
+    assert call(train, *flags(settings)).code == 0
+    folder = Path(settings["output_dir"]) / "test"
+    for name in ("best", "last"):
+        (folder / name / "training.json").write_bytes(content)
+    before = tree(folder)
+    call(train, *flags(settings)).assert_user_error("training.json: is damaged")
+    for script in (evaluate, perplexity):
+        call(script, "--ckpt", str(folder / "best")).assert_user_error("training.json: is damaged")
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda f: f.unlink(), lambda f: f.write_bytes(b""), lambda f: os.truncate(f, 9_000)]
+)
+def test_damaged_state(call, settings: dict[str, str], damage, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings["checkpoint_steps"] = "3"
+    original = train.accumulate
+    steps = iter(range(100))
+    monkeypatch.setattr(train, "accumulate", lambda *a: original(*a) if next(steps) < 4 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call(train, *flags(settings))
+    monkeypatch.setattr(train, "accumulate", original)
+    folder = Path(settings["output_dir"]) / "test"
+    damage(folder / "last" / checkpoint.STATE_FILE)
+    before = tree(folder)
+    call(train, *flags(settings)).assert_user_error("last: is damaged")
+    assert tree(folder) == before
+
+
+def test_folders_that_cannot_be_written(call, settings: dict[str, str], tmp_path: Path) -> None:
+    """A file in the way stands for a folder without write permission: root, as in containers, may write anywhere."""
+    (tmp_path / "file").write_text("precious")
+    call(train, *flags(settings | {"output_dir": str(tmp_path / "file")})).assert_user_error("can't be written")
+    outcome = call(evaluate, "--ckpt", settings["model"], *flags(settings), "--output", str(tmp_path / "file"))
+    outcome.assert_user_error("can't be written")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_no_data_of_a_split(call, settings: dict[str, str], tmp_path: Path) -> None:
+    for dataset, fragment in ((tmp_path, "train.jsonl: can't be read"), (tmp_path / "no", "is no folder here")):
+        call(train, *flags(settings | {"dataset": str(dataset)})).assert_user_error(fragment)
+    outcome = call(train, *flags(settings | {"validation_size": "5000"}))
+    outcome.assert_user_error("validation_size 5000 leaves nothing of the 117 train rows")

@@ -1,0 +1,200 @@
+"""The evaluation as a whole: whole lines as it goes, going on where it stopped, the right settings."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import PROMPT, flags
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+import data
+import evaluate
+import scoring
+import train
+from generate import Completion
+
+
+@pytest.fixture
+def run_folder(call, settings: dict[str, str]) -> Path:
+    """A trained run: its model writes something, none of it right."""
+    assert call(train, *flags(settings | {"max_new_tokens": "12"})).code == 0
+    return Path(settings["output_dir"]) / "test"
+
+
+def read(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    return rows, json.loads((folder / "scores.json").read_text())
+
+
+def test_evaluation_of_a_run(call, settings: dict[str, str], run_folder: Path) -> None:
+    """Everything it needs it reads from the checkpoint; the files are those of the interface."""
+    best = run_folder / "best"
+    outcome = call(evaluate, "--ckpt", str(best))
+    assert outcome.code == 0, outcome.err
+    rows, scores = read(run_folder / "eval" / "test")
+    problems = data.load_problems(settings["dataset"], "test")
+    assert sorted(row["id"] for row in rows) == list(range(12))
+    model = LlamaForCausalLM.from_pretrained(best).eval()
+    tokenizer = AutoTokenizer.from_pretrained(best)
+    prompts = data.encode_prompts(tokenizer, problems, PROMPT)
+    for row in rows:
+        problem, ids = problems[row["id"]], torch.tensor([prompts[row["id"]]])
+        assert list(row) == ["id", "question", "gold", "completion", "answer", "correct", "stop", "num_tokens"]
+        assert (row["question"], row["gold"]) == (problem.question, problem.gold)
+        assert row["answer"] == scoring.extract_openai(row["completion"])
+        assert row["correct"] == scoring.correct_openai(row["completion"], row["gold"])
+        output = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, pad_token_id=0
+        )[0, ids.shape[1] :]
+        assert row["completion"] == tokenizer.decode(output, skip_special_tokens=True)
+        assert row["num_tokens"] == len(output)
+        assert row["stop"] == ("eos" if output[-1] == tokenizer.eos_token_id else "length")
+    expected = {"exact_match", "num_correct", "num_problems", "ci95", "rules", "stopped_by_length", "checkpoint"}
+    assert expected | {"data_sha256", "prompt", "max_new_tokens", "seconds", "tokens_per_second"} <= scores.keys()
+    assert scores["num_problems"] == 12 and set(scores["rules"]) == {"openai", "lm_eval_strict", "lm_eval_flexible"}
+    assert json.loads((run_folder / "metrics.jsonl").read_text().splitlines()[-1]) | {"time": 0} == {
+        "step": 14,
+        "epoch": 2.0,
+        "time": 0,
+        "eval/exact_match": scores["exact_match"],
+    }
+    assert f"{scores['exact_match']:.2%}" in outcome.out
+
+
+def test_exact_match_of_a_model_that_knows_the_answers(
+    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Guards against predictions that are scored against another problem's gold."""
+    problems = data.load_problems(settings["dataset"], "test")
+    tokenizer = AutoTokenizer.from_pretrained(settings["model"])
+
+    def oracle(model, prompts, **_):
+        for index in reversed(range(len(prompts))):
+            answer = problems[index].answer if index % 4 else "#### 123456"
+            ids = tokenizer(f" {answer}", add_special_tokens=False).input_ids
+            yield Completion(index, len(prompts[index]), ids, "eos")
+
+    monkeypatch.setattr(evaluate, "greedy_decode", oracle)
+    outcome = call(evaluate, "--ckpt", settings["model"], *flags(settings), "--output", str(tmp_path / "out"))
+    assert outcome.code == 0, outcome.err
+    assert read(tmp_path / "out")[1]["exact_match"] == 0.75
+
+
+def test_best_of_the_configured_run_is_the_default(call, settings: dict[str, str], run_folder: Path) -> None:
+    outcome = call(evaluate, *flags({key: settings[key] for key in ("output_dir", "run_name")}))
+    assert outcome.code == 0, outcome.err
+    assert (run_folder / "eval" / "test" / "scores.json").is_file()
+
+
+def test_a_flag_overrides_the_checkpoint(call, run_folder: Path, tmp_path: Path) -> None:
+    arguments = ["--ckpt", str(run_folder / "best"), "--output", str(tmp_path / "out")]
+    assert call(evaluate, *arguments, "--max_new_tokens", "3").code == 0
+    assert all(row["num_tokens"] <= 3 for row in read(tmp_path / "out")[0])
+    assert not (run_folder / "eval").exists()
+
+
+def test_validation_split_is_the_one_training_held_out(call, settings: dict[str, str], run_folder: Path) -> None:
+    """Guards against a seed or size of the split that evaluation does not know of."""
+    assert call(evaluate, "--ckpt", str(run_folder / "best"), "--split", "validation").code == 0
+    rows, _ = read(run_folder / "eval" / "validation")
+    expected = data.load_split(settings["dataset"], "validation", 17, 0)
+    assert [row["question"] for row in sorted(rows, key=lambda row: row["id"])] == [p.question for p in expected]
+    assert "eval/validation_exact_match" in (run_folder / "metrics.jsonl").read_text()
+
+
+def test_slots_change_nothing(call, run_folder: Path, tmp_path: Path) -> None:
+    found = []
+    for slots in ("1", "5", "64"):
+        folder = tmp_path / slots
+        arguments = ["--ckpt", str(run_folder / "best"), "--output", str(folder), "--decode_slots", slots]
+        assert call(evaluate, *arguments).code == 0
+        found.append(sorted(read(folder)[0], key=lambda row: row["id"]))
+    assert found[0] == found[1] == found[2]
+
+
+def test_limit_then_all_goes_on(call, run_folder: Path) -> None:
+    """A first look at a few problems is no waste, and is not logged as the run's score."""
+    best = str(run_folder / "best")
+    assert call(evaluate, "--ckpt", best, "--limit", "5").code == 0
+    rows, scores = read(run_folder / "eval" / "test")
+    assert sorted(row["id"] for row in rows) == list(range(5)) and scores["num_problems"] == 5
+    assert "eval/" not in (run_folder / "metrics.jsonl").read_text()
+    outcome = call(evaluate, "--ckpt", best)
+    assert "going on: 5 of 12" in outcome.out
+    assert read(run_folder / "eval" / "test")[0][:5] == rows
+    outcome = call(evaluate, "--ckpt", best, "--limit", "5")
+    outcome.assert_user_error("holds 12 problems, with 5 asked for now", "--output")
+
+
+def test_an_interrupted_evaluation_goes_on(call, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against lost completions, and against the half line of a kill."""
+    best, folder = str(run_folder / "best"), run_folder / "eval" / "test"
+    assert call(evaluate, "--ckpt", best).code == 0
+    whole, file = read(folder), folder / "predictions.jsonl"
+    content = file.read_bytes()
+    file.write_bytes(content[: content.index(b"\n", len(content) // 2) + 20])
+    (folder / "scores.json").unlink()
+    outcome = call(evaluate, "--ckpt", best)
+    assert outcome.code == 0 and "going on: " in outcome.out
+    rows, scores = read(folder)
+    assert sorted(rows, key=str) == sorted(whole[0], key=str)
+    assert {k: v for k, v in scores.items() if k not in ("seconds", "tokens_per_second")} == {
+        k: v for k, v in whole[1].items() if k not in ("seconds", "tokens_per_second")
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "fragment"),
+    [
+        (["--max_new_tokens", "5"], "max_new_tokens was 12 and is 5"),
+        (["--prompt", "{question}"], "prompt was"),
+        (["--dtype", "bfloat16"], "dtype was 'float32' and is 'bfloat16'"),
+    ],
+)
+def test_predictions_of_another_evaluation_are_not_mixed_in(
+    call, run_folder: Path, change: list[str], fragment: str
+) -> None:
+    best, file = str(run_folder / "best"), run_folder / "eval" / "test" / "predictions.jsonl"
+    assert call(evaluate, "--ckpt", best).code == 0
+    before = file.read_bytes()
+    call(evaluate, "--ckpt", best, *change).assert_user_error("another evaluation", fragment, "--output")
+    assert file.read_bytes() == before
+
+
+def test_another_checkpoint_is_another_evaluation(call, run_folder: Path) -> None:
+    assert call(evaluate, "--ckpt", str(run_folder / "best")).code == 0
+    shutil.rmtree(run_folder / "best")
+    shutil.copytree(run_folder / "last", run_folder / "best")
+    shutil.copy(run_folder / "last" / "config.json", run_folder / "best" / "config.json")
+    weights = run_folder / "best" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    call(evaluate, "--ckpt", str(run_folder / "best")).assert_user_error("another evaluation", "weights was")
+
+
+def test_a_plain_model_folder(call, settings: dict[str, str]) -> None:
+    """A base model takes the settings of the file, and nothing is written into its folder."""
+    before = sorted(Path(settings["model"]).iterdir())
+    outcome = call(evaluate, "--ckpt", settings["model"], *flags(settings))
+    assert outcome.code == 0, outcome.err
+    folder = Path(settings["output_dir"]) / Path(settings["model"]).name / "eval" / "test"
+    assert read(folder)[1]["num_problems"] == 12
+    assert sorted(Path(settings["model"]).iterdir()) == before
+
+
+def test_a_checkpoint_copied_out_of_its_run(call, settings: dict[str, str], run_folder: Path, tmp_path: Path) -> None:
+    """Guards against files beside a folder that is not ours."""
+    shutil.copytree(run_folder / "best", tmp_path / "elsewhere" / "best")
+    outcome = call(evaluate, "--ckpt", str(tmp_path / "elsewhere" / "best"))
+    assert outcome.code == 0, outcome.err
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["best"]
+    assert (Path(settings["output_dir"]) / "best" / "eval" / "test" / "scores.json").is_file()
+
+
+def test_completions_that_do_not_fit_the_model_are_refused(call, settings: dict[str, str]) -> None:
+    outcome = call(evaluate, "--ckpt", settings["model"], *flags(settings | {"max_new_tokens": "1020"}))
+    outcome.assert_user_error("max_new_tokens 1020", "the model's 1024 positions", "set at most")

@@ -1,0 +1,172 @@
+"""metrics.jsonl is the source of truth; W&B neither delays a run nor ends it."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import flags
+
+import evaluate
+import tracking
+import train
+
+
+class FakeRun:
+    """Remembers what a run is told; ``fail`` makes every call raise."""
+
+    offline = False
+    url = "https://wandb.example/run"
+
+    def __init__(self, fail: bool = False):
+        self.fail, self.lines, self.defined, self.finished = fail, [], [], False
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.defined.append((name, step_metric))
+
+    def log(self, line: dict[str, Any]) -> None:
+        if self.fail:
+            raise ConnectionError("gone")
+        self.lines.append(line)
+
+    def finish(self) -> None:
+        if self.fail:
+            raise ConnectionError("gone")
+        self.finished = True
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Any], FakeRun]]:
+    """Takes wandb.init's place; holds the arguments and the run of each call."""
+    import wandb
+
+    calls: list[tuple[dict[str, Any], FakeRun]] = []
+
+    def init(**arguments: Any) -> FakeRun:
+        calls.append((arguments, FakeRun()))
+        return calls[-1][1]
+
+    monkeypatch.setattr(wandb, "init", init)
+    return calls
+
+
+def folder_of(settings: dict[str, str]) -> Path:
+    return Path(settings["output_dir"]) / settings["run_name"]
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_wandb_gets_the_settings_and_every_line_of_metrics(call, settings: dict[str, str], fake) -> None:
+    """Guards against a name or a step that differs between the dashboard and the file."""
+    settings["wandb_mode"] = "online"
+    assert call(train, *flags(settings)).code == 0
+    [(arguments, run)] = fake
+    assert arguments["config"]["learning_rate"] == 3e-3 and arguments["config"]["batch_size"] == 16
+    assert (arguments["name"], arguments["mode"], arguments["project"]) == ("test", "online", "llama-2-gsm8k")
+    assert run.defined == [("step", None), ("*", "step")]
+    assert run.lines == lines_of(folder_of(settings))
+    assert [line["step"] for line in run.lines if "val/perplexity" in line] == [7, 14]
+    assert run.finished
+
+
+def test_exact_match_goes_into_the_run_that_trained(call, settings: dict[str, str], fake) -> None:
+    settings["wandb_mode"] = "online"
+    assert call(train, *flags(settings)).code == 0
+    assert call(evaluate, "--ckpt", str(folder_of(settings) / "best")).code == 0
+    (trained, _), (evaluated, run) = fake
+    assert evaluated["id"] == trained["id"] and evaluated["resume"] == "allow"
+    assert [(line["step"], line["eval/exact_match"]) for line in run.lines] == [(14, 0.0)]
+    assert run.finished
+
+
+def test_a_resumed_run_continues_the_same_wandb_run(
+    call, settings: dict[str, str], fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings["wandb_mode"] = "online"
+    original = train.accumulate
+    steps = iter(range(100))
+    monkeypatch.setattr(train, "accumulate", lambda *a: original(*a) if next(steps) < 9 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call(train, *flags(settings))
+    monkeypatch.setattr(train, "accumulate", original)
+    assert call(train, *flags(settings)).code == 0
+    (first, broken), (second, run) = fake
+    assert first["id"] == second["id"] and broken.finished
+    assert [line["step"] for line in run.lines if "train/loss" in line] == list(range(8, 15))
+    lines = lines_of(folder_of(settings))
+    assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 15))
+
+
+def test_a_wandb_that_fails_at_every_call_costs_nothing(
+    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    settings["wandb_mode"] = "online"
+    monkeypatch.setattr(wandb, "init", lambda **_: FakeRun(fail=True))
+    outcome = call(train, *flags(settings))
+    assert outcome.code == 0
+    assert "metrics.jsonl has" in outcome.out
+    monkeypatch.setattr(wandb, "init", lambda **_: 1 / 0)
+    outcome = call(train, *flags(settings | {"run_name": "second"}))
+    assert outcome.code == 0 and "W&B: off" in outcome.out
+
+
+def test_an_unreachable_wandb_falls_back_to_offline_in_bounded_time(
+    call, settings: dict[str, str], dead_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real wandb against a port at which nobody listens."""
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{dead_port}")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(tracking, "INIT_SECONDS", 2)
+    monkeypatch.setattr(tracking, "FINISH_SECONDS", 2)
+    started = time.monotonic()
+    outcome = call(train, *flags(settings | {"wandb_mode": "online"}))
+    assert outcome.code == 0, outcome.err
+    assert time.monotonic() - started < 60  # against waiting for ever, not a measurement
+    assert outcome.out.count("W&B: not reached") == 1
+    assert list((folder_of(settings) / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_null_means_offline_where_not_logged_in_said_in_one_line(
+    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    outcome = call(train, *flags(settings | {"wandb_mode": "null"}))
+    assert outcome.code == 0, outcome.err
+    assert [line for line in outcome.out.splitlines() if "W&B" in line] == [
+        "W&B: not logged in, so logging offline ('wandb login' before the run, or 'wandb sync' after it)"
+    ]
+    [file] = (folder_of(settings) / "wandb").glob("offline-run-*/*.wandb")
+    assert b"train/grad_norm" in file.read_bytes()
+
+
+def test_null_means_online_where_logged_in(call, settings: dict[str, str], fake, monkeypatch) -> None:
+    import wandb
+
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setattr(wandb, "login", lambda **arguments: arguments == {"prompt": False})
+    assert call(train, *flags(settings | {"wandb_mode": "null"})).code == 0
+    assert fake[0][0]["mode"] is None  # which is W&B's own default: online
+
+
+def test_disabled_leaves_no_trace(call, settings: dict[str, str], fake) -> None:
+    assert call(train, *flags(settings | {"wandb_mode": "disabled"})).code == 0
+    assert call(train, *flags(settings | {"wandb_mode": "null", "run_name": "by-environment"})).code == 0
+    assert fake == [] and not (folder_of(settings) / "wandb").exists()
+
+
+def test_metrics_of_a_killed_run_are_cut_at_the_resumed_step(tmp_path: Path) -> None:
+    """Guards against a step that stands twice, and the half line of a kill."""
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 3, "a": 3}\n{"step": 4, "a"')
+    with tracking.MetricsLog(tmp_path, tracking.NoTracker(), resume_step=2) as metrics:
+        metrics.write(3, 0.5, {"a": 30})
+    lines = lines_of(tmp_path)
+    assert [(line["step"], line["a"]) for line in lines] == [(1, 1), (2, 2), (3, 30)]
