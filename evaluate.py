@@ -50,7 +50,7 @@ import data
 import scoring
 from checkpoint import Source, replace_file, resolve_source
 from generate import greedy_decode
-from model import check_vocabulary, eos_token_ids, load_model, load_tokenizer, pick_device, weights_identity
+from model import check_vocabulary, eos_token_ids, fetch, load_model, load_tokenizer, pick_device, weights_identity
 from tracking import MetricsLog, start_tracker
 
 PREDICTIONS_FILE, SCORES_FILE, IDENTITY_FILE = "predictions.jsonl", "scores.json", "evaluation.json"
@@ -65,23 +65,25 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
         return
     source = resolve_source(arguments.ckpt, arguments.config, typed)
     config = source.config
-    tokenizer = load_tokenizer(source.path)
+    folder = fetch(source.path)
+    tokenizer = load_tokenizer(folder)
     all_problems = data.load_split(config.dataset, arguments.split, config.validation_size, config.seed)
     problems = all_problems[: arguments.limit]
     prompts = data.encode_prompts(tokenizer, problems, config.prompt)
-    folder = arguments.output or output_folder(source, arguments.split)
-    with PredictionsFile(folder, identify(source, arguments.split, all_problems), len(problems)) as predictions:
-        model = load_model(source.path, getattr(torch, config.dtype), pick_device())
+    output = arguments.output or output_folder(source, arguments.split)
+    identity = identify(source, weights_identity(folder), arguments.split, all_problems)
+    with PredictionsFile(output, identity, len(problems)) as predictions:
+        model = load_model(folder, getattr(torch, config.dtype), pick_device())
         check_vocabulary(model, tokenizer, source.path)
         check_lengths(prompts, config.max_new_tokens, model.config.max_position_embeddings)
         speed = decode(model, tokenizer, problems, prompts, predictions, config)
         scores = scoring.score(list(predictions.rows.values()), len(problems), str(predictions.file))
         scores |= predictions.identity | speed
-    replace_file(folder / SCORES_FILE, json.dumps(scores, indent=2) + "\n")
+    replace_file(output / SCORES_FILE, json.dumps(scores, indent=2) + "\n")
     if len(problems) == len(all_problems):
         track(source, arguments.split, scores)
     print(scoring.score_table(scores, f"{source.path} on {arguments.split}"))
-    print(f"results: {folder}")
+    print(f"results: {output}")
 
 
 def rescore(file: Path, output: Path | None) -> None:
@@ -109,12 +111,12 @@ def output_folder(source: Source, split: str) -> Path:
     return Path(source.config.output_dir).expanduser() / name / "eval" / split
 
 
-def identify(source: Source, split: str, problems: Sequence[data.Problem]) -> dict[str, Any]:
+def identify(source: Source, weights: str, split: str, problems: Sequence[data.Problem]) -> dict[str, Any]:
     """Everything that a completion depends on: predictions of another identity are never mixed in."""
     config: Config = source.config
     return {
         "checkpoint": source.path,
-        "weights": weights_identity(source.path),
+        "weights": weights,
         "split": split,
         "data_sha256": data.fingerprint(problems),
         "prompt": config.prompt,

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from torch.nn.attention import varlen
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
@@ -109,43 +111,85 @@ transformers.utils.logging.set_verbosity_error()
 # ---------------------------------------------------------------- loading
 
 
-def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a local folder or a hub id, checked to have the BOS and EOS that data.py needs."""
-    _check_name(name)
+def fetch(name: str) -> Path:
+    """The local folder of a model: ``name`` itself, or the hub's files, downloaded where they are not yet.
+
+    Raises:
+        UserError: there is no such folder, or the hub can't be reached, does not know it, or wants a
+            licence accepted first.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model {name!r} is a folder without a config.json: name a Hugging Face model folder")
+        return folder
+    if folder.exists():
+        raise UserError(f"model {name!r} is a file: name the Hugging Face model folder around it")
+    if not is_hub_id(name):
+        raise UserError(f"model {name!r} is no folder here and no hub id such as meta-llama/Llama-2-7b-hf")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_local(name))
-    except Exception as error:  # tokenizers, sentencepiece and the hub's client raise many types
-        raise _load_error(name, "tokenizer", error) from None
+        # safetensors only: what is pickled in a .bin would be executed, and Llama-2's repository holds both.
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "tokenizer.model"]))
+    except HfHubHTTPError as error:
+        raise _refused(name, error) from None
+    except Exception as error:  # the hub's client and its HTTP library raise many types
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise UserError(
+            f"model {name!r} can't be loaded from the hub{offline} ({_cause(error)}): check the network, or name a "
+            "local folder"
+        ) from None
+
+
+def _refused(name: str, error: HfHubHTTPError) -> UserError:
+    status = error.response.status_code
+    log_in = "log in with 'hf auth login' or set HF_TOKEN"
+    if isinstance(error, GatedRepoError) or (status in (401, 403) and not isinstance(error, RepositoryNotFoundError)):
+        return UserError(f"model {name!r} is gated: accept its licence at huggingface.co/{name}, then {log_in}")
+    if isinstance(error, RepositoryNotFoundError):
+        return UserError(f"model {name!r} is not on the hub, or is private: check the id, {log_in}")
+    return UserError(f"model {name!r}: the hub answers {status} ({one_line(error)[:120]}): try again later")
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer in ``folder``, checked to have the BOS and EOS that data.py needs."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # tokenizers and sentencepiece raise many types
+        raise _damaged(folder, "tokenizer", error) from None
     for token in ("bos_token_id", "eos_token_id"):
         if getattr(tokenizer, token) is None:
-            raise UserError(f"model {name!r}: its tokenizer has no {token}: use one of the Llama family")
+            raise UserError(f"model {folder}: its tokenizer has no {token}: use one of the Llama family")
     return tokenizer
 
 
-def load_model(name: str, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
-    """The model of a local folder or a hub id, with our attention, in eval mode.
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
+    """The model in ``folder``, with our attention, in eval mode.
 
     Raises:
-        UserError: it can't be had, is no Llama, or its files lack weights (Transformers would
+        UserError: it can't be read, is no Llama, or its files lack weights (Transformers would
             fill them at random with no more than a warning).
     """
-    _check_name(name)
     try:
-        config = AutoConfig.from_pretrained(_local(name))
+        config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # as in load_tokenizer
-        raise _load_error(name, "config.json", error) from None
+        raise _damaged(folder, "config.json", error) from None
     if config.model_type != "llama":
-        raise UserError(f"model {name!r} is of type {config.model_type!r}: only 'llama' is supported")
+        raise UserError(f"model {folder} is of type {config.model_type!r}: only 'llama' is supported")
     try:
         model, report = LlamaForCausalLM.from_pretrained(
-            _local(name), config=config, dtype=dtype, attn_implementation=ATTENTION, output_loading_info=True
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=ATTENTION,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except Exception as error:  # as in load_tokenizer
-        raise _load_error(name, "weights", error) from None
+        raise _damaged(folder, "weights", error) from None
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(
-            f"model {name!r}: its files lack {len(missing)} weights, the first is {missing[0]}: get it anew"
+            f"model {folder}: its files lack {len(missing)} weights, the first is {missing[0]}: copy it anew"
         )
     # Llama-2's own generation_config carries sampling settings: here decoding is greedy, and an
     # inconsistent one would make save_pretrained raise after the last epoch.
@@ -156,6 +200,16 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device) -> LlamaForC
         do_sample=False,
     )
     return model.to(device).eval()
+
+
+def _damaged(folder: Path, what: str, error: BaseException) -> UserError:
+    return UserError(f"model {folder}: its {what} can't be read ({_cause(error)}): damaged or incomplete, copy it anew")
+
+
+def _cause(error: BaseException) -> str:
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return f"{type(error).__name__}: {one_line(error)[:160]}"
 
 
 def checkpoint_activations(model: LlamaForCausalLM) -> None:
@@ -183,75 +237,11 @@ def eos_token_ids(model: LlamaForCausalLM, tokenizer: "PreTrainedTokenizerBase")
     return frozenset({tokenizer.eos_token_id, *listed} - {None})
 
 
-def weights_identity(name: str) -> str:
-    """What tells the weights of two folders apart: SHA-256 over the names, sizes and contents of their files.
-
-    For a hub id, which is fixed enough for that, the id itself.
-    """
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        return name
+def weights_identity(folder: Path) -> str:
+    """What tells the models in two folders apart: SHA-256 over the names and contents of their files."""
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")) + [folder / "config.json"]:
+    for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
         if file.name != STATE_FILE:
             with file.open("rb") as stream:
-                digest.update(f"{file.name} {file.stat().st_size} ".encode())
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+                digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
-
-
-def _local(name: str) -> str:
-    folder = Path(name).expanduser()
-    return str(folder) if folder.is_dir() else name
-
-
-def _check_name(name: str) -> None:
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"model {name!r} is a folder without a config.json: name a Hugging Face model folder")
-    elif folder.exists():
-        raise UserError(f"model {name!r} is a file: name the Hugging Face model folder around it")
-    elif not is_hub_id(name):
-        raise UserError(f"model {name!r} is no folder here and no hub id such as meta-llama/Llama-2-7b-hf")
-
-
-def _load_error(name: str, what: str, error: BaseException) -> UserError:
-    """What went wrong with the hub or the files, and what to do about it."""
-    if Path(name).expanduser().is_dir():
-        return UserError(
-            f"model {name!r}: its {what} can't be read ({_cause(error)}): the folder is damaged or incomplete"
-        )
-    kinds = {type(link).__name__ for link in _chain(error)}
-    status = next((code for link in _chain(error) if (code := _http_status(link))), None)
-    if "GatedRepoError" in kinds or status in (401, 403):
-        return UserError(
-            f"model {name!r} is gated or does not exist: accept its licence at huggingface.co/{name}, then log in "
-            "with 'hf auth login' or set HF_TOKEN"
-        )
-    if "RepositoryNotFoundError" in kinds or status == 404:
-        return UserError(
-            f"model {name!r} is not on the hub (or lacks its {what}): check the id, or name a local folder"
-        )
-    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-    return UserError(
-        f"model {name!r}: its {what} can't be loaded from the hub{offline} ({_cause(error)}): check the network, "
-        "or name a local folder"
-    )
-
-
-def _chain(error: BaseException | None) -> list[BaseException]:
-    links: list[BaseException] = []
-    while error is not None and error not in links:
-        links.append(error)
-        error = error.__cause__ or error.__context__
-    return links
-
-
-def _http_status(error: BaseException) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def _cause(error: BaseException) -> str:
-    root = _chain(error)[-1]
-    return f"{type(root).__name__}: {one_line(root)[:160]}"

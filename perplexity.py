@@ -40,7 +40,7 @@ from transformers import LlamaForCausalLM
 
 import data
 from checkpoint import resolve_source
-from model import check_vocabulary, load_model, load_tokenizer, pick_device
+from model import check_vocabulary, fetch, load_model, load_tokenizer, pick_device
 
 CHUNK_ELEMENTS = 2**25  # most logits that exist at a time: 128 MiB in float32
 
@@ -129,11 +129,12 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
     source = resolve_source(arguments.ckpt, arguments.config, typed)
     config: Config = source.config
     device = pick_device()
-    tokenizer = load_tokenizer(source.path)
+    folder = fetch(source.path)
+    tokenizer = load_tokenizer(folder)
     problems = data.load_split(config.dataset, arguments.split, config.validation_size, config.seed)
     examples = data.encode(tokenizer, problems[: arguments.limit], config.prompt)
     examples = data.leave_out_long(examples, config.max_length, arguments.split)
-    model = load_model(source.path, getattr(torch, config.dtype), device)
+    model = load_model(folder, getattr(torch, config.dtype), device)
     check_vocabulary(model, tokenizer, source.path)
     result = measure(model, examples, config.micro_batch_tokens, device)
     print(f"{source.path} on {arguments.split}: {len(examples)} rows, {result.num_tokens} supervised tokens")

@@ -42,7 +42,15 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 import checkpoint
 import data
 from generate import greedy_decode
-from model import check_vocabulary, checkpoint_activations, eos_token_ids, load_model, load_tokenizer, pick_device
+from model import (
+    check_vocabulary,
+    checkpoint_activations,
+    eos_token_ids,
+    fetch,
+    load_model,
+    load_tokenizer,
+    pick_device,
+)
 from optimizer import build_optimizer, scheduled_rate
 from perplexity import Measurement, measure, perplexity_of, summed_loss
 from tracking import MetricsLog, start_tracker
@@ -84,13 +92,14 @@ def main(config: Config) -> None:
     run_folder = Path(config.output_dir).expanduser() / config.run_name
     resume_from = claim_run_folder(run_folder, config.resume)
     device, dtype = pick_device(), getattr(torch, config.dtype)
-    tokenizer = load_tokenizer(config.model)
+    base = fetch(config.model)
+    tokenizer = load_tokenizer(base)
     training, validation, sample, data_hashes = load_data(config, tokenizer)
     if resume_from is not None:
         checkpoint.check_same_run(resume_from, config, data_hashes["train_sha256"])
     total_steps = config.epochs * training.steps_per_epoch
 
-    model = load_model(str(resume_from or config.model), dtype, device)
+    model = load_model(resume_from or base, dtype, device)
     check_vocabulary(model, tokenizer, config.model)
     if config.gradient_checkpointing:
         checkpoint_activations(model)

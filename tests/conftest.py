@@ -87,7 +87,7 @@ def model_folder(
 @pytest.fixture
 def model(model_folder: Path) -> LlamaForCausalLM:
     """The base model with packed attention, in float32."""
-    return load_model(str(model_folder), torch.float32, torch.device("cpu"))
+    return load_model(model_folder, torch.float32, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def model64(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> LlamaForCaus
         return norm.weight * hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + norm.variance_epsilon)
 
     monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
-    return load_model(str(model_folder), torch.float64, torch.device("cpu"))
+    return load_model(model_folder, torch.float64, torch.device("cpu"))
 
 
 def write_rows(file: Path, problems: list[Problem]) -> None:

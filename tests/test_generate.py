@@ -36,7 +36,7 @@ def sharp_folder(
 
 @pytest.fixture(scope="module")
 def sharp(sharp_folder: Path) -> LlamaForCausalLM:
-    return load_model(str(sharp_folder), torch.float32, torch.device("cpu"))
+    return load_model(sharp_folder, torch.float32, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
