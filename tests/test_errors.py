@@ -111,7 +111,7 @@ def hub() -> Iterator[Callable[[int, str], str]]:
         (401, "GatedRepo", ["is gated", "accept its licence at huggingface.co/owner/gated", "HF_TOKEN"]),
         (403, "GatedRepo", ["is gated", "HF_TOKEN"]),
         (401, "", ["is gated", "HF_TOKEN"]),
-        (500, "", ["the hub answers 500", "try again later"]),
+        (500, "", ["can't be loaded from the hub", "500"]),
         (404, "RepoNotFound", ["is not on the hub", "check the id"]),
     ],
 )
