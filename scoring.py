@@ -174,9 +174,9 @@ def score_table(scores: dict[str, Any], title: str) -> str:
     counts = f"{scores['num_correct']} of {scores['num_problems']}"
     lines = [
         one_line(title),
-        f"  exact match               {scores['exact_match']:7.2%}   {counts}",
-        f"  95 % interval (Wilson)    {low:7.2%} to {high:.2%}",
-        *(f"    {names[name]:<24}{fraction:7.2%}" for name, fraction in scores["rules"].items()),
-        f"  cut by max_new_tokens     {scores['stopped_by_length']:>7}",
+        f"  exact match              {scores['exact_match']:8.2%}   {counts}",
+        f"  95 % interval (Wilson)   {low:8.2%} to {high:.2%}",
+        *(f"    {names[name]:<24}{fraction:8.2%}" for name, fraction in scores["rules"].items()),
+        f"  cut by max_new_tokens    {scores['stopped_by_length']:>8}",
     ]
     return "\n".join(lines)
