@@ -11,9 +11,11 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from config import KEYS, Config, load_config, make_config, read_settings
+from safetensors import SafetensorError
+
+from config import KEYS, Config, load_config, local_path, make_config, read_settings
 from errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -29,6 +31,9 @@ FREE_SETTINGS = frozenset(
     ("output_dir", "run_name", "micro_batch_tokens", "gradient_checkpointing", "log_every", "checkpoint_steps")
     + ("resume", "max_new_tokens", "decode_slots", "wandb_project", "wandb_mode")
 )
+
+
+Progress = TypeVar("Progress")
 
 
 # ---------------------------------------------------------------- writing
@@ -79,9 +84,9 @@ def _replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
         staged.rename(folder)
         _sync(folder.parent)
         shutil.rmtree(previous, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{folder}: the checkpoint can't be written ({error.strerror or one_line(error)}); earlier ones are "
+            f"{folder}: the checkpoint can't be written ({one_line(error)[:160]}); earlier ones are "
             "intact: make room or choose another --output_dir, then start again to resume"
         ) from error
 
@@ -102,10 +107,10 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace_file(file: Path, text: str) -> None:
-    """Write a text file so that a reader, or a kill, sees the old one or the new one, never half of it."""
+def replace_file(file: Path, content: str | bytes) -> None:
+    """Write a small file so that a reader, or a kill, sees the old one or the new one, never half of it."""
     staged = file.with_name(f".{file.name}.staged")
-    staged.write_text(text, encoding="utf-8")
+    staged.write_bytes(content if isinstance(content, bytes) else content.encode())
     _sync(staged)
     staged.replace(file)
     _sync(file.parent)
@@ -145,8 +150,8 @@ def pack_state(
     return tensors, {"progress": dict(progress), "optimizer": scalars, "groups": groups}
 
 
-def unpack_state(folder: Path, optimizer: "torch.optim.Optimizer") -> dict[str, Any]:
-    """Restore what `pack_state` packed; returns the progress."""
+def unpack_state(folder: Path, optimizer: "torch.optim.Optimizer", make_progress: Callable[..., Progress]) -> Progress:
+    """Restore what `pack_state` packed; returns the progress, made of its saved fields."""
     import torch
     from safetensors.torch import load_file
 
@@ -170,7 +175,7 @@ def unpack_state(folder: Path, optimizer: "torch.optim.Optimizer") -> dict[str, 
         for number in range(torch.cuda.device_count()):
             if f"random.cuda.{number}" in tensors:
                 torch.cuda.set_rng_state(tensors[f"random.cuda.{number}"], number)
-        return description["state"]["progress"]
+        return make_progress(**description["state"]["progress"])
     except Exception as error:  # safetensors and torch raise many types on a damaged file
         raise UserError(
             f"{folder}: is damaged ({one_line(error)[:160]}): delete it to start anew, or restore it from a copy"
@@ -186,7 +191,7 @@ def check_same_run(folder: Path, config: Config, data_sha256: str) -> None:
         for key in KEYS
         if key not in FREE_SETTINGS and before.get(key) != now[key]
     ]
-    if description["data"]["train_sha256"] != data_sha256:
+    if description["data"].get("train_sha256") != data_sha256:
         changed.append("the rows of the data set are not the same")
     if changed:
         raise UserError(
@@ -203,8 +208,9 @@ def read_description(folder: Path) -> dict[str, Any]:
     file = folder / DESCRIPTION_FILE
     try:
         description = json.loads(file.read_bytes())
-        if not isinstance(description["settings"], dict) or not isinstance(description["step"], int):
-            raise ValueError("settings or step is missing")
+        for key, kind in (("settings", dict), ("data", dict), ("step", int), ("epoch", float), ("wandb_run_id", str)):
+            if not isinstance(description[key], kind):
+                raise ValueError(f"{key} is {description[key]!r}")
         return description
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file}: is damaged or no training.json of this program ({one_line(error)[:160]})") from None
@@ -238,11 +244,11 @@ def resolve_source(ckpt: str | None, config_file: Path, typed: Mapping[str, str]
     """
     if ckpt is None:
         config = load_config(config_file, typed)
-        folder = Path(config.output_dir).expanduser() / config.run_name / "best"
+        folder = local_path(config.output_dir) / config.run_name / "best"
         if not folder.is_dir():
             raise UserError(f"{folder}: there is no such checkpoint: train first, or name one with --ckpt DIR")
         ckpt = str(folder)
-    folder = Path(ckpt).expanduser()
+    folder = local_path(ckpt)
     if not (folder / DESCRIPTION_FILE).is_file():
         if folder.is_dir() and not (folder / "config.json").is_file():
             raise UserError(f"{folder}: is no checkpoint and no Hugging Face model folder: it has no config.json")

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from errors import UserError
+from errors import UserError, one_line
 
 CONFIG_FILE = Path(__file__).with_name("config.yaml")
 
@@ -30,10 +30,26 @@ def _check_prompt(prompt: str) -> str:
     return prompt
 
 
-Text = Annotated[str, Field(min_length=1)]
-Prompt = Annotated[str, AfterValidator(_check_prompt)]
+def _check_text(text: str) -> str:
+    if not text.isprintable() and any(ord(letter) < 32 and letter not in "\n\t" for letter in text):
+        raise ValueError("must hold no control characters")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError("must be valid UTF-8")
+    return text
+
+
+def _check_whole(value: Any) -> Any:
+    # pydantic would also take "1.0" and "1_0".
+    if isinstance(value, str) and not re.fullmatch(r"[+-]?[0-9]+", value):
+        raise ValueError("must be a whole number")
+    return value
+
+
+Text = Annotated[str, Field(min_length=1), AfterValidator(_check_text)]
+Prompt = Annotated[Text, AfterValidator(_check_prompt)]
+Whole = Annotated[int, BeforeValidator(_check_whole)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[Whole, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -47,9 +63,9 @@ class Config:
     model: Text
     dataset: Text
     prompt: Prompt
-    max_length: Annotated[int, Field(ge=2)]
+    max_length: Annotated[Whole, Field(ge=2)]
     validation_size: Count
-    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    seed: Annotated[Whole, Field(ge=0, lt=2**63)]
     output_dir: Text
     run_name: Name
     epochs: Count
@@ -214,6 +230,9 @@ def parse_arguments(parser: ArgumentParser, argv: list[str]) -> tuple[argparse.N
     for key in KEYS:
         shown = f"{meanings.get(key, '')} (now {values.get(key, 'missing')!r})"
         group.add_argument(f"--{key}", metavar="VALUE", help=shown.replace("%", "%%"), default=argparse.SUPPRESS)
+    for key in KEYS:
+        if sum(argument == f"--{key}" or argument.startswith(f"--{key}=") for argument in argv) > 1:
+            raise UserError(f"command line: --{key} is given twice: keep one")
     arguments = vars(parser.parse_args(argv))
     typed = {key: arguments.pop(key) for key in KEYS if key in arguments}
     return argparse.Namespace(**arguments), typed
@@ -223,6 +242,20 @@ def load_config(file: Path, typed: Mapping[str, str]) -> Config:
     """The settings of ``file``, with those typed as flags in their place."""
     values = read_settings(file)[0] | dict(typed)
     return make_config(values, f"{file} and command line" if typed else str(file))
+
+
+def local_path(text: str) -> Path:
+    """The path that a user typed, ``~`` expanded.
+
+    Raises:
+        UserError: no file could have it (an unknown ``~user``, a name that is too long).
+    """
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+        return path
+    except (RuntimeError, OSError, ValueError) as error:
+        raise UserError(f"{text[:80]!r}: is no usable path ({one_line(error)[:120]}): check its spelling") from None
 
 
 def settings_text(config: Config) -> str:

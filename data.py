@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import scoring
+from config import local_path
 from errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def load_problems(dataset: str, split: str) -> list[Problem]:
     Raises:
         UserError: there is no such data set, or a row is not valid; names the file and the line.
     """
-    folder = Path(dataset).expanduser()
+    folder = local_path(dataset)
     if folder.is_dir():
         return _read_jsonl(folder / f"{split}.jsonl")
     if folder.exists():
@@ -112,7 +113,8 @@ def _download(dataset: str, split: str) -> list[Problem]:
         rows = datasets.load_dataset(dataset, "main", split=split)
     except Exception as error:  # the hub's client raises many types: all mean that the rows can't be had
         raise UserError(
-            f"dataset {dataset!r}: can't be loaded from the hub ({type(error).__name__}: {one_line(error)[:200]}): "
+            f"dataset {dataset!r}: is no folder here, and can't be loaded from the hub "
+            f"({type(error).__name__}: {one_line(error)[:200]}): "
             "check the id and the network, or name a local folder with train.jsonl and test.jsonl"
         ) from None
     return [_check_row(row, f"{dataset}, {split} row {number}") for number, row in enumerate(rows)]

@@ -1,5 +1,6 @@
 """How a script ends: one clear line and an exit code instead of a traceback."""
 
+import errno
 import os
 import signal
 import sys
@@ -33,6 +34,7 @@ def one_line(text: object) -> str:
 
 def run_script(story: Callable[..., None], *arguments: object) -> None:
     """Run ``story(*arguments)`` and end the process with the exit code that interface and shell expect."""
+    signal.signal(signal.SIGTERM, _stop)
     try:
         story(*arguments)
         sys.stdout.flush()
@@ -44,10 +46,26 @@ def run_script(story: Callable[..., None], *arguments: object) -> None:
         sys.exit(_complain(f"stopped: {one_line(stop)}", 128 + stop.signal_number))
     except KeyboardInterrupt:
         sys.exit(_complain("stopped by Ctrl-C", 128 + signal.SIGINT))
-    except BrokenPipeError:
-        # The reader of our output (a `| head`) is gone: not a fault, and nobody is left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            _leave_the_pipe()
+        if error.errno not in _STORAGE_FAULTS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        sys.exit(_complain(f"error: {where}{error.strerror}: make room or choose another folder", USER_ERROR))
+
+
+_STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES}
+
+
+def _stop(number: int, frame: object) -> None:
+    raise Stopped(number, "SIGTERM; what was finished is saved, and the same command goes on from there")
+
+
+def _leave_the_pipe() -> None:
+    # The reader of our output (a `| head`) is gone: not a fault, and nobody is left to tell.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(128 + signal.SIGPIPE)
 
 
 def _complain(line: str, exit_code: int) -> int:

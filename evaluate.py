@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from config import ArgumentParser, Config, parse_arguments, positive_number
+from config import ArgumentParser, Config, local_path, parse_arguments, positive_number
 from errors import UserError, one_line, run_script
 
 
@@ -50,7 +50,16 @@ import data
 import scoring
 from checkpoint import Source, replace_file, resolve_source
 from generate import greedy_decode
-from model import check_vocabulary, eos_token_ids, fetch, load_model, load_tokenizer, pick_device, weights_identity
+from model import (
+    check_positions,
+    check_vocabulary,
+    eos_token_ids,
+    fetch,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    weights_identity,
+)
 from tracking import MetricsLog, start_tracker
 
 PREDICTIONS_FILE, SCORES_FILE, IDENTITY_FILE = "predictions.jsonl", "scores.json", "evaluation.json"
@@ -70,17 +79,18 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
     all_problems = data.load_split(config.dataset, arguments.split, config.validation_size, config.seed)
     problems = all_problems[: arguments.limit]
     prompts = data.encode_prompts(tokenizer, problems, config.prompt)
+    model = load_model(folder, getattr(torch, config.dtype), pick_device())
+    check_vocabulary(model, tokenizer, source.path)
+    longest = max(map(len, prompts)) + config.max_new_tokens
+    check_positions(model, longest, "the longest prompt with max_new_tokens", "set a smaller max_new_tokens")
     output = arguments.output or output_folder(source, arguments.split)
     identity = identify(source, weights_identity(folder), arguments.split, all_problems)
     with PredictionsFile(output, identity, len(problems)) as predictions:
-        model = load_model(folder, getattr(torch, config.dtype), pick_device())
-        check_vocabulary(model, tokenizer, source.path)
-        check_lengths(prompts, config.max_new_tokens, model.config.max_position_embeddings)
         speed = decode(model, tokenizer, problems, prompts, predictions, config)
         scores = scoring.score(list(predictions.rows.values()), len(problems), str(predictions.file))
-        scores |= predictions.identity | speed
+    scores = predictions.identity | scores | (speed or speed_before(output))
     replace_file(output / SCORES_FILE, json.dumps(scores, indent=2) + "\n")
-    if len(problems) == len(all_problems):
+    if speed and len(problems) == len(all_problems):
         track(source, arguments.split, scores)
     print(scoring.score_table(scores, f"{source.path} on {arguments.split}"))
     print(f"results: {output}")
@@ -89,8 +99,11 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
 def rescore(file: Path, output: Path | None) -> None:
     """Score a ``predictions.jsonl`` again; ``scores.json`` goes beside it, or under ``output``."""
     rows = read_predictions(file)
-    identity = read_identity(file.with_name(IDENTITY_FILE))
-    scores = scoring.score(rows, identity.get("num_problems", len(rows)), str(file)) | identity
+    identity = read_identity(file.with_name(IDENTITY_FILE)) or read_identity(file.with_name(SCORES_FILE))
+    if "num_problems" not in identity:
+        print(f"{file}: nothing beside it says how many problems were asked: taken to be all {len(rows)}")
+    scores = scoring.score(rows, identity.get("num_problems", len(rows)), str(file))
+    scores = identity | scores | speed_before(file.parent)
     folder = output or file.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,11 +117,12 @@ def rescore(file: Path, output: Path | None) -> None:
 
 
 def output_folder(source: Source, split: str) -> Path:
-    """The run's own ``eval`` folder; for a model that belongs to no run, one named after it."""
+    """In the run's own ``eval`` folder; for a model that belongs to no run, in one named after it."""
     if source.run_folder is not None:
-        return source.run_folder / "eval" / split
+        checkpoint = Path(source.path).name
+        return source.run_folder / "eval" / (split if checkpoint == "best" else f"{checkpoint}-{split}")
     name = source.path.replace("/", "--") if not Path(source.path).exists() else Path(source.path).resolve().name
-    return Path(source.config.output_dir).expanduser() / name / "eval" / split
+    return local_path(source.config.output_dir) / name / "eval" / split
 
 
 def identify(source: Source, weights: str, split: str, problems: Sequence[data.Problem]) -> dict[str, Any]:
@@ -125,15 +139,6 @@ def identify(source: Source, weights: str, split: str, problems: Sequence[data.P
     }
 
 
-def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_positions: int) -> None:
-    longest = max(map(len, prompts))
-    if longest + max_new_tokens > max_positions:
-        raise UserError(
-            f"max_new_tokens {max_new_tokens}: with the longest prompt ({longest} tokens) it exceeds the model's "
-            f"{max_positions} positions: set at most {max_positions - longest}"
-        )
-
-
 def decode(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
@@ -145,7 +150,8 @@ def decode(
     """Complete every problem that ``predictions`` does not hold yet, each written as soon as it is finished.
 
     Returns:
-        ``seconds`` that it took, and ``tokens_per_second``, without what was there before.
+        ``seconds`` that it took, and ``tokens_per_second``, without what was there before; nothing
+        where all was.
     """
     waiting = [index for index in range(len(problems)) if index not in predictions.rows]
     if len(waiting) < len(problems):
@@ -168,6 +174,8 @@ def decode(
             bar.update()
             bar.set_postfix(exact_match=f"{predictions.num_correct / len(predictions.rows):.1%}", tok_s=f"{rate:.0f}")
     seconds = time.perf_counter() - started
+    if not waiting:
+        return {}
     return {"seconds": round(seconds, 3), "tokens_per_second": round(tokens / max(seconds, 1e-9), 1)}
 
 
@@ -194,19 +202,23 @@ class PredictionsFile:
             folder.mkdir(parents=True, exist_ok=True)
             if self.file.exists():
                 self._keep_finished(folder, num_problems)
-            replace_file(folder / IDENTITY_FILE, json.dumps(self.identity, indent=2) + "\n")
+            elif others := [name for name in (SCORES_FILE, IDENTITY_FILE) if (folder / name).exists()]:
+                raise UserError(f"{folder}: holds {' and '.join(others)} of something else: choose another --output")
             self._stream = self.file.open("a", encoding="utf-8")
+            replace_file(folder / IDENTITY_FILE, json.dumps(self.identity, indent=2) + "\n")
             self.num_correct = sum(row["correct"] for row in self.rows.values())
         except OSError as error:
             raise UserError(f"{folder}: can't be written ({error.strerror}): choose another --output") from None
 
     def _keep_finished(self, folder: Path, num_problems: int) -> None:
+        if b"\n" not in self.file.read_bytes():
+            return  # stopped before its first completion: nothing to mix with
         cure = f"choose another --output, or move {folder} away"
         before = read_identity(folder / IDENTITY_FILE)
         changed = [
             f"{key} was {before.get(key)!r} and is {value!r}"
             for key, value in self.identity.items()
-            if key != "num_problems" and before.get(key) != value
+            if key not in ("num_problems", "checkpoint") and before.get(key) != value  # weights says which model it is
         ]
         if changed:
             raise UserError(f"{self.file}: belongs to another evaluation ({'; '.join(changed)}): {cure}")
@@ -285,9 +297,21 @@ def read_identity(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: is damaged ({one_line(error)[:120]}): move it away or evaluate again") from None
 
 
+def speed_before(folder: Path) -> dict[str, float]:
+    """What an earlier ``scores.json`` in ``folder`` says of the time that decoding took."""
+    before = read_identity(folder / SCORES_FILE)
+    return {key: before[key] for key in ("seconds", "tokens_per_second") if key in before}
+
+
 def track(source: Source, split: str, scores: dict[str, Any]) -> None:
-    """Log the exact match into the run that the checkpoint comes from."""
+    """Log the exact match into the run that the checkpoint comes from, if data and decoding are the run's own."""
     if source.description is None or source.run_folder is None:
+        return
+    trained = source.description["settings"]
+    same = all(scores[key] == trained.get(key) for key in ("prompt", "max_new_tokens", "dtype"))
+    same &= scores["data_sha256"] == source.description["data"].get(f"{split}_sha256")
+    if not same:
+        print("not logged as the run's score: data or settings are not those of the run")
         return
     name = "eval/exact_match" if split == "test" else f"eval/{split}_exact_match"
     config, step, epoch = source.config, source.description["step"], source.description["epoch"]

@@ -11,6 +11,7 @@ there what its row consists of:
 """
 
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +22,10 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from torch.nn.attention import varlen
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from checkpoint import STATE_FILE
+from config import local_path
 from data import is_hub_id
 from errors import UserError, one_line
 
@@ -118,7 +120,7 @@ def fetch(name: str) -> Path:
         UserError: there is no such folder, or the hub can't be reached, does not know it, or wants a
             licence accepted first.
     """
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"model {name!r} is a folder without a config.json: name a Hugging Face model folder")
@@ -152,6 +154,7 @@ def _refused(name: str, error: HfHubHTTPError) -> UserError:
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer in ``folder``, checked to have the BOS and EOS that data.py needs."""
+    _refuse_code(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # tokenizers and sentencepiece raise many types
@@ -169,13 +172,14 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LlamaF
         UserError: it can't be read, is no Llama, or its files lack weights (Transformers would
             fill them at random with no more than a warning).
     """
+    _refuse_code(folder)
+    kind = _read_json(folder / "config.json").get("model_type")
+    if kind != "llama":
+        raise UserError(f"model {folder} is of type {kind!r}: only 'llama' is supported")
+    if not list(folder.glob("*.safetensors")) and list(folder.glob("*.bin")):
+        raise UserError(f"model {folder}: has pickled weights only (.bin), which are not read: convert to safetensors")
     try:
-        config = AutoConfig.from_pretrained(folder)
-    except Exception as error:  # as in load_tokenizer
-        raise _damaged(folder, "config.json", error) from None
-    if config.model_type != "llama":
-        raise UserError(f"model {folder} is of type {config.model_type!r}: only 'llama' is supported")
-    try:
+        config = LlamaConfig.from_pretrained(folder)
         model, report = LlamaForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -191,6 +195,12 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LlamaF
         raise UserError(
             f"model {folder}: its files lack {len(missing)} weights, the first is {missing[0]}: copy it anew"
         )
+    unknown = sorted(key for key in report["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq"))
+    if unknown:
+        raise UserError(
+            f"model {folder}: its files hold {len(unknown)} weights that its config.json has no place for, the "
+            f"first is {unknown[0]}: the two do not belong together, copy them anew"
+        )
     # Llama-2's own generation_config carries sampling settings: here decoding is greedy, and an
     # inconsistent one would make save_pretrained raise after the last epoch.
     model.generation_config = GenerationConfig(
@@ -200,6 +210,32 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LlamaF
         do_sample=False,
     )
     return model.to(device).eval()
+
+
+def _refuse_code(folder: Path) -> None:
+    """Raises UserError where Transformers would offer to run Python code that comes with the model."""
+    for file in (folder / "config.json", folder / "tokenizer_config.json"):
+        if file.exists() and "auto_map" in _read_json(file):
+            raise UserError(
+                f"model {folder}: its {file.name} asks to run code of its own (auto_map): that is never done"
+            )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("no object")
+        return content
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(file.parent, file.name, error) from None
+
+
+def check_positions(model: LlamaForCausalLM, longest: int, what: str, cure: str) -> None:
+    """Raises UserError where a sequence of ``longest`` tokens is more than the model has positions for."""
+    positions = model.config.max_position_embeddings
+    if longest > positions:
+        raise UserError(f"{what} has {longest} tokens, over the model's {positions} positions: {cure}")
 
 
 def _damaged(folder: Path, what: str, error: BaseException) -> UserError:

@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from config import ArgumentParser, Config, parse_arguments, positive_number
 from errors import run_script
@@ -33,16 +34,16 @@ if __name__ == "__main__":  # before the heavy imports: --help and a mistyped fl
 import math
 
 import torch
-import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 import data
 from checkpoint import resolve_source
-from model import check_vocabulary, fetch, load_model, load_tokenizer, pick_device
+from model import check_positions, check_vocabulary, fetch, load_model, load_tokenizer, pick_device
 
-CHUNK_ELEMENTS = 2**25  # most logits that exist at a time: 128 MiB in float32
+# Most logits that exist at a time: few enough that a CPU's cache still holds part of them, many
+# enough that a GPU is busy.
+CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 
 
 # ---------------------------------------------------------------- the loss
@@ -55,8 +56,7 @@ def summed_loss(model: LlamaForCausalLM, batch: data.Batch) -> torch.Tensor:
     it gives gradients that do not depend on how the step was cut up, since every supervised
     token weighs the same. (The mean of micro-batch means does not: transformers #34191.)
 
-    The head runs on the supervised positions only, in chunks whose logits are recomputed in
-    the backward pass, so that logits of the whole micro-batch never exist.
+    The head runs on the supervised positions only; see `LinearCrossEntropy`.
 
     Returns:
         A scalar in float64; each token's own loss is computed in float32 or better.
@@ -67,21 +67,58 @@ def summed_loss(model: LlamaForCausalLM, batch: data.Batch) -> torch.Tensor:
         use_cache=False,
         seqlens=batch.seqlens,
         cu_seqlens=batch.cu_seqlens,
-    ).last_hidden_state[0, batch.loss_positions]
-    rows = max(1, CHUNK_ELEMENTS // model.lm_head.weight.shape[0])
-    chunks = list(zip(hidden.split(rows), batch.labels.split(rows), strict=True))
-    if len(chunks) == 1:
-        return _head_loss(hidden, model.lm_head.weight, batch.labels)
-    losses = [checkpoint(_head_loss, h, model.lm_head.weight, t, use_reentrant=False) for h, t in chunks]
-    return torch.stack(losses).sum()
+    ).last_hidden_state
+    answers = hidden[0].index_select(0, batch.loss_positions)
+    return LinearCrossEntropy.apply(answers, model.lm_head.weight, batch.labels)
 
 
-def _head_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    logits = F.linear(hidden, weight)
-    # The log-sum-exp of bfloat16 logits would be off in the third digit.
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    # Added up in float64: a float32 sum over thousands of tokens is off in the sixth digit.
-    return F.cross_entropy(logits, labels, reduction="none").sum(dtype=torch.float64)
+class LinearCrossEntropy(torch.autograd.Function):
+    """Head and cross-entropy in one, summed over tokens, in chunks.
+
+    The logits exist for one chunk at a time, and the gradients are computed while they are
+    there: three matrix products a chunk, none of them twice, and no logits kept for the backward
+    pass (as in Liger Kernel, arXiv:2410.10989).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """``hidden`` is ``[N, H]``, ``weight`` ``[V, H]``, ``labels`` ``[N]``; returns nats in float64."""
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        nats = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        ctx.needed = any(ctx.needs_input_grad)
+        grad_hidden = torch.empty_like(hidden) if ctx.needed else None
+        grad_weight = torch.zeros_like(weight, dtype=exact) if ctx.needed else None
+        rows = max(1, CHUNK_ELEMENTS[hidden.device.type] // weight.shape[0])
+        for start in range(0, hidden.shape[0], rows):
+            chunk, target = hidden[start : start + rows], labels[start : start + rows, None]
+            # The log-sum-exp of bfloat16 logits would be off in the third digit.
+            logits = (chunk @ weight.T).to(exact)
+            largest, where = logits.max(dim=-1, keepdim=True)
+            probabilities = logits.softmax(dim=-1)
+            # log-sum-exp = largest logit - log of its probability: one pass less over the logits.
+            log_sum_exp = largest - probabilities.gather(1, where).log()
+            # Added up in float64: a float32 sum over thousands of tokens is off in the sixth digit.
+            nats += (log_sum_exp - logits.gather(1, target)).sum(dtype=torch.float64)
+            if ctx.needed:
+                del logits
+                grad_logits = probabilities.scatter_add_(1, target, torch.full_like(largest, -1))
+                grad_logits = grad_logits.to(hidden.dtype)
+                torch.mm(grad_logits, weight, out=grad_hidden[start : start + rows])
+                if hidden.dtype == exact:
+                    grad_weight.addmm_(grad_logits.T, chunk)
+                else:
+                    grad_weight += grad_logits.T @ chunk
+        ctx.gradients = (grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return nats
+
+    @staticmethod
+    def backward(ctx: Any, grad_nats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of this loss are used up: it can be differentiated once")
+        grad_hidden, grad_weight = ctx.gradients
+        ctx.gradients = None  # scaled in place: a second time would scale them twice
+        return grad_hidden.mul_(grad_nats), grad_weight.mul_(grad_nats).to(ctx.weight_dtype), None
 
 
 @dataclass(frozen=True)
@@ -93,7 +130,7 @@ class Measurement:
     num_tokens: int
 
     def __str__(self) -> str:
-        return f"loss {self.loss:.8g}, perplexity {self.perplexity:.8g}"
+        return f"loss {self.loss:#.8g}, perplexity {self.perplexity:#.8g}"
 
 
 def perplexity_of(loss: float) -> float:
@@ -136,10 +173,12 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
     examples = data.leave_out_long(examples, config.max_length, arguments.split)
     model = load_model(folder, getattr(torch, config.dtype), device)
     check_vocabulary(model, tokenizer, source.path)
+    longest = max(len(example.input_ids) for example in examples)
+    check_positions(model, longest, "the longest row", "set a smaller max_length")
     result = measure(model, examples, config.micro_batch_tokens, device)
     print(f"{source.path} on {arguments.split}: {len(examples)} rows, {result.num_tokens} supervised tokens")
-    print(f"loss {result.loss:.8g}")
-    print(f"perplexity {result.perplexity:.8g}")
+    print(f"loss {result.loss:#.8g}")
+    print(f"perplexity {result.perplexity:#.8g}")
 
 
 if __name__ == "__main__":

@@ -30,10 +30,10 @@ def gold_answer(answer: str) -> str:
         ValueError: there is no such number, or more than one ``####``. Without this check "no
             answer" would equal "no gold", and garbage would score 96 %.
     """
-    number = answer.rstrip().rpartition("\n")[2]
-    if answer.count("####") != 1 or not number.startswith("#### "):
+    last_line = answer.rstrip().rpartition("\n")[2]
+    number = last_line.removeprefix("#### ")
+    if answer.count("####") != 1 or number == last_line:
         raise ValueError("must end in a line '#### NUMBER', its only '####'")
-    number = number.removeprefix("#### ").strip()
     check_gold(number)
     return number
 
@@ -141,6 +141,9 @@ def score(predictions: Sequence[dict[str, Any]], num_problems: int, source: str)
 
 
 def _check_complete(ids: Sequence[int], num_problems: int, source: str) -> None:
+    if num_problems > 2 * len(ids) + 1000:  # no use in listing them all
+        missing_count = f"holds {len(ids)} predictions for {num_problems} problems"
+        raise UserError(f"{source}: {missing_count}: run evaluate.py again, it goes on where it stopped")
     double = sorted(identity for identity, count in Counter(ids).items() if count > 1)
     missing = sorted(set(range(num_problems)) - set(ids))
     foreign = sorted(set(ids) - set(range(num_problems)))

@@ -140,8 +140,14 @@ def make_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def make_model(folder: Path, *, hidden_size: int, intermediate_size: int, layers: int, heads: int) -> None:
-    """Write a Llama with random weights for the tokenizer in ``folder``."""
+def make_model(
+    folder: Path, *, hidden_size: int, intermediate_size: int, layers: int, heads: int, vocab_size: int | None = None
+) -> None:
+    """Write a Llama with random weights for the tokenizer in ``folder``.
+
+    Args:
+        vocab_size: rows of the embedding, where there shall be more than the tokenizer has tokens.
+    """
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -151,7 +157,7 @@ def make_model(folder: Path, *, hidden_size: int, intermediate_size: int, layers
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer),
+            vocab_size=vocab_size or len(tokenizer),
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
             num_hidden_layers=layers,

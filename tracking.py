@@ -70,7 +70,7 @@ def start_tracker(
     try:
         import wandb
 
-        resolved = mode or _default_mode(wandb)
+        resolved = _resolve_mode(wandb, mode or os.environ.get("WANDB_MODE"))
         if resolved == "disabled":
             return NoTracker()
         try:
@@ -89,10 +89,17 @@ def start_tracker(
         return NoTracker()
 
 
-def _default_mode(wandb: Any) -> str | None:
-    """None leaves it to W&B: what WANDB_MODE or `wandb offline` say, else online."""
-    if "WANDB_MODE" in os.environ or wandb.login(prompt=False):
-        return os.environ.get("WANDB_MODE")
+def _resolve_mode(wandb: Any, asked: str | None) -> str | None:
+    """``asked``, but offline where nobody is logged in: W&B would stop and ask for a key in the terminal."""
+    if asked in ("offline", "disabled"):
+        return asked
+    try:
+        logged_in = wandb.login(prompt=False, verify=False)  # verify would ask the server, and wait for it
+    except Exception as error:  # such as a key of the wrong form
+        print(f"W&B: the login is refused ({one_line(error)[:80]})")
+        logged_in = False
+    if logged_in:
+        return asked
     print("W&B: not logged in, so logging offline ('wandb login' before the run, or 'wandb sync' after it)")
     return "offline"
 
@@ -128,10 +135,10 @@ class MetricsLog:
         """
         self._tracker = tracker
         file = folder / METRICS_FILE
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+        lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
         kept = [line for line in lines if _step_of(line) <= resume_step]
         if len(kept) < len(lines):
-            replace_file(file, "".join(kept))
+            replace_file(file, b"".join(kept))
         self._file = file.open("a", encoding="utf-8")
 
     def write(self, step: int, epoch: float, numbers: Mapping[str, float]) -> None:
@@ -149,9 +156,9 @@ class MetricsLog:
         self._tracker.finish()
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     """The step of a line; NaN, below nothing, where a kill cut it in the middle."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.nan
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.nan
     except (ValueError, KeyError, TypeError):
         return math.nan

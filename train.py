@@ -11,7 +11,7 @@ line. A run that was stopped goes on when the same command is typed again.
 
 import sys
 
-from config import ArgumentParser, Config, load_config, parse_arguments, settings_text
+from config import ArgumentParser, Config, load_config, local_path, parse_arguments, settings_text
 from errors import NotFiniteError, Stopped, UserError, run_script
 
 
@@ -43,6 +43,7 @@ import checkpoint
 import data
 from generate import greedy_decode
 from model import (
+    check_positions,
     check_vocabulary,
     checkpoint_activations,
     eos_token_ids,
@@ -89,18 +90,22 @@ class Progress:
 
 
 def main(config: Config) -> None:
-    run_folder = Path(config.output_dir).expanduser() / config.run_name
+    run_folder = local_path(config.output_dir) / config.run_name
     resume_from = claim_run_folder(run_folder, config.resume)
     device, dtype = pick_device(), getattr(torch, config.dtype)
-    base = fetch(config.model)
+    base = resume_from or fetch(config.model)
     tokenizer = load_tokenizer(base)
     training, validation, sample, data_hashes = load_data(config, tokenizer)
     if resume_from is not None:
         checkpoint.check_same_run(resume_from, config, data_hashes["train_sha256"])
     total_steps = config.epochs * training.steps_per_epoch
 
-    model = load_model(resume_from or base, dtype, device)
+    model = load_model(base, dtype, device)
     check_vocabulary(model, tokenizer, config.model)
+    longest = max(len(example.input_ids) for example in [*training.examples, *validation])
+    check_positions(model, longest, "the longest row", "set a smaller max_length")
+    sample_length = len(data.encode_prompts(tokenizer, [sample], config.prompt)[0]) + config.max_new_tokens
+    check_positions(model, sample_length, "a prompt with max_new_tokens", "set a smaller max_new_tokens")
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     model.train()
@@ -114,7 +119,7 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     progress = Progress()
     if resume_from is not None:
-        progress = Progress(**checkpoint.unpack_state(resume_from, optimizer))
+        progress = checkpoint.unpack_state(resume_from, optimizer, Progress)
         if progress.step >= total_steps:
             raise UserError(
                 f"{run_folder}: this run is finished ({config.epochs} epochs, {total_steps} steps): evaluate it, or "
@@ -179,19 +184,21 @@ def main(config: Config) -> None:
                 check_finite(progress.step, result.loss, grad_norm, run_folder)
                 metrics.write(progress.step, epoch, {"val/loss": result.loss, "val/perplexity": result.perplexity})
                 bar.write(f"epoch {epoch:.0f} of {config.epochs}: validation {result}")
-                bar.write(write_sample(model, tokenizer, sample, config))
                 # best before last: after a kill between the two, the epoch is trained again and best saved again.
                 if progress.best_loss is None or result.loss < progress.best_loss:
                     progress.best_loss = result.loss
                     save("best", result)
 
             due = config.checkpoint_steps is not None and progress.step % config.checkpoint_steps == 0
-            if epoch_ends or due or stop.signal_number is not None:
+            stopped_by = stop.signal_number  # read once: a signal may come between two looks at it
+            if epoch_ends or due or stopped_by is not None:
                 save("last")
-            if stop.signal_number is not None and progress.step < total_steps:
+            if epoch_ends:
+                bar.write(write_sample(model, tokenizer, sample, config))
+            if stopped_by is not None and progress.step < total_steps:
                 raise Stopped(
-                    stop.signal_number,
-                    f"{signal.Signals(stop.signal_number).name} after step {progress.step}, saved in "
+                    stopped_by,
+                    f"{signal.Signals(stopped_by).name} after step {progress.step}, saved in "
                     f"{run_folder / 'last'}: the same command goes on from there",
                 )
 
@@ -242,7 +249,10 @@ def load_data(
         name: data.leave_out_long(data.encode(tokenizer, problems, config.prompt), config.max_length, name)
         for name, problems in (("train", train), ("validation", validation))
     }
-    hashes = {"train_sha256": data.fingerprint(rows), "test_sha256": data.fingerprint(test)}
+    hashes = {
+        f"{name}_sha256": data.fingerprint(problems)
+        for name, problems in (("train", rows), ("validation", validation), ("test", test))
+    }
     training = data.TrainingData(examples["train"], config.batch_size, config.seed)
     return training, examples["validation"], validation[0], hashes
 

@@ -58,7 +58,7 @@ def test_all_faults_are_reported_together_by_name(call, tmp_path: Path) -> None:
     outcome = call(train, "--config", str(file))
     outcome.assert_user_error(
         f"{file}: ",
-        "batch_size: 'many' must be a valid integer",
+        "batch_size: 'many' must be a whole number",
         "learning_rate: '-2e-5' must be greater than 0",
         "'sead' is no setting: did you mean 'seed'?",
         "seed is missing",
@@ -81,6 +81,10 @@ def test_all_faults_are_reported_together_by_name(call, tmp_path: Path) -> None:
         ("max_grad_norm", "0"),
         ("epochs", "0"),
         ("epochs", "1.5"),
+        ("epochs", "1.0"),
+        ("epochs", "1_0"),
+        ("output_dir", "a\tb\x07"),
+        ("model", "\udcff"),
         ("epochs", "-1"),
         ("epochs", ""),
         ("batch_size", "1e2"),
@@ -146,6 +150,11 @@ def test_the_flag_beats_the_file(tmp_path: Path) -> None:
     assert train.read_arguments(["--config", str(file)]).epochs == 5
     assert train.read_arguments(["--config", str(file), "--epochs", "7"]).epochs == 7
     assert train.read_arguments(["--epochs", "7", f"--config={file}"]).epochs == 7
+
+
+def test_a_flag_given_twice_is_refused(call) -> None:
+    """Guards against the second of two values that wins silently, as in the file."""
+    call(train, "--epochs", "2", "--epochs=9").assert_user_error("--epochs is given twice")
 
 
 def test_a_flag_repairs_the_file(tmp_path: Path) -> None:

@@ -220,6 +220,7 @@ GOOD = json.dumps({"question": "1 + 1?", "answer": "2\n#### 2"})
         ('{"question": "x", "answer": "#### 5\\nreally"}', "must end in"),
         ('{"question": "x", "answer": "#### 4\\n#### 5"}', "its only '####'"),
         ('{"question": "x", "answer": "#### ."}', "'.'"),
+        ('{"question": "x", "answer": "####  18"}', "' 18'"),
         ('{"question": "x", "answer": "#### ٣"}', "'٣'"),
         ('{"question": "\\ud800", "answer": "#### 5"}', "surrogate"),
         ('{"question": "\udcff", "answer": "#### 5"}', "is no JSON"),

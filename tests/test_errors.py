@@ -136,7 +136,7 @@ def test_hub_out_of_reach(settings: dict[str, str], dead_port: int, tmp_path: Pa
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
     result = run("train.py", *flags(settings | {"dataset": "owner/rows"}), **environment)
     assert result.returncode == 2, result.stderr
-    assert result.stderr.startswith("error: dataset 'owner/rows': can't be loaded from the hub")
+    assert result.stderr.startswith("error: dataset 'owner/rows': is no folder here, and can't be loaded from the hub")
     assert result.stderr.count("\n") == 1, result.stderr
 
 
@@ -173,6 +173,10 @@ def drop_weight(folder: Path) -> None:
         (drop_weight, "lack 1 weights, the first is model.layers.1.mlp.up_proj.weight"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "its tokenizer can't be read"),
         (lambda folder: edit_json(folder / "config.json", hidden_size=64), "its weights can't be read"),
+        (
+            lambda folder: edit_json(folder / "config.json", num_hidden_layers=1),
+            "weights that its config.json has no place",
+        ),
     ],
 )
 @pytest.mark.parametrize("script", [train, evaluate, perplexity])
@@ -204,13 +208,77 @@ def test_models_that_are_none(call, settings: dict[str, str], tmp_path: Path) ->
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+@pytest.mark.parametrize("key", ["model", "dataset", "output_dir"])
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/x", "x" * 300])
+def test_paths_that_no_file_can_have(call, settings: dict[str, str], key: str, path: str) -> None:
+    call(train, *flags(settings | {key: path})).assert_user_error("is no usable path")
+
+
+def test_code_that_comes_with_a_model_is_never_run(call, settings: dict[str, str], tmp_path: Path) -> None:
+    """Guards against Transformers' question whether to run it, which `yes |` would answer."""
+    for name in ("config.json", "tokenizer_config.json"):
+        folder = tmp_path / name
+        shutil.copytree(settings["model"], folder)
+        edit_json(folder / name, auto_map={"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]})
+        (folder / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+        call(train, *flags(settings | {"model": str(folder)})).assert_user_error("auto_map")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_pickled_weights_are_not_read(call, settings: dict[str, str], tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(settings["model"], folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    call(train, *flags(settings | {"model": str(folder)})).assert_user_error("convert to safetensors")
+
+
+def test_sequences_beyond_the_models_positions_are_refused(call, settings: dict[str, str], tmp_path: Path) -> None:
+    """Guards against rotary positions that the model never saw, and an epoch lost to its sample."""
+    folder = tmp_path / "short"
+    shutil.copytree(settings["model"], folder)
+    edit_json(folder / "config.json", max_position_embeddings=64)
+    call(train, *flags(settings | {"model": str(folder)})).assert_user_error("the model's 64 positions", "max_length")
+    arguments = flags(settings | {"model": str(folder)})
+    call(perplexity, "--ckpt", str(folder), *arguments).assert_user_error("the model's 64 positions", "max_length")
+    long = settings | {"max_new_tokens": "100000000000"}
+    call(train, *flags(long)).assert_user_error("the model's 1024 positions", "max_new_tokens")
+
+
+def test_a_file_size_limit_is_one_line(settings: dict[str, str]) -> None:
+    """A real fault of the real writer, not an injected one: the weights do not fit."""
+    code = f"ulimit -f 60; exec {sys.executable} train.py " + " ".join(
+        f"'{word}'" for word in flags(settings | {"run_name": "full"})
+    )
+    result = subprocess.run(["bash", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2, result
+    assert result.stderr.startswith("error: ") and "the checkpoint can't be written" in result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+
+
+def test_sigterm_outside_of_training_is_143(settings: dict[str, str]) -> None:
+    code = "import os, signal, errors\nerrors.run_script(lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
+    result = run("-c", code)
+    assert result.returncode == 143 and result.stderr.startswith("stopped: SIGTERM"), result
+
+
 def test_no_checkpoint_yet(call, settings: dict[str, str]) -> None:
     for script in (evaluate, perplexity):
         call(script, *flags(settings)).assert_user_error("there is no such checkpoint", "--ckpt DIR")
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b'{"settings": {}}', b'{"settings": 1, "step": 1}', b"\xff", b"null", b"[" * 100_000]
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"settings": {}}',
+        b'{"settings": 1, "step": 1}',
+        b'{"settings": {}, "step": 1, "epoch": 1.0}',
+        b"\xff",
+        b"null",
+        b"[" * 100_000,
+    ],
 )
 def test_damaged_descriptions(call, settings: dict[str, str], content: bytes) -> None:
     """Guards against a run that starts anew over a checkpoint it can't read."""

@@ -176,6 +176,58 @@ def test_another_checkpoint_is_another_evaluation(call, run_folder: Path) -> Non
     call(evaluate, "--ckpt", str(run_folder / "best")).assert_user_error("another evaluation", "weights was")
 
 
+def test_the_spelling_of_a_path_is_no_difference(call, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call(evaluate, "--ckpt", str(run_folder / "best")).code == 0
+    monkeypatch.chdir(run_folder)
+    assert call(evaluate, "--ckpt", "best").code == 0
+
+
+def test_a_refused_evaluation_leaves_nothing_behind(call, run_folder: Path) -> None:
+    """Guards against a mistake whose traces make the correct command fail."""
+    best = str(run_folder / "best")
+    call(evaluate, "--ckpt", best, "--max_new_tokens", "5000").assert_user_error("1024 positions")
+    assert not (run_folder / "eval").exists()
+    (run_folder / "eval" / "test").mkdir(parents=True)
+    (run_folder / "eval" / "test" / "predictions.jsonl").write_text('{"id": 0, "que')  # killed in its first line
+    assert call(evaluate, "--ckpt", best).code == 0
+
+
+def test_the_same_evaluation_again_changes_no_number(call, run_folder: Path) -> None:
+    best, folder = str(run_folder / "best"), run_folder / "eval" / "test"
+    assert call(evaluate, "--ckpt", best).code == 0
+    scores, metrics = (folder / "scores.json").read_bytes(), (run_folder / "metrics.jsonl").read_bytes()
+    assert call(evaluate, "--ckpt", best).code == 0
+    assert (folder / "scores.json").read_bytes() == scores
+    assert (run_folder / "metrics.jsonl").read_bytes() == metrics
+    assert call(evaluate, "--rescore", str(folder / "predictions.jsonl")).code == 0
+    assert json.loads((folder / "scores.json").read_text()) == json.loads(scores)
+
+
+def test_a_score_on_other_data_is_not_logged_as_the_runs(
+    call, settings: dict[str, str], run_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(settings["dataset"], tmp_path / "other")
+    test = tmp_path / "other" / "test.jsonl"
+    test.write_text("".join(test.read_text().splitlines(keepends=True)[:3]))
+    arguments = ["--ckpt", str(run_folder / "best"), "--dataset", str(tmp_path / "other"), "--output"]
+    outcome = call(evaluate, *arguments, str(tmp_path / "out"))
+    assert outcome.code == 0 and "not logged as the run's score" in outcome.out
+    assert "eval/" not in (run_folder / "metrics.jsonl").read_text()
+
+
+def test_files_of_a_foreign_folder_are_not_replaced(call, run_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "scores.json").write_text("precious")
+    outcome = call(evaluate, "--ckpt", str(run_folder / "best"), "--output", str(tmp_path))
+    outcome.assert_user_error("holds scores.json of something else")
+    assert (tmp_path / "scores.json").read_text() == "precious"
+
+
+def test_last_has_a_folder_of_its_own(call, run_folder: Path) -> None:
+    for name in ("best", "last"):
+        assert call(evaluate, "--ckpt", str(run_folder / name), "--limit", "2").code == 0
+    assert {path.name for path in (run_folder / "eval").iterdir()} == {"test", "last-test"}
+
+
 def test_a_plain_model_folder(call, settings: dict[str, str]) -> None:
     """A base model takes the settings of the file, and nothing is written into its folder."""
     before = sorted(Path(settings["model"]).iterdir())
@@ -197,4 +249,4 @@ def test_a_checkpoint_copied_out_of_its_run(call, settings: dict[str, str], run_
 
 def test_completions_that_do_not_fit_the_model_are_refused(call, settings: dict[str, str]) -> None:
     outcome = call(evaluate, "--ckpt", settings["model"], *flags(settings | {"max_new_tokens": "1020"}))
-    outcome.assert_user_error("max_new_tokens 1020", "the model's 1024 positions", "set at most")
+    outcome.assert_user_error("the longest prompt with max_new_tokens", "1024 positions", "smaller max_new_tokens")

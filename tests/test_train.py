@@ -163,6 +163,19 @@ def test_resuming_with_what_may_not_change_is_refused(
     assert {path: path.read_bytes() for path in run_folder(settings).rglob("*") if path.is_file()} == before
 
 
+def test_resuming_needs_no_base_model(call, settings: dict[str, str], stop_after, tmp_path: Path) -> None:
+    """Guards against a hub that must be asked, or a base that has gone, though last holds everything."""
+    shutil.copytree(settings["model"], tmp_path / "base")
+    settings["model"] = str(tmp_path / "base")
+    original = train.accumulate
+    with pytest.raises(RuntimeError):
+        stop_after(9, None)
+        call(train, *flags(settings))
+    train.accumulate = original
+    shutil.rmtree(tmp_path / "base")
+    assert call(train, *flags(settings)).code == 0
+
+
 def test_other_rows_are_refused(call, settings: dict[str, str], problems: list[Problem], tmp_path: Path) -> None:
     folder = tmp_path / "data"
     shutil.copytree(settings["dataset"], folder)

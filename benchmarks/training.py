@@ -1,0 +1,378 @@
+"""Optimizer steps a second: this product, Transformers' Trainer, and TRL's SFTTrainer at the same work.
+
+python benchmarks/training.py
+python benchmarks/training.py --steps 5 --contenders ours trainer
+python benchmarks/training.py --hidden_size 4096 --intermediate_size 11008 --layers 32 --heads 32 --dtype bfloat16
+
+Each contender is a process of its own. They take their steps in turn, one process at a time, so
+that a machine whose speed drifts treats them alike; the medians are over the steps after the
+first. All train the same random Llama on the same rows, 32 sequences a step, with fused AdamW:
+
+- ours: packed micro-batches, as train.py makes them;
+- trainer: 8 rows padded to the longest, 4 times accumulated, Transformers' own attention;
+- trl: SFTTrainer's defaults with prompt and completion rows, 8 rows 4 times (its bf16 default is
+  off where the others compute in float32).
+
+Rows are GSM8K's where GSM8K_DIR and TOKENIZER_DIR name data and tokenizer, else random tokens of
+its lengths. FLOPs of a step, for all contenders what the task needs: 6 for each weight of the
+layers and token, 6 for each weight of the head and supervised token, and 6 * layers * hidden *
+length^2 for the causal attention of each sequence. They are compared with the rate of a 2048^3
+matrix product in the same dtype, measured between the steps.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+BATCH, ROWS, ACCUMULATION = 32, 8, 4
+PROMPT = "Question: {question}\nAnswer:"
+# Prompt and answer tokens of 64 rows of GSM8K's train split, at equal steps of the sorted total length.
+LENGTHS = (
+    *((33, 58), (41, 60), (43, 63), (36, 75), (53, 62), (37, 82), (45, 77), (59, 66), (79, 49), (56, 75), (51, 83)),
+    *((50, 87), (50, 89), (74, 68), (56, 88), (61, 85), (44, 105), (59, 92), (66, 88), (63, 94), (80, 79), (76, 86)),
+    *((73, 92), (52, 115), (63, 106), (62, 110), (55, 119), (74, 103), (70, 109), (72, 110), (83, 101), (51, 137)),
+    *((42, 148), (58, 135), (58, 138), (57, 142), (90, 112), (58, 147), (55, 153), (47, 164), (63, 152), (77, 142)),
+    *((73, 149), (99, 127), (108, 122), (60, 173), (86, 152), (96, 146), (75, 170), (66, 183), (79, 175), (88, 171)),
+    *((77, 188), (135, 136), (95, 182), (84, 200), (70, 222), (93, 209), (75, 236), (66, 258), (144, 194), (103, 252)),
+    *((108, 270), (72, 368)),
+)
+
+
+def read_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--contenders", nargs="+", choices=tuple(WORKERS), default=list(WORKERS))
+    parser.add_argument("--steps", type=int, default=4, help="timed optimizer steps, after one that is not")
+    parser.add_argument("--hidden_size", type=int, default=512)
+    parser.add_argument("--intermediate_size", type=int, default=1376)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--micro_batch_tokens", type=int, default=2048, help="of our own contender")
+    parser.add_argument("--worker", choices=tuple(WORKERS), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+# ---------------------------------------------------------------- the work
+
+
+def prepare(folder: Path, arguments: argparse.Namespace) -> list[dict[str, list[int]]]:
+    """Write model and rows into ``folder``; returns the rows, ``input_ids`` and unshifted ``labels``."""
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    import data
+    import standin
+
+    rows = (arguments.steps + 1) * BATCH
+    if os.environ.get("TOKENIZER_DIR"):
+        for file in Path(os.environ["TOKENIZER_DIR"]).glob("tokenizer*"):
+            shutil.copyfile(file, folder / file.name)
+    else:
+        texts = [f"{row['question']}\n{row['answer']}" for row in standin.make_problems(2000, seed=0)]
+        standin.make_tokenizer(texts, folder, vocab_size=512)
+    standin.make_model(
+        folder,
+        hidden_size=arguments.hidden_size,
+        intermediate_size=arguments.intermediate_size,
+        layers=arguments.layers,
+        heads=arguments.heads,
+        vocab_size=32_000,
+    )
+    if os.environ.get("GSM8K_DIR") and os.environ.get("TOKENIZER_DIR"):
+        problems = data.load_problems(os.environ["GSM8K_DIR"], "train")[:rows]
+        encoded = data.encode(AutoTokenizer.from_pretrained(folder), problems, PROMPT)
+        examples = [{"input_ids": example.input_ids, "labels": example.labels} for example in encoded]
+        print(f"rows: the first {rows} of GSM8K's train split, Llama-2's tokenizer")
+    else:
+        rng = random.Random(0)
+        examples = []
+        for _ in range(rows):
+            prompt, answer = rng.choice(LENGTHS)
+            ids = [1, *(rng.randrange(3, 32_000) for _ in range(prompt + answer - 2)), 2]
+            examples.append({"input_ids": ids, "labels": [data.IGNORE] * prompt + ids[prompt:]})
+        print(f"rows: {rows} of random tokens with GSM8K's lengths")
+    (folder / "rows.json").write_text(json.dumps(examples))
+    return examples
+
+
+def flops(rows: list[dict[str, list[int]]], arguments: argparse.Namespace) -> float:
+    """FLOPs of one optimizer step over ``rows`` by the formula above."""
+    hidden, layers = arguments.hidden_size, arguments.layers
+    body = layers * (4 * hidden * hidden + 3 * hidden * arguments.intermediate_size)
+    head = 32_000 * hidden
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    labels = sum(label != -100 for row in rows for label in row["labels"])
+    attention = layers * hidden * sum(len(row["input_ids"]) ** 2 for row in rows)
+    return 6.0 * (body * tokens + head * labels + attention)
+
+
+# ---------------------------------------------------------------- contenders, each in a process of its own
+
+
+def wait_for_turn() -> None:
+    if sys.stdin.readline() != "go\n":
+        sys.exit("the benchmark has gone")
+
+
+def report(**values: Any) -> None:
+    print("@" + json.dumps(values), flush=True)
+
+
+def peak_memory() -> float:
+    """Most memory in GB that this process held: on the device where there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def work_ours(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -> None:
+    import torch
+
+    import data
+    import train
+    from model import checkpoint_activations, load_model, pick_device
+    from optimizer import build_optimizer
+
+    device = pick_device()
+    examples = [data.Example(**row) for row in rows]
+    model = load_model(arguments.folder, getattr(torch, arguments.dtype), device).train()
+    if device.type == "cuda":
+        checkpoint_activations(model)
+    optimizer = build_optimizer(
+        model.parameters(), learning_rate=2e-5, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0
+    )
+    for first in range(0, len(examples), BATCH):
+        wait_for_turn()
+        started = time.perf_counter()
+        window = data.pack(examples[first : first + BATCH], arguments.micro_batch_tokens)
+        nats, num_labels, _ = train.accumulate(model, window, device, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        report(seconds=time.perf_counter() - started, loss=nats / num_labels, peak=peak_memory())
+
+
+def _paced_trainer(base: type, **settings: Any) -> None:
+    """Run a Trainer that waits for its turn before each step and reports after it."""
+    import torch
+    from transformers import TrainerCallback
+
+    class Pace(TrainerCallback):
+        started = seconds = 0.0
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            wait_for_turn()
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.seconds = time.perf_counter() - self.started
+
+        def on_log(self, *_: Any, logs: dict[str, Any], **__: Any) -> None:
+            if "loss" in logs:
+                report(seconds=self.seconds, loss=logs["loss"], peak=peak_memory())
+
+    base(callbacks=[Pace()], **settings).train()
+
+
+def _training_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "output_dir": str(arguments.folder / "trainer"),
+        "per_device_train_batch_size": ROWS,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "num_train_epochs": 1,
+        "train_sampling_strategy": "sequential",
+        "learning_rate": 2e-5,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "optim": "adamw_torch_fused",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": arguments.dtype == "bfloat16",
+    }
+
+
+def work_trainer(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -> None:
+    import torch
+    from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+
+    def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        longest = max(len(row["input_ids"]) for row in batch)
+
+        def pad(rows: list[list[int]], value: int) -> torch.Tensor:
+            return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+
+        return {
+            "input_ids": pad([row["input_ids"] for row in batch], 0),
+            "attention_mask": pad([[1] * len(row["input_ids"]) for row in batch], 0),
+            "labels": pad([row["labels"] for row in batch], -100),
+        }
+
+    settings = _training_settings(arguments) | {"gradient_checkpointing": torch.cuda.is_available()}
+    _paced_trainer(
+        Trainer,
+        model=LlamaForCausalLM.from_pretrained(arguments.folder, dtype=getattr(torch, arguments.dtype)),
+        args=TrainingArguments(**settings),
+        train_dataset=rows,
+        data_collator=collate,
+    )
+
+
+def work_trl(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -> None:
+    import torch
+    from datasets import Dataset
+    from transformers import AutoTokenizer, LlamaForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    # What SFTTrainer makes of prompt and completion: ids of both, and a mask of the completion.
+    masked = [
+        {"input_ids": row["input_ids"], "completion_mask": [int(label != -100) for label in row["labels"]]}
+        for row in rows
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(arguments.folder)
+    tokenizer.pad_token = tokenizer.unk_token
+    _paced_trainer(
+        SFTTrainer,
+        model=LlamaForCausalLM.from_pretrained(arguments.folder, dtype=getattr(torch, arguments.dtype)),
+        args=SFTConfig(**_training_settings(arguments), completion_only_loss=True),
+        train_dataset=Dataset.from_list(masked),
+        processing_class=tokenizer,
+    )
+
+
+WORKERS: dict[str, Callable[[argparse.Namespace, list[dict[str, list[int]]]], None]] = {
+    "ours": work_ours,
+    "trainer": work_trainer,
+    "trl": work_trl,
+}
+
+
+# ---------------------------------------------------------------- the race
+
+
+@dataclass
+class Contender:
+    """A worker process and what it reported, step by step."""
+
+    name: str
+    process: subprocess.Popen[str]
+    reports: list[dict[str, float]]
+
+    def step(self) -> None:
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("@"):
+                self.reports.append(json.loads(line[1:]))
+                return
+        sys.exit(f"{self.name} ended before its last step: its messages are above")
+
+
+def matrix_rate(dtype: str) -> float:
+    """FLOP/s of a 2048^3 matrix product, the median of several."""
+    import torch
+
+    from model import pick_device
+
+    device = pick_device()
+    a, b = (torch.randn(2048, 2048, dtype=getattr(torch, dtype), device=device) for _ in range(2))
+    seconds = []
+    for _ in range(12):
+        started = time.perf_counter()
+        torch.mm(a, b)[0, 0].item()
+        seconds.append(time.perf_counter() - started)
+    return 2 * 2048**3 / statistics.median(seconds[2:])
+
+
+def main(arguments: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.folder = Path(folder)
+        if arguments.worker is None:
+            rows = prepare(arguments.folder, arguments)
+            race(arguments, rows)
+
+
+def race(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -> None:
+    options = [f"--{key}={getattr(arguments, key)}" for key in ("folder", "dtype", "micro_batch_tokens")]
+    contenders = [
+        Contender(
+            name,
+            subprocess.Popen(
+                [sys.executable, __file__, "--worker", name, *options],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            ),
+            [],
+        )
+        for name in arguments.contenders
+    ]
+    rates = []
+    for step in range(arguments.steps + 1):
+        rates.append(matrix_rate(arguments.dtype))
+        for contender in contenders:
+            contender.step()
+            print(f"step {step} {contender.name}: {contender.reports[-1]['seconds']:.2f} s", file=sys.stderr)
+    for contender in contenders:
+        contender.process.kill()
+    print_table(arguments, rows, contenders, statistics.median(rates))
+
+
+def print_table(
+    arguments: argparse.Namespace, rows: list[dict[str, list[int]]], contenders: list[Contender], rate: float
+) -> None:
+    windows = [rows[first : first + BATCH] for first in range(0, len(rows), BATCH)][1:]
+    tokens = [sum(len(row["input_ids"]) for row in window) for window in windows]
+    work = [flops(window, arguments) for window in windows]
+    print(f"matrix products: {rate / 1e9:.0f} GFLOP/s in {arguments.dtype}")
+    print("| contender | tokens a second | s a step | peak memory, GB | share of the matrix rate | first loss |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    speeds = {}
+    for contender in contenders:
+        timed = [entry["seconds"] for entry in contender.reports[1:]]
+        speeds[contender.name] = statistics.median(t / s for t, s in zip(tokens, timed, strict=True))
+        share = statistics.median(w / s for w, s in zip(work, timed, strict=True)) / rate
+        peak, loss = contender.reports[-1]["peak"], contender.reports[0]["loss"]
+        print(
+            f"| {contender.name} | {speeds[contender.name]:.0f} | {statistics.median(timed):.2f} | {peak:.2f} "
+            f"| {share:.0%} | {loss:.6f} |"
+        )
+    for contender in contenders[1:]:
+        memory = contenders[0].reports[-1]["peak"] / contender.reports[-1]["peak"]
+        speed = speeds[contenders[0].name] / speeds[contender.name]
+        print(f"{contenders[0].name} against {contender.name}: {speed:.2f} x the speed, {memory:.2f} x the memory")
+    losses = [contender.reports[0]["loss"] for contender in contenders]
+    tolerance = 1e-4 if arguments.dtype == "float32" else 3e-2
+    if max(losses) - min(losses) > tolerance:
+        sys.exit(f"the first losses differ by {max(losses) - min(losses):.6f}, over {tolerance}: not the same work")
+
+
+if __name__ == "__main__":
+    options = read_arguments(sys.argv[1:])
+    if options.worker:
+        WORKERS[options.worker](options, json.loads((options.folder / "rows.json").read_text()))
+    else:
+        main(options)
