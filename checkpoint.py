@@ -125,15 +125,30 @@ def find_last(run_folder: Path) -> Path | None:
 # ---------------------------------------------------------------- what resuming needs
 
 
+def random_state() -> "dict[str, torch.Tensor]":
+    """The states of all random number generators that training draws from, by name."""
+    import torch
+
+    devices = range(torch.cuda.device_count())
+    return {"random.cpu": torch.get_rng_state()} | {f"random.cuda.{n}": torch.cuda.get_rng_state(n) for n in devices}
+
+
+def set_random_state(state: "Mapping[str, torch.Tensor]") -> None:
+    import torch
+
+    torch.set_rng_state(state["random.cpu"])
+    for number in range(torch.cuda.device_count()):
+        if f"random.cuda.{number}" in state:
+            torch.cuda.set_rng_state(state[f"random.cuda.{number}"], number)
+
+
 def pack_state(
     optimizer: "torch.optim.Optimizer", progress: Mapping[str, Any]
 ) -> "tuple[dict[str, torch.Tensor], dict[str, Any]]":
     """Optimizer and random states as named tensors, the rest as what JSON holds: nothing is pickled."""
     import torch
 
-    tensors = {"random.cpu": torch.get_rng_state()}
-    for number in range(torch.cuda.device_count()):
-        tensors[f"random.cuda.{number}"] = torch.cuda.get_rng_state(number)
+    tensors = random_state()
     content = optimizer.state_dict()
     scalars: dict[str, dict[str, Any]] = {}
     for index, entries in content["state"].items():
@@ -152,7 +167,6 @@ def pack_state(
 
 def unpack_state(folder: Path, optimizer: "torch.optim.Optimizer", make_progress: Callable[..., Progress]) -> Progress:
     """Restore what `pack_state` packed; returns the progress, made of its saved fields."""
-    import torch
     from safetensors.torch import load_file
 
     description = read_description(folder)
@@ -171,10 +185,7 @@ def unpack_state(folder: Path, optimizer: "torch.optim.Optimizer", make_progress
             elif kind == "group":
                 groups[int(index)][name] = tensor
         optimizer.load_state_dict({"state": state, "param_groups": groups})
-        torch.set_rng_state(tensors["random.cpu"])
-        for number in range(torch.cuda.device_count()):
-            if f"random.cuda.{number}" in tensors:
-                torch.cuda.set_rng_state(tensors[f"random.cuda.{number}"], number)
+        set_random_state(tensors)
         return make_progress(**description["state"]["progress"])
     except Exception as error:  # safetensors and torch raise many types on a damaged file
         raise UserError(

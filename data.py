@@ -327,15 +327,14 @@ def collate(examples: Sequence[Example]) -> Batch:
 def pack(examples: Sequence[Example], micro_batch_tokens: int) -> list[Batch]:
     """Distribute ``examples`` over few micro-batches of at most ``micro_batch_tokens``: first-fit decreasing.
 
-    Which sequences share a micro-batch changes no result: attention does not cross their
-    borders, and each supervised token weighs the same (see `perplexity.summed_loss`).
+    A sequence that is longer than that has a micro-batch of its own. Which sequences share one
+    changes no result: attention does not cross their borders, and each supervised token weighs the
+    same (see `perplexity.summed_loss`).
     """
     bins: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(examples)), key=lambda index: -len(examples[index].input_ids)):
         length = len(examples[index].input_ids)
-        if length > micro_batch_tokens:
-            raise ValueError(f"a sequence of {length} tokens fits no micro-batch of {micro_batch_tokens}")
         fit = next((number for number, free in enumerate(room) if free >= length), len(bins))
         if fit == len(bins):
             bins.append([])

@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
+from data import IGNORE, Batch, Example, collate
+from model import Attend, PackedAttention, forward
+
 PREFILL_TOKENS = 8192  # most prompt tokens in one forward pass
 
 
@@ -42,52 +45,47 @@ class KVCache:
 
     def __init__(self, model: LlamaForCausalLM, slots: int, capacity: int):
         config = model.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        head_dim = model.model.layers[0].self_attn.head_dim
         shape = (config.num_hidden_layers, slots, config.num_key_value_heads, capacity, head_dim)
         # zeros, not empty: what a mask hides must still be finite, since 0 * NaN is NaN.
         self.keys = torch.zeros(shape, dtype=model.dtype, device=model.device)
         self.values = torch.zeros_like(self.keys)
-        self._first_slot = 0
-        self._prompt_lengths: tuple[int, ...] = ()
-        self._positions = torch.empty(0)
-        self._mask = torch.empty(0)
 
-    def expect_prompts(self, first_slot: int, lengths: tuple[int, ...]) -> None:
-        """Say into which slots the next forward pass's packed prompts go."""
-        self._first_slot, self._prompt_lengths = first_slot, lengths
+    def prefill(self, first_slot: int, batch: Batch) -> Attend:
+        """Attention of packed prompts, that keeps what it sees in the slots from ``first_slot`` on."""
+        packed = PackedAttention(batch)
 
-    def write_prompts(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Keep ``[1, kv_heads, T, head_dim]`` of packed prompts, each in its slot."""
-        for cache, packed in ((self.keys, key), (self.values, value)):
-            for offset, sequence in enumerate(packed[0].split(self._prompt_lengths, dim=1)):
-                cache[layer, self._first_slot + offset, :, : sequence.shape[1]] = sequence
+        def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            for cache, seen in ((self.keys, key), (self.values, value)):
+                for offset, sequence in enumerate(seen[0].split(batch.seqlens)):
+                    cache[layer, first_slot + offset, :, : len(sequence)] = sequence.transpose(0, 1)
+            return packed(layer, query, key, value)
 
-    def expect_tokens(self, lengths: torch.Tensor, longest: int) -> None:
-        """Say how many tokens each slot in use holds (``[slots in use]``) before the next forward pass."""
-        self._positions = lengths
-        past = torch.arange(longest + 1, device=lengths.device)
-        self._mask = (past <= lengths[:, None])[:, None, None, :]  # [slots in use, 1, 1, longest + 1]
+        return attend
 
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        """Keep the new token's key and value, and attend to everything its slot holds.
+    def step(self, lengths: torch.Tensor, longest: int) -> Attend:
+        """Attention of one new token in each slot in use, to all that its slot holds and to itself.
 
-        All are ``[slots in use, (kv_)heads, 1, head_dim]``, and so is the result.
+        Args:
+            lengths: ``[slots in use]``, the tokens that each holds; ``longest``: the most of them.
         """
-        used = query.shape[0]
-        rows = torch.arange(used, device=query.device)
-        self.keys[layer][rows, :, self._positions] = key[:, :, 0]
-        self.values[layer][rows, :, self._positions] = value[:, :, 0]
-        length = self._mask.shape[-1]
-        return F.scaled_dot_product_attention(
-            query,
-            self.keys[layer, :used, :, :length],
-            self.values[layer, :used, :, :length],
-            attn_mask=self._mask,
-            scale=scaling,
-            enable_gqa=True,
-        )
+        rows = torch.arange(len(lengths), device=lengths.device)
+        past = torch.arange(longest + 1, device=lengths.device)
+        mask = (past <= lengths[:, None])[:, None, None, :]  # [slots in use, 1, 1, longest + 1]
+
+        def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            self.keys[layer][rows, :, lengths] = key[:, 0]
+            self.values[layer][rows, :, lengths] = value[:, 0]
+            output = F.scaled_dot_product_attention(
+                query.transpose(1, 2),
+                self.keys[layer, : len(rows), :, : longest + 1],
+                self.values[layer, : len(rows), :, : longest + 1],
+                attn_mask=mask,
+                enable_gqa=query.shape[2] != key.shape[2],
+            )
+            return output.transpose(1, 2)
+
+        return attend
 
     def move(self, source: int, target: int) -> None:
         """Copy one slot over another."""
@@ -153,31 +151,17 @@ def _admit(waiting: list[int], prompts: Sequence[list[int]], free: int) -> list[
 
 def _prefill(model: LlamaForCausalLM, cache: KVCache, prompts: list[list[int]], first_slot: int) -> list[int]:
     """Read packed prompts into the slots from ``first_slot`` on; returns the first token after each."""
-    seqlens = tuple(map(len, prompts))
-    cache.expect_prompts(first_slot, seqlens)
-    ends = torch.tensor(seqlens, device=model.device).cumsum(0)
-    hidden = model.model(
-        input_ids=torch.tensor([[token for prompt in prompts for token in prompt]], device=model.device),
-        position_ids=torch.tensor([[p for length in seqlens for p in range(length)]], device=model.device),
-        use_cache=False,
-        seqlens=seqlens,
-        cu_seqlens=F.pad(ends, (1, 0)).int(),
-        kv_cache=cache,
-    ).last_hidden_state
-    return _most_probable(model, hidden[0, ends - 1])
+    batch = collate([Example(prompt, [IGNORE] * len(prompt)) for prompt in prompts]).to(model.device)
+    hidden = forward(model, batch.input_ids, batch.position_ids, cache.prefill(first_slot, batch))
+    return _most_probable(model, hidden[0, batch.cu_seqlens[1:].long() - 1])
 
 
 def _decode_one_token(model: LlamaForCausalLM, cache: KVCache, running: list[Completion]) -> list[int]:
     # The newest token of each completion is not in the cache yet.
     lengths = [one.prompt_length + len(one.token_ids) - 1 for one in running]
     positions = torch.tensor(lengths, device=model.device)
-    cache.expect_tokens(positions, max(lengths))
-    hidden = model.model(
-        input_ids=torch.tensor([[one.token_ids[-1]] for one in running], device=model.device),
-        position_ids=positions[:, None],
-        use_cache=False,
-        kv_cache=cache,
-    ).last_hidden_state
+    newest = torch.tensor([[one.token_ids[-1]] for one in running], device=model.device)
+    hidden = forward(model, newest, positions[:, None], cache.step(positions, max(lengths)))
     return _most_probable(model, hidden[:, 0])
 
 

@@ -1,18 +1,16 @@
-"""The tokenizer and the model, and attention over packed sequences.
+"""The tokenizer and the model, and the forward pass over packed sequences.
 
-The model is Transformers' Llama as it is; only the attention is ours. Transformers hands every
-keyword argument that it does not know on to the attention function, so a forward pass says
-there what its row consists of:
-
-- ``model(input_ids, position_ids, seqlens=..., cu_seqlens=...)``: packed sequences, each blind
-  to the others (training, validation, prefill);
-- the same with ``kv_cache=...``: the keys and values are kept in the cache as well (prefill);
-- ``model(input_ids, position_ids, kv_cache=...)``: one new token for each slot of the cache.
+Weights, files and configuration are Transformers' Llama as it is. The forward pass is our own,
+over the same modules, since three things cost others a third of their time and memory: padding,
+what elementwise operations keep for the backward pass, and copies between layouts. What attends
+to what is a parameter of it (`Attend`): packed sequences in training and validation, a cache in
+decoding.
 """
 
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,92 +20,181 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from torch.nn.attention import varlen
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from checkpoint import STATE_FILE
 from config import local_path
-from data import is_hub_id
+from data import Batch, is_hub_id
 from errors import UserError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
-    from generate import KVCache
+# attend(layer, query, key, value) with [B, T, heads, head_dim] and [B, T, kv_heads, head_dim]
+# gives [B, T, heads, head_dim].
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-ATTENTION = "packed"  # our attention's name in Transformers' registry
+# Errors end in one line of ours; their warnings on the way, and bars where there is no terminal, are noise.
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
 
 
 def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-# ---------------------------------------------------------------- attention
+# ---------------------------------------------------------------- forward
 
 
-def packed_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: None,
-    scaling: float,
-    dropout: float = 0.0,
-    seqlens: tuple[int, ...] | None = None,
-    cu_seqlens: torch.Tensor | None = None,
-    kv_cache: "KVCache | None" = None,
-    **unused: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention within each sequence, for Transformers' `AttentionInterface`.
+def forward(
+    model: LlamaForCausalLM, input_ids: torch.Tensor, position_ids: torch.Tensor, attend: Attend
+) -> torch.Tensor:
+    """The hidden states before the head.
 
     Args:
-        query: ``[B, heads, T, head_dim]``; key and value: ``[B, kv_heads, T, head_dim]``.
-            B is 1 for packed sequences, and T is 1 for a decoding step.
-        seqlens, cu_seqlens: see `data.Batch`. None in a decoding step.
-        kv_cache: keeps the keys and values of a prefill; holds the past of a decoding step.
+        input_ids, position_ids: ``[B, T]``.
+        attend: what attends to what; see `Attend`.
 
     Returns:
-        ``[B, T, heads, head_dim]``, and None for the attention weights.
+        ``[B, T, hidden]``.
     """
-    if seqlens is None:
-        if kv_cache is None:
-            raise TypeError("packed attention needs seqlens, or a kv_cache for a decoding step")
-        output = kv_cache.attend(module.layer_idx, query, key, value, scaling)
-        return output.transpose(1, 2), None
-    if kv_cache is not None:
-        kv_cache.write_prompts(module.layer_idx, key, value)
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
-        return _attend_varlen(query, key, value, scaling, cu_seqlens, max(seqlens)), None
-    outputs = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=True)
-        for q, k, v in zip(query.split(seqlens, 2), key.split(seqlens, 2), value.split(seqlens, 2), strict=True)
-    ]
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    hidden = model.model.embed_tokens(input_ids)
+    cos, sin = model.model.rotary_emb(hidden, position_ids)
+    half = cos.shape[-1] // 2  # both halves are the same
+    rope = cos[..., None, :half], sin[..., None, :half]
+    recompute = model.model.gradient_checkpointing and model.training and torch.is_grad_enabled()
+    for layer in model.model.layers:
+        if recompute:
+            hidden = checkpoint(_layer, layer, hidden, *rope, attend, use_reentrant=False)
+        else:
+            hidden = _layer(layer, hidden, *rope, attend)
+    return _norm(hidden, model.model.norm)
 
 
-def _attend_varlen(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scaling: float,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
+def forward_packed(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
+    """The hidden states ``[T, hidden]`` of packed sequences, each blind to the others."""
+    config = model.config
+    attend = PackedAttention(batch, config.attention_dropout if model.training else 0.0)
+    return forward(model, batch.input_ids, batch.position_ids, attend)[0]
+
+
+def _layer(
+    layer: "LlamaDecoderLayer", hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
 ) -> torch.Tensor:
-    """All packed sequences in one FlashAttention kernel; shapes as in `packed_attention`."""
-    groups = query.shape[1] // key.shape[1]
-    query, key, value = (
-        tensor[0].repeat_interleave(repeats, dim=0).transpose(0, 1)  # [T, heads, head_dim]
-        for tensor, repeats in ((query, 1), (key, groups), (value, groups))
-    )
-    output = varlen.varlen_attn(
-        query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling, window_size=(-1, 0)
-    )
-    return output.unsqueeze(0)
+    attention, mlp = layer.self_attn, layer.mlp
+    normed = _norm(hidden, layer.input_layernorm)
+    heads = (*normed.shape[:-1], -1, attention.head_dim)
+    query = Rotate.apply(attention.q_proj(normed).view(heads), cos, sin)
+    key = Rotate.apply(attention.k_proj(normed).view(heads), cos, sin)
+    value = attention.v_proj(normed).view(heads)
+    hidden = hidden + attention.o_proj(attend(attention.layer_idx, query, key, value).flatten(-2))
+    normed = _norm(hidden, layer.post_attention_layernorm)
+    return hidden + mlp.down_proj(SwiGLU.apply(mlp.gate_proj(normed), mlp.up_proj(normed)))
 
 
-transformers.AttentionInterface.register(ATTENTION, packed_attention)
-# Errors end in one line of ours; their warnings on the way, and bars where there is no terminal, are noise.
-transformers.utils.logging.disable_progress_bar()
-transformers.utils.logging.set_verbosity_error()
+def _norm(hidden: torch.Tensor, norm: "LlamaRMSNorm") -> torch.Tensor:
+    if hidden.is_cuda:  # one kernel there
+        return F.rms_norm(hidden, (hidden.shape[-1],), norm.weight, norm.variance_epsilon)
+    return RMSNorm.apply(hidden, norm.weight, norm.variance_epsilon)
+
+
+class RMSNorm(torch.autograd.Function):
+    """Root mean square norm (arXiv:1910.07467) that keeps its input and one number a token.
+
+    Computed in float32 or better, like Transformers' own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        scale = torch.rsqrt(exact.square().mean(-1, keepdim=True) + epsilon)
+        ctx.save_for_backward(hidden, weight, scale)
+        return (exact * scale).to(hidden.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        hidden, weight, scale = ctx.saved_tensors
+        normed = hidden.to(scale.dtype) * scale
+        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        grad_normed = (grad * weight).to(scale.dtype)
+        along = (grad_normed * normed).mean(-1, keepdim=True)
+        grad_hidden = grad_normed.addcmul_(normed, along, value=-1).mul_(scale)
+        return grad_hidden.to(hidden.dtype), grad_weight, None
+
+
+class Rotate(torch.autograd.Function):
+    """Rotary position embedding (arXiv:2104.09864); its gradient is the rotation back, so nothing is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """``heads`` is ``[B, T, heads, head_dim]``; ``cos`` and ``sin`` are ``[B, T, 1, head_dim / 2]``."""
+        ctx.rope = cos, sin
+        return _rotate(heads, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _rotate(grad, *ctx.rope, -1), None, None
+
+
+def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: int) -> torch.Tensor:
+    first, second = heads.chunk(2, dim=-1)
+    rotated = torch.empty_like(heads, memory_format=torch.contiguous_format)
+    rotated_first, rotated_second = rotated.chunk(2, dim=-1)
+    torch.mul(first, cos, out=rotated_first).addcmul_(second, sin, value=-direction)
+    torch.mul(second, cos, out=rotated_second).addcmul_(first, sin, value=direction)
+    return rotated
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up (arXiv:2002.05202), keeping the two and computing silu(gate) again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+class PackedAttention:
+    """Causal attention within each sequence of a packed row; an `Attend`."""
+
+    def __init__(self, batch: Batch, dropout: float = 0.0):
+        self.seqlens, self.cu_seqlens, self.dropout = batch.seqlens, batch.cu_seqlens, dropout
+
+    def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        query, key, value = query[0], key[0], value[0]  # [T, heads, head_dim]
+        if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not self.dropout:
+            return self._attend_varlen(query, key, value)[None]
+        outputs = [
+            F.scaled_dot_product_attention(
+                *(tensor.transpose(0, 1)[None] for tensor in sequence),
+                is_causal=True,
+                dropout_p=self.dropout,
+                enable_gqa=query.shape[1] != key.shape[1],
+            ).transpose(1, 2)
+            for sequence in zip(*(tensor.split(self.seqlens) for tensor in (query, key, value)), strict=True)
+        ]
+        return torch.cat(outputs, dim=1)
+
+    def _attend_varlen(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """All sequences in one FlashAttention kernel."""
+        groups, longest = query.shape[1] // key.shape[1], max(self.seqlens)
+        if groups > 1:  # torch 2.11's kernel knows no grouped heads
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        return varlen.varlen_attn(
+            query, key, value, self.cu_seqlens, self.cu_seqlens, longest, longest, window_size=(-1, 0)
+        )
+
+
+def checkpoint_activations(model: LlamaForCausalLM) -> None:
+    """Recompute each layer's activations in the backward pass instead of keeping them."""
+    model.model.gradient_checkpointing = True
 
 
 # ---------------------------------------------------------------- loading
@@ -166,7 +253,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
-    """The model in ``folder``, with our attention, in eval mode.
+    """The model in ``folder``, in eval mode.
 
     Raises:
         UserError: it can't be read, is no Llama, or its files lack weights (Transformers would
@@ -184,7 +271,6 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LlamaF
             folder,
             config=config,
             dtype=dtype,
-            attn_implementation=ATTENTION,
             use_safetensors=True,
             output_loading_info=True,
         )
@@ -195,6 +281,8 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LlamaF
         raise UserError(
             f"model {folder}: its files lack {len(missing)} weights, the first is {missing[0]}: copy it anew"
         )
+    if config.hidden_act != "silu":
+        raise UserError(f"model {folder}: its hidden_act is {config.hidden_act!r}: only 'silu' is supported")
     unknown = sorted(key for key in report["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq"))
     if unknown:
         raise UserError(
@@ -246,14 +334,6 @@ def _cause(error: BaseException) -> str:
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
     return f"{type(error).__name__}: {one_line(error)[:160]}"
-
-
-def checkpoint_activations(model: LlamaForCausalLM) -> None:
-    """Recompute each layer's activations in the backward pass instead of keeping them."""
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    else:  # its name before Transformers 5.2x
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def check_vocabulary(model: LlamaForCausalLM, tokenizer: "PreTrainedTokenizerBase", name: str) -> None:

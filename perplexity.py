@@ -39,7 +39,7 @@ from transformers import LlamaForCausalLM
 
 import data
 from checkpoint import resolve_source
-from model import check_positions, check_vocabulary, fetch, load_model, load_tokenizer, pick_device
+from model import check_positions, check_vocabulary, fetch, forward_packed, load_model, load_tokenizer, pick_device
 
 # Most logits that exist at a time: few enough that a CPU's cache still holds part of them, many
 # enough that a GPU is busy.
@@ -61,14 +61,7 @@ def summed_loss(model: LlamaForCausalLM, batch: data.Batch) -> torch.Tensor:
     Returns:
         A scalar in float64; each token's own loss is computed in float32 or better.
     """
-    hidden = model.model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        use_cache=False,
-        seqlens=batch.seqlens,
-        cu_seqlens=batch.cu_seqlens,
-    ).last_hidden_state
-    answers = hidden[0].index_select(0, batch.loss_positions)
+    answers = forward_packed(model, batch).index_select(0, batch.loss_positions)
     return LinearCrossEntropy.apply(answers, model.lm_head.weight, batch.labels)
 
 
@@ -87,7 +80,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         nats = torch.zeros((), dtype=torch.float64, device=hidden.device)
         ctx.needed = any(ctx.needs_input_grad)
         grad_hidden = torch.empty_like(hidden) if ctx.needed else None
-        grad_weight = torch.zeros_like(weight, dtype=exact) if ctx.needed else None
+        grad_weight = None
         rows = max(1, CHUNK_ELEMENTS[hidden.device.type] // weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
             chunk, target = hidden[start : start + rows], labels[start : start + rows, None]
@@ -104,7 +97,9 @@ class LinearCrossEntropy(torch.autograd.Function):
                 grad_logits = probabilities.scatter_add_(1, target, torch.full_like(largest, -1))
                 grad_logits = grad_logits.to(hidden.dtype)
                 torch.mm(grad_logits, weight, out=grad_hidden[start : start + rows])
-                if hidden.dtype == exact:
+                if grad_weight is None:
+                    grad_weight = (grad_logits.T @ chunk).to(exact)
+                elif hidden.dtype == exact:
                     grad_weight.addmm_(grad_logits.T, chunk)
                 else:
                     grad_weight += grad_logits.T @ chunk
@@ -118,6 +113,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the gradients of this loss are used up: it can be differentiated once")
         grad_hidden, grad_weight = ctx.gradients
         ctx.gradients = None  # scaled in place: a second time would scale them twice
+        if grad_weight is None:  # no supervised token
+            return grad_hidden, None, None
         return grad_hidden.mul_(grad_nats), grad_weight.mul_(grad_nats).to(ctx.weight_dtype), None
 
 

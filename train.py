@@ -41,6 +41,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 import checkpoint
 import data
+import memory
 from generate import greedy_decode
 from model import (
     check_positions,
@@ -65,12 +66,14 @@ class Progress:
         step: optimizer steps done.
         nats, num_labels: summed loss, and supervised tokens, since the last logged line.
         best_loss: lowest validation loss so far, in nats a token.
+        fitting: after an out-of-memory error, what micro_batch_tokens was set to and what fits.
     """
 
     step: int = 0
     nats: float = 0.0
     num_labels: int = 0
     best_loss: float | None = None
+    fitting: tuple[int, int] | None = None
     wandb_run_id: str = field(default_factory=lambda: secrets.token_hex(4))
 
     def count(self, nats: float, num_labels: int) -> None:
@@ -78,6 +81,13 @@ class Progress:
         self.step += 1
         self.nats += nats
         self.num_labels += num_labels
+
+    def budget(self, configured: int) -> int:
+        """``configured`` micro_batch_tokens, or what was found to fit of just that many."""
+        return self.fitting[1] if self.fitting and self.fitting[0] == configured else configured
+
+    def keep_budget(self, configured: int, fitting: int) -> None:
+        self.fitting = configured, fitting
 
     def read_and_reset_loss(self) -> float:
         """Mean loss in nats over all supervised tokens since the last call."""
@@ -90,6 +100,7 @@ class Progress:
 
 
 def main(config: Config) -> None:
+    memory.keep_freed_memory()
     run_folder = local_path(config.output_dir) / config.run_name
     resume_from = claim_run_folder(run_folder, config.resume)
     device, dtype = pick_device(), getattr(torch, config.dtype)
@@ -153,15 +164,23 @@ def main(config: Config) -> None:
         tqdm(total=total_steps, initial=progress.step, desc="training", unit="step", disable=None) as bar,
     ):
         speed = Speed()
+        epoch = progress.step / training.steps_per_epoch
         while progress.step < total_steps:
             speed.start()
             rate = set_learning_rate(optimizer, config, progress.step, total_steps)
-            window = data.pack(training.window(progress.step), config.micro_batch_tokens)
-            nats, num_labels, grad_norm = accumulate(model, window, device, config.max_grad_norm)
+            window = training.window(progress.step)
+            budget = progress.budget(config.micro_batch_tokens)
+            nats, num_labels, grad_norm, fitting = accumulate_in_memory(
+                model, window, budget, device, config.max_grad_norm
+            )
+            if fitting < budget:
+                progress.keep_budget(config.micro_batch_tokens, fitting)
+                bar.write(f"step {progress.step + 1}: out of memory; micro_batch_tokens is {fitting} from here on")
+                metrics.write(progress.step + 1, epoch, {"train/micro_batch_tokens": fitting})
             check_finite(progress.step + 1, nats / num_labels, grad_norm, run_folder)
             optimizer.step()
             optimizer.zero_grad()
-            speed.stop(sum(batch.num_tokens for batch in window))
+            speed.stop(sum(len(example.input_ids) for example in window))
             progress.count(nats, num_labels)
             epoch = progress.step / training.steps_per_epoch
             bar.update()
@@ -276,6 +295,45 @@ def accumulate(
         nats += loss.detach()
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
     return nats.item(), num_labels, grad_norm.item()
+
+
+def accumulate_in_memory(
+    model: LlamaForCausalLM,
+    examples: Sequence[data.Example],
+    micro_batch_tokens: int,
+    device: torch.device,
+    max_grad_norm: float | None,
+) -> tuple[float, int, float, int]:
+    """`accumulate` that starts again with micro-batches of half the tokens when memory runs out.
+
+    The gradient, and all that follows from it, is that of the same window; only the order of
+    some additions differs.
+
+    Returns:
+        What `accumulate` does, and the micro_batch_tokens that fit.
+
+    Raises:
+        UserError: one sequence alone does not fit.
+    """
+    random_state = checkpoint.random_state()
+    while True:
+        window = data.pack(examples, micro_batch_tokens)
+        try:
+            return *accumulate(model, window, device, max_grad_norm), micro_batch_tokens
+        except Exception as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            if len(window) == len(examples):
+                longest = max(batch.num_tokens for batch in window)
+                raise UserError(
+                    f"out of memory with each sequence alone, the longest of {longest} tokens: set "
+                    "gradient_checkpointing true, dtype bfloat16 or a smaller max_length, or take a larger device"
+                ) from None
+        # Here the error is gone, and with it the tensors that its traceback held.
+        model.zero_grad()
+        memory.release()
+        checkpoint.set_random_state(random_state)
+        micro_batch_tokens //= 2
 
 
 def check_finite(step: int, loss: float, grad_norm: float, run_folder: Path) -> None:

@@ -61,7 +61,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--micro_batch_tokens", type=int, default=2048, help="of our own contender")
+    parser.add_argument("--micro_batch_tokens", type=int, default=1024, help="of our own contender")
     parser.add_argument("--worker", choices=tuple(WORKERS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -147,10 +147,12 @@ def work_ours(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -
     import torch
 
     import data
+    import memory
     import train
     from model import checkpoint_activations, load_model, pick_device
     from optimizer import build_optimizer
 
+    memory.keep_freed_memory()
     device = pick_device()
     examples = [data.Example(**row) for row in rows]
     model = load_model(arguments.folder, getattr(torch, arguments.dtype), device).train()

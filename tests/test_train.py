@@ -20,6 +20,7 @@ import data
 import perplexity
 import train
 from data import Problem
+from model import forward_packed
 from perplexity import Measurement
 
 STEPS = 14  # 2 epochs of 7 steps: 100 rows in windows of 16, the last one of 4
@@ -258,7 +259,6 @@ def test_transformers_loads_best_and_gives_the_same_logits(
     monkeypatch.setattr(train, "load_model", lambda *args: (models.append(original(*args)), models[-1])[1])
     train.main(make_config(settings))
     best = run_folder(settings) / "best"
-    assert "packed" not in (best / "config.json").read_text()
     loaded = AutoModelForCausalLM.from_pretrained(best)
     assert loaded.dtype == torch.float32
     tokenizer = AutoTokenizer.from_pretrained(best)
@@ -267,18 +267,8 @@ def test_transformers_loads_best_and_gives_the_same_logits(
     batch = data.collate(examples[:6])
     with torch.no_grad():
         [trained] = models
-        hidden = (
-            trained.eval()
-            .model(
-                batch.input_ids,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                seqlens=batch.seqlens,
-                cu_seqlens=batch.cu_seqlens,
-            )
-            .last_hidden_state
-        )
-        for example, ours in zip(examples, trained.lm_head(hidden)[0].split(batch.seqlens), strict=False):
+        hidden = forward_packed(trained.eval(), batch)
+        for example, ours in zip(examples, trained.lm_head(hidden).split(batch.seqlens), strict=False):
             theirs = loaded(torch.tensor([example.input_ids])).logits[0]
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 

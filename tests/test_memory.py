@@ -1,0 +1,173 @@
+"""Running out of memory changes no step, and the loss holds no full logits."""
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROMPT, flags
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+import data
+import perplexity
+import train
+from errors import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def examples(tokenizer: PreTrainedTokenizerBase, problems: list[data.Problem]) -> list[data.Example]:
+    return data.encode(tokenizer, problems[:24], PROMPT)
+
+
+@pytest.fixture
+def run_out(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """Injects errors at the micro-batches with the given numbers (from 0, over all tries)."""
+
+    def arrange(numbers: set[int], where: str = "forward", error: Callable[[], Exception] | None = None) -> list[int]:
+        calls: list[int] = []
+        original = perplexity.summed_loss
+        make = error or (lambda: torch.OutOfMemoryError("CUDA out of memory"))
+
+        class Fail(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, loss: torch.Tensor) -> torch.Tensor:
+                return loss.clone()
+
+            @staticmethod
+            def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+                raise make()
+
+        def summed_loss(model: LlamaForCausalLM, batch: data.Batch) -> torch.Tensor:
+            calls.append(batch.num_tokens)
+            fails = len(calls) - 1 in numbers
+            if fails and where == "forward":
+                original(model, batch)
+                raise make()
+            return Fail.apply(original(model, batch)) if fails else original(model, batch)
+
+        monkeypatch.setattr(train, "summed_loss", summed_loss)
+        return calls
+
+    return arrange
+
+
+def gradients(model: LlamaForCausalLM) -> list[torch.Tensor]:
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("numbers", [{0}, {1}, {2}, {0, 1}, {2, 4, 9}])
+def test_out_of_memory_anywhere_leaves_the_gradient_as_it_was(
+    model64: LlamaForCausalLM, examples: list[data.Example], run_out, where: str, numbers: set[int]
+) -> None:
+    """Guards against gradients of the failed try that stay, sequences that are lost, and a wrong divisor."""
+    plain, healed = copy.deepcopy(model64), copy.deepcopy(model64)
+    *expected, budget = train.accumulate_in_memory(plain, examples, 1024, CPU, 1.0)
+    assert budget == 1024
+    run_out(numbers, where)
+    *found, budget = train.accumulate_in_memory(healed, examples, 1024, CPU, 1.0)
+    assert budget == 1024 // 2 ** len(numbers)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(gradients(healed), gradients(plain), rtol=0, atol=1e-10)
+    # Bit for bit what the smaller budget gives from the start.
+    small = copy.deepcopy(model64)
+    train.accumulate_in_memory(small, examples, budget, CPU, 1.0)
+    assert all(map(torch.equal, gradients(healed), gradients(small)))
+
+
+@pytest.mark.parametrize(
+    "message", ["[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 5 bytes", ""]
+)
+def test_main_memory_runs_out_too(model: LlamaForCausalLM, examples: list[data.Example], run_out, message: str) -> None:
+    calls = run_out({0}, error=lambda: RuntimeError(message) if message else MemoryError())
+    assert train.accumulate_in_memory(model, examples, 512, CPU, None)[3] == 256
+    assert max(calls[1:]) <= 256 < calls[0]
+
+
+def test_other_errors_are_no_reason_to_try_again(model: LlamaForCausalLM, examples, run_out) -> None:
+    """Guards against a fault that is hidden, and met again with smaller batches."""
+    calls = run_out({0}, error=lambda: RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        train.accumulate_in_memory(model, examples, 512, CPU, None)
+    assert len(calls) == 1
+
+
+def test_one_sequence_that_does_not_fit_is_an_error_with_a_cure(model: LlamaForCausalLM, examples, run_out) -> None:
+    run_out(set(range(1000)))
+    with pytest.raises(UserError, match=r"each sequence alone, the longest of \d+ tokens: set gradient"):
+        train.accumulate_in_memory(model, examples, 512, CPU, None)
+
+
+def test_a_run_that_runs_out_once_goes_on_with_the_smaller_budget(
+    call, settings: dict[str, str], run_out, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest of the run, resumed or not, is bit for bit that of the smaller budget; said in log and metrics."""
+    small = settings | {"run_name": "small", "micro_batch_tokens": "256"}
+    assert call(train, *flags(small)).code == 0
+    original = train.accumulate
+    with monkeypatch.context():
+        calls = run_out({0})
+        steps = iter(range(100))
+        monkeypatch.setattr(train, "accumulate", lambda *a: original(*a) if next(steps) < 9 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            call(train, *flags(settings | {"checkpoint_steps": "4"}))
+    monkeypatch.setattr(train, "accumulate", original)
+    monkeypatch.setattr(train, "summed_loss", perplexity.summed_loss)
+    outcome = call(train, *flags(settings))
+    assert outcome.code == 0 and max(calls[1:]) <= 256
+    folder = Path(settings["output_dir"])
+    assert '"train/micro_batch_tokens": 256' in (folder / "test" / "metrics.jsonl").read_text()
+    ours, theirs = (load_file(folder / name / "last" / "model.safetensors") for name in ("test", "small"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_dropout_is_drawn_again_after_a_failed_try(
+    settings: dict[str, str], model: LlamaForCausalLM, examples, run_out
+):
+    """Guards against a random state that the failed try has moved."""
+    model.config.attention_dropout = 0.3
+    model.train()
+    torch.manual_seed(5)
+    expected = train.accumulate_in_memory(copy.deepcopy(model), examples, 256, CPU, None)
+    run_out({2})
+    torch.manual_seed(5)
+    assert train.accumulate_in_memory(model, examples, 512, CPU, None)[:3] == expected[:3]
+
+
+def test_the_loss_holds_no_full_logits() -> None:
+    """Peak memory of the loss grows with tokens + vocabulary, not with their product: measured in a process."""
+    code = """
+import resource, sys, torch, perplexity
+tokens, vocabulary, hidden = map(int, sys.argv[1:])
+h = torch.randn(tokens, hidden, requires_grad=True)
+w = torch.randn(vocabulary, hidden, requires_grad=True)
+y = torch.randint(vocabulary, (tokens,))
+perplexity.LinearCrossEntropy.apply(h[:300], w, y[:300]).backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+perplexity.LinearCrossEntropy.apply(h, w, y).backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+    tokens, vocabulary = 16_384, 32_000
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tokens), str(vocabulary), "16"],
+        cwd=Path(train.__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    full_logits = tokens * vocabulary * 4
+    assert int(result.stdout) < full_logits / 8
+
+
+def test_a_loss_is_differentiated_once(model: LlamaForCausalLM, examples: list[data.Example]) -> None:
+    """Guards against gradients, scaled in place, that a second backward pass would scale again."""
+    loss = perplexity.summed_loss(model, data.collate(examples[:2]))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        loss.backward()
