@@ -43,7 +43,7 @@ from model import check_positions, check_vocabulary, fetch, forward_packed, load
 
 # Most logits that exist at a time: few enough that a CPU's cache still holds part of them, many
 # enough that a GPU is busy.
-CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
+CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
 
 
 # ---------------------------------------------------------------- the loss
