@@ -47,6 +47,7 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 import data
+import memory
 import scoring
 from checkpoint import Source, replace_file, resolve_source
 from generate import greedy_decode
@@ -72,6 +73,7 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
     if arguments.rescore:
         rescore(arguments.rescore, arguments.output)
         return
+    memory.keep_freed_memory()
     source = resolve_source(arguments.ckpt, arguments.config, typed)
     config = source.config
     folder = fetch(source.path)

@@ -40,7 +40,7 @@ class KVCache:
     """Keys and values of all layers for a fixed number of sequences.
 
     ``keys`` and ``values`` are ``[layers, slots, kv_heads, capacity, head_dim]``. The slots in
-    use are always the first ones: `keep` moves the last ones into the gaps.
+    use are always the first ones: `move` copies the last ones into the gaps.
     """
 
     def __init__(self, model: LlamaForCausalLM, slots: int, capacity: int):

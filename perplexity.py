@@ -34,10 +34,12 @@ if __name__ == "__main__":  # before the heavy imports: --help and a mistyped fl
 import math
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 import data
+import memory
 from checkpoint import resolve_source
 from model import check_positions, check_vocabulary, fetch, forward_packed, load_model, load_tokenizer, pick_device
 
@@ -62,7 +64,7 @@ def summed_loss(model: LlamaForCausalLM, batch: data.Batch) -> torch.Tensor:
         A scalar in float64; each token's own loss is computed in float32 or better.
     """
     answers = forward_packed(model, batch).index_select(0, batch.loss_positions)
-    return LinearCrossEntropy.apply(answers, model.lm_head.weight, batch.labels)
+    return LinearCrossEntropy.apply(answers, model.lm_head.weight, batch.labels, torch.is_grad_enabled())
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -74,48 +76,54 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """``hidden`` is ``[N, H]``, ``weight`` ``[V, H]``, ``labels`` ``[N]``; returns nats in float64."""
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, with_gradients: bool
+    ) -> torch.Tensor:
+        """``hidden`` is ``[N, H]``, ``weight`` ``[V, H]``, ``labels`` ``[N]``; returns nats in float64.
+
+        ``with_gradients`` must be said: in here grad mode is always off, and ``ctx.needs_input_grad``
+        is true under ``no_grad`` as well.
+        """
         exact = torch.promote_types(hidden.dtype, torch.float32)
         nats = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        ctx.needed = any(ctx.needs_input_grad)
-        grad_hidden = torch.empty_like(hidden) if ctx.needed else None
+        grad_hidden = torch.empty_like(hidden) if with_gradients else None
         grad_weight = None
         rows = max(1, CHUNK_ELEMENTS[hidden.device.type] // weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
             chunk, target = hidden[start : start + rows], labels[start : start + rows, None]
             # The log-sum-exp of bfloat16 logits would be off in the third digit.
             logits = (chunk @ weight.T).to(exact)
+            if not with_gradients:
+                nats += F.cross_entropy(logits, target[:, 0], reduction="none").sum(dtype=torch.float64)
+                continue
             largest, where = logits.max(dim=-1, keepdim=True)
             probabilities = logits.softmax(dim=-1)
             # log-sum-exp = largest logit - log of its probability: one pass less over the logits.
             log_sum_exp = largest - probabilities.gather(1, where).log()
             # Added up in float64: a float32 sum over thousands of tokens is off in the sixth digit.
             nats += (log_sum_exp - logits.gather(1, target)).sum(dtype=torch.float64)
-            if ctx.needed:
-                del logits
-                grad_logits = probabilities.scatter_add_(1, target, torch.full_like(largest, -1))
-                grad_logits = grad_logits.to(hidden.dtype)
-                torch.mm(grad_logits, weight, out=grad_hidden[start : start + rows])
-                if grad_weight is None:
-                    grad_weight = (grad_logits.T @ chunk).to(exact)
-                elif hidden.dtype == exact:
-                    grad_weight.addmm_(grad_logits.T, chunk)
-                else:
-                    grad_weight += grad_logits.T @ chunk
+            del logits
+            grad_logits = probabilities.scatter_add_(1, target, torch.full_like(largest, -1)).to(hidden.dtype)
+            torch.mm(grad_logits, weight, out=grad_hidden[start : start + rows])
+            if grad_weight is None:
+                grad_weight = (grad_logits.T @ chunk).to(exact)
+            elif hidden.dtype == exact:
+                grad_weight.addmm_(grad_logits.T, chunk)
+            else:
+                grad_weight += grad_logits.T @ chunk
         ctx.gradients = (grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return nats
 
     @staticmethod
-    def backward(ctx: Any, grad_nats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, grad_nats: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("the gradients of this loss are used up: it can be differentiated once")
         grad_hidden, grad_weight = ctx.gradients
         ctx.gradients = None  # scaled in place: a second time would scale them twice
         if grad_weight is None:  # no supervised token
-            return grad_hidden, None, None
-        return grad_hidden.mul_(grad_nats), grad_weight.mul_(grad_nats).to(ctx.weight_dtype), None
+            return grad_hidden, None, None, None
+        return grad_hidden.mul_(grad_nats), grad_weight.mul_(grad_nats).to(ctx.weight_dtype), None, None
 
 
 @dataclass(frozen=True)
@@ -160,6 +168,7 @@ def measure(
 
 
 def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
+    memory.keep_freed_memory()
     source = resolve_source(arguments.ckpt, arguments.config, typed)
     config: Config = source.config
     device = pick_device()

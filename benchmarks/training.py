@@ -2,6 +2,7 @@
 
 python benchmarks/training.py
 python benchmarks/training.py --steps 5 --contenders ours trainer
+python benchmarks/training.py --profile
 python benchmarks/training.py --hidden_size 4096 --intermediate_size 11008 --layers 32 --heads 32 --dtype bfloat16
 
 Each contender is a process of its own. They take their steps in turn, one process at a time, so
@@ -30,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--micro_batch_tokens", type=int, default=1536, help="of our own contender")
+    parser.add_argument("--profile", action="store_true", help="instead of the race, a profile of our last step")
     parser.add_argument("--worker", choices=tuple(WORKERS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -143,7 +145,8 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def work_ours(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -> None:
+def our_steps(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -> Iterator[tuple[float, float]]:
+    """Seconds and loss of each optimizer step, made when it is asked for."""
     import torch
 
     import data
@@ -161,8 +164,8 @@ def work_ours(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -
     optimizer = build_optimizer(
         model.parameters(), learning_rate=2e-5, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0
     )
+    yield 0.0, 0.0  # all is loaded
     for first in range(0, len(examples), BATCH):
-        wait_for_turn()
         started = time.perf_counter()
         window = data.pack(examples[first : first + BATCH], arguments.micro_batch_tokens)
         nats, num_labels, _ = train.accumulate(model, window, device, 1.0)
@@ -170,7 +173,29 @@ def work_ours(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -
         optimizer.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        report(seconds=time.perf_counter() - started, loss=nats / num_labels, peak=peak_memory())
+        yield time.perf_counter() - started, nats / num_labels
+
+
+def work_ours(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -> None:
+    steps = our_steps(arguments, rows)
+    next(steps)
+    for _ in range(0, len(rows), BATCH):
+        wait_for_turn()
+        seconds, loss = next(steps)
+        report(seconds=seconds, loss=loss, peak=peak_memory())
+
+
+def profile(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -> None:
+    """Print where our last step's time goes, operator by operator."""
+    import torch
+
+    steps = our_steps(arguments, rows)
+    for _ in range(arguments.steps + 1):
+        next(steps)
+    with torch.profiler.profile() as result:
+        next(steps)
+    order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    print(result.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=50))
 
 
 def _paced_trainer(base: type, **settings: Any) -> None:
@@ -314,7 +339,7 @@ def main(arguments: argparse.Namespace) -> None:
         arguments.folder = Path(folder)
         if arguments.worker is None:
             rows = prepare(arguments.folder, arguments)
-            race(arguments, rows)
+            profile(arguments, rows) if arguments.profile else race(arguments, rows)
 
 
 def race(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -> None:

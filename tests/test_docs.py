@@ -22,7 +22,7 @@ def commands() -> list[str]:
     """Each ``python SCRIPT.py ...`` in a code block or docstring line, once."""
     blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", README, re.DOTALL | re.MULTILINE))
     texts = [blocks, *(module.__doc__ for module in (*SCRIPTS.values(), demo))]
-    texts += [(ROOT / "benchmarks" / "random_llama.py").read_text(), (ROOT / "RESULTS.md").read_text()]
+    texts += [path.read_text() for path in (ROOT / "RESULTS.md", *(ROOT / "benchmarks").glob("*.py"))]
     lines = [line.strip().removeprefix("$ ") for text in texts for line in text.replace("\\\n", " ").splitlines()]
     return sorted({line.split("  #")[0].strip() for line in lines if line.startswith(("python ", "make "))})
 

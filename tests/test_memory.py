@@ -148,9 +148,9 @@ tokens, vocabulary, hidden = map(int, sys.argv[1:])
 h = torch.randn(tokens, hidden, requires_grad=True)
 w = torch.randn(vocabulary, hidden, requires_grad=True)
 y = torch.randint(vocabulary, (tokens,))
-perplexity.LinearCrossEntropy.apply(h[:300], w, y[:300]).backward()
+perplexity.LinearCrossEntropy.apply(h[:300], w, y[:300], True).backward()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-perplexity.LinearCrossEntropy.apply(h, w, y).backward()
+perplexity.LinearCrossEntropy.apply(h, w, y, True).backward()
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
     tokens, vocabulary = 16_384, 32_000
@@ -163,6 +163,18 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
     )
     full_logits = tokens * vocabulary * 4
     assert int(result.stdout) < full_logits / 8
+
+
+def test_validation_computes_no_gradients(model: LlamaForCausalLM, examples: list[data.Example]) -> None:
+    """Guards against the two matrix products of the gradients in every evaluation, three times the work."""
+    batch = data.collate(examples[:2])
+    products = []
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), torch.profiler.profile() as profile:
+            perplexity.summed_loss(model, batch)
+        products.append(sum(e.count for e in profile.key_averages() if e.key in ("aten::mm", "aten::addmm_")))
+    linears = 7 * model.config.num_hidden_layers
+    assert products == [linears + 3, linears + 1]
 
 
 def test_a_loss_is_differentiated_once(model: LlamaForCausalLM, examples: list[data.Example]) -> None:
