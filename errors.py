@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-DONE, USER_ERROR, NOT_FINITE = 0, 2, 3
+USER_ERROR, NOT_FINITE = 2, 3
 
 
 class UserError(Exception):
@@ -20,8 +20,11 @@ class NotFiniteError(Exception):
     """The loss or the gradient norm is NaN or infinite. Exit code 3."""
 
 
-class Stopped(Exception):
-    """SIGINT or SIGTERM arrived and the state is saved. Exit code 128 + signal number."""
+class Stopped(BaseException):
+    """SIGINT or SIGTERM arrived and the state is saved. Exit code 128 + signal number.
+
+    Like KeyboardInterrupt no Exception: what guards against other people's errors must not swallow it.
+    """
 
     def __init__(self, signal_number: int, message: str):
         super().__init__(message)

@@ -289,7 +289,7 @@ def read_predictions(file: Path, drop_cut_line: bool = False) -> list[dict[str, 
 
 
 def read_identity(file: Path) -> dict[str, Any]:
-    """The ``evaluation.json`` beside predictions; empty where there is none."""
+    """An ``evaluation.json``, or the ``scores.json`` that holds the same and more; empty where there is none."""
     try:
         identity = json.loads(file.read_bytes()) if file.exists() else {}
         if not isinstance(identity, dict) or not isinstance(identity.get("num_problems", 0), int):

@@ -86,9 +86,6 @@ class Progress:
         """``configured`` micro_batch_tokens, or what was found to fit of just that many."""
         return self.fitting[1] if self.fitting and self.fitting[0] == configured else configured
 
-    def keep_budget(self, configured: int, fitting: int) -> None:
-        self.fitting = configured, fitting
-
     def read_and_reset_loss(self) -> float:
         """Mean loss in nats over all supervised tokens since the last call."""
         loss = self.nats / self.num_labels
@@ -164,7 +161,6 @@ def main(config: Config) -> None:
         tqdm(total=total_steps, initial=progress.step, desc="training", unit="step", disable=None) as bar,
     ):
         speed = Speed()
-        epoch = progress.step / training.steps_per_epoch
         while progress.step < total_steps:
             speed.start()
             rate = set_learning_rate(optimizer, config, progress.step, total_steps)
@@ -173,10 +169,6 @@ def main(config: Config) -> None:
             nats, num_labels, grad_norm, fitting = accumulate_in_memory(
                 model, window, budget, device, config.max_grad_norm
             )
-            if fitting < budget:
-                progress.keep_budget(config.micro_batch_tokens, fitting)
-                bar.write(f"step {progress.step + 1}: out of memory; micro_batch_tokens is {fitting} from here on")
-                metrics.write(progress.step + 1, epoch, {"train/micro_batch_tokens": fitting})
             check_finite(progress.step + 1, nats / num_labels, grad_norm, run_folder)
             optimizer.step()
             optimizer.zero_grad()
@@ -184,6 +176,11 @@ def main(config: Config) -> None:
             progress.count(nats, num_labels)
             epoch = progress.step / training.steps_per_epoch
             bar.update()
+
+            if fitting < budget:
+                progress.fitting = config.micro_batch_tokens, fitting
+                bar.write(f"step {progress.step}: out of memory; micro_batch_tokens is {fitting} from here on")
+                metrics.write(progress.step, epoch, {"train/micro_batch_tokens": fitting})
 
             if progress.step % config.log_every == 0 or progress.step == total_steps:
                 loss = progress.read_and_reset_loss()

@@ -255,6 +255,20 @@ def test_a_file_size_limit_is_one_line(settings: dict[str, str]) -> None:
     assert result.stderr.count("\n") == 1, result.stderr
 
 
+def test_sigterm_is_not_taken_for_an_error_of_what_it_interrupts() -> None:
+    """Guards against a guard around the hub or W&B that swallows the signal and goes on."""
+    code = (
+        "import os, signal, errors\n"
+        "def story():\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    except Exception:\n"
+        "        pass\n"
+        "errors.run_script(story)\n"
+    )
+    assert run("-c", code).returncode == 143
+
+
 def test_sigterm_outside_of_training_is_143(settings: dict[str, str]) -> None:
     code = "import os, signal, errors\nerrors.run_script(lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
     result = run("-c", code)

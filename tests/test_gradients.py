@@ -174,4 +174,4 @@ def test_bfloat16_updates_do_not_stall() -> None:
     for _ in range(1000):
         weight.grad = torch.ones_like(weight)
         optimizer.step()
-    torch.testing.assert_close(weight.float(), torch.full((8,), 1 - 1000 * 2e-5), rtol=0, atol=2**-8)
+    torch.testing.assert_close(weight.float(), torch.full((8,), 1 - 1000 * 2e-5), rtol=0, atol=2**-9)

@@ -140,7 +140,7 @@ def test_micro_batches_may_change_on_resume_and_change_no_step(settings: dict[st
     train.accumulate = original
     train.main(make_config(settings | {"micro_batch_tokens": "256"}))
     ours, theirs = ([line["train/loss"] for line in logged(s) if "train/loss" in line] for s in (settings, whole))
-    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_transformers_loads_best_and_gives_the_same_logits(
         hidden = forward_packed(trained.eval(), batch)
         for example, ours in zip(examples, trained.lm_head(hidden).split(batch.seqlens), strict=False):
             theirs = loaded(torch.tensor([example.input_ids])).logits[0]
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 # ---------------------------------------------------------------- what a run writes
@@ -391,5 +391,5 @@ def test_schedule() -> None:
     assert rates("linear")[50] == pytest.approx(2 * (1 - 47 / 97))
     assert rates("cosine")[50] == pytest.approx(1 + math.cos(math.pi * 47 / 97))
     assert 0 < rates("cosine")[-1] < 0.001
-    assert rates("cosine", 0.1)[-1] == pytest.approx(0.2, abs=1e-3)
+    assert rates("cosine", 0.1)[-1] == pytest.approx(0.2 + 0.9 * (1 + math.cos(math.pi * 96 / 97)))
     assert rates("cosine") == sorted(rates("cosine")[:3]) + sorted(rates("cosine")[3:], reverse=True)
