@@ -110,10 +110,7 @@ def main(config: Config) -> None:
 
     model = load_model(base, dtype, device)
     check_vocabulary(model, tokenizer, config.model)
-    longest = max(len(example.input_ids) for example in [*training.examples, *validation])
-    check_positions(model, longest, "the longest row", "set a smaller max_length")
-    sample_length = len(data.encode_prompts(tokenizer, [sample], config.prompt)[0]) + config.max_new_tokens
-    check_positions(model, sample_length, "a prompt with max_new_tokens", "set a smaller max_new_tokens")
+    check_lengths(model, [*training.examples, *validation], config.max_new_tokens)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     model.train()
@@ -128,11 +125,7 @@ def main(config: Config) -> None:
     progress = Progress()
     if resume_from is not None:
         progress = checkpoint.unpack_state(resume_from, optimizer, Progress)
-        if progress.step >= total_steps:
-            raise UserError(
-                f"{run_folder}: this run is finished ({config.epochs} epochs, {total_steps} steps): evaluate it, or "
-                "train another under a new --run_name"
-            )
+        check_unfinished(progress.step, total_steps, run_folder)
         print(f"resuming: {resume_from} at step {progress.step} of {total_steps}")
 
     def save(name: str, result: Measurement | None = None) -> None:
@@ -212,11 +205,8 @@ def main(config: Config) -> None:
             if epoch_ends:
                 bar.write(write_sample(model, tokenizer, sample, config))
             if stopped_by is not None and progress.step < total_steps:
-                raise Stopped(
-                    stopped_by,
-                    f"{signal.Signals(stopped_by).name} after step {progress.step}, saved in "
-                    f"{run_folder / 'last'}: the same command goes on from there",
-                )
+                name, saved = signal.Signals(stopped_by).name, f"saved in {run_folder / 'last'}"
+                raise Stopped(stopped_by, f"{name} after step {progress.step}, {saved}: type the same command to go on")
 
     print(f"done: best validation loss {progress.best_loss:.6f}; next: python evaluate.py --ckpt {run_folder / 'best'}")
 
@@ -271,6 +261,22 @@ def load_data(
     }
     training = data.TrainingData(examples["train"], config.batch_size, config.seed)
     return training, examples["validation"], validation[0], hashes
+
+
+def check_unfinished(step: int, total_steps: int, run_folder: Path) -> None:
+    if step >= total_steps:
+        raise UserError(
+            f"{run_folder}: this run is finished ({total_steps} steps): evaluate it, or train another under a new "
+            "--run_name"
+        )
+
+
+def check_lengths(model: LlamaForCausalLM, examples: Sequence[data.Example], max_new_tokens: int) -> None:
+    """Raises UserError where a row, or a prompt and its completion, has more tokens than the model positions."""
+    longest = max(len(example.input_ids) for example in examples)
+    check_positions(model, longest, "the longest row", "set a smaller max_length")
+    prompt = max(example.labels.count(data.IGNORE) for example in examples)
+    check_positions(model, prompt + max_new_tokens, "a prompt with max_new_tokens", "set a smaller max_new_tokens")
 
 
 def accumulate(
