@@ -57,7 +57,7 @@ class KVCache:
 
         def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             for cache, seen in ((self.keys, key), (self.values, value)):
-                for offset, sequence in enumerate(seen[0].split(batch.seqlens)):
+                for offset, sequence in enumerate(seen.split(batch.seqlens)):
                     cache[layer, first_slot + offset, :, : len(sequence)] = sequence.transpose(0, 1)
             return packed(layer, query, key, value)
 
@@ -74,16 +74,16 @@ class KVCache:
         mask = (past <= lengths[:, None])[:, None, None, :]  # [slots in use, 1, 1, longest + 1]
 
         def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            self.keys[layer][rows, :, lengths] = key[:, 0]
-            self.values[layer][rows, :, lengths] = value[:, 0]
+            self.keys[layer][rows, :, lengths] = key
+            self.values[layer][rows, :, lengths] = value
             output = F.scaled_dot_product_attention(
-                query.transpose(1, 2),
+                query[:, :, None],
                 self.keys[layer, : len(rows), :, : longest + 1],
                 self.values[layer, : len(rows), :, : longest + 1],
                 attn_mask=mask,
-                enable_gqa=query.shape[2] != key.shape[2],
+                enable_gqa=query.shape[1] != key.shape[1],
             )
-            return output.transpose(1, 2)
+            return output[:, :, 0]
 
         return attend
 
@@ -152,17 +152,16 @@ def _admit(waiting: list[int], prompts: Sequence[list[int]], free: int) -> list[
 def _prefill(model: LlamaForCausalLM, cache: KVCache, prompts: list[list[int]], first_slot: int) -> list[int]:
     """Read packed prompts into the slots from ``first_slot`` on; returns the first token after each."""
     batch = collate([Example(prompt, [IGNORE] * len(prompt)) for prompt in prompts]).to(model.device)
-    hidden = forward(model, batch.input_ids, batch.position_ids, cache.prefill(first_slot, batch))
-    return _most_probable(model, hidden[0, batch.cu_seqlens[1:].long() - 1])
+    attend, ends = cache.prefill(first_slot, batch), batch.cu_seqlens[1:].long() - 1
+    return _most_probable(model, forward(model, batch.input_ids[0], batch.position_ids[0], attend, ends))
 
 
 def _decode_one_token(model: LlamaForCausalLM, cache: KVCache, running: list[Completion]) -> list[int]:
     # The newest token of each completion is not in the cache yet.
     lengths = [one.prompt_length + len(one.token_ids) - 1 for one in running]
     positions = torch.tensor(lengths, device=model.device)
-    newest = torch.tensor([[one.token_ids[-1]] for one in running], device=model.device)
-    hidden = forward(model, newest, positions[:, None], cache.step(positions, max(lengths)))
-    return _most_probable(model, hidden[:, 0])
+    newest = torch.tensor([one.token_ids[-1] for one in running], device=model.device)
+    return _most_probable(model, forward(model, newest, positions, cache.step(positions, max(lengths))))
 
 
 def _most_probable(model: LlamaForCausalLM, hidden: torch.Tensor) -> list[int]:

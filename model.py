@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
-# attend(layer, query, key, value) with [B, T, heads, head_dim] and [B, T, kv_heads, head_dim]
-# gives [B, T, heads, head_dim].
+# attend(layer, query, key, value) with [N, heads, head_dim] and [N, kv_heads, head_dim] gives
+# [N, heads, head_dim], for N tokens of whichever sequences.
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 # Errors end in one line of ours; their warnings on the way, and bars where there is no terminal, are noise.
@@ -49,48 +49,73 @@ def pick_device() -> torch.device:
 
 
 def forward(
-    model: LlamaForCausalLM, input_ids: torch.Tensor, position_ids: torch.Tensor, attend: Attend
+    model: LlamaForCausalLM,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    attend: Attend,
+    wanted: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The hidden states before the head.
 
     Args:
-        input_ids, position_ids: ``[B, T]``.
-        attend: what attends to what; see `Attend`.
+        input_ids, position_ids: ``[N]``, tokens of whichever sequences.
+        attend: which of them attend to what; see `Attend`.
+        wanted: ``[W]``, which tokens' states to give, each once; None: all. The last layer
+            computes nothing but keys and values of the others.
 
     Returns:
-        ``[B, T, hidden]``.
+        ``[N, hidden]``, or ``[W, hidden]``.
     """
     hidden = model.model.embed_tokens(input_ids)
-    cos, sin = model.model.rotary_emb(hidden, position_ids)
+    cos, sin = model.model.rotary_emb(hidden, position_ids[None])
     half = cos.shape[-1] // 2  # both halves are the same
-    rope = cos[..., None, :half], sin[..., None, :half]
+    rope = cos[0, :, None, :half], sin[0, :, None, :half]
     recompute = model.model.gradient_checkpointing and model.training and torch.is_grad_enabled()
-    for layer in model.model.layers:
+    *layers, last = model.model.layers
+    for layer, positions in [*((layer, None) for layer in layers), (last, wanted)]:
         if recompute:
-            hidden = checkpoint(_layer, layer, hidden, *rope, attend, use_reentrant=False)
+            hidden = checkpoint(_layer, layer, hidden, *rope, attend, positions, use_reentrant=False)
         else:
-            hidden = _layer(layer, hidden, *rope, attend)
+            hidden = _layer(layer, hidden, *rope, attend, positions)
     return _norm(hidden, model.model.norm)
 
 
-def forward_packed(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
-    """The hidden states ``[T, hidden]`` of packed sequences, each blind to the others."""
-    config = model.config
-    attend = PackedAttention(batch, config.attention_dropout if model.training else 0.0)
-    return forward(model, batch.input_ids, batch.position_ids, attend)[0]
+def forward_packed(model: LlamaForCausalLM, batch: Batch, wanted: torch.Tensor | None = None) -> torch.Tensor:
+    """`forward` over packed sequences, each blind to the others."""
+    attend = PackedAttention(batch, model.config.attention_dropout if model.training else 0.0)
+    return forward(model, batch.input_ids[0], batch.position_ids[0], attend, wanted)
 
 
 def _layer(
-    layer: "LlamaDecoderLayer", hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
+    layer: "LlamaDecoderLayer",
+    hidden: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    attend: Attend,
+    wanted: torch.Tensor | None,
 ) -> torch.Tensor:
-    attention, mlp = layer.self_attn, layer.mlp
-    normed = _norm(hidden, layer.input_layernorm)
-    heads = (*normed.shape[:-1], -1, attention.head_dim)
-    query = Rotate.apply(attention.q_proj(normed).view(heads), cos, sin)
-    key = Rotate.apply(attention.k_proj(normed).view(heads), cos, sin)
-    value = attention.v_proj(normed).view(heads)
-    hidden = hidden + attention.o_proj(attend(attention.layer_idx, query, key, value).flatten(-2))
-    normed = _norm(hidden, layer.post_attention_layernorm)
+    attended = attend(layer.self_attn.layer_idx, *_before_attention(layer, hidden, cos, sin)).flatten(-2)
+    if wanted is not None:
+        hidden, attended = hidden.index_select(0, wanted), attended.index_select(0, wanted)
+    return _after_attention(layer, hidden, attended)
+
+
+def _before_attention(
+    layer: "LlamaDecoderLayer", hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    attention, norm = layer.self_attn, layer.input_layernorm
+    normed = _norm(hidden, norm)
+    heads = (-1, attention.head_dim)
+    query = attention.q_proj(normed).unflatten(-1, heads)
+    key = attention.k_proj(normed).unflatten(-1, heads)
+    value = attention.v_proj(normed).unflatten(-1, heads)
+    return Rotate.apply(query, cos, sin), Rotate.apply(key, cos, sin), value
+
+
+def _after_attention(layer: "LlamaDecoderLayer", hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    mlp, norm = layer.mlp, layer.post_attention_layernorm
+    hidden = hidden + layer.self_attn.o_proj(attended)
+    normed = _norm(hidden, norm)
     return hidden + mlp.down_proj(SwiGLU.apply(mlp.gate_proj(normed), mlp.up_proj(normed)))
 
 
@@ -129,7 +154,7 @@ class Rotate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """``heads`` is ``[B, T, heads, head_dim]``; ``cos`` and ``sin`` are ``[B, T, 1, head_dim / 2]``."""
+        """``heads`` is ``[N, heads, head_dim]``; ``cos`` and ``sin`` are ``[N, 1, head_dim / 2]``."""
         ctx.rope = cos, sin
         return _rotate(heads, cos, sin, 1)
 
@@ -139,12 +164,11 @@ class Rotate(torch.autograd.Function):
 
 
 def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: int) -> torch.Tensor:
-    first, second = heads.chunk(2, dim=-1)
-    rotated = torch.empty_like(heads, memory_format=torch.contiguous_format)
-    rotated_first, rotated_second = rotated.chunk(2, dim=-1)
-    torch.mul(first, cos, out=rotated_first).addcmul_(second, sin, value=-direction)
-    torch.mul(second, cos, out=rotated_second).addcmul_(first, sin, value=direction)
-    return rotated
+    halves = heads.unflatten(-1, (2, -1))
+    rotated = halves * cos[..., None, :]
+    rotated[..., 0, :].addcmul_(halves[..., 1, :], sin, value=-direction)
+    rotated[..., 1, :].addcmul_(halves[..., 0, :], sin, value=direction)
+    return rotated.flatten(-2)
 
 
 class SwiGLU(torch.autograd.Function):
@@ -168,19 +192,18 @@ class PackedAttention:
         self.seqlens, self.cu_seqlens, self.dropout = batch.seqlens, batch.cu_seqlens, dropout
 
     def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        query, key, value = query[0], key[0], value[0]  # [T, heads, head_dim]
         if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not self.dropout:
-            return self._attend_varlen(query, key, value)[None]
+            return self._attend_varlen(query, key, value)
         outputs = [
             F.scaled_dot_product_attention(
                 *(tensor.transpose(0, 1)[None] for tensor in sequence),
                 is_causal=True,
                 dropout_p=self.dropout,
                 enable_gqa=query.shape[1] != key.shape[1],
-            ).transpose(1, 2)
+            )[0].transpose(0, 1)
             for sequence in zip(*(tensor.split(self.seqlens) for tensor in (query, key, value)), strict=True)
         ]
-        return torch.cat(outputs, dim=1)
+        return torch.cat(outputs)
 
     def _attend_varlen(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """All sequences in one FlashAttention kernel."""

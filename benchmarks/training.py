@@ -17,7 +17,8 @@ first. All train the same random Llama on the same rows, 32 sequences a step, wi
 Rows are GSM8K's where GSM8K_DIR and TOKENIZER_DIR name data and tokenizer, else random tokens of
 its lengths. FLOPs of a step, for all contenders what the task needs: 6 for each weight of the
 layers and token, 6 for each weight of the head and supervised token, and 6 * layers * hidden *
-length^2 for the causal attention of each sequence. They are compared with the rate of a 2048^3
+length^2 for the causal attention of each sequence; less what the last layer need not compute for
+tokens without a label, all that follows its attention. They are compared with the rate of a 2048^3
 matrix product in the same dtype, measured between the steps.
 """
 
@@ -121,7 +122,8 @@ def flops(rows: list[dict[str, list[int]]], arguments: argparse.Namespace) -> fl
     tokens = sum(len(row["input_ids"]) for row in rows)
     labels = sum(label != -100 for row in rows for label in row["labels"])
     attention = layers * hidden * sum(len(row["input_ids"]) ** 2 for row in rows)
-    return 6.0 * (body * tokens + head * labels + attention)
+    needless = (hidden * hidden + 3 * hidden * arguments.intermediate_size) * (tokens - labels)
+    return 6.0 * (body * tokens + head * labels + attention - needless)
 
 
 # ---------------------------------------------------------------- contenders, each in a process of its own

@@ -187,6 +187,18 @@ def test_validation_computes_no_gradients(model: LlamaForCausalLM, examples: lis
         assert count.products == expected
 
 
+def test_the_last_layer_computes_nothing_for_positions_without_a_label(
+    model: LlamaForCausalLM, examples: list[data.Example]
+) -> None:
+    """Guards against the MLP of the last layer over the prompts, whose result nobody reads."""
+    batch, rows = data.collate(examples[:4]), []
+    for layer in model.model.layers:
+        layer.mlp.down_proj.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
+    perplexity.summed_loss(model, batch)
+    assert rows == [batch.num_tokens] * (len(rows) - 1) + [batch.num_labels]
+    assert batch.num_labels < batch.num_tokens
+
+
 def test_a_loss_is_differentiated_once(model: LlamaForCausalLM, examples: list[data.Example]) -> None:
     """Guards against gradients, scaled in place, that a second backward pass would scale again."""
     loss = perplexity.summed_loss(model, data.collate(examples[:2]))
