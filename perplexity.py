@@ -44,7 +44,7 @@ from checkpoint import resolve_source
 from model import check_positions, check_vocabulary, fetch, forward_packed, load_model, load_tokenizer, pick_device
 
 # Most logits that exist at a time: few enough to need little memory, many enough that the matrix
-# products run near the machine's rate (on 2 cores: 190 GFLOP/s with 524 rows, 170 with 262).
+# products run near the machine's rate.
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}
 
 
@@ -97,7 +97,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 nats += F.cross_entropy(logits, target[:, 0], reduction="none").sum(dtype=torch.float64)
                 continue
             largest, of_target = logits.amax(dim=-1, keepdim=True), logits.gather(1, target)
-            # In place: half the memory, and more rows in a chunk are worth more than anything else here.
+            # In place: half the memory, so that twice the rows fit into a chunk.
             probabilities = torch.softmax(logits, dim=-1, out=logits)
             # log-sum-exp = largest logit - log of its probability: one pass less over the logits.
             log_sum_exp = largest - probabilities.amax(dim=-1, keepdim=True).log()
