@@ -263,6 +263,8 @@ def stable_permutation(length: int, *key: object) -> list[int]:
 class Batch:
     """A micro-batch: S sequences of T tokens in all, one behind the other, nothing padded.
 
+    The last token of each sequence is a label and no input: nothing comes after it.
+
     Attributes:
         input_ids: ``[1, T]``.
         position_ids: ``[1, T]``, counted from 0 in each sequence.
@@ -311,14 +313,14 @@ def collate(examples: Sequence[Example]) -> Batch:
             if label != IGNORE:
                 loss_positions.append(borders[-1] + position)
                 labels.append(label)
-        input_ids += example.input_ids
-        position_ids += range(len(example.input_ids))
+        input_ids += example.input_ids[:-1]
+        position_ids += range(len(example.input_ids) - 1)
         borders.append(len(input_ids))
     return Batch(
         torch.tensor([input_ids]),
         torch.tensor([position_ids]),
         torch.tensor(borders, dtype=torch.int32),
-        tuple(len(example.input_ids) for example in examples),
+        tuple(len(example.input_ids) - 1 for example in examples),
         torch.tensor(loss_positions, dtype=torch.long),
         torch.tensor(labels, dtype=torch.long),
     )
@@ -334,7 +336,7 @@ def pack(examples: Sequence[Example], micro_batch_tokens: int) -> list[Batch]:
     bins: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(examples)), key=lambda index: -len(examples[index].input_ids)):
-        length = len(examples[index].input_ids)
+        length = len(examples[index].input_ids) - 1
         fit = next((number for number, free in enumerate(room) if free >= length), len(bins))
         if fit == len(bins):
             bins.append([])

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
+from attention import PackedAttention
 from data import IGNORE, Batch, Example, collate
-from model import Attend, PackedAttention, forward
+from model import Attend, forward
 
 PREFILL_TOKENS = 8192  # most prompt tokens in one forward pass
 
@@ -151,9 +152,13 @@ def _admit(waiting: list[int], prompts: Sequence[list[int]], free: int) -> list[
 
 def _prefill(model: LlamaForCausalLM, cache: KVCache, prompts: list[list[int]], first_slot: int) -> list[int]:
     """Read packed prompts into the slots from ``first_slot`` on; returns the first token after each."""
-    batch = collate([Example(prompt, [IGNORE] * len(prompt)) for prompt in prompts]).to(model.device)
-    attend, ends = cache.prefill(first_slot, batch), batch.cu_seqlens[1:].long() - 1
-    return _most_probable(model, forward(model, batch.input_ids[0], batch.position_ids[0], attend, ends))
+    # The token to come is the one label of each; its value, here 0, is never looked at.
+    examples = [Example([*prompt, 0], [*[IGNORE] * len(prompt), 0]) for prompt in prompts]
+    batch = collate(examples).to(model.device)
+    attend = cache.prefill(first_slot, batch)
+    return _most_probable(
+        model, forward(model, batch.input_ids[0], batch.position_ids[0], attend, batch.loss_positions)
+    )
 
 
 def _decode_one_token(model: LlamaForCausalLM, cache: KVCache, running: list[Completion]) -> list[int]:

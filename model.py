@@ -19,10 +19,10 @@ import torch.nn.functional as F
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-from torch.nn.attention import varlen
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from attention import PackedAttention
 from checkpoint import STATE_FILE
 from config import local_path
 from data import Batch, is_hub_id
@@ -183,36 +183,6 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
-
-
-class PackedAttention:
-    """Causal attention within each sequence of a packed row; an `Attend`."""
-
-    def __init__(self, batch: Batch, dropout: float = 0.0):
-        self.seqlens, self.cu_seqlens, self.dropout = batch.seqlens, batch.cu_seqlens, dropout
-
-    def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not self.dropout:
-            return self._attend_varlen(query, key, value)
-        outputs = [
-            F.scaled_dot_product_attention(
-                *(tensor.transpose(0, 1)[None] for tensor in sequence),
-                is_causal=True,
-                dropout_p=self.dropout,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )[0].transpose(0, 1)
-            for sequence in zip(*(tensor.split(self.seqlens) for tensor in (query, key, value)), strict=True)
-        ]
-        return torch.cat(outputs)
-
-    def _attend_varlen(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """All sequences in one FlashAttention kernel."""
-        groups, longest = query.shape[1] // key.shape[1], max(self.seqlens)
-        if groups > 1:  # torch 2.11's kernel knows no grouped heads
-            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        return varlen.varlen_attn(
-            query, key, value, self.cu_seqlens, self.cu_seqlens, longest, longest, window_size=(-1, 0)
-        )
 
 
 def checkpoint_activations(model: LlamaForCausalLM) -> None:

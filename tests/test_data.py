@@ -172,9 +172,8 @@ def test_packing_loses_nothing_and_keeps_the_budget(
         for start, end in itertools.pairwise(borders):
             ids = batch.input_ids[0, start:end].tolist()
             assert batch.position_ids[0, start:end].tolist() == list(range(end - start))
-            labels = [data.IGNORE] + [next_token.get(start + p, data.IGNORE) for p in range(end - start - 1)]
-            assert start + len(ids) - 1 not in next_token
-            found.append(data.Example(ids, labels))
+            labels = [data.IGNORE] + [next_token.get(start + p, data.IGNORE) for p in range(end - start)]
+            found.append(data.Example([*ids, labels[-1]], labels))  # EOS is a label and no input
         assert batch.seqlens == tuple(b - a for a, b in itertools.pairwise(borders))
     assert sorted(found, key=str) == sorted(examples, key=str)
     # First-fit decreasing needs at most 11/9 of the optimum and 6/9 of a bin.

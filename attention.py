@@ -1,0 +1,100 @@
+"""Causal attention within each sequence of a packed row, blind across their borders; no masks, no padding."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import varlen
+
+from data import Batch
+
+# On the CPU: queries at a time, and the longest sequence whose probabilities are worth keeping.
+QUERY_BLOCK, LONGEST_KEPT = 64, 1024
+
+
+class PackedAttention:
+    """Attention of one micro-batch, the same for every layer; an `Attend` of model.py."""
+
+    def __init__(self, batch: Batch, dropout: float = 0.0):
+        self.seqlens, self.cu_seqlens, self.dropout = batch.seqlens, batch.cu_seqlens, dropout
+
+    def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """``query`` is ``[N, heads, head_dim]``, ``key`` and ``value`` ``[N, kv_heads, head_dim]``; as ``query``."""
+        if (groups := query.shape[1] // key.shape[1]) > 1:
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        half = query.dtype in (torch.bfloat16, torch.float16)
+        if query.is_cuda and half and not self.dropout:
+            longest = max(self.seqlens)
+            return varlen.varlen_attn(
+                query, key, value, self.cu_seqlens, self.cu_seqlens, longest, longest, window_size=(-1, 0)
+            )
+        if not (query.is_cuda or half or self.dropout or max(self.seqlens) > LONGEST_KEPT):
+            return KeptAttention.apply(query, key, value, self.seqlens)
+        outputs = [
+            F.scaled_dot_product_attention(
+                *(_heads_first(tensor)[None] for tensor in sequence), is_causal=True, dropout_p=self.dropout
+            )[0].transpose(0, 1)
+            for sequence in zip(*(tensor.split(self.seqlens) for tensor in (query, key, value)), strict=True)
+        ]
+        return torch.cat(outputs)
+
+
+class KeptAttention(torch.autograd.Function):
+    """Attention on the CPU that keeps its probabilities for the backward pass.
+
+    ``scaled_dot_product_attention`` computes them twice, to hold no square of a long sequence. For
+    sequences as short as GSM8K's the squares are smaller than the other activations. Each block of
+    queries meets only the keys before its end: little is computed that causality hides.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seqlens: tuple[int, ...]
+    ) -> torch.Tensor:
+        output = torch.empty_like(query)
+        queries, keys, values, outputs = (_heads_first(tensor) for tensor in (query, key, value, output))
+        longest = max(seqlens)
+        hidden = query.new_full((longest, longest), -torch.inf).triu_(1)
+        kept = []
+        for start, first, end in _blocks(seqlens):
+            rows, columns = slice(start + first, start + end), slice(start, start + end)
+            scores = torch.baddbmm(
+                hidden[first:end, :end], queries[:, rows], keys[:, columns].mT, alpha=query.shape[-1] ** -0.5
+            )
+            probabilities = torch.softmax(scores, dim=-1, out=scores)
+            outputs[:, rows] = torch.bmm(probabilities, values[:, columns])
+            kept.append(probabilities)
+        ctx.save_for_backward(query, key, value, *kept)
+        ctx.seqlens = seqlens
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, *kept = ctx.saved_tensors
+        grads = tuple(torch.zeros_like(tensor) for tensor in (query, key, value))
+        queries, keys, values, grad_outputs = (_heads_first(tensor) for tensor in (query, key, value, grad))
+        grad_queries, grad_keys, grad_values = (_heads_first(tensor) for tensor in grads)
+        scale = query.shape[-1] ** -0.5
+        for (start, first, end), probabilities in zip(_blocks(ctx.seqlens), kept, strict=True):
+            rows, columns = slice(start + first, start + end), slice(start, start + end)
+            grad_rows = grad_outputs[:, rows]
+            grad_values[:, columns] += torch.bmm(probabilities.mT, grad_rows)
+            grad_probabilities = torch.bmm(grad_rows, values[:, columns].mT)
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_probabilities, probabilities, -1, query.dtype)
+            grad_queries[:, rows] = torch.bmm(grad_scores.mul_(scale), keys[:, columns])
+            grad_keys[:, columns] += torch.bmm(grad_scores.mT, queries[:, rows])
+        return *grads, None
+
+
+def _heads_first(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.transpose(0, 1)
+
+
+def _blocks(seqlens: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
+    """Where each sequence starts in the row, and where in it each block of its queries begins and ends."""
+    start = 0
+    for length in seqlens:
+        for first in range(0, length, QUERY_BLOCK):
+            yield start, first, min(first + QUERY_BLOCK, length)
+        start += length
