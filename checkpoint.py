@@ -29,8 +29,8 @@ METRICS_FILE = "metrics.jsonl"
 # What may differ between a run and its resumption: nothing here changes which gradient a step has.
 FREE_SETTINGS = frozenset(
     {
-        *("output_dir", "run_name", "micro_batch_tokens", "gradient_checkpointing", "log_every", "checkpoint_steps"),
-        *("resume", "max_new_tokens", "decode_slots", "wandb_project", "wandb_mode"),
+        *("output_dir", "run_name", "micro_batch_tokens", "gradient_checkpointing", "compile", "log_every"),
+        *("checkpoint_steps", "resume", "max_new_tokens", "decode_slots", "wandb_project", "wandb_mode"),
     }
 )
 

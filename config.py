@@ -82,6 +82,7 @@ class Config:
     max_grad_norm: Positive | None
     dtype: Literal["bfloat16", "float32"]
     gradient_checkpointing: bool
+    compile: bool
     log_every: Count
     checkpoint_steps: Count | None
     resume: Literal["auto", "never"]

@@ -3,6 +3,8 @@
 import ctypes
 import gc
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -23,6 +25,34 @@ def keep_freed_memory() -> None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(_M_TOP_PAD, 64 * 2**20)
+
+
+@contextmanager
+def remade(tensor: torch.Tensor, make: Callable[[], torch.Tensor]) -> Iterator[None]:
+    """What is computed in here keeps ``make`` for its backward pass instead of ``tensor``, and calls it there.
+
+    For what is cheap to compute from tensors that are kept anyway (a form of selective activation
+    recomputation, arXiv:2205.05198). The gradients are the same bit for bit where ``make`` gives
+    ``tensor`` bit for bit.
+    """
+    target = [tensor]  # empty once we have left: the hooks live as long as the graph, and must not keep it
+    again: list[torch.Tensor] = []
+
+    def pack(saved: torch.Tensor) -> torch.Tensor | None:
+        is_target = saved.data_ptr() == target[0].data_ptr() and saved.shape == target[0].shape
+        return None if is_target else saved
+
+    def unpack(packed: torch.Tensor | None) -> torch.Tensor:
+        if packed is not None:
+            return packed
+        if not again:  # one for all that keep it; gone with the last of them
+            with torch.no_grad():
+                again.append(make())
+        return again[0]
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+    target.clear()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -10,7 +10,10 @@ decoding.
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +25,11 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+import memory
 from attention import PackedAttention
 from checkpoint import STATE_FILE
 from config import local_path
-from data import Batch, is_hub_id
+from data import Batch, Example, collate, is_hub_id
 from errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -35,6 +39,14 @@ if TYPE_CHECKING:
 # attend(layer, query, key, value) with [N, heads, head_dim] and [N, kv_heads, head_dim] gives
 # [N, heads, head_dim], for N tokens of whichever sequences.
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+# remade(tensor, make): what is computed under it keeps make for its backward pass, not tensor.
+Remade = Callable[[torch.Tensor, Callable[[], torch.Tensor]], AbstractContextManager[None]]
+
+
+def _kept(tensor: torch.Tensor, make: Callable[[], torch.Tensor]) -> AbstractContextManager[None]:
+    return nullcontext()
+
 
 # Errors end in one line of ours; their warnings on the way, and bars where there is no terminal, are noise.
 transformers.utils.logging.disable_progress_bar()
@@ -71,12 +83,13 @@ def forward(
     half = cos.shape[-1] // 2  # both halves are the same
     rope = cos[0, :, None, :half], sin[0, :, None, :half]
     recompute = model.model.gradient_checkpointing and model.training and torch.is_grad_enabled()
+    parts = _parts(model, recompute)
     *layers, last = model.model.layers
     for layer, positions in [*((layer, None) for layer in layers), (last, wanted)]:
         if recompute:
-            hidden = checkpoint(_layer, layer, hidden, *rope, attend, positions, use_reentrant=False)
+            hidden = checkpoint(_layer, layer, hidden, *rope, attend, positions, *parts, use_reentrant=False)
         else:
-            hidden = _layer(layer, hidden, *rope, attend, positions)
+            hidden = _layer(layer, hidden, *rope, attend, positions, *parts)
     return _norm(hidden, model.model.norm)
 
 
@@ -86,6 +99,22 @@ def forward_packed(model: LlamaForCausalLM, batch: Batch, wanted: torch.Tensor |
     return forward(model, batch.input_ids[0], batch.position_ids[0], attend, wanted)
 
 
+def _parts(model: LlamaForCausalLM, recompute: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What a layer does before and after its attention: as it is, compiled, or keeping less for the backward pass."""
+    if torch.is_grad_enabled() and getattr(model.model, "compiled", False):
+        return _compiled_parts()
+    if torch.is_grad_enabled() and not recompute:
+        return partial(_before_attention, remade=memory.remade), partial(_after_attention, remade=memory.remade)
+    return _before_attention, _after_attention
+
+
+@cache
+def _compiled_parts() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    # Not in compiled code: attention, whose kernels are as good as they get, and whose sequences differ each time.
+    # dynamic: one graph for every number of tokens; and since a layer's weights are inputs of it, for every layer.
+    return tuple(torch.compile(part, dynamic=True, fullgraph=True) for part in (_before_attention, _after_attention))
+
+
 def _layer(
     layer: "LlamaDecoderLayer",
     hidden: torch.Tensor,
@@ -93,30 +122,37 @@ def _layer(
     sin: torch.Tensor,
     attend: Attend,
     wanted: torch.Tensor | None,
+    before_attention: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    after_attention: Callable[..., torch.Tensor],
 ) -> torch.Tensor:
-    attended = attend(layer.self_attn.layer_idx, *_before_attention(layer, hidden, cos, sin)).flatten(-2)
+    attended = attend(layer.self_attn.layer_idx, *before_attention(layer, hidden, cos, sin))
     if wanted is not None:
         hidden, attended = hidden.index_select(0, wanted), attended.index_select(0, wanted)
-    return _after_attention(layer, hidden, attended)
+    return after_attention(layer, hidden, attended)
 
 
 def _before_attention(
-    layer: "LlamaDecoderLayer", hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    layer: "LlamaDecoderLayer", hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, remade: Remade = _kept
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     attention, norm = layer.self_attn, layer.input_layernorm
     normed = _norm(hidden, norm)
-    heads = (-1, attention.head_dim)
-    query = attention.q_proj(normed).unflatten(-1, heads)
-    key = attention.k_proj(normed).unflatten(-1, heads)
-    value = attention.v_proj(normed).unflatten(-1, heads)
+    with remade(normed, lambda: _norm(hidden, norm)):
+        query, key, value = attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed)
+    query, key, value = (tensor.unflatten(-1, (-1, attention.head_dim)) for tensor in (query, key, value))
     return Rotate.apply(query, cos, sin), Rotate.apply(key, cos, sin), value
 
 
-def _after_attention(layer: "LlamaDecoderLayer", hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+def _after_attention(
+    layer: "LlamaDecoderLayer", hidden: torch.Tensor, attended: torch.Tensor, remade: Remade = _kept
+) -> torch.Tensor:
     mlp, norm = layer.mlp, layer.post_attention_layernorm
-    hidden = hidden + layer.self_attn.o_proj(attended)
+    hidden = hidden + layer.self_attn.o_proj(attended.flatten(-2))
     normed = _norm(hidden, norm)
-    return hidden + mlp.down_proj(SwiGLU.apply(mlp.gate_proj(normed), mlp.up_proj(normed)))
+    with remade(normed, lambda: _norm(hidden, norm)):
+        gate, up = mlp.gate_proj(normed), mlp.up_proj(normed)
+    activated = SwiGLU.apply(gate, up)
+    with remade(activated, lambda: SwiGLU.apply(gate, up)):
+        return hidden + mlp.down_proj(activated)
 
 
 def _norm(hidden: torch.Tensor, norm: "LlamaRMSNorm") -> torch.Tensor:
@@ -188,6 +224,26 @@ class SwiGLU(torch.autograd.Function):
 def checkpoint_activations(model: LlamaForCausalLM) -> None:
     """Recompute each layer's activations in the backward pass instead of keeping them."""
     model.model.gradient_checkpointing = True
+
+
+def compile_layers(model: LlamaForCausalLM) -> None:
+    """Compile what a layer does before and after its attention, for passes with gradients.
+
+    Raises:
+        UserError: this machine can't, mostly for want of a C++ compiler.
+    """
+    model.model.compiled = True
+    example = Example([0] * 8, [0] * 8)
+    batch = collate([example, example]).to(model.device)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the compiler's notes about its own ways
+            forward_packed(model, batch, batch.loss_positions[::2]).sum().backward()
+    except Exception as error:  # the compiler's layers raise many types
+        raise UserError(
+            f"compile true: torch.compile fails here ({_cause(error)}): install a C++ compiler, or set compile false"
+        ) from None
+    model.zero_grad()
 
 
 # ---------------------------------------------------------------- loading

@@ -47,6 +47,7 @@ from model import (
     check_positions,
     check_vocabulary,
     checkpoint_activations,
+    compile_layers,
     eos_token_ids,
     fetch,
     load_model,
@@ -114,6 +115,8 @@ def main(config: Config) -> None:
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     model.train()
+    if config.compile:
+        compile_layers(model)
     optimizer = build_optimizer(
         model.parameters(),
         learning_rate=config.learning_rate,

@@ -1,7 +1,7 @@
 """Optimizer steps a second: this product, Transformers' Trainer, and TRL's SFTTrainer at the same work.
 
 python benchmarks/training.py
-python benchmarks/training.py --steps 5 --contenders ours trainer
+python benchmarks/training.py --steps 6 --contenders ours trainer --compile
 python benchmarks/training.py --profile
 python benchmarks/training.py --hidden_size 4096 --intermediate_size 11008 --layers 32 --heads 32 --dtype bfloat16
 
@@ -64,6 +64,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--micro_batch_tokens", type=int, default=1536, help="of our own contender")
+    parser.add_argument("--compile", action="store_true", help="our own contender's layers")
     parser.add_argument("--profile", action="store_true", help="instead of the race, a profile of our last step")
     parser.add_argument("--worker", choices=tuple(WORKERS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -154,7 +155,7 @@ def our_steps(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -
     import data
     import memory
     import train
-    from model import checkpoint_activations, load_model, pick_device
+    from model import checkpoint_activations, compile_layers, load_model, pick_device
     from optimizer import build_optimizer
 
     memory.keep_freed_memory()
@@ -163,6 +164,8 @@ def our_steps(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -
     model = load_model(arguments.folder, getattr(torch, arguments.dtype), device).train()
     if device.type == "cuda":
         checkpoint_activations(model)
+    if arguments.compile:
+        compile_layers(model)
     optimizer = build_optimizer(
         model.parameters(), learning_rate=2e-5, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0
     )
@@ -346,6 +349,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 def race(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -> None:
     options = [f"--{key}={getattr(arguments, key)}" for key in ("folder", "dtype", "micro_batch_tokens")]
+    options += ["--compile"] * arguments.compile
     contenders = [
         Contender(
             name,
@@ -376,6 +380,8 @@ def print_table(
     windows = [rows[first : first + BATCH] for first in range(0, len(rows), BATCH)][1:]
     tokens = [sum(len(row["input_ids"]) for row in window) for window in windows]
     work = [flops(window, arguments) for window in windows]
+    compiled = "compiled layers" if arguments.compile else "layers not compiled"
+    print(f"ours: micro-batches of {arguments.micro_batch_tokens} tokens, {compiled}")
     print(f"matrix products: {rate / 1e9:.0f} GFLOP/s in {arguments.dtype}")
     print("| contender | tokens a second | s a step | peak memory, GB | share of the matrix rate | first loss |")
     print("| --- | --- | --- | --- | --- | --- |")

@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 import data
 import perplexity
 import train
-from model import checkpoint_activations
+from errors import UserError
+from model import _compiled_parts, checkpoint_activations, compile_layers, load_model
 from optimizer import build_optimizer
 from perplexity import summed_loss
 
@@ -153,6 +155,65 @@ def test_gradient_checkpointing_changes_nothing(model64: LlamaForCausalLM, examp
     for each in (plain, checkpointed):
         summed_loss(each, data.collate(examples[:7])).backward()
     torch.testing.assert_close(gradients(checkpointed), gradients(plain), **EXACT)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing compiled before, and nothing left for the next test."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    _compiled_parts.cache_clear()
+    yield
+    torch.compiler.reset()
+    _compiled_parts.cache_clear()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_give_the_gradients_of_float64_and_are_compiled_once(
+    model64: LlamaForCausalLM, examples: list[data.Example], checkpointing: bool, fresh_compiler: None
+) -> None:
+    """Guards against wrong kernels, and against compiling anew for each layer or number of tokens."""
+    compiled = copy.deepcopy(model64).float().train()
+    if checkpointing:
+        checkpoint_activations(compiled)
+    compile_layers(compiled)
+    assert all(parameter.grad is None for parameter in compiled.parameters())
+    train.accumulate(model64, data.pack(examples, 333), CPU, None)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # before and after attention, of any layer
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for budget in (96, 150, 1000):
+            train.accumulate(compiled, data.pack(examples[:9], budget), CPU, None)
+        compiled.zero_grad()
+        train.accumulate(compiled, data.pack(examples, 333), CPU, None)
+    assert relative_error(gradients(compiled), gradients(model64)) < 1e-6
+
+
+def test_a_machine_that_cannot_compile_is_told_so(model: LlamaForCausalLM, monkeypatch, fresh_compiler: None) -> None:
+    def fail(*args: object, **settings: object) -> Callable[..., torch.Tensor]:
+        raise RuntimeError("no compiler found")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.raises(UserError, match=r"compile true: .*no compiler found.*or set compile false"):
+        compile_layers(model)
+
+
+def test_bfloat16_follows_float32(model_folder: Path, model64: LlamaForCausalLM, examples: list[data.Example]) -> None:
+    """Guards against sums and softmaxes in bfloat16, whose error is many times that of rounded weights."""
+    half = load_model(model_folder, torch.bfloat16, CPU)
+    with torch.no_grad():
+        for rounded, exact in zip(half.parameters(), model64.parameters(), strict=True):
+            exact.copy_(rounded)
+    window = data.pack(examples, 333)
+    nats, num_labels, _ = train.accumulate(half, window, CPU, None)
+    expected, _, _ = train.accumulate(model64, window, CPU, None)
+    assert abs(nats - expected) / num_labels < 1e-4
+    assert relative_error(gradients(half), gradients(model64)) < 1e-2
+
+
+def relative_error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """L2 norm of the difference as a share of that of what is expected, over all parameters together."""
+    off = sum((f.double() - e.double()).square().sum() for f, e in zip(found, expected, strict=True))
+    return math.sqrt(off / sum(e.double().square().sum() for e in expected))
 
 
 def test_clipping_scales_to_the_norm(model64: LlamaForCausalLM, examples: list[data.Example]) -> None:

@@ -1,8 +1,10 @@
 """Running out of memory changes no step, and the loss holds no full logits."""
 
+import contextlib
 import copy
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 import data
+import memory
+import model as model_module
 import perplexity
 import train
 from errors import UserError
@@ -197,6 +201,58 @@ def test_the_last_layer_computes_nothing_for_positions_without_a_label(
     perplexity.summed_loss(model, batch)
     assert rows == [batch.num_tokens] * (len(rows) - 1) + [batch.num_labels]
     assert batch.num_labels < batch.num_tokens
+
+
+def test_what_is_remade_is_not_kept_and_changes_no_gradient() -> None:
+    """Guards against a hook that keeps what it should not, or makes something else."""
+    torch.manual_seed(0)
+    weights = [torch.randn(5, 5, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    base = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    made: list[int] = []
+
+    def make() -> torch.Tensor:
+        made.append(1)
+        return base.tanh()
+
+    def gradients(kept: bool) -> tuple[torch.Tensor, ...]:
+        tensor = make()
+        alive = weakref.ref(tensor)
+        with contextlib.nullcontext() if kept else memory.remade(tensor, make):
+            output = sum((tensor @ weight).sum() for weight in weights)
+        del tensor
+        assert (alive() is not None) is kept
+        return torch.autograd.grad(output, [base, *weights])
+
+    expected = gradients(kept=True)
+    made.clear()
+    assert all(map(torch.equal, gradients(kept=False), expected))
+    assert len(made) == 2  # once forward, and once backward for all three
+
+
+def test_training_keeps_neither_normed_nor_activated_tensors(
+    model: LlamaForCausalLM, examples: list[data.Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against the largest activations of a layer, cheap to make again, kept for the backward pass."""
+    batch = data.collate(examples[:4])
+    outputs: list[weakref.ref[torch.Tensor]] = []
+    original = model_module.SwiGLU.apply
+
+    def apply(*inputs: torch.Tensor) -> torch.Tensor:
+        output = original(*inputs)
+        outputs.append(weakref.ref(output))
+        return output
+
+    monkeypatch.setattr(model_module.SwiGLU, "apply", apply)
+    loss = perplexity.summed_loss(model, batch)
+    layers = model.config.num_hidden_layers
+    assert [output() for output in outputs] == [None] * layers
+    loss.backward()
+    assert len(outputs) == 2 * layers
+    remade = gradients(model)
+    model.zero_grad()
+    monkeypatch.setattr(memory, "remade", lambda tensor, make: contextlib.nullcontext())
+    perplexity.summed_loss(model, batch).backward()
+    assert all(map(torch.equal, gradients(model), remade))
 
 
 def test_a_loss_is_differentiated_once(model: LlamaForCausalLM, examples: list[data.Example]) -> None:

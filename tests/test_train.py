@@ -273,6 +273,17 @@ def test_transformers_loads_best_and_gives_the_same_logits(
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_compile_is_on_by_setting(
+    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    """Guards against a setting that does nothing."""
+    models = []
+    monkeypatch.setattr(train, "compile_layers", models.append)
+    assert call(train, *flags(settings | {"compile": str(compiled).lower(), "epochs": "1"})).code == 0
+    assert len(models) == compiled
+
+
 # ---------------------------------------------------------------- what a run writes
 
 
