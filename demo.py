@@ -26,12 +26,7 @@ NUM_TRAIN, NUM_TEST = 8000, 200
 
 def main() -> None:
     prepare_folder(FOLDER)
-    problems = make_problems(NUM_TRAIN + NUM_TEST, seed=0)
-    write_jsonl(problems[:NUM_TRAIN], FOLDER / "data" / "train.jsonl")
-    write_jsonl(problems[NUM_TRAIN:], FOLDER / "data" / "test.jsonl")
-    texts = [f"Question: {problem['question']}\nAnswer: {problem['answer']}" for problem in problems[:NUM_TRAIN]]
-    make_tokenizer(texts, FOLDER / "model", vocab_size=512)
-    make_model(FOLDER / "model", hidden_size=128, intermediate_size=352, layers=4, heads=4)
+    make_stand_in(FOLDER)
     print(f"demo: {NUM_TRAIN} + {NUM_TEST} problems and a model with random weights are in {FOLDER.name}/")
     run("train.py", "--config", "demo.yaml")
     run("evaluate.py", "--ckpt", "demo/run/best")
@@ -44,8 +39,19 @@ def prepare_folder(folder: Path) -> None:
         if not (folder / MARKER).is_file():
             raise UserError(f"{folder}: was not made by demo.py and is not replaced: move it away")
         shutil.rmtree(folder)
-    (folder / "data").mkdir(parents=True)
+    folder.mkdir()
     (folder / MARKER).touch()
+
+
+def make_stand_in(folder: Path) -> None:
+    """Write the data set into ``folder/data``, and model and tokenizer into ``folder/model``."""
+    problems = make_problems(NUM_TRAIN + NUM_TEST, seed=0)
+    (folder / "data").mkdir()
+    write_jsonl(problems[:NUM_TRAIN], folder / "data" / "train.jsonl")
+    write_jsonl(problems[NUM_TRAIN:], folder / "data" / "test.jsonl")
+    texts = [f"Question: {problem['question']}\nAnswer: {problem['answer']}" for problem in problems[:NUM_TRAIN]]
+    make_tokenizer(texts, folder / "model", vocab_size=512)
+    make_model(folder / "model", hidden_size=128, intermediate_size=352, layers=4, heads=4)
 
 
 def run(*command: str) -> None:

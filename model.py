@@ -31,6 +31,7 @@ from checkpoint import STATE_FILE
 from config import local_path
 from data import Batch, Example, collate, is_hub_id
 from errors import UserError, one_line
+from linear import use_fast_products
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -346,6 +347,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LlamaF
         pad_token_id=model.generation_config.pad_token_id,
         do_sample=False,
     )
+    use_fast_products(model)
     return model.to(device).eval()
 
 

@@ -41,6 +41,7 @@ from transformers import LlamaForCausalLM
 import data
 import memory
 from checkpoint import resolve_source
+from linear import product
 from model import check_positions, check_vocabulary, fetch, forward_packed, load_model, load_tokenizer, pick_device
 
 # Most logits that exist at a time: few enough to need little memory, many enough that the matrix
@@ -92,7 +93,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], rows):
             chunk, target = hidden[start : start + rows], labels[start : start + rows, None]
             # The log-sum-exp of bfloat16 logits would be off in the third digit.
-            logits = (chunk @ weight.T).to(exact)
+            logits = product(chunk, weight.T).to(exact)
             if not with_gradients:
                 nats += F.cross_entropy(logits, target[:, 0], reduction="none").sum(dtype=torch.float64)
                 continue
@@ -105,13 +106,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             nats += (log_sum_exp - of_target).sum(dtype=torch.float64)
             grad_logits = probabilities.scatter_add_(1, target, torch.full_like(largest, -1)).to(hidden.dtype)
             del logits, probabilities
-            torch.mm(grad_logits, weight, out=grad_hidden[start : start + rows])
-            if grad_weight is None:
-                grad_weight = (grad_logits.T @ chunk).to(exact)
-            elif hidden.dtype == exact:
-                grad_weight.addmm_(grad_logits.T, chunk)
-            else:
-                grad_weight += grad_logits.T @ chunk
+            grad_hidden[start : start + rows] = product(grad_logits, weight)
+            grad_of_chunk = product(grad_logits.T, chunk)
+            grad_weight = grad_of_chunk.to(exact) if grad_weight is None else grad_weight.add_(grad_of_chunk)
         ctx.gradients = (grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return nats

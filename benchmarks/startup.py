@@ -1,0 +1,163 @@
+"""How soon training starts, and what loading a model takes in memory.
+
+python benchmarks/startup.py
+python benchmarks/startup.py --hidden_size 2048 --intermediate_size 5504 --layers 8
+
+First: seconds from typing `python train.py --config demo.yaml` to the end of its first optimizer
+step, a new process each time, and those of its imports alone. Second: a random Llama is written
+in one dtype and loaded by model.py in another, in a new process; the most memory that it takes is
+set against the size of the loaded weights. `own` is memory of the process itself; `mapped` are
+pages of the checkpoint's file, which the kernel drops when memory is short. Linux only.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+CASES = (("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("bfloat16", "float32"))
+
+
+def read_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=3, help="of the demo's start; the median counts")
+    parser.add_argument("--hidden_size", type=int, default=1024)
+    parser.add_argument("--intermediate_size", type=int, default=2752)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--worker", nargs=2, metavar=("FOLDER", "DTYPE"), help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+# ---------------------------------------------------------------- the first step
+
+
+def seconds_to_first_step(folder: Path, run_name: str) -> float:
+    metrics = folder / "runs" / run_name / "metrics.jsonl"
+    flags = {"model": folder / "model", "dataset": folder / "data", "output_dir": folder / "runs"}
+    flags |= {"run_name": run_name, "log_every": 1}
+    started = time.time()
+    process = subprocess.Popen(
+        [sys.executable, "train.py", "--config", "demo.yaml", *(f"--{key}={value}" for key, value in flags.items())],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        while not (metrics.exists() and b"\n" in metrics.read_bytes()):
+            if process.poll() is not None:
+                sys.exit(f"train.py ended with {process.returncode} before its first step")
+            time.sleep(0.01)
+        return json.loads(metrics.read_bytes().split(b"\n")[0])["time"] - started
+    finally:
+        process.kill()
+        process.wait()
+
+
+def seconds_to_import() -> float:
+    started = time.time()
+    subprocess.run([sys.executable, "-c", "import train"], cwd=ROOT, check=True)
+    return time.time() - started
+
+
+# ---------------------------------------------------------------- loading
+
+
+def memory_now() -> dict[str, int]:
+    """Resident bytes of this process: its own, and mapped from files."""
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: int(fields[field].split()[0]) * 1024 for name, field in (("own", "RssAnon"), ("mapped", "RssFile"))}
+
+
+def load(folder: Path, dtype: str) -> None:
+    """Load the model and print, as JSON, the size of its weights and what memory grew by at most."""
+    import torch
+
+    from model import load_model
+
+    before = memory_now()
+    samples, done = [before], threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.002):
+            samples.append(memory_now())
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    started = time.perf_counter()
+    model = load_model(folder, getattr(torch, dtype), torch.device("cpu"))
+    seconds = time.perf_counter() - started
+    done.set()
+    sampler.join()
+    peak = {key: max(sample[key] for sample in samples) - before[key] for key in before}
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    print(json.dumps({"weights": weights, "seconds": seconds, **peak}))
+
+
+def write_model(folder: Path, arguments: argparse.Namespace) -> None:
+    import standin
+
+    rows = standin.make_problems(2000, seed=0)
+    standin.make_tokenizer([f"{row['question']}\n{row['answer']}" for row in rows], folder, vocab_size=512)
+    standin.make_model(
+        folder,
+        hidden_size=arguments.hidden_size,
+        intermediate_size=arguments.intermediate_size,
+        layers=arguments.layers,
+        heads=arguments.heads,
+        vocab_size=32_000,
+    )
+
+
+def in_dtype(source: Path, target: Path, dtype: str) -> None:
+    import torch
+    from transformers import LlamaForCausalLM
+
+    LlamaForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype)).save_pretrained(target)
+
+
+# ---------------------------------------------------------------- both tables
+
+
+def main(arguments: argparse.Namespace) -> None:
+    import demo
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        demo.make_stand_in(folder)
+        first = [seconds_to_first_step(folder, f"run{number}") for number in range(arguments.runs)]
+        imports = [seconds_to_import() for _ in range(arguments.runs)]
+        print("| to the end of the first optimizer step of the demo | of that, imports |")
+        print("| --- | --- |")
+        print(f"| {statistics.median(first):.1f} s | {statistics.median(imports):.1f} s |\n")
+
+        write_model(folder / "float32", arguments)
+        in_dtype(folder / "float32", folder / "bfloat16", "bfloat16")
+        print("| file | loaded as | weights, GB | most own memory, GB | most mapped, GB | seconds |")
+        print("| --- | --- | --- | --- | --- | --- |")
+        for stored, loaded in CASES:
+            result = subprocess.run(
+                [sys.executable, __file__, "--worker", str(folder / stored), loaded],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+            sizes = json.loads(result.stdout.splitlines()[-1])
+            columns = " | ".join(f"{sizes[key] / 1e9:.3f}" for key in ("weights", "own", "mapped"))
+            print(f"| {stored} | {loaded} | {columns} | {sizes['seconds']:.2f} |")
+
+
+if __name__ == "__main__":
+    options = read_arguments(sys.argv[1:])
+    if options.worker:
+        load(Path(options.worker[0]), options.worker[1])
+    else:
+        main(options)
