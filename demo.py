@@ -39,14 +39,14 @@ def prepare_folder(folder: Path) -> None:
         if not (folder / MARKER).is_file():
             raise UserError(f"{folder}: was not made by demo.py and is not replaced: move it away")
         shutil.rmtree(folder)
-    folder.mkdir()
+    (folder / "data").mkdir(parents=True)
     (folder / MARKER).touch()
 
 
 def make_stand_in(folder: Path) -> None:
     """Write the data set into ``folder/data``, and model and tokenizer into ``folder/model``."""
     problems = make_problems(NUM_TRAIN + NUM_TEST, seed=0)
-    (folder / "data").mkdir()
+    (folder / "data").mkdir(exist_ok=True)
     write_jsonl(problems[:NUM_TRAIN], folder / "data" / "train.jsonl")
     write_jsonl(problems[NUM_TRAIN:], folder / "data" / "test.jsonl")
     texts = [f"Question: {problem['question']}\nAnswer: {problem['answer']}" for problem in problems[:NUM_TRAIN]]
