@@ -55,12 +55,12 @@ class KeptAttention(torch.autograd.Function):
         output = torch.empty_like(query)
         queries, keys, values, outputs = (_heads_first(tensor) for tensor in (query, key, value, output))
         longest = max(seqlens)
-        hidden = query.new_full((longest, longest), -torch.inf).triu_(1)
+        future = query.new_full((longest, longest), -torch.inf).triu_(1)
         kept = []
         for start, first, end in _blocks(seqlens):
             rows, columns = slice(start + first, start + end), slice(start, start + end)
             scores = torch.baddbmm(
-                hidden[first:end, :end], queries[:, rows], keys[:, columns].mT, alpha=query.shape[-1] ** -0.5
+                future[first:end, :end], queries[:, rows], keys[:, columns].mT, alpha=query.shape[-1] ** -0.5
             )
             probabilities = torch.softmax(scores, dim=-1, out=scores)
             outputs[:, rows] = torch.bmm(probabilities, values[:, columns])

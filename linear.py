@@ -1,7 +1,7 @@
 """Matrix products on the CPU by the library that is fast on its processor.
 
 PyTorch gives float32 products to MKL, which on AMD's processors leaves half of their vector units
-unused; oneDNN, which comes with PyTorch too, does not. On Intel's both do the same.
+unused; oneDNN, which comes with PyTorch too, does not. Elsewhere PyTorch's choice stands.
 """
 
 from pathlib import Path

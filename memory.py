@@ -50,9 +50,11 @@ def remade(tensor: torch.Tensor, make: Callable[[], torch.Tensor]) -> Iterator[N
                 again.append(make())
         return again[0]
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
-    target.clear()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        target.clear()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -102,21 +102,6 @@ def load(folder: Path, dtype: str) -> None:
     print(json.dumps({"weights": weights, "seconds": seconds, **peak}))
 
 
-def write_model(folder: Path, arguments: argparse.Namespace) -> None:
-    import standin
-
-    rows = standin.make_problems(2000, seed=0)
-    standin.make_tokenizer([f"{row['question']}\n{row['answer']}" for row in rows], folder, vocab_size=512)
-    standin.make_model(
-        folder,
-        hidden_size=arguments.hidden_size,
-        intermediate_size=arguments.intermediate_size,
-        layers=arguments.layers,
-        heads=arguments.heads,
-        vocab_size=32_000,
-    )
-
-
 def in_dtype(source: Path, target: Path, dtype: str) -> None:
     import torch
     from transformers import LlamaForCausalLM
@@ -128,6 +113,8 @@ def in_dtype(source: Path, target: Path, dtype: str) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
+    from training import write_model
+
     import demo
 
     with tempfile.TemporaryDirectory() as name:
@@ -139,6 +126,7 @@ def main(arguments: argparse.Namespace) -> None:
         print("| --- | --- |")
         print(f"| {statistics.median(first):.1f} s | {statistics.median(imports):.1f} s |\n")
 
+        (folder / "float32").mkdir()
         write_model(folder / "float32", arguments)
         in_dtype(folder / "float32", folder / "bfloat16", "bfloat16")
         print("| file | loaded as | weights, GB | most own memory, GB | most mapped, GB | seconds |")

@@ -76,28 +76,12 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
 
 def prepare(folder: Path, arguments: argparse.Namespace) -> list[dict[str, list[int]]]:
     """Write model and rows into ``folder``; returns the rows, ``input_ids`` and unshifted ``labels``."""
-    import shutil
-
     from transformers import AutoTokenizer
 
     import data
-    import standin
 
     rows = (arguments.steps + 1) * BATCH
-    if os.environ.get("TOKENIZER_DIR"):
-        for file in Path(os.environ["TOKENIZER_DIR"]).glob("tokenizer*"):
-            shutil.copyfile(file, folder / file.name)
-    else:
-        texts = [f"{row['question']}\n{row['answer']}" for row in standin.make_problems(2000, seed=0)]
-        standin.make_tokenizer(texts, folder, vocab_size=512)
-    standin.make_model(
-        folder,
-        hidden_size=arguments.hidden_size,
-        intermediate_size=arguments.intermediate_size,
-        layers=arguments.layers,
-        heads=arguments.heads,
-        vocab_size=32_000,
-    )
+    write_model(folder, arguments)
     if os.environ.get("GSM8K_DIR") and os.environ.get("TOKENIZER_DIR"):
         problems = data.load_problems(os.environ["GSM8K_DIR"], "train")[:rows]
         encoded = data.encode(AutoTokenizer.from_pretrained(folder), problems, PROMPT)
@@ -113,6 +97,28 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> list[dict[str, list[
         print(f"rows: {rows} of random tokens with GSM8K's lengths")
     (folder / "rows.json").write_text(json.dumps(examples))
     return examples
+
+
+def write_model(folder: Path, arguments: argparse.Namespace) -> None:
+    """A random Llama of the shape in ``arguments``, and a tokenizer: that of TOKENIZER_DIR, or a stand-in."""
+    import shutil
+
+    import standin
+
+    if os.environ.get("TOKENIZER_DIR"):
+        for file in Path(os.environ["TOKENIZER_DIR"]).glob("tokenizer*"):
+            shutil.copyfile(file, folder / file.name)
+    else:
+        texts = [f"{row['question']}\n{row['answer']}" for row in standin.make_problems(2000, seed=0)]
+        standin.make_tokenizer(texts, folder, vocab_size=512)
+    standin.make_model(
+        folder,
+        hidden_size=arguments.hidden_size,
+        intermediate_size=arguments.intermediate_size,
+        layers=arguments.layers,
+        heads=arguments.heads,
+        vocab_size=32_000,
+    )
 
 
 def flops(rows: list[dict[str, list[int]]], arguments: argparse.Namespace) -> float:

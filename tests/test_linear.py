@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from conftest import PROMPT
 from transformers import LlamaForCausalLM
 
 import data
@@ -31,7 +32,7 @@ def test_a_model_with_fast_products_has_the_gradients_of_one_without(
     model: LlamaForCausalLM, tokenizer, problems: list[data.Problem], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards against a layer that is left out, or that trains something else, on either kind of processor."""
-    batch = data.collate(data.encode(tokenizer, problems[:6], "Question: {question}\nAnswer:"))
+    batch = data.collate(data.encode(tokenizer, problems[:6], PROMPT))
     gradients = []
     for fast in (True, False):
         monkeypatch.setattr(linear, "ONEDNN", fast)
@@ -44,4 +45,4 @@ def test_a_model_with_fast_products_has_the_gradients_of_one_without(
         assert fast_layers == (1 + 7 * model.config.num_hidden_layers if fast else 0)
         summed_loss(each, batch).backward()
         gradients.append([parameter.grad for parameter in each.parameters()])
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
