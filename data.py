@@ -259,18 +259,25 @@ def stable_permutation(length: int, *key: object) -> list[int]:
     return sorted(range(length), key=lambda index: _digest("order", *key, index))
 
 
+# Matrix products have a multiple of this many rows: they run best so, and a library that keeps
+# something for every shape it has seen (oneDNN: half a megabyte) sees few.
+ROWS = 64
+
+
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch: S sequences of T tokens in all, one behind the other, nothing padded.
+    """A micro-batch: sequences one behind the other, none padded, S of them with T tokens in all.
 
-    The last token of each sequence is a label and no input: nothing comes after it.
+    The last token of each sequence is a label and no input: nothing comes after it. Up to
+    `ROWS` - 1 tokens that mean nothing fill up T to a multiple; they are the last sequence.
 
     Attributes:
         input_ids: ``[1, T]``.
         position_ids: ``[1, T]``, counted from 0 in each sequence.
         cu_seqlens: ``[S + 1]``, int32: where each sequence begins, and T at the end.
         seqlens: the S lengths as Python numbers, for code that must not wait for the device.
-        loss_positions: ``[N]``: where in T the hidden states stand whose next token is supervised.
+        loss_positions: ``[M]``: where in T the hidden states stand whose next token is supervised;
+            behind these N, others that fill up M to a multiple of `ROWS`.
         labels: ``[N]``: these next tokens.
     """
 
@@ -307,6 +314,8 @@ class Batch:
 
 def collate(examples: Sequence[Example]) -> Batch:
     """Concatenate ``examples`` into one `Batch`."""
+    if filler := -sum(len(example.input_ids) - 1 for example in examples) % ROWS:
+        examples = [*examples, Example([0] * (filler + 1), [IGNORE] * (filler + 1))]
     input_ids, position_ids, borders, loss_positions, labels = [], [], [0], [], []
     for example in examples:
         for position, label in enumerate(example.labels[1:]):
@@ -316,6 +325,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         input_ids += example.input_ids[:-1]
         position_ids += range(len(example.input_ids) - 1)
         borders.append(len(input_ids))
+    loss_positions += [0] * (-len(labels) % ROWS)
     return Batch(
         torch.tensor([input_ids]),
         torch.tensor([position_ids]),
@@ -329,9 +339,9 @@ def collate(examples: Sequence[Example]) -> Batch:
 def pack(examples: Sequence[Example], micro_batch_tokens: int) -> list[Batch]:
     """Distribute ``examples`` over few micro-batches of at most ``micro_batch_tokens``: first-fit decreasing.
 
-    A sequence that is longer than that has a micro-batch of its own. Which sequences share one
-    changes no result: attention does not cross their borders, and each supervised token weighs the
-    same (see `perplexity.summed_loss`).
+    What fills up a micro-batch does not count. A sequence that is longer than that has a
+    micro-batch of its own. Which sequences share one changes no result: attention does not cross
+    their borders, and each supervised token weighs the same (see `perplexity.summed_loss`).
     """
     bins: list[list[int]] = []
     room: list[int] = []

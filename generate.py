@@ -52,14 +52,14 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=model.dtype, device=model.device)
         self.values = torch.zeros_like(self.keys)
 
-    def prefill(self, first_slot: int, batch: Batch) -> Attend:
-        """Attention of packed prompts, that keeps what it sees in the slots from ``first_slot`` on."""
+    def prefill(self, slots: range, batch: Batch) -> Attend:
+        """Attention of packed prompts, that keeps what it sees of them in ``slots``."""
         packed = PackedAttention(batch)
 
         def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             for cache, seen in ((self.keys, key), (self.values, value)):
-                for offset, sequence in enumerate(seen.split(batch.seqlens)):
-                    cache[layer, first_slot + offset, :, : len(sequence)] = sequence.transpose(0, 1)
+                for slot, sequence in zip(slots, seen.split(batch.seqlens), strict=False):  # without the filler
+                    cache[layer, slot, :, : len(sequence)] = sequence.transpose(0, 1)
             return packed(layer, query, key, value)
 
         return attend
@@ -155,10 +155,9 @@ def _prefill(model: LlamaForCausalLM, cache: KVCache, prompts: list[list[int]], 
     # The token to come is the one label of each; its value, here 0, is never looked at.
     examples = [Example([*prompt, 0], [*[IGNORE] * len(prompt), 0]) for prompt in prompts]
     batch = collate(examples).to(model.device)
-    attend = cache.prefill(first_slot, batch)
-    return _most_probable(
-        model, forward(model, batch.input_ids[0], batch.position_ids[0], attend, batch.loss_positions)
-    )
+    attend = cache.prefill(range(first_slot, first_slot + len(prompts)), batch)
+    hidden = forward(model, batch.input_ids[0], batch.position_ids[0], attend, batch.loss_positions)
+    return _most_probable(model, hidden)[: len(prompts)]
 
 
 def _decode_one_token(model: LlamaForCausalLM, cache: KVCache, running: list[Completion]) -> list[int]:

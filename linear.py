@@ -11,6 +11,11 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
+from data import ROWS
+
+# Rows of a product that exist beside the sum they are added to.
+ADDED_ROWS = 4096
+
 
 def _prefer_onednn() -> bool:
     try:
@@ -23,19 +28,45 @@ def _prefer_onednn() -> bool:
 ONEDNN = _prefer_onednn()
 
 
+def _by_onednn(tensor: torch.Tensor) -> bool:
+    return ONEDNN and tensor.dtype == torch.float32 and not tensor.is_cuda
+
+
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """``left @ right`` of two matrices, without a gradient of its own."""
-    if ONEDNN and left.dtype == torch.float32 and not left.is_cuda:
-        return torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")
-    return left @ right
+    """``left @ right`` of two matrices, without a gradient of its own.
+
+    To be called with few different shapes: oneDNN never gives back what it keeps for each.
+    """
+    if not _by_onednn(left):
+        return left @ right
+    return _opaque_onednn(left, right) if torch.compiler.is_compiling() else _onednn(left, right)
+
+
+def _onednn(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")
+
+
+# For compiled code one call that the compiler does not look into: its own rule for this operator fails on our operands.
+_opaque_onednn = torch.library.custom_op("gsm8k::product", _onednn, mutates_args=())
+_opaque_onednn.register_fake(lambda left, right: left.new_empty(left.shape[0], right.shape[1]))
+
+
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """``total += left @ right``, in ``total``'s dtype, and never the whole product beside it."""
+    if total.dtype == left.dtype and not _by_onednn(left):
+        total.addmm_(left, right)
+        return
+    for start in range(0, len(left), ADDED_ROWS):
+        total[start : start + ADDED_ROWS] += product(left[start : start + ADDED_ROWS], right)
 
 
 class Linear(torch.nn.Linear):
     """Transformers' layer, its three products by `product`."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        plain = self.bias is not None or hidden.dim() != 2 or hidden.dtype != torch.float32 or hidden.is_cuda
-        if plain or torch.compiler.is_compiling():
+        plain = self.bias is not None or hidden.dim() != 2 or not _by_onednn(hidden)
+        # Compiled code must not depend on the number of rows; nor need it, it sees no other than full batches.
+        if plain or not (torch.compiler.is_compiling() or hidden.shape[0] < ROWS or hidden.shape[0] % ROWS == 0):
             return F.linear(hidden, self.weight, self.bias)
         return _Linear.apply(hidden, self.weight)
 

@@ -27,6 +27,11 @@ def keep_freed_memory() -> None:
         mallopt(_M_TOP_PAD, 64 * 2**20)
 
 
+def clear_gradients(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Zero the gradients: in their place on a CPU, where new ones among the activations would tear its heap."""
+    optimizer.zero_grad(set_to_none=device.type == "cuda")
+
+
 @contextmanager
 def remade(tensor: torch.Tensor, make: Callable[[], torch.Tensor]) -> Iterator[None]:
     """What is computed in here keeps ``make`` for its backward pass instead of ``tensor``, and calls it there.

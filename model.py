@@ -73,8 +73,8 @@ def forward(
     Args:
         input_ids, position_ids: ``[N]``, tokens of whichever sequences.
         attend: which of them attend to what; see `Attend`.
-        wanted: ``[W]``, which tokens' states to give, each once; None: all. The last layer
-            computes nothing but keys and values of the others.
+        wanted: ``[W]``, which tokens' states to give; None: all. The last layer computes nothing
+            but keys and values of the others.
 
     Returns:
         ``[N, hidden]``, or ``[W, hidden]``.

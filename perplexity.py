@@ -41,12 +41,12 @@ from transformers import LlamaForCausalLM
 import data
 import memory
 from checkpoint import resolve_source
-from linear import product
+from linear import add_product, product
 from model import check_positions, check_vocabulary, fetch, forward_packed, load_model, load_tokenizer, pick_device
 
 # Most logits that exist at a time: few enough to need little memory, many enough that the matrix
 # products run near the machine's rate.
-CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}
+CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
 
 
 # ---------------------------------------------------------------- the loss
@@ -80,7 +80,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, with_gradients: bool
     ) -> torch.Tensor:
-        """``hidden`` is ``[N, H]``, ``weight`` ``[V, H]``, ``labels`` ``[N]``; returns nats in float64.
+        """``hidden`` is ``[M, H]``, ``weight`` ``[V, H]``, ``labels`` ``[N]``; returns nats in float64.
+
+        The last M - N rows of ``hidden`` have no label, no loss and no gradient.
 
         ``with_gradients`` must be said: in here grad mode is always off, and ``ctx.needs_input_grad``
         is true under ``no_grad`` as well.
@@ -89,11 +91,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         nats = torch.zeros((), dtype=torch.float64, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if with_gradients else None
         grad_weight = None
-        rows = max(1, CHUNK_ELEMENTS[hidden.device.type] // weight.shape[0])
+        rows = max(1, CHUNK_ELEMENTS[hidden.device.type] // weight.shape[0] // data.ROWS) * data.ROWS
         for start in range(0, hidden.shape[0], rows):
             chunk, target = hidden[start : start + rows], labels[start : start + rows, None]
             # The log-sum-exp of bfloat16 logits would be off in the third digit.
-            logits = product(chunk, weight.T).to(exact)
+            every_logit = product(chunk, weight.T).to(exact)
+            logits = every_logit[: len(target)]
             if not with_gradients:
                 nats += F.cross_entropy(logits, target[:, 0], reduction="none").sum(dtype=torch.float64)
                 continue
@@ -104,11 +107,15 @@ class LinearCrossEntropy(torch.autograd.Function):
             log_sum_exp = largest - probabilities.amax(dim=-1, keepdim=True).log()
             # Added up in float64: a float32 sum over thousands of tokens is off in the sixth digit.
             nats += (log_sum_exp - of_target).sum(dtype=torch.float64)
-            grad_logits = probabilities.scatter_add_(1, target, torch.full_like(largest, -1)).to(hidden.dtype)
-            del logits, probabilities
+            probabilities.scatter_add_(1, target, torch.full_like(largest, -1))
+            every_logit[len(target) :] = 0
+            grad_logits = every_logit.to(hidden.dtype)
+            del every_logit, logits, probabilities
             grad_hidden[start : start + rows] = product(grad_logits, weight)
-            grad_of_chunk = product(grad_logits.T, chunk)
-            grad_weight = grad_of_chunk.to(exact) if grad_weight is None else grad_weight.add_(grad_of_chunk)
+            if grad_weight is None:
+                grad_weight = product(grad_logits.T, chunk).to(exact)
+            else:
+                add_product(grad_weight, grad_logits.T, chunk)
         ctx.gradients = (grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return nats

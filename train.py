@@ -167,7 +167,7 @@ def main(config: Config) -> None:
             )
             check_finite(progress.step + 1, nats / num_labels, grad_norm, run_folder)
             optimizer.step()
-            optimizer.zero_grad()
+            memory.clear_gradients(optimizer, device)
             speed.stop(sum(len(example.input_ids) for example in window))
             progress.count(nats, num_labels)
             epoch = progress.step / training.steps_per_epoch
@@ -330,7 +330,7 @@ def accumulate_in_memory(
             if not memory.is_out_of_memory(error):
                 raise
             if len(window) == len(examples):
-                longest = max(batch.num_tokens for batch in window)
+                longest = max(len(example.input_ids) for example in examples)
                 raise UserError(
                     f"out of memory with each sequence alone, the longest of {longest} tokens: set "
                     "gradient_checkpointing true, dtype bfloat16 or a smaller max_length, or take a larger device"

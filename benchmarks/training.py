@@ -181,7 +181,7 @@ def our_steps(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -
         window = data.pack(examples[first : first + BATCH], arguments.micro_batch_tokens)
         nats, num_labels, _ = train.accumulate(model, window, device, 1.0)
         optimizer.step()
-        optimizer.zero_grad()
+        memory.clear_gradients(optimizer, device)
         if device.type == "cuda":
             torch.cuda.synchronize()
         yield time.perf_counter() - started, nats / num_labels

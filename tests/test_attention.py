@@ -35,12 +35,15 @@ def test_kept_attention_equals_the_textbook_with_its_gradients(
     """Guards against a block that sees too much or too little, and gradients added to the wrong sequence."""
     monkeypatch.setattr(attention, "QUERY_BLOCK", block)
     calls = spy(monkeypatch, attention.KeptAttention, "apply")
-    seqlens = (9, 1, 16, 8, 5)
+    batch = batch_of((9, 1, 16, 8, 5))
     torch.manual_seed(0)
-    tensors = [torch.randn(39, heads, 6, dtype=torch.float64, requires_grad=True) for heads in (4, kv_heads, kv_heads)]
-    upstream = torch.randn(39, 4, 6, dtype=torch.float64)
-    ours = attention.PackedAttention(batch_of(seqlens))(0, *tensors)
-    theirs = textbook(*tensors, seqlens)
+    tokens = batch.num_tokens
+    tensors = [
+        torch.randn(tokens, heads, 6, dtype=torch.float64, requires_grad=True) for heads in (4, kv_heads, kv_heads)
+    ]
+    upstream = torch.randn(tokens, 4, 6, dtype=torch.float64)
+    ours = attention.PackedAttention(batch)(0, *tensors)
+    theirs = textbook(*tensors, batch.seqlens)
     assert len(calls) == 1
     torch.testing.assert_close(ours, theirs, **EXACT)
     torch.testing.assert_close(
@@ -50,13 +53,14 @@ def test_kept_attention_equals_the_textbook_with_its_gradients(
 
 def test_a_long_sequence_keeps_no_square(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against memory that grows with the square of the length, where the length is large."""
-    monkeypatch.setattr(attention, "LONGEST_KEPT", 15)
+    monkeypatch.setattr(attention, "LONGEST_KEPT", 60)
     calls = spy(monkeypatch, attention.KeptAttention, "apply")
     torch.manual_seed(0)
-    tensors = [torch.randn(19, 4, 6, dtype=torch.float64) for _ in range(3)]
-    output = attention.PackedAttention(batch_of((16, 3)))(0, *tensors)
+    batch = batch_of((61, 3))
+    tensors = [torch.randn(64, 4, 6, dtype=torch.float64) for _ in range(3)]
+    output = attention.PackedAttention(batch)(0, *tensors)
     assert not calls
-    torch.testing.assert_close(output, textbook(*tensors, (16, 3)), **EXACT)
+    torch.testing.assert_close(output, textbook(*tensors, batch.seqlens), **EXACT)
 
 
 def spy(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> list[object]:

@@ -165,11 +165,17 @@ def test_packing_loses_nothing_and_keeps_the_budget(
     batches = data.pack(examples, budget)
     found = []
     for batch in batches:
-        assert batch.num_tokens <= budget
         borders = batch.cu_seqlens.tolist()
-        assert borders[0] == 0 and borders[-1] == batch.num_tokens
-        next_token = dict(zip(batch.loss_positions.tolist(), batch.labels.tolist(), strict=True))
-        for start, end in itertools.pairwise(borders):
+        assert borders[0] == 0 and borders[-1] == batch.num_tokens and batch.num_tokens % data.ROWS == 0
+        labelled = batch.loss_positions[: batch.num_labels].tolist()
+        assert len(batch.loss_positions) == batch.num_labels + -batch.num_labels % data.ROWS
+        next_token = dict(zip(labelled, batch.labels.tolist(), strict=True))
+        sequences = list(itertools.pairwise(borders))
+        if max(labelled) < sequences[-1][0]:  # without a label: the filler
+            start, end = sequences.pop()
+            assert end - start < data.ROWS
+        assert sequences[-1][1] <= budget
+        for start, end in sequences:
             ids = batch.input_ids[0, start:end].tolist()
             assert batch.position_ids[0, start:end].tolist() == list(range(end - start))
             labels = [data.IGNORE] + [next_token.get(start + p, data.IGNORE) for p in range(end - start)]

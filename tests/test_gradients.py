@@ -11,6 +11,7 @@ from conftest import PROMPT
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 import data
+import linear
 import perplexity
 import train
 from errors import UserError
@@ -132,13 +133,14 @@ def test_each_packed_sequence_has_the_loss_transformers_gives_it_alone(
         torch.testing.assert_close(ours.item(), theirs.item(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("elements", [1, 420 * 7, 2**30])
+@pytest.mark.parametrize("elements", [1, 420 * 130, 2**30])
 def test_chunks_of_the_head_change_nothing(
     model64: LlamaForCausalLM, examples: list[data.Example], elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards against a chunk that is left out, counted twice, or not differentiated."""
     whole, chunked = copy.deepcopy(model64), copy.deepcopy(model64)
     batch = data.collate(examples[:5])
+    assert batch.num_labels > 128  # several chunks, the last one part filler
     expected = summed_loss(whole, batch)
     expected.backward()
     monkeypatch.setitem(perplexity.CHUNK_ELEMENTS, "cpu", elements)
@@ -168,12 +170,19 @@ def fresh_compiler() -> Iterator[None]:
     _compiled_parts.cache_clear()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("checkpointing", "onednn"), [(False, False), (True, False), (False, True)])
 def test_compiled_layers_give_the_gradients_of_float64_and_are_compiled_once(
-    model64: LlamaForCausalLM, examples: list[data.Example], checkpointing: bool, fresh_compiler: None
+    model64: LlamaForCausalLM,
+    examples: list[data.Example],
+    checkpointing: bool,
+    onednn: bool,
+    fresh_compiler: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Guards against wrong kernels, and against compiling anew for each layer or number of tokens."""
+    monkeypatch.setattr(linear, "ONEDNN", onednn)
     compiled = copy.deepcopy(model64).float().train()
+    linear.use_fast_products(compiled)
     if checkpointing:
         checkpoint_activations(compiled)
     compile_layers(compiled)

