@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 import subprocess
 import sys
 import weakref
@@ -201,6 +202,22 @@ def test_the_last_layer_computes_nothing_for_positions_without_a_label(
     perplexity.summed_loss(model, batch)
     assert rows == [batch.num_tokens] * (len(rows) - 1) + [len(batch.loss_positions)]
     assert len(batch.loss_positions) < batch.num_tokens
+
+
+@pytest.mark.parametrize(
+    ("stored", "loaded"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32")]
+)
+def test_loading_never_holds_two_copies_of_the_weights(
+    make_llama: Callable[..., LlamaForCausalLM], tmp_path: Path, stored: str, loaded: str
+) -> None:
+    """Guards against weights that are read in one dtype and then copied into another, or onto a second model."""
+    make_llama(32_000, hidden_size=512, intermediate_size=1024).to(getattr(torch, stored)).save_pretrained(tmp_path)
+    command = [sys.executable, "benchmarks/startup.py", "--worker", str(tmp_path), loaded]
+    result = subprocess.run(command, cwd=Path(train.__file__).parent, capture_output=True, text=True, check=True)
+    sizes = json.loads(result.stdout.splitlines()[-1])
+    assert sizes["weights"] > 60e6
+    # Where the file has the dtype the weights are mapped from it; else there is one copy, and the tensor being read.
+    assert sizes["own"] < (0.3 if stored == loaded else 1.3) * sizes["weights"]
 
 
 @pytest.mark.parametrize(("device", "kept"), [("cpu", True), ("cuda", False)])
