@@ -260,7 +260,7 @@ def stable_permutation(length: int, *key: object) -> list[int]:
 
 
 # Matrix products have a multiple of this many rows: they run best so, and a library that keeps
-# something for every shape it has seen (oneDNN: half a megabyte) sees few.
+# something for every shape it has seen, as oneDNN does, sees few.
 ROWS = 64
 
 

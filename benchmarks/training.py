@@ -154,8 +154,8 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def our_steps(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -> Iterator[tuple[float, float]]:
-    """Seconds and loss of each optimizer step, made when it is asked for."""
+def our_steps(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -> Iterator[dict[str, float]]:
+    """Makes an optimizer step when it is asked for: seconds, those of them that packing took, and loss."""
     import torch
 
     import data
@@ -175,16 +175,17 @@ def our_steps(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -
     optimizer = build_optimizer(
         model.parameters(), learning_rate=2e-5, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0
     )
-    yield 0.0, 0.0  # all is loaded
+    yield {}  # all is loaded
     for first in range(0, len(examples), BATCH):
         started = time.perf_counter()
         window = data.pack(examples[first : first + BATCH], arguments.micro_batch_tokens)
+        packed = time.perf_counter()
         nats, num_labels, _ = train.accumulate(model, window, device, 1.0)
         optimizer.step()
         memory.clear_gradients(optimizer, device)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        yield time.perf_counter() - started, nats / num_labels
+        yield {"seconds": time.perf_counter() - started, "packing": packed - started, "loss": nats / num_labels}
 
 
 def work_ours(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -> None:
@@ -192,8 +193,7 @@ def work_ours(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -
     next(steps)
     for _ in range(0, len(rows), BATCH):
         wait_for_turn()
-        seconds, loss = next(steps)
-        report(seconds=seconds, loss=loss, peak=peak_memory())
+        report(**next(steps), peak=peak_memory())
 
 
 def profile(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -> None:
@@ -402,6 +402,10 @@ def print_table(
             f"| {contender.name} | {speeds[contender.name]:.0f} | {statistics.median(timed):.2f} | {peak:.2f} "
             f"| {share:.0%} | {loss:.6f} |"
         )
+    for contender in contenders:
+        if "packing" in contender.reports[0]:
+            packing = statistics.median(entry["packing"] / entry["seconds"] for entry in contender.reports[1:])
+            print(f"{contender.name}: {packing:.2%} of a step goes into packing")
     for contender in contenders[1:]:
         memory = contenders[0].reports[-1]["peak"] / contender.reports[-1]["peak"]
         speed = speeds[contenders[0].name] / speeds[contender.name]

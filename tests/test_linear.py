@@ -51,7 +51,7 @@ def test_a_model_with_fast_products_has_the_gradients_of_one_without(
 def test_onednn_sees_few_shapes(
     model: LlamaForCausalLM, tokenizer, problems: list[data.Problem], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards against memory that grows with every new number of tokens: half a megabyte for each shape, for good."""
+    """Guards against memory that grows with every new number of tokens: what oneDNN keeps for a shape, it keeps."""
     monkeypatch.setattr(linear, "ONEDNN", True)
     linear.use_fast_products(model)
     original, shapes, calls = linear._onednn, set(), []

@@ -381,26 +381,3 @@ def test_a_full_disk_is_one_line_and_leaves_the_earlier_checkpoint(
     outcome = call(train, *flags(settings))
     outcome.assert_user_error("No space left on device", "earlier ones are intact")
     assert checkpoint.find_last(run_folder(settings)) is not None
-
-
-# ---------------------------------------------------------------- the schedule
-
-
-def test_schedule() -> None:
-    """Guards against a first step at rate zero, a peak never reached, and a floor ignored."""
-    from optimizer import scheduled_rate
-
-    def rates(schedule: str, minimum: float = 0.0) -> list[float]:
-        return [
-            scheduled_rate(step, 100, peak=2.0, schedule=schedule, warmup_ratio=0.03, min_ratio=minimum)
-            for step in range(100)
-        ]
-
-    for schedule in ("cosine", "linear", "constant"):
-        assert rates(schedule)[:4] == pytest.approx([2 / 3, 4 / 3, 2.0, 2.0])
-    assert rates("constant")[-1] == 2.0
-    assert rates("linear")[50] == pytest.approx(2 * (1 - 47 / 97))
-    assert rates("cosine")[50] == pytest.approx(1 + math.cos(math.pi * 47 / 97))
-    assert 0 < rates("cosine")[-1] < 0.001
-    assert rates("cosine", 0.1)[-1] == pytest.approx(0.2 + 0.9 * (1 + math.cos(math.pi * 96 / 97)))
-    assert rates("cosine") == sorted(rates("cosine")[:3]) + sorted(rates("cosine")[3:], reverse=True)

@@ -1,0 +1,77 @@
+"""Updates in bfloat16 do what float32's do; the learning rate of each step."""
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROMPT
+from transformers import PreTrainedTokenizerBase
+
+import data
+import train
+from model import load_model
+from optimizer import build_optimizer, scheduled_rate
+
+CPU = torch.device("cpu")
+SETTINGS = {"betas": (0.9, 0.999), "weight_decay": 0.0}
+
+
+def ours(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return build_optimizer(parameters, learning_rate=2e-5, epsilon=1e-8, **SETTINGS)
+
+
+def rounded_to_nearest(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=2e-5, eps=1e-8, **SETTINGS)
+
+
+def test_bfloat16_updates_do_not_stall() -> None:
+    """Guards against plain rounding: at 2e-5 a weight of 1 would never move, since bf16 steps there are 2**-7."""
+    weight = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    optimizer = ours([weight])
+    for _ in range(1000):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    torch.testing.assert_close(weight.float(), torch.full((8,), 1 - 1000 * 2e-5), rtol=0, atol=2**-9)
+
+
+def test_the_loss_in_bfloat16_falls_as_in_float32(
+    model_folder: Path, tokenizer: PreTrainedTokenizerBase, problems: list[data.Problem]
+) -> None:
+    """Guards against an update that stalls in part: the loss would fall, and by too little for anybody to see why."""
+    window = data.pack(data.encode(tokenizer, problems[:6], PROMPT), 1024)
+
+    def gain(dtype: torch.dtype, make: Callable[..., torch.optim.Optimizer]) -> float:
+        model = load_model(model_folder, dtype, CPU).train()
+        optimizer = make(model.parameters())
+        losses = []
+        for _ in range(50):
+            nats, num_labels, _ = train.accumulate(model, window, CPU, 1.0)
+            losses.append(nats / num_labels)
+            optimizer.step()
+            optimizer.zero_grad()
+        return losses[0] - losses[-1]
+
+    expected = gain(torch.float32, ours)
+    assert gain(torch.bfloat16, ours) == pytest.approx(expected, rel=0.05)
+    assert gain(torch.bfloat16, rounded_to_nearest) < 0.2 * expected
+
+
+def test_schedule() -> None:
+    """Guards against a first step at rate zero, a peak never reached, and a floor ignored."""
+
+    def rates(schedule: str, minimum: float = 0.0) -> list[float]:
+        return [
+            scheduled_rate(step, 100, peak=2.0, schedule=schedule, warmup_ratio=0.03, min_ratio=minimum)
+            for step in range(100)
+        ]
+
+    for schedule in ("cosine", "linear", "constant"):
+        assert rates(schedule)[:4] == pytest.approx([2 / 3, 4 / 3, 2.0, 2.0])
+    assert rates("constant")[-1] == 2.0
+    assert rates("linear")[50] == pytest.approx(2 * (1 - 47 / 97))
+    assert rates("cosine")[50] == pytest.approx(1 + math.cos(math.pi * 47 / 97))
+    assert 0 < rates("cosine")[-1] < 0.001
+    assert rates("cosine", 0.1)[-1] == pytest.approx(0.2 + 0.9 * (1 + math.cos(math.pi * 96 / 97)))
+    assert rates("cosine") == sorted(rates("cosine")[:3]) + sorted(rates("cosine")[3:], reverse=True)
