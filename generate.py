@@ -99,7 +99,7 @@ def greedy_decode(
     model: LlamaForCausalLM,
     prompts: Sequence[list[int]],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     eos_token_ids: frozenset[int],
     slots: int,
 ) -> Iterator[Completion]:
@@ -107,6 +107,7 @@ def greedy_decode(
 
     Args:
         prompts: token ids with BOS; none may be empty.
+        max_new_tokens: after how many a completion is cut: one number, or one for each prompt.
         slots: how many are decoded at the same time; changes no completion.
 
     Yields:
@@ -116,7 +117,9 @@ def greedy_decode(
         return
     waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # pop() takes the longest first
     slots = min(slots, len(prompts))
-    cache = KVCache(model, slots, max(map(len, prompts)) + max_new_tokens)
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    capacity = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+    cache = KVCache(model, slots, capacity)
     running: list[Completion] = []
 
     def record(completions: list[Completion], token_ids: list[int]) -> None:
@@ -125,7 +128,7 @@ def greedy_decode(
                 completion.stop = "eos"
                 continue
             completion.token_ids.append(token_id)
-            if len(completion.token_ids) == max_new_tokens:
+            if len(completion.token_ids) == limits[completion.index]:
                 completion.stop = "length"
 
     while waiting or running:

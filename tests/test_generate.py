@@ -108,6 +108,15 @@ def test_one_new_token(sharp, references, prompts: list[list[int]]) -> None:
         assert one.stop == ("eos" if not expected[one.index].token_ids else "length")
 
 
+def test_each_prompt_has_a_limit_of_its_own(sharp, references, prompts: list[list[int]]) -> None:
+    eos, expected = references
+    limits = [1 + index % 7 for index in range(len(prompts))]
+    found = list(greedy_decode(sharp, prompts, max_new_tokens=limits, eos_token_ids=eos, slots=3))
+    assert {one.index: one.token_ids for one in found} == {
+        one.index: one.token_ids[: limits[one.index]] for one in expected
+    }
+
+
 def test_no_prompts(sharp) -> None:
     assert list(greedy_decode(sharp, [], max_new_tokens=4, eos_token_ids=frozenset({2}), slots=2)) == []
 

@@ -1,0 +1,289 @@
+"""Greedy decoding: this product, and Transformers' generate and generate_batch at the same work.
+
+python benchmarks/decoding.py
+python benchmarks/decoding.py --problems 192 --contenders ours generate32
+python benchmarks/decoding.py --hidden_size 4096 --intermediate_size 11008 --layers 32 --heads 32 --dtype bfloat16
+
+The work: complete each prompt with as many tokens as its real answer has, with a random Llama.
+Prompts and lengths are those of GSM8K's test split where GSM8K_DIR and TOKENIZER_DIR name data and
+tokenizer, else random tokens of its lengths. A completion's length is forced, since a random model
+knows no end, but no contender knows it beforehand:
+
+- ours: generate.greedy_decode with ``--slots`` slots;
+- generate16, generate32: model.generate in batches of so many prompts, padded on the left, each
+  until its longest completion is there, in the order of the data set;
+- generate_batch: Transformers' continuous batching with its defaults.
+
+Each contender is a process of its own; they take turns. Counted are useful tokens, those of the
+completions. The limit is what the matrix products of one decoding step for all slots would allow
+if nothing else took time, measured in the same rows and by the library that is fast here.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from training import LENGTHS, PROMPT, Contender, peak_memory, report, wait_for_turn, write_model  # noqa: E402
+
+
+def read_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--contenders", nargs="+", choices=tuple(WORKERS), default=list(WORKERS))
+    parser.add_argument("--problems", type=int, default=96)
+    parser.add_argument("--slots", type=int, default=64, help="of our own contender")
+    parser.add_argument("--rounds", type=int, default=2, help="timed ones, after a short one that is not")
+    parser.add_argument("--hidden_size", type=int, default=512)
+    parser.add_argument("--intermediate_size", type=int, default=1376)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--profile", action="store_true", help="instead of the race, a profile of our own contender")
+    parser.add_argument("--worker", choices=tuple(WORKERS), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+# ---------------------------------------------------------------- the work
+
+
+def prepare(folder: Path, arguments: argparse.Namespace) -> list[tuple[list[int], int]]:
+    """Write model and work into ``folder``; returns prompts and how many tokens each is completed with."""
+    from transformers import AutoTokenizer
+
+    import data
+
+    write_model(folder, arguments)
+    if os.environ.get("GSM8K_DIR") and os.environ.get("TOKENIZER_DIR"):
+        problems = data.load_problems(os.environ["GSM8K_DIR"], "test")[: arguments.problems]
+        examples = data.encode(AutoTokenizer.from_pretrained(folder), problems, PROMPT)
+        prompt_lengths = [example.labels.count(data.IGNORE) for example in examples]
+        work = [
+            (example.input_ids[:length], len(example.input_ids) - length)
+            for example, length in zip(examples, prompt_lengths, strict=True)
+        ]
+        print(f"prompts: the first {len(work)} of GSM8K's test split, Llama-2's tokenizer")
+    else:
+        rng = random.Random(0)
+        drawn = [rng.choice(LENGTHS) for _ in range(arguments.problems)]
+        work = [([1, *(rng.randrange(3, 32_000) for _ in range(prompt - 1))], answer) for prompt, answer in drawn]
+        print(f"prompts: {len(work)} of random tokens with GSM8K's lengths")
+    (folder / "work.json").write_text(json.dumps(work))
+    return work
+
+
+# ---------------------------------------------------------------- contenders, each in a process of its own
+
+
+def our_decoder(arguments: argparse.Namespace) -> Callable[[list[tuple[list[int], int]]], int]:
+    import torch
+
+    import memory
+    from generate import greedy_decode
+    from model import load_model, pick_device
+
+    memory.keep_freed_memory()
+    model = load_model(arguments.folder, getattr(torch, arguments.dtype), pick_device())
+
+    def decode(work: list[tuple[list[int], int]]) -> int:
+        prompts, lengths = zip(*work, strict=True)
+        completions = greedy_decode(
+            model, prompts, max_new_tokens=lengths, eos_token_ids=frozenset(), slots=arguments.slots
+        )
+        return sum(len(completion.token_ids) for completion in completions)
+
+    return decode
+
+
+def transformers_model(arguments: argparse.Namespace) -> Any:
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from model import pick_device
+
+    dtype = getattr(torch, arguments.dtype)
+    return LlamaForCausalLM.from_pretrained(arguments.folder, dtype=dtype).to(pick_device()).eval()
+
+
+def padded_decoder(batch: int) -> Callable[[argparse.Namespace], Callable[[list[tuple[list[int], int]]], int]]:
+    def make(arguments: argparse.Namespace) -> Callable[[list[tuple[list[int], int]]], int]:
+        import torch
+        from transformers import StoppingCriteria
+
+        class AtItsLength(StoppingCriteria):
+            def __init__(self, prompt: int, lengths: list[int]):
+                self.ends = torch.tensor([prompt + length for length in lengths], device=model.device)
+
+            def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+                return input_ids.shape[1] >= self.ends
+
+        model = transformers_model(arguments)
+
+        def decode(work: list[tuple[list[int], int]]) -> int:
+            tokens = 0
+            for first in range(0, len(work), batch):
+                prompts, lengths = zip(*work[first : first + batch], strict=True)
+                longest = max(map(len, prompts))
+                ids = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+                mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+                output = model.generate(
+                    torch.tensor(ids, device=model.device),
+                    attention_mask=torch.tensor(mask, device=model.device),
+                    do_sample=False,
+                    max_new_tokens=max(lengths),
+                    eos_token_id=32_000,  # no token's: the criterion ends each completion
+                    pad_token_id=0,
+                    stopping_criteria=[AtItsLength(longest, lengths)],
+                )
+                assert output.shape[1] == longest + max(lengths)
+                tokens += sum(lengths)
+            return tokens
+
+        return decode
+
+    return make
+
+
+def continuous_decoder(arguments: argparse.Namespace) -> Callable[[list[tuple[list[int], int]]], int]:
+    from transformers import GenerationConfig
+
+    model = transformers_model(arguments)
+
+    def decode(work: list[tuple[list[int], int]]) -> int:
+        settings = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=1024)
+        tokens = 0
+        with model.continuous_batching_context_manager(generation_config=settings, block=True) as manager:
+            waiting = {manager.add_request(prompt, max_new_tokens=length) for prompt, length in work}
+            while waiting:
+                result = manager.get_result(timeout=1)
+                if result is not None and result.is_finished():
+                    waiting.discard(result.request_id)
+                    tokens += len(result.generated_tokens)
+        return tokens
+
+    return decode
+
+
+WORKERS: dict[str, Callable[[argparse.Namespace], Callable[[list[tuple[list[int], int]]], int]]] = {
+    "ours": our_decoder,
+    "generate16": padded_decoder(16),
+    "generate32": padded_decoder(32),
+    "generate_batch": continuous_decoder,
+}
+
+
+def work_in_turns(arguments: argparse.Namespace) -> None:
+    work = json.loads((arguments.folder / "work.json").read_text())
+    decode = WORKERS[arguments.worker](arguments)
+    rounds = [work[:8], *[work] * arguments.rounds]
+    for each in rounds:
+        wait_for_turn()
+        started = time.perf_counter()
+        tokens = decode(each)
+        seconds = time.perf_counter() - started
+        if tokens != sum(length for _, length in each):
+            sys.exit(f"{arguments.worker} wrote {tokens} tokens, not {sum(length for _, length in each)}")
+        report(seconds=seconds, tokens=tokens, peak=peak_memory())
+
+
+# ---------------------------------------------------------------- the race
+
+
+def limit(arguments: argparse.Namespace) -> float:
+    """Tokens a second if a decoding step were its matrix products alone, for all slots in use."""
+    import torch
+
+    from linear import product
+    from model import pick_device
+
+    hidden, inner = arguments.hidden_size, arguments.intermediate_size
+    settings = {"dtype": getattr(torch, arguments.dtype), "device": pick_device()}
+    layer = [(hidden, hidden)] * 4 + [(inner, hidden)] * 2 + [(hidden, inner)]
+    weights = [torch.randn(shape, **settings) for _ in range(arguments.layers) for shape in layer]
+    weights.append(torch.randn(32_000, hidden, **settings))
+    inputs = {size: torch.randn(arguments.slots, size, **settings) for size in (hidden, inner)}
+    seconds = []
+    for _ in range(12):
+        started = time.perf_counter()
+        for weight in weights:
+            result = product(inputs[weight.shape[1]], weight.T)
+        result[0, 0].item()
+        seconds.append(time.perf_counter() - started)
+    return arguments.slots / statistics.median(seconds[2:])
+
+
+def race(arguments: argparse.Namespace) -> None:
+    keys = ("folder", "slots", "rounds", "dtype")
+    options = [f"--{key}={getattr(arguments, key)}" for key in keys]
+    contenders = []
+    for name in arguments.contenders:
+        command = [sys.executable, __file__, "--worker", name, *options]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        contenders.append(Contender(name, process, []))
+    limits = []
+    for number in range(arguments.rounds + 1):
+        limits.append(limit(arguments))
+        for contender in contenders:
+            contender.step()
+            last = contender.reports[-1]
+            print(f"round {number} {contender.name}: {last['tokens'] / last['seconds']:.0f} tok/s", file=sys.stderr)
+    for contender in contenders:
+        contender.process.kill()
+    print_table(arguments, contenders, statistics.median(limits))
+
+
+def print_table(arguments: argparse.Namespace, contenders: list[Contender], allowed: float) -> None:
+    print(f"matrix products alone: {allowed:.0f} tokens a second with {arguments.slots} slots in {arguments.dtype}")
+    print("| contender | useful tokens a second | seconds | peak memory, GB | share of the limit |")
+    print("| --- | --- | --- | --- | --- |")
+    speeds = {}
+    for contender in contenders:
+        timed = contender.reports[1:]
+        speeds[contender.name] = statistics.median(entry["tokens"] / entry["seconds"] for entry in timed)
+        seconds, peak = statistics.median(entry["seconds"] for entry in timed), timed[-1]["peak"]
+        speed = speeds[contender.name]
+        print(f"| {contender.name} | {speed:.0f} | {seconds:.1f} | {peak:.2f} | {speed / allowed:.0%} |")
+    for contender in contenders[1:]:
+        first, other = contenders[0].name, contender.name
+        print(f"{first} against {other}: {speeds[first] / speeds[other]:.2f} x the speed")
+
+
+def profile(arguments: argparse.Namespace, work: list[tuple[list[int], int]]) -> None:
+    """Print where our own contender's time goes, operator by operator."""
+    import torch
+
+    decode = our_decoder(arguments)
+    decode(work[:8])
+    with torch.profiler.profile() as result:
+        decode(work)
+    order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    print(result.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=50))
+
+
+def main(arguments: argparse.Namespace) -> None:
+    import memory
+
+    memory.keep_freed_memory()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.folder = Path(folder)
+        work = prepare(arguments.folder, arguments)
+        profile(arguments, work) if arguments.profile else race(arguments)
+
+
+if __name__ == "__main__":
+    parsed = read_arguments(sys.argv[1:])
+    if parsed.worker:
+        work_in_turns(parsed)
+    else:
+        main(parsed)
