@@ -3,6 +3,7 @@
 python evaluate.py --ckpt checkpoints/llama-2-7b-gsm8k/best
 python evaluate.py --ckpt meta-llama/Llama-2-7b-hf --split validation --limit 100
 python evaluate.py --rescore checkpoints/llama-2-7b-gsm8k/eval/test/predictions.jsonl
+python evaluate.py --compare one/predictions.jsonl other/predictions.jsonl
 
 Each completion is written to predictions.jsonl as it is finished; the same command goes on
 where it was stopped. scores.json and the table come at the end.
@@ -23,12 +24,21 @@ def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]
     parser.add_argument("--limit", type=positive_number, metavar="N", help="only the first N rows")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where results go (eval/SPLIT of the run)")
     parser.add_argument("--rescore", type=Path, metavar="FILE", help="score a predictions.jsonl again, without a model")
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar="FILE",
+        help="are two predictions.jsonl really different? (paired test)",
+    )
     arguments, typed = parse_arguments(parser, argv)
-    if arguments.rescore:
-        extra = [f"--{name}" for name in ("ckpt", "split", "limit") if getattr(arguments, name)]
-        if extra or typed:
-            used = ", ".join(extra + [f"--{key}" for key in typed])
-            raise UserError(f"command line: {used} can't go with --rescore, which reads one file and no model")
+    for mode, others in (
+        ("compare", ("ckpt", "split", "limit", "output", "rescore")),
+        ("rescore", ("ckpt", "split", "limit")),
+    ):
+        extra = [f"--{name}" for name in others if getattr(arguments, name)] + [f"--{key}" for key in typed]
+        if getattr(arguments, mode) and extra:
+            raise UserError(f"command line: {', '.join(extra)} can't go with --{mode}, which reads files and no model")
     arguments.split = arguments.split or "test"
     return arguments, typed
 
@@ -46,6 +56,7 @@ import torch
 from tqdm import tqdm
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
+import analysis
 import data
 import memory
 import scoring
@@ -73,6 +84,11 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
     if arguments.rescore:
         rescore(arguments.rescore, arguments.output)
         return
+    if arguments.compare:
+        names = tuple(map(str, arguments.compare))
+        result = analysis.compare(*map(read_predictions, arguments.compare), names)
+        print(analysis.comparison_table(result, names))
+        return
     memory.keep_freed_memory()
     source = resolve_source(arguments.ckpt, arguments.config, typed)
     config = source.config
@@ -89,12 +105,14 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
     identity = identify(source, weights_identity(folder), arguments.split, all_problems)
     with PredictionsFile(output, identity, len(problems)) as predictions:
         speed = decode(model, tokenizer, problems, prompts, predictions, config)
-        scores = scoring.score(list(predictions.rows.values()), len(problems), str(predictions.file))
+        rows = list(predictions.rows.values())
+        scores = scoring.score(rows, len(problems), str(predictions.file)) | analysis.analyse(rows)
     scores = predictions.identity | scores | (speed or speed_before(output))
     replace_file(output / SCORES_FILE, json.dumps(scores, indent=2) + "\n")
     if speed and len(problems) == len(all_problems):
         track(source, arguments.split, scores)
     print(scoring.score_table(scores, f"{source.path} on {arguments.split}"))
+    print(analysis.analysis_table(scores))
     print(f"results: {output}")
 
 
@@ -104,7 +122,7 @@ def rescore(file: Path, output: Path | None) -> None:
     identity = read_identity(file.with_name(IDENTITY_FILE)) or read_identity(file.with_name(SCORES_FILE))
     if "num_problems" not in identity:
         print(f"{file}: nothing beside it says how many problems were asked: taken to be all {len(rows)}")
-    scores = scoring.score(rows, identity.get("num_problems", len(rows)), str(file))
+    scores = scoring.score(rows, identity.get("num_problems", len(rows)), str(file)) | analysis.analyse(rows)
     scores = identity | scores | speed_before(file.parent)
     folder = output or file.parent
     try:
@@ -113,6 +131,7 @@ def rescore(file: Path, output: Path | None) -> None:
     except OSError as error:
         raise UserError(f"{folder}: can't be written ({error.strerror}): choose another --output") from None
     print(scoring.score_table(scores, str(file)))
+    print(analysis.analysis_table(scores))
 
 
 # ---------------------------------------------------------------- its parts
@@ -234,6 +253,7 @@ class PredictionsFile:
 
     def write(self, index: int, problem: data.Problem, completion: str, stop: str, num_tokens: int) -> None:
         """Add one prediction as one whole line."""
+        label, false_equation = analysis.mistake(completion, problem.gold, stop)
         row = {
             "id": index,
             "question": problem.question,
@@ -243,6 +263,9 @@ class PredictionsFile:
             "correct": scoring.correct_openai(completion, problem.gold),
             "stop": stop,
             "num_tokens": num_tokens,
+            "label": label,
+            "false_equation": false_equation,
+            "steps": analysis.count_steps(problem.answer),
         }
         self._stream.write(_json_line(row))
         self._stream.flush()

@@ -56,13 +56,13 @@ def correct_openai(completion: str, gold: str) -> bool:
 
 def extract_lm_eval_strict(completion: str) -> str | None:
     """The first ``#### NUMBER`` before any stop string, as it stands there."""
-    matches = OPENAI_ANSWER.findall(_cut_at_stop(completion))
+    matches = OPENAI_ANSWER.findall(cut_at_stop(completion))
     return matches[0].strip() if matches else None
 
 
 def extract_lm_eval_flexible(completion: str) -> str | None:
     """The last thing before any stop string that looks like a number."""
-    matches = LM_EVAL_FLEXIBLE.findall(_cut_at_stop(completion))
+    matches = LM_EVAL_FLEXIBLE.findall(cut_at_stop(completion))
     return next(group for group in matches[-1] if group).strip() if matches else None
 
 
@@ -74,7 +74,8 @@ def correct_lm_eval_flexible(completion: str, gold: str) -> bool:
     return _equal_lm_eval(extract_lm_eval_flexible(completion), gold)
 
 
-def _cut_at_stop(completion: str) -> str:
+def cut_at_stop(completion: str) -> str:
+    """The completion up to where lm-evaluation-harness would have stopped it."""
     for stop in LM_EVAL_STOPS:
         completion = completion.partition(stop)[0]
     return completion
@@ -148,7 +149,7 @@ def _check_complete(ids: Sequence[int], num_problems: int, source: str) -> None:
     missing = sorted(set(range(num_problems)) - set(ids))
     foreign = sorted(set(ids) - set(range(num_problems)))
     faults = [
-        f"{what} {_some(which)}"
+        f"{what} {some(which)}"
         for what, which in (("double ids", double), ("missing ids", missing), ("unknown ids", foreign))
         if which
     ]
@@ -161,7 +162,8 @@ def _check_complete(ids: Sequence[int], num_problems: int, source: str) -> None:
         )
 
 
-def _some(values: Iterable[int]) -> str:
+def some(values: Iterable[int]) -> str:
+    """The first few of ``values``, and how many more there are."""
     values = list(values)
     return ", ".join(map(str, values[:5])) + (f" and {len(values) - 5} more" if len(values) > 5 else "")
 

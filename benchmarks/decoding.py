@@ -233,11 +233,11 @@ def race(arguments: argparse.Namespace) -> None:
         contenders.append(Contender(name, process, []))
     limits = []
     for number in range(arguments.rounds + 1):
-        limits.append(limit(arguments))
         for contender in contenders:
             contender.step()
             last = contender.reports[-1]
             print(f"round {number} {contender.name}: {last['tokens'] / last['seconds']:.0f} tok/s", file=sys.stderr)
+        limits.append(limit(arguments))  # not before: while the others start, they take the processor
     for contender in contenders:
         contender.process.kill()
     print_table(arguments, contenders, statistics.median(limits))

@@ -372,10 +372,10 @@ def race(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -> Non
     ]
     rates = []
     for step in range(arguments.steps + 1):
-        rates.append(matrix_rate(arguments.dtype))
         for contender in contenders:
             contender.step()
             print(f"step {step} {contender.name}: {contender.reports[-1]['seconds']:.2f} s", file=sys.stderr)
+        rates.append(matrix_rate(arguments.dtype))  # not before: while the others start, they take the processor
     for contender in contenders:
         contender.process.kill()
     print_table(arguments, rows, contenders, statistics.median(rates))

@@ -42,7 +42,8 @@ def test_evaluation_of_a_run(call, settings: dict[str, str], run_folder: Path) -
     prompts = data.encode_prompts(tokenizer, problems, PROMPT)
     for row in rows:
         problem, ids = problems[row["id"]], torch.tensor([prompts[row["id"]]])
-        assert list(row) == ["id", "question", "gold", "completion", "answer", "correct", "stop", "num_tokens"]
+        keys = ["id", "question", "gold", "completion", "answer", "correct", "stop", "num_tokens"]
+        assert list(row) == [*keys, "label", "false_equation", "steps"]
         assert (row["question"], row["gold"]) == (problem.question, problem.gold)
         assert row["answer"] == scoring.extract_openai(row["completion"])
         assert row["correct"] == scoring.correct_openai(row["completion"], row["gold"])

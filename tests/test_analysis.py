@@ -1,0 +1,166 @@
+"""Labels of wrong completions, accuracy by kinds of problems, and the paired comparison of two runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import real_folder
+
+import analysis
+import data
+import evaluate
+from errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("completion", "gold", "stop", "label", "equation"),
+    [
+        ("3 + 4 = <<3+4=7>>7\n#### 7", "7", "eos", None, None),
+        ("3 + 4 = <<3+4=9>>9\n#### 7", "7", "eos", None, None),  # right all the same
+        ("3 + 4 = <<3+4=8>>8\n#### 8", "7", "eos", "arithmetic", "3 + 4 = 8"),
+        ("It is <<3+4=8>>8\n#### 8", "7", "eos", "arithmetic", "<<3+4=8>>"),
+        ("It is 3 * 4 = 13", "12", "eos", "arithmetic", "3 * 4 = 13"),
+        ("3 * 4 = <<3*4=12>>12\n#### 12", "7", "eos", "reasoning", None),
+        ("I do not know.", "7", "eos", "reasoning", None),
+        ("", "7", "eos", "reasoning", None),
+        ("So the answer is 7", "7", "eos", "format", None),
+        ("So she makes $7 every day.", "7", "eos", "format", None),
+        ("The total is 1,450...", "1450", "eos", "format", None),  # by the last number alone
+        ("It is 3 + 4 = 8, no, 7", "7", "eos", "format", "3 + 4 = 8"),
+        ("#### $7", "7", "eos", "format", None),
+        ("#### 7.0", "7", "eos", "format", None),
+        ("#### 7.", "7", "eos", "format", None),
+        ("#### 1,450", "-3", "eos", "reasoning", None),
+        ("3 + 4 = 7, and 7 + 1", "9", "length", "cut", None),
+        ("3 + 4 = 8, and 8 + 1", "9", "length", "cut", "3 + 4 = 8"),
+        ("The answer is 7", "7", "length", "cut", None),
+        ("#### 8\n\nQuestion: What is 2 + 2 = 5?", "7", "eos", "reasoning", None),  # another question's equation
+    ],
+)
+def test_labels(completion: str, gold: str, stop: str, label: str | None, equation: str | None) -> None:
+    assert analysis.mistake(completion, gold, stop) == (label, equation)
+
+
+def row(identity: int, right: bool, **more: Any) -> dict[str, Any]:
+    completion = "#### 1" if right else "#### 2"
+    return {"id": identity, "gold": "1", "completion": completion, "stop": "eos", "correct": right} | more
+
+
+def test_counts() -> None:
+    rows = [
+        row(0, True, steps=1, question="one two"),
+        row(1, False, steps=1, question="word " * 30),
+        row(2, False, steps=12, question="word " * 31) | {"completion": "1 + 1 = 3"},
+        row(3, True, steps=8, question="word " * 61),
+        row(4, False) | {"completion": "the answer is 1"},  # from a file without steps
+        row(5, False, steps=2, question="word " * 45) | {"stop": "length"},
+    ]
+    assert analysis.analyse(rows) == {
+        "errors": {"arithmetic": 1, "reasoning": 1, "format": 1, "cut": 1},
+        "rules_disagree": [4],
+        "by_steps": {
+            "1": {"num_correct": 1, "num_problems": 2},
+            "2": {"num_correct": 0, "num_problems": 1},
+            "8+": {"num_correct": 1, "num_problems": 2},
+        },
+        "by_question_words": {
+            "1-30": {"num_correct": 1, "num_problems": 2},
+            "31-45": {"num_correct": 0, "num_problems": 2},
+            "61+": {"num_correct": 1, "num_problems": 1},
+        },
+    }
+    table = analysis.analysis_table(analysis.analyse(rows))
+    assert "arithmetic 1, reasoning 1, format 1, cut 1" in table and "ids 4" in table and "8+: 50%" in table
+
+
+def test_steps_of_an_answer() -> None:
+    assert analysis.count_steps("a\nb\n#### 1") == 2
+    assert analysis.count_steps("#### 1") == 0
+    assert analysis.count_steps("a\n\n \nb\u2028c\n#### 1\n") == 2
+
+
+def test_real_answers_are_without_mistakes() -> None:
+    """Two of the 1,319 published answers hold a false equation; a rule that finds more finds what is not there."""
+    false = {}
+    for number, problem in enumerate(data.load_problems(str(real_folder("GSM8K_DIR")), "test")):
+        assert analysis.mistake(problem.answer, problem.gold, "eos") == (None, None)
+        label, equation = analysis.mistake(problem.answer.replace("####", "####x"), "123454321", "eos")
+        if label == "arithmetic":
+            false[number] = equation
+    assert false == {501: "364 / 4 = 273", 1024: "32 -  20 = 300"}
+
+
+# ---------------------------------------------------------------- --compare
+
+
+def runs(both: int, lost: int, won: int, neither: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    kinds = [(True, True)] * both + [(True, False)] * lost + [(False, True)] * won + [(False, False)] * neither
+    return [row(i, one) for i, (one, _) in enumerate(kinds)], [row(i, other) for i, (_, other) in enumerate(kinds)]
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "p_value", "low", "high"),
+    [
+        (0, 0, 1.0, 0.0, 0.0),
+        (3, 3, 1.0, None, None),
+        (1, 7, 2 * (1 + 8) / 2**8, None, None),
+        (7, 1, 2 * (1 + 8) / 2**8, None, None),
+        (2, 8, 2 * (1 + 10 + 45) / 2**10, None, None),
+        (0, 6, 2 / 2**6, 6 * (2 * 0.025 ** (1 / 6) - 1), 6),  # Clopper and Pearson's bound for all of n
+        (6, 0, 2 / 2**6, -6, -6 * (2 * 0.025 ** (1 / 6) - 1)),
+    ],
+)
+def test_comparison_by_hand(lost: int, won: int, p_value: float, low: float | None, high: float | None) -> None:
+    first, second = runs(20, lost, won, 14)
+    result = analysis.compare(first, second[::-1], ("a", "b"))
+    total = 34 + lost + won
+    assert result.num_problems == total and result.num_correct == (20 + lost, 20 + won)
+    assert (len(result.lost), len(result.won)) == (lost, won)
+    assert result.p_value == pytest.approx(p_value, rel=1e-12)
+    assert result.difference == pytest.approx((won - lost) / total)
+    assert (result.interval[0] > 0 or result.interval[1] < 0) == (p_value < 0.05)
+    if low is not None:
+        assert result.interval == pytest.approx((low / total, high / total), rel=1e-6)
+    else:
+        assert result.interval[0] < result.difference < result.interval[1]
+
+
+def test_only_common_problems_are_compared() -> None:
+    first, second = [row(0, True), row(1, True), row(2, False)], [row(1, False), row(2, True), row(9, True)]
+    result = analysis.compare(first, second, ("a", "b"))
+    assert (result.num_problems, result.num_correct, result.lost, result.won) == (2, (1, 1), [1], [2])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "fragment"),
+    [
+        ([row(0, True)], [row(1, True)], "no problem in common"),
+        ([row(0, True)], [row(0, True) | {"gold": "5"}], "id 0 has the gold '1' in one and '5'"),
+        ([row(0, True, question="a")], [row(0, True, question="b")], "id 0 has the question 'a' in one and 'b'"),
+        ([row(0, True), row(0, False)], [row(0, True)], "a: double ids 0"),
+        ([], [], "no problem in common"),
+    ],
+)
+def test_what_can_not_be_compared(first: list[dict], second: list[dict], fragment: str) -> None:
+    """Guards against a p-value over problems that only share their numbers."""
+    with pytest.raises(UserError) as error:
+        analysis.compare(first, second, ("a", "b"))
+    assert fragment in str(error.value)
+
+
+def test_compare_from_the_command_line(call, tmp_path: Path) -> None:
+    """Verdicts in the files are not trusted, nothing is written, and no model is needed."""
+    for name, rows in zip(("a", "b"), runs(5, 0, 6, 1), strict=True):
+        text = "".join(json.dumps(each | {"correct": True}) + "\n" for each in rows)
+        (tmp_path / name).write_text(text)
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    outcome = call(evaluate, "--compare", a, b)
+    assert outcome.code == 0, outcome.err
+    for fragment in ("12 problems in common", "41.67%", "91.67%", "+50.00%", "0.03125", "won 6: ids 5, 6", "lost 0"):
+        assert fragment in outcome.out, fragment
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    call(evaluate, "--compare", a, b, "--ckpt", "x").assert_user_error("--ckpt can't go with --compare")
+    call(evaluate, "--compare", a, b, "--rescore", a).assert_user_error("--rescore can't go with --compare")
+    call(evaluate, "--compare", a, b, "--dtype", "float32").assert_user_error("--dtype can't go with --compare")
+    call(evaluate, "--compare", a, str(tmp_path / "none")).assert_user_error("none: can't be read")
