@@ -214,6 +214,13 @@ def positive_number(text: str) -> int:
     return int(text)
 
 
+def not_negative_number(text: str) -> int:
+    """The type of arguments such as ``--verify-batching``."""
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 0 on")
+    return int(text)
+
+
 def parse_arguments(parser: ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     """Add ``--config`` and one flag a setting to ``parser``, and parse.
 

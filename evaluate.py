@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from config import ArgumentParser, Config, local_path, parse_arguments, positive_number
+from config import ArgumentParser, Config, local_path, not_negative_number, parse_arguments, positive_number
 from errors import UserError, one_line, run_script
 
 
@@ -25,6 +25,12 @@ def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]
     parser.add_argument("--output", type=Path, metavar="DIR", help="where results go (eval/SPLIT of the run)")
     parser.add_argument("--rescore", type=Path, metavar="FILE", help="score a predictions.jsonl again, without a model")
     parser.add_argument(
+        "--verify-batching",
+        type=not_negative_number,
+        metavar="N",
+        help="decode N problems again, alone, by Transformers' generate (4 in float32, else 0)",
+    )
+    parser.add_argument(
         "--compare",
         nargs=2,
         type=Path,
@@ -32,13 +38,12 @@ def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]
         help="are two predictions.jsonl really different? (paired test)",
     )
     arguments, typed = parse_arguments(parser, argv)
-    for mode, others in (
-        ("compare", ("ckpt", "split", "limit", "output", "rescore")),
-        ("rescore", ("ckpt", "split", "limit")),
-    ):
-        extra = [f"--{name}" for name in others if getattr(arguments, name)] + [f"--{key}" for key in typed]
-        if getattr(arguments, mode) and extra:
-            raise UserError(f"command line: {', '.join(extra)} can't go with --{mode}, which reads files and no model")
+    model_flags = ("ckpt", "split", "limit", "verify_batching")
+    for mode, others in (("compare", (*model_flags, "output", "rescore")), ("rescore", model_flags)):
+        used = [f"--{name.replace('_', '-')}" for name in others if getattr(arguments, name) is not None]
+        used += [f"--{key}" for key in typed]
+        if getattr(arguments, mode) and used:
+            raise UserError(f"command line: {', '.join(used)} can't go with --{mode}, which reads files and no model")
     arguments.split = arguments.split or "test"
     return arguments, typed
 
@@ -60,8 +65,9 @@ import analysis
 import data
 import memory
 import scoring
+import verify
 from checkpoint import Source, replace_file, resolve_source
-from generate import greedy_decode
+from generate import Completion, greedy_decode
 from model import (
     check_positions,
     check_vocabulary,
@@ -74,6 +80,7 @@ from model import (
 )
 from tracking import MetricsLog, start_tracker
 
+VERIFIED_IN_FLOAT32 = 4  # problems, where --verify-batching does not say how many
 PREDICTIONS_FILE, SCORES_FILE, IDENTITY_FILE = "predictions.jsonl", "scores.json", "evaluation.json"
 
 
@@ -85,9 +92,7 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
         rescore(arguments.rescore, arguments.output)
         return
     if arguments.compare:
-        names = tuple(map(str, arguments.compare))
-        result = analysis.compare(*map(read_predictions, arguments.compare), names)
-        print(analysis.comparison_table(result, names))
+        compare(*arguments.compare)
         return
     memory.keep_freed_memory()
     source = resolve_source(arguments.ckpt, arguments.config, typed)
@@ -104,10 +109,13 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
     output = arguments.output or output_folder(source, arguments.split)
     identity = identify(source, weights_identity(folder), arguments.split, all_problems)
     with PredictionsFile(output, identity, len(problems)) as predictions:
-        speed = decode(model, tokenizer, problems, prompts, predictions, config)
+        speed, completions = decode(model, tokenizer, problems, prompts, predictions, config)
+        said, count = speed or said_before(output), arguments.verify_batching
+        if speed or count is not None or "verified_batching" not in said:
+            said = said | verify_batching(count, model, tokenizer, prompts, predictions, completions, config)
         rows = list(predictions.rows.values())
         scores = scoring.score(rows, len(problems), str(predictions.file)) | analysis.analyse(rows)
-    scores = predictions.identity | scores | (speed or speed_before(output))
+    scores = predictions.identity | scores | said
     replace_file(output / SCORES_FILE, json.dumps(scores, indent=2) + "\n")
     if speed and len(problems) == len(all_problems):
         track(source, arguments.split, scores)
@@ -123,7 +131,7 @@ def rescore(file: Path, output: Path | None) -> None:
     if "num_problems" not in identity:
         print(f"{file}: nothing beside it says how many problems were asked: taken to be all {len(rows)}")
     scores = scoring.score(rows, identity.get("num_problems", len(rows)), str(file)) | analysis.analyse(rows)
-    scores = identity | scores | speed_before(file.parent)
+    scores = identity | scores | said_before(file.parent)
     folder = output or file.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,6 +140,13 @@ def rescore(file: Path, output: Path | None) -> None:
         raise UserError(f"{folder}: can't be written ({error.strerror}): choose another --output") from None
     print(scoring.score_table(scores, str(file)))
     print(analysis.analysis_table(scores))
+
+
+def compare(first: Path, second: Path) -> None:
+    """Say whether two ``predictions.jsonl`` really differ."""
+    names = str(first), str(second)
+    result = analysis.compare(read_predictions(first), read_predictions(second), names)
+    print(analysis.comparison_table(result, names))
 
 
 # ---------------------------------------------------------------- its parts
@@ -167,17 +182,17 @@ def decode(
     prompts: Sequence[list[int]],
     predictions: "PredictionsFile",
     config: Config,
-) -> dict[str, float]:
+) -> tuple[dict[str, Any], dict[int, Completion]]:
     """Complete every problem that ``predictions`` does not hold yet, each written as soon as it is finished.
 
     Returns:
-        ``seconds`` that it took, and ``tokens_per_second``, without what was there before; nothing
-        where all was.
+        ``seconds`` that it took, and ``tokens_per_second``, without what was there before (nothing
+        where all was); and the completions that were not there before.
     """
     waiting = [index for index in range(len(problems)) if index not in predictions.rows]
     if len(waiting) < len(problems):
         print(f"going on: {len(problems) - len(waiting)} of {len(problems)} problems are in {predictions.file}")
-    started, tokens = time.perf_counter(), 0
+    started, tokens, completions = time.perf_counter(), 0, {}
     with tqdm(total=len(problems), initial=len(predictions.rows), desc="decoding", unit="problem", disable=None) as bar:
         for completion in greedy_decode(
             model,
@@ -190,14 +205,65 @@ def decode(
             text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
             num_tokens = len(completion.token_ids) + (completion.stop == "eos")
             predictions.write(index, problems[index], text, completion.stop, num_tokens)
+            completions[index] = completion
             tokens += num_tokens
             rate = tokens / (time.perf_counter() - started)
             bar.update()
             bar.set_postfix(exact_match=f"{predictions.num_correct / len(predictions.rows):.1%}", tok_s=f"{rate:.0f}")
     seconds = time.perf_counter() - started
     if not waiting:
+        return {}, {}
+    return {"seconds": round(seconds, 3), "tokens_per_second": round(tokens / max(seconds, 1e-9), 1)}, completions
+
+
+def verify_batching(
+    count: int | None,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    predictions: "PredictionsFile",
+    completions: dict[int, Completion],
+    config: Config,
+) -> dict[str, Any]:
+    """Decode ``count`` of the problems again, alone, and compare.
+
+    Args:
+        count: None for the default of the dtype.
+        completions: those that this process has decoded; of others the text alone is known, and
+            they are decoded once more in a batch as well.
+
+    Returns:
+        ``verified_batching``: how many problems, and how many of them differ; nothing where none was asked for.
+
+    Raises:
+        UserError: one differs, in float32.
+    """
+    exact = config.dtype == "float32"
+    chosen = verify.sample(sorted(predictions.rows), VERIFIED_IN_FLOAT32 * exact if count is None else count)
+    if not chosen:
         return {}
-    return {"seconds": round(seconds, 3), "tokens_per_second": round(tokens / max(seconds, 1e-9), 1)}
+    limits = {"max_new_tokens": config.max_new_tokens, "eos_token_ids": eos_token_ids(model, tokenizer)}
+    again = [index for index in chosen if index not in completions]
+    for completion in greedy_decode(model, [prompts[index] for index in again], slots=config.decode_slots, **limits):
+        completions[again[completion.index]] = completion
+    found = verify.differences(model, {index: prompts[index] for index in chosen}, completions, **limits)
+    shown = {index: difference.describe(tokenizer) for index, difference in found.items()}
+    for index in again:
+        text = tokenizer.decode(completions[index].token_ids, skip_special_tokens=True)
+        if text != predictions.rows[index]["completion"] and index not in shown:
+            shown[index] = f"{predictions.file} holds another completion than this machine writes now"
+    if shown and exact:
+        index, what = next(iter(shown.items()))
+        raise UserError(
+            f"{len(shown)} of {len(chosen)} completions differ from those of Transformers' generate alone (problem "
+            f"{index}: {what}): no score, since in float32 batching must change nothing; --verify-batching 0 skips this"
+        )
+    print(
+        f"verified: {len(chosen) - len(shown)} of {len(chosen)} completions are those of Transformers' generate alone"
+    )
+    for index, what in shown.items():
+        print(f"  problem {index}: {what}")
+    return {"verified_batching": {"problems": len(chosen), "differences": len(shown)}}
 
 
 class PredictionsFile:
@@ -322,10 +388,10 @@ def read_identity(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: is damaged ({one_line(error)[:120]}): move it away or evaluate again") from None
 
 
-def speed_before(folder: Path) -> dict[str, float]:
-    """What an earlier ``scores.json`` in ``folder`` says of the time that decoding took."""
+def said_before(folder: Path) -> dict[str, Any]:
+    """What an earlier ``scores.json`` in ``folder`` says of the decoding: its time, and whether it was verified."""
     before = read_identity(folder / SCORES_FILE)
-    return {key: before[key] for key in ("seconds", "tokens_per_second") if key in before}
+    return {key: before[key] for key in ("seconds", "tokens_per_second", "verified_batching") if key in before}
 
 
 def track(source: Source, split: str, scores: dict[str, Any]) -> None:
