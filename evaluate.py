@@ -53,6 +53,7 @@ if __name__ == "__main__":  # before the heavy imports: --help and a mistyped fl
     run_script(lambda: _parsed.extend(read_arguments(sys.argv[1:])))
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -81,6 +82,8 @@ from model import (
 from tracking import MetricsLog, start_tracker
 
 VERIFIED_IN_FLOAT32 = 4  # problems, where --verify-batching does not say how many
+# A kill loses no line that was written; this is what the loss of power may take. Each sync costs milliseconds.
+SECONDS_BETWEEN_SYNCS = 1.0
 PREDICTIONS_FILE, SCORES_FILE, IDENTITY_FILE = "predictions.jsonl", "scores.json", "evaluation.json"
 
 
@@ -285,6 +288,7 @@ class PredictionsFile:
         self.file = folder / PREDICTIONS_FILE
         self.identity = identity | {"num_problems": num_problems}
         self.rows: dict[int, dict[str, Any]] = {}
+        self._synced = time.monotonic()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if self.file.exists():
@@ -335,13 +339,20 @@ class PredictionsFile:
         }
         self._stream.write(_json_line(row))
         self._stream.flush()
+        if time.monotonic() - self._synced >= SECONDS_BETWEEN_SYNCS:
+            self._sync()
         self.rows[index] = row
         self.num_correct += row["correct"]
 
     def __enter__(self) -> "PredictionsFile":
         return self
 
+    def _sync(self) -> None:
+        os.fsync(self._stream.fileno())
+        self._synced = time.monotonic()
+
     def __exit__(self, *_: object) -> None:
+        self._sync()
         self._stream.close()
 
 

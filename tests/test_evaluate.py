@@ -1,7 +1,12 @@
 """The evaluation as a whole: whole lines as it goes, going on where it stopped, the right settings."""
 
 import json
+import os
+import random
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +151,61 @@ def test_an_interrupted_evaluation_goes_on(call, run_folder: Path, monkeypatch: 
     assert {k: v for k, v in scores.items() if k not in ("seconds", "tokens_per_second")} == {
         k: v for k, v in whole[1].items() if k not in ("seconds", "tokens_per_second")
     }
+
+
+@pytest.mark.parametrize(("seconds", "syncs"), [(0.0, 12 + 1), (1000.0, 1)])
+def test_lines_are_synced(
+    call, settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, syncs: int
+) -> None:
+    """Guards against completions that the loss of power takes; the last ones are synced at the end."""
+    calls, file = [], tmp_path / "out" / "predictions.jsonl"
+    original = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if file.exists() and os.path.sameopenfile(descriptor, opened.fileno()):
+            calls.append(file.read_bytes().count(b"\n"))
+        original(descriptor)
+
+    monkeypatch.setattr(evaluate, "SECONDS_BETWEEN_SYNCS", seconds)
+    monkeypatch.setattr(os, "fsync", fsync)
+    file.parent.mkdir()
+    with file.open("wb") as opened:
+        assert call(evaluate, "--ckpt", settings["model"], *flags(settings), "--output", str(file.parent)).code == 0
+    assert len(calls) == syncs and calls[-1] == 12 and calls == sorted(calls)
+
+
+def test_kills_at_any_moment_lose_nothing_that_was_written(call, settings: dict[str, str], tmp_path: Path) -> None:
+    """Guards against completions held back in memory, and a rerun that decodes them again or otherwise."""
+    arguments = [
+        "--ckpt",
+        settings["model"],
+        *flags(settings | {"max_new_tokens": "60", "decode_slots": "2"}),
+        "--output",
+    ]
+    assert call(evaluate, *arguments, str(tmp_path / "whole")).code == 0
+    whole, _ = read(tmp_path / "whole")
+    file, seen = tmp_path / "killed" / "predictions.jsonl", b""
+    rng, kills = random.Random(0), 0
+    while seen.count(b"\n") < 9:
+        process = subprocess.Popen(
+            [sys.executable, evaluate.__file__, *arguments, str(file.parent)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        wanted = seen.count(b"\n") + rng.randrange(1, 5)
+        while process.poll() is None and not (file.exists() and file.read_bytes().count(b"\n") >= wanted):
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.05)
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+        left = file.read_bytes()
+        assert left.startswith(seen)  # what was there is there, byte for byte
+        seen = left[: left.rindex(b"\n") + 1]
+    assert kills >= 2
+    assert call(evaluate, *arguments, str(file.parent)).code == 0
+    assert file.read_bytes().startswith(seen)
+    assert sorted(read(file.parent)[0], key=str) == sorted(whole, key=str)
 
 
 @pytest.mark.parametrize(
