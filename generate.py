@@ -18,6 +18,8 @@ from data import IGNORE, Batch, Example, collate
 from model import Attend, forward
 
 PREFILL_TOKENS = 8192  # most prompt tokens in one forward pass
+GROWTH = 64  # tokens by which the cache grows
+GROUP = 16  # slots on the CPU that are attended together, up to the longest of them
 
 
 @dataclass
@@ -40,17 +42,27 @@ class Completion:
 class KVCache:
     """Keys and values of all layers for a fixed number of sequences.
 
-    ``keys`` and ``values`` are ``[layers, slots, kv_heads, capacity, head_dim]``. The slots in
-    use are always the first ones: `move` copies the last ones into the gaps.
+    ``keys`` and ``values`` hold ``[slots, kv_heads, capacity, head_dim]`` for each layer. The slots
+    in use are always the first ones: `move` copies the last ones into the gaps.
     """
 
-    def __init__(self, model: LlamaForCausalLM, slots: int, capacity: int):
+    def __init__(self, model: LlamaForCausalLM, slots: int):
         config = model.config
-        head_dim = model.model.layers[0].self_attn.head_dim
-        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, capacity, head_dim)
-        # zeros, not empty: what a mask hides must still be finite, since 0 * NaN is NaN.
-        self.keys = torch.zeros(shape, dtype=model.dtype, device=model.device)
-        self.values = torch.zeros_like(self.keys)
+        shape = (slots, config.num_key_value_heads, 0, model.model.layers[0].self_attn.head_dim)
+        self.keys, self.values = (
+            [torch.empty(shape, dtype=model.dtype, device=model.device) for _ in range(config.num_hidden_layers)]
+            for _ in range(2)
+        )
+
+    def reserve(self, length: int) -> None:
+        """Make room for ``length`` tokens in each slot: no more than are needed, since gaps cost time and memory."""
+        missing = length - self.keys[0].shape[2]
+        if missing > 0:
+            growth = -(-missing // GROWTH) * GROWTH
+            for tensors in (self.keys, self.values):
+                for layer, tensor in enumerate(tensors):
+                    # zeros, not empty: what a mask hides must still be finite, since 0 * NaN is NaN.
+                    tensors[layer] = F.pad(tensor, (0, 0, 0, growth))
 
     def prefill(self, slots: range, batch: Batch) -> Attend:
         """Attention of packed prompts, that keeps what it sees of them in ``slots``."""
@@ -59,39 +71,52 @@ class KVCache:
         def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             for cache, seen in ((self.keys, key), (self.values, value)):
                 for slot, sequence in zip(slots, seen.split(batch.seqlens), strict=False):  # without the filler
-                    cache[layer, slot, :, : len(sequence)] = sequence.transpose(0, 1)
+                    cache[layer][slot, :, : len(sequence)] = sequence.transpose(0, 1)
             return packed(layer, query, key, value)
 
         return attend
 
-    def step(self, lengths: torch.Tensor, longest: int) -> Attend:
+    def step(self, lengths: list[int]) -> Attend:
         """Attention of one new token in each slot in use, to all that its slot holds and to itself.
 
         Args:
-            lengths: ``[slots in use]``, the tokens that each holds; ``longest``: the most of them.
+            lengths: of each slot in use, the tokens that it holds.
         """
-        rows = torch.arange(len(lengths), device=lengths.device)
-        past = torch.arange(longest + 1, device=lengths.device)
-        mask = (past <= lengths[:, None])[:, None, None, :]  # [slots in use, 1, 1, longest + 1]
+        self.reserve(max(lengths) + 1)
+        device, dtype = self.keys[0].device, self.keys[0].dtype
+        rows, places = torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device)
+        together = len(lengths) if device.type == "cuda" else GROUP
+        groups = []
+        for first in range(0, len(lengths), together):
+            slots = slice(first, first + together)
+            longest = max(lengths[slots]) + 1
+            hidden = torch.arange(longest, device=device) > places[slots, None]
+            # As numbers, once a step: attention would make them of a boolean mask in every layer.
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+            groups.append((slots, longest, mask[:, None, None, :]))  # [slots, 1, 1, longest]
 
         def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            self.keys[layer][rows, :, lengths] = key
-            self.values[layer][rows, :, lengths] = value
-            output = F.scaled_dot_product_attention(
-                query[:, :, None],
-                self.keys[layer, : len(rows), :, : longest + 1],
-                self.values[layer, : len(rows), :, : longest + 1],
-                attn_mask=mask,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
-            return output[:, :, 0]
+            keys, values = self.keys[layer], self.values[layer]
+            keys[rows, :, places] = key
+            values[rows, :, places] = value
+            outputs = [
+                F.scaled_dot_product_attention(
+                    query[slots, :, None],
+                    keys[: len(rows)][slots, :, :longest],
+                    values[: len(rows)][slots, :, :longest],
+                    attn_mask=mask,
+                    enable_gqa=query.shape[1] != key.shape[1],
+                )[:, :, 0]
+                for slots, longest, mask in groups
+            ]
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
         return attend
 
     def move(self, source: int, target: int) -> None:
         """Copy one slot over another."""
-        self.keys[:, target] = self.keys[:, source]
-        self.values[:, target] = self.values[:, source]
+        for tensor in (*self.keys, *self.values):
+            tensor[target] = tensor[source]
 
 
 @torch.inference_mode()
@@ -118,8 +143,7 @@ def greedy_decode(
     waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # pop() takes the longest first
     slots = min(slots, len(prompts))
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
-    capacity = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
-    cache = KVCache(model, slots, capacity)
+    cache = KVCache(model, slots)
     running: list[Completion] = []
 
     def record(completions: list[Completion], token_ids: list[int]) -> None:
@@ -158,6 +182,7 @@ def _prefill(model: LlamaForCausalLM, cache: KVCache, prompts: list[list[int]], 
     # The token to come is the one label of each; its value, here 0, is never looked at.
     examples = [Example([*prompt, 0], [*[IGNORE] * len(prompt), 0]) for prompt in prompts]
     batch = collate(examples).to(model.device)
+    cache.reserve(max(map(len, prompts)))
     attend = cache.prefill(range(first_slot, first_slot + len(prompts)), batch)
     hidden = forward(model, batch.input_ids[0], batch.position_ids[0], attend, batch.loss_positions)
     return _most_probable(model, hidden)[: len(prompts)]
@@ -168,7 +193,7 @@ def _decode_one_token(model: LlamaForCausalLM, cache: KVCache, running: list[Com
     lengths = [one.prompt_length + len(one.token_ids) - 1 for one in running]
     positions = torch.tensor(lengths, device=model.device)
     newest = torch.tensor([one.token_ids[-1] for one in running], device=model.device)
-    return _most_probable(model, forward(model, newest, positions, cache.step(positions, max(lengths))))
+    return _most_probable(model, forward(model, newest, positions, cache.step(lengths)))
 
 
 def _most_probable(model: LlamaForCausalLM, hidden: torch.Tensor) -> list[int]:
