@@ -85,6 +85,7 @@ class Config:
     compile: bool
     log_every: Count
     checkpoint_steps: Count | None
+    best_by: Literal["val_loss", "val_exact_match"]
     resume: Literal["auto", "never"]
     max_new_tokens: Count
     decode_slots: Count

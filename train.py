@@ -56,6 +56,7 @@ from model import (
 )
 from optimizer import build_optimizer, scheduled_rate
 from perplexity import Measurement, measure, perplexity_of, summed_loss
+from scoring import correct_openai
 from tracking import MetricsLog, start_tracker
 
 
@@ -66,7 +67,8 @@ class Progress:
     Attributes:
         step: optimizer steps done.
         nats, num_labels: summed loss, and supervised tokens, since the last logged line.
-        best_loss: lowest validation loss so far, in nats a token.
+        best_loss: validation loss of the best epoch so far, in nats a token.
+        best_exact_match: its exact match on the validation rows, where that is what chooses.
         fitting: after an out-of-memory error, what micro_batch_tokens was set to and what fits.
     """
 
@@ -74,6 +76,7 @@ class Progress:
     nats: float = 0.0
     num_labels: int = 0
     best_loss: float | None = None
+    best_exact_match: float | None = None
     fitting: tuple[int, int] | None = None
     wandb_run_id: str = field(default_factory=lambda: secrets.token_hex(4))
 
@@ -86,6 +89,15 @@ class Progress:
     def budget(self, configured: int) -> int:
         """``configured`` micro_batch_tokens, or what was found to fit of just that many."""
         return self.fitting[1] if self.fitting and self.fitting[0] == configured else configured
+
+    def is_best(self, loss: float, exact_match: float | None) -> bool:
+        """Whether an epoch is the best so far, by exact match where there is one, then by loss; it is remembered."""
+        if self.best_loss is not None:
+            before = self.best_exact_match or 0.0, -self.best_loss
+            if (exact_match or 0.0, -loss) <= before:
+                return False
+        self.best_loss, self.best_exact_match = loss, exact_match
+        return True
 
     def read_and_reset_loss(self) -> float:
         """Mean loss in nats over all supervised tokens since the last call."""
@@ -104,14 +116,15 @@ def main(config: Config) -> None:
     device, dtype = pick_device(), getattr(torch, config.dtype)
     base = resume_from or fetch(config.model)
     tokenizer = load_tokenizer(base)
-    training, validation, sample, data_hashes = load_data(config, tokenizer)
+    training, validation, held_out, data_hashes = load_data(config, tokenizer)
     if resume_from is not None:
         checkpoint.check_same_run(resume_from, config, data_hashes["train_sha256"])
     total_steps = config.epochs * training.steps_per_epoch
 
     model = load_model(base, dtype, device)
     check_vocabulary(model, tokenizer, config.model)
-    check_lengths(model, [*training.examples, *validation], config.max_new_tokens)
+    prompts = data.encode_prompts(tokenizer, held_out, config.prompt)  # of rows too long to train on as well
+    check_lengths(model, [*training.examples, *validation], prompts, config.max_new_tokens)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     model.train()
@@ -194,11 +207,16 @@ def main(config: Config) -> None:
             if epoch_ends:
                 result = measure(model, validation, config.micro_batch_tokens, device)
                 check_finite(progress.step, result.loss, grad_norm, run_folder)
-                metrics.write(progress.step, epoch, {"val/loss": result.loss, "val/perplexity": result.perplexity})
+                numbers = {"val/loss": result.loss, "val/perplexity": result.perplexity}
                 bar.write(f"epoch {epoch:.0f} of {config.epochs}: validation {result}")
+                exact_match = None
+                if config.best_by == "val_exact_match":
+                    exact_match = measure_exact_match(model, tokenizer, held_out, config)
+                    numbers["val/exact_match"] = exact_match
+                    bar.write(f"  exact match {exact_match:.2%} of {len(held_out)}")
+                metrics.write(progress.step, epoch, numbers)
                 # best before last: after a kill between the two, the epoch is trained again and best saved again.
-                if progress.best_loss is None or result.loss < progress.best_loss:
-                    progress.best_loss = result.loss
+                if progress.is_best(result.loss, exact_match):
                     save("best", result)
 
             due = config.checkpoint_steps is not None and progress.step % config.checkpoint_steps == 0
@@ -206,7 +224,7 @@ def main(config: Config) -> None:
             if epoch_ends or due or stopped_by is not None:
                 save("last")
             if epoch_ends:
-                bar.write(write_sample(model, tokenizer, sample, config))
+                bar.write(write_sample(model, tokenizer, held_out[0], config))
             if stopped_by is not None and progress.step < total_steps:
                 name, saved = signal.Signals(stopped_by).name, f"saved in {run_folder / 'last'}"
                 raise Stopped(stopped_by, f"{name} after step {progress.step}, {saved}: type the same command to go on")
@@ -248,8 +266,8 @@ def claim_run_folder(folder: Path, resume: str) -> Path | None:
 
 def load_data(
     config: Config, tokenizer: PreTrainedTokenizerBase
-) -> tuple[data.TrainingData, list[data.Example], data.Problem, dict[str, str]]:
-    """Training and validation examples, one validation problem to look at, and the hashes of the rows."""
+) -> tuple[data.TrainingData, list[data.Example], list[data.Problem], dict[str, str]]:
+    """Training and validation examples, the validation problems, and the hashes of the rows."""
     rows = data.load_problems(config.dataset, "train")
     test = data.load_problems(config.dataset, "test")
     data.check_disjoint(rows, test)
@@ -263,7 +281,7 @@ def load_data(
         for name, problems in (("train", rows), ("validation", validation), ("test", test))
     }
     training = data.TrainingData(examples["train"], config.batch_size, config.seed)
-    return training, examples["validation"], validation[0], hashes
+    return training, examples["validation"], validation, hashes
 
 
 def check_unfinished(step: int, total_steps: int, run_folder: Path) -> None:
@@ -274,11 +292,13 @@ def check_unfinished(step: int, total_steps: int, run_folder: Path) -> None:
         )
 
 
-def check_lengths(model: LlamaForCausalLM, examples: Sequence[data.Example], max_new_tokens: int) -> None:
+def check_lengths(
+    model: LlamaForCausalLM, examples: Sequence[data.Example], prompts: Sequence[list[int]], max_new_tokens: int
+) -> None:
     """Raises UserError where a row, or a prompt and its completion, has more tokens than the model positions."""
     longest = max(len(example.input_ids) for example in examples)
     check_positions(model, longest, "the longest row", "set a smaller max_length")
-    prompt = max(example.labels.count(data.IGNORE) for example in examples)
+    prompt = max(*(example.labels.count(data.IGNORE) for example in examples), *map(len, prompts))
     check_positions(model, prompt + max_new_tokens, "a prompt with max_new_tokens", "set a smaller max_new_tokens")
 
 
@@ -365,22 +385,39 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: in
     return rate
 
 
+def complete(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, problems: Sequence[data.Problem], config: Config
+) -> dict[int, tuple[str, str]]:
+    """What the model writes for each of ``problems``, by number: text, and why it stopped."""
+    model.eval()
+    found = {
+        completion.index: (tokenizer.decode(completion.token_ids, skip_special_tokens=True), completion.stop)
+        for completion in greedy_decode(
+            model,
+            data.encode_prompts(tokenizer, problems, config.prompt),
+            max_new_tokens=config.max_new_tokens,
+            eos_token_ids=eos_token_ids(model, tokenizer),
+            slots=config.decode_slots,
+        )
+    }
+    model.train()
+    return found
+
+
+def measure_exact_match(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, problems: Sequence[data.Problem], config: Config
+) -> float:
+    """The share of ``problems`` that greedy decoding gets right, as ``evaluate.py --split validation`` has it."""
+    found = complete(model, tokenizer, problems, config)
+    return sum(correct_openai(text, problems[number].gold) for number, (text, _) in found.items()) / len(problems)
+
+
 def write_sample(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, problem: data.Problem, config: Config
 ) -> str:
     """What the model writes for one validation problem, next to what the data set says."""
-    model.eval()
-    prompts = data.encode_prompts(tokenizer, [problem], config.prompt)
-    [completion] = greedy_decode(
-        model,
-        prompts,
-        max_new_tokens=config.max_new_tokens,
-        eos_token_ids=eos_token_ids(model, tokenizer),
-        slots=1,
-    )
-    model.train()
-    text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-    return f"  question: {problem.question!r}\n  model:    {text!r} ({completion.stop})\n  gold:     {problem.answer!r}"
+    text, stop = complete(model, tokenizer, [problem], config)[0]
+    return f"  question: {problem.question!r}\n  model:    {text!r} ({stop})\n  gold:     {problem.answer!r}"
 
 
 def describe(
@@ -397,6 +434,7 @@ def describe(
         "epoch": progress.step / steps_per_epoch,
         "validation_loss": result.loss if result else None,
         "validation_perplexity": result.perplexity if result else None,
+        "validation_exact_match": progress.best_exact_match if result else None,
         "settings": asdict(config),
         "data": dict(data_hashes),
         "wandb_run_id": progress.wandb_run_id,

@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
 import data
+import evaluate
 import perplexity
+import scoring
 import train
 from data import Problem
 from model import forward_packed
@@ -232,6 +234,56 @@ def test_best_is_the_epoch_with_the_lowest_validation_loss(
     for key, tensor in weights(best).items():
         assert torch.equal(tensor, saved[14][key])
     assert any(not torch.equal(tensor, saved[28][key]) for key, tensor in weights(best).items())
+
+
+@pytest.mark.parametrize(
+    ("matches", "losses", "best"),
+    [
+        ([0.25, 0.5, 0.25], [3.0, 2.9, 2.0], 2),  # where the loss says 3
+        ([0.5, 0.5, 0.5], [3.0, 2.0, 2.5], 2),  # of equal ones the lower loss
+        ([0.5, 0.25, 0.0], [3.0, 2.0, 1.0], 1),
+        ([0.0, 0.0, 0.0], [3.0, 3.0, 3.0], 1),
+    ],
+)
+def test_best_by_exact_match(
+    settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, matches: list[float], losses: list[float], best: int
+) -> None:
+    """Guards against a best that the loss chooses all the same, and against one that the process forgets."""
+    of_epoch, left = iter(losses), iter(matches)
+    monkeypatch.setattr(train, "measure", lambda *_: Measurement(loss := next(of_epoch), math.exp(loss), 1))
+    monkeypatch.setattr(train, "measure_exact_match", lambda *_: next(left))
+    train.main(make_config(settings | {"epochs": "3", "best_by": "val_exact_match"}))
+    description = checkpoint.read_description(run_folder(settings) / "best")
+    assert (description["epoch"], description["validation_exact_match"]) == (best, matches[best - 1])
+    logged = [line["val/exact_match"] for line in metrics(settings) if "val/exact_match" in line]
+    assert logged == matches
+
+
+def test_exact_match_in_training_is_that_of_evaluation(call, settings: dict[str, str], monkeypatch) -> None:
+    """Guards against another prompt, split or rule than evaluate.py has, and a model left in eval mode."""
+    modes, settings = [], settings | {"best_by": "val_exact_match", "max_new_tokens": "40", "epochs": "1"}
+    monkeypatch.setattr(train, "correct_openai", lambda text, gold: (len(text) + int(gold[-1])) % 2 == 0)  # some are
+    monkeypatch.setattr(scoring, "correct_openai", train.correct_openai)
+    monkeypatch.setitem(scoring.RULES, "openai", train.correct_openai)
+    original = train.measure_exact_match
+
+    def measured(model: Any, *rest: Any) -> float:
+        value = original(model, *rest)
+        modes.append(model.training)
+        return value
+
+    monkeypatch.setattr(train, "measure_exact_match", measured)
+    assert call(train, *flags(settings)).code == 0
+    assert modes == [True]
+    [logged] = [line["val/exact_match"] for line in metrics(settings) if "val/exact_match" in line]
+    assert call(evaluate, "--ckpt", str(run_folder(settings) / "best"), "--split", "validation").code == 0
+    scores = json.loads((run_folder(settings) / "eval" / "validation" / "scores.json").read_text())
+    assert logged == scores["exact_match"] and 0 < logged < 1
+
+
+def test_the_test_split_chooses_nothing(call, settings: dict[str, str]) -> None:
+    for value in ("test_exact_match", "test_loss", "exact_match"):
+        call(train, *flags(settings), "--best_by", value).assert_user_error("best_by", value, "val_exact_match")
 
 
 def test_best_survives_a_resume_with_worse_epochs(
