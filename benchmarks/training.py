@@ -63,7 +63,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--micro_batch_tokens", type=int, default=1024, help="of our own contender")
+    parser.add_argument("--micro_batch_tokens", type=int, default=1536, help="of our own contender")
     parser.add_argument("--compile", action="store_true", help="our own contender's layers")
     parser.add_argument("--profile", action="store_true", help="instead of the race, a profile of our last step")
     parser.add_argument("--worker", choices=tuple(WORKERS), help=argparse.SUPPRESS)
