@@ -130,13 +130,7 @@ def main(config: Config) -> None:
     model.train()
     if config.compile:
         compile_layers(model)
-    optimizer = build_optimizer(
-        model.parameters(),
-        learning_rate=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        epsilon=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-    )
+    optimizer = configured_optimizer(model, config)
     torch.manual_seed(config.seed)
     progress = Progress()
     if resume_from is not None:
@@ -207,14 +201,11 @@ def main(config: Config) -> None:
             if epoch_ends:
                 result = measure(model, validation, config.micro_batch_tokens, device)
                 check_finite(progress.step, result.loss, grad_norm, run_folder)
-                numbers = {"val/loss": result.loss, "val/perplexity": result.perplexity}
-                bar.write(f"epoch {epoch:.0f} of {config.epochs}: validation {result}")
-                exact_match = None
-                if config.best_by == "val_exact_match":
-                    exact_match = measure_exact_match(model, tokenizer, held_out, config)
-                    numbers["val/exact_match"] = exact_match
-                    bar.write(f"  exact match {exact_match:.2%} of {len(held_out)}")
-                metrics.write(progress.step, epoch, numbers)
+                exact_match = measure_exact_match(model, tokenizer, held_out, config)
+                numbers = {"val/loss": result.loss, "val/perplexity": result.perplexity, "val/exact_match": exact_match}
+                metrics.write(progress.step, epoch, {name: n for name, n in numbers.items() if n is not None})
+                shown = "" if exact_match is None else f", exact match {exact_match:.2%} of {len(held_out)}"
+                bar.write(f"epoch {epoch:.0f} of {config.epochs}: validation {result}{shown}")
                 # best before last: after a kill between the two, the epoch is trained again and best saved again.
                 if progress.is_best(result.loss, exact_match):
                     save("best", result)
@@ -371,6 +362,16 @@ def check_finite(step: int, loss: float, grad_norm: float, run_folder: Path) -> 
         )
 
 
+def configured_optimizer(model: LlamaForCausalLM, config: Config) -> torch.optim.Optimizer:
+    return build_optimizer(
+        model.parameters(),
+        learning_rate=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        epsilon=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: int, total_steps: int) -> float:
     rate = scheduled_rate(
         step,
@@ -406,8 +407,13 @@ def complete(
 
 def measure_exact_match(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, problems: Sequence[data.Problem], config: Config
-) -> float:
-    """The share of ``problems`` that greedy decoding gets right, as ``evaluate.py --split validation`` has it."""
+) -> float | None:
+    """The share of ``problems`` that greedy decoding gets right, as ``evaluate.py --split validation`` has it.
+
+    None where it is not what chooses the best checkpoint: decoding takes longer than the loss.
+    """
+    if config.best_by != "val_exact_match":
+        return None
     found = complete(model, tokenizer, problems, config)
     return sum(correct_openai(text, problems[number].gold) for number, (text, _) in found.items()) / len(problems)
 
