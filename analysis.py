@@ -4,16 +4,15 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
-from calculator import first_false_equation
+from calculator import NUMBER, evaluate, first_false_equation
 from errors import UserError, one_line
 from scoring import RULES, correct_lm_eval_flexible, correct_openai, cut_at_stop, extract_openai, some
 
 LABELS = ("arithmetic", "reasoning", "format", "cut")
-WORDS = (30, 45, 60)  # borders between lengths of questions; GSM8K's quartiles are near 33, 43 and 56
-_NUMBER = re.compile(r"-?(?:[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?|\.[0-9]+)")
+WORDS = (30, 45, 60)  # borders between lengths of questions
+_NUMBER = re.compile(f"-?{NUMBER}")
 
 
 def mistake(completion: str, gold: str, stop: str) -> tuple[str | None, str | None]:
@@ -45,9 +44,8 @@ def mistake(completion: str, gold: str, stop: str) -> tuple[str | None, str | No
 
 
 def _equal(number: str, gold: str) -> bool:
-    if not _NUMBER.fullmatch(number):
-        return False
-    return Fraction(number.replace(",", "")) == Fraction(gold.replace(",", ""))
+    value = evaluate(number)
+    return value is not None and value == evaluate(gold)
 
 
 def count_steps(answer: str) -> int:

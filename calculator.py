@@ -8,15 +8,15 @@ from fractions import Fraction
 LONGEST, DEEPEST, LARGEST = 200, 20, 10**30
 
 ANNOTATION = re.compile(r"<<([^<>=]*)=([^<>=]*)>>")
-_NUMBER = r"(?:[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?|\.[0-9]+)"
-_TOKEN = re.compile(rf"\s*({_NUMBER}|//|[-+*/()%])")
+NUMBER = r"(?:[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?|\.[0-9]+)"
+_TOKEN = re.compile(rf"\s*({NUMBER}|//|[-+*/()%])")
 # As people write them, and what they stand for. An x is a product before a number only: "2x - 3" is none.
 _SPELLINGS = ((r"[×]|(?<=[0-9)%.\s])[xX](?=\s*[$(.]?[0-9])", "*"), ("÷", "/"), ("[−–]", "-"), (r"\$", ""))
 # In running text: what may be an expression, "=", and a whole number that nothing goes on with, as in "= 1 1/2".
 # The bounds keep the time linear in the text.
 _RUN, _BLANKS = r"[-+*/().,%0-9 \t]", r"[ \t]{0,3}"
 _EQUATION = re.compile(
-    rf"(?<![\w:).,%(+*/-])({_RUN}{{0,{LONGEST}}}[0-9)%]{_BLANKS})=[ \t]{{0,{LONGEST}}}((?>-?{_NUMBER}%?))"
+    rf"(?<![\w:).,%(+*/-])({_RUN}{{0,{LONGEST}}}[0-9)%]{_BLANKS})=[ \t]{{0,{LONGEST}}}((?>-?{NUMBER}%?))"
     rf"(?!{_BLANKS}[*/+(0-9]|{_BLANKS}-{_BLANKS}[0-9.(])",
 )
 

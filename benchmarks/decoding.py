@@ -24,7 +24,6 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 # The other benchmark lies beside this one, and shows the way to the product.
-from training import LENGTHS, PROMPT, Contender, peak_memory, report, wait_for_turn, write_model
+from training import LENGTHS, PROMPT, Contender, launch, peak_memory, report, wait_for_turn, write_model
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
@@ -224,11 +223,7 @@ def limit(arguments: argparse.Namespace) -> float:
 def race(arguments: argparse.Namespace) -> None:
     keys = ("folder", "slots", "rounds", "dtype")
     options = [f"--{key}={getattr(arguments, key)}" for key in keys]
-    contenders = []
-    for name in arguments.contenders:
-        command = [sys.executable, __file__, "--worker", name, *options]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        contenders.append(Contender(name, process, []))
+    contenders = [launch(__file__, name, options) for name in arguments.contenders]
     limits = []
     for number in range(arguments.rounds + 1):
         for contender in contenders:

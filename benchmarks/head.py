@@ -13,16 +13,14 @@ loss of random rows. Medians after a first round, and the memory that came on to
 """
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# The other benchmark lies beside this one, and shows the way to the product.
+from training import launch, peak_memory, report, wait_for_turn
 
 if TYPE_CHECKING:
     import torch
@@ -58,9 +56,8 @@ def loss_function(name: str) -> "Callable[[torch.Tensor, torch.Tensor, torch.Ten
 
 
 def work(arguments: argparse.Namespace) -> None:
-    """Compute once for every line that comes in, and answer with seconds, loss and peak memory."""
+    """Compute once at every turn, and report seconds, loss and memory."""
     import torch
-    from training import peak_memory
 
     import memory
     from model import pick_device
@@ -72,39 +69,29 @@ def work(arguments: argparse.Namespace) -> None:
     weight = torch.randn(arguments.vocab_size, arguments.hidden_size, **settings).mul_(0.02).requires_grad_()
     labels = torch.randint(arguments.vocab_size, (arguments.rows,), device=settings["device"])
     compute, before = loss_function(arguments.worker), peak_memory()
-    for _ in sys.stdin:
+    while True:
+        wait_for_turn()
         started = time.perf_counter()
         loss = compute(hidden, weight, labels)
         loss.backward()
         hidden.grad = weight.grad = None
         nats = loss.item()  # waits for the device
         seconds = time.perf_counter() - started
-        print(json.dumps({"seconds": seconds, "loss": nats, "memory": peak_memory() - before}), flush=True)
+        report(seconds=seconds, loss=nats, memory=peak_memory() - before)
 
 
 def main(arguments: argparse.Namespace) -> None:
     options = [f"--{key}={getattr(arguments, key)}" for key in ("rows", "hidden_size", "vocab_size", "dtype")]
-    workers = {
-        name: subprocess.Popen(
-            [sys.executable, __file__, "--worker", name, *options],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for name in CONTENDERS
-    }
-    answers: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
+    contenders = [launch(__file__, name, options) for name in CONTENDERS]
     for _ in range(arguments.rounds + 1):
-        for name, process in workers.items():
-            process.stdin.write("go\n")
-            process.stdin.flush()
-            answers[name].append(json.loads(process.stdout.readline()))
+        for contender in contenders:
+            contender.step()
     print("| contender | ms | memory, MB | loss |\n| --- | --- | --- | --- |")
-    for name, process in workers.items():
-        process.kill()
-        seconds = statistics.median(answer["seconds"] for answer in answers[name][1:])
-        last = answers[name][-1]
-        print(f"| {name} | {seconds * 1e3:.0f} | {last['memory'] * 1e3:.0f} | {last['loss']:.3f} |")
+    for contender in contenders:
+        contender.process.kill()
+        seconds = statistics.median(entry["seconds"] for entry in contender.reports[1:])
+        last = contender.reports[-1]
+        print(f"| {contender.name} | {seconds * 1e3:.0f} | {last['memory'] * 1e3:.0f} | {last['loss']:.3f} |")
 
 
 if __name__ == "__main__":

@@ -329,6 +329,12 @@ class Contender:
         sys.exit(f"{self.name} ended before its last step: its messages are above")
 
 
+def launch(script: str, name: str, options: list[str]) -> Contender:
+    """The worker ``name`` of a benchmark, a process that waits for its turns."""
+    command = [sys.executable, script, "--worker", name, *options]
+    return Contender(name, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True), [])
+
+
 def matrix_rate(dtype: str) -> float:
     """FLOP/s of a 2048^3 matrix product by the faster library, the median of several."""
     import torch
@@ -357,19 +363,7 @@ def main(arguments: argparse.Namespace) -> None:
 def race(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -> None:
     options = [f"--{key}={getattr(arguments, key)}" for key in ("folder", "dtype", "micro_batch_tokens")]
     options += ["--compile"] * arguments.compile
-    contenders = [
-        Contender(
-            name,
-            subprocess.Popen(
-                [sys.executable, __file__, "--worker", name, *options],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            ),
-            [],
-        )
-        for name in arguments.contenders
-    ]
+    contenders = [launch(__file__, name, options) for name in arguments.contenders]
     rates = []
     for step in range(arguments.steps + 1):
         for contender in contenders:
