@@ -204,3 +204,18 @@ def comparison_table(result: Comparison, names: tuple[str, str]) -> str:
         f"  lost {len(result.lost)}" + (f": ids {some(result.lost)}" if result.lost else ""),
     ]
     return "\n".join(lines)
+
+
+def gain(greedy: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What ``other`` predictions of the same problems win and lose against ``greedy``, for ``scores.json``."""
+    found = compare(greedy, other, ("the greedy predictions", "the others"))
+    return {"won": found.won, "lost": found.lost, "p_value": found.p_value}
+
+
+def gain_line(scores: dict[str, Any]) -> str:
+    """The score with the calculator beside the one without, for people."""
+    counts = f"{scores['num_correct']} of {scores['num_problems']}"
+    return (
+        f"  with the calculator      {scores['exact_match']:8.2%}   {counts}, "
+        f"won {len(scores['won'])}, lost {len(scores['lost'])}, p = {scores['p_value']:.3g}"
+    )

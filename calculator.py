@@ -1,14 +1,25 @@
-"""Arithmetic as GSM8K writes it: what an expression is worth, and whether an equation is true."""
+"""Arithmetic as GSM8K writes it: what an expression is worth, whether an equation is true, and results forced into
+what a model writes (calculator decoding, arXiv:2110.14168)."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Bounds on text that a model wrote: what is beyond them has no value here, and costs no time.
 LONGEST, DEEPEST, LARGEST = 200, 20, 10**30
+DECIMALS = 10  # most that a result is written with
 
 ANNOTATION = re.compile(r"<<([^<>=]*)=([^<>=]*)>>")
 NUMBER = r"(?:[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?|\.[0-9]+)"
+# An annotation at the end of a text, up to "=" or what came with it.
+_OPEN = re.compile(r"<<([^<>=]*)=([^<>=]*)\Z")
+_BELOW_ONE = re.compile(r"(?<![0-9.])(0?)\.[0-9]")
 _TOKEN = re.compile(rf"\s*({NUMBER}|//|[-+*/()%])")
 # As people write them, and what they stand for. An x is a product before a number only: "2x - 3" is none.
 _SPELLINGS = ((r"[×]|(?<=[0-9)%.\s])[xX](?=\s*[$(.]?[0-9])", "*"), ("÷", "/"), ("[−–]", "-"), (r"\$", ""))
@@ -143,3 +154,74 @@ def is_true(expression: str, result: str) -> bool | None:
     decimals = len(result.rstrip("% ").partition(".")[2])
     tolerance = Fraction(1, 2 * 10**decimals) if decimals else 0
     return any(abs(exact - claim) <= tolerance for claim in claims)
+
+
+# ---------------------------------------------------------------- calculator decoding
+
+
+def write_result(value: Fraction, text: str) -> str | None:
+    """``value`` as GSM8K writes it behind ``text``: ``10``, not ``10.0``; ``0.2``, or ``.2`` where ``text`` writes so.
+
+    None where its decimals do not end, or only after more than `DECIMALS`: the data set has no
+    such result, and rounding it is the model's choice.
+    """
+    shifted = abs(value) * 10**DECIMALS
+    if shifted.denominator != 1:
+        return None
+    whole, decimals = divmod(shifted.numerator, 10**DECIMALS)
+    written = f"{whole}.{decimals:0{DECIMALS}}".rstrip("0").rstrip(".")
+    below_one = _BELOW_ONE.findall(text)
+    if below_one and not below_one[-1] and written.startswith("0."):
+        written = written[1:]
+    return f"-{written}" if value < 0 else written
+
+
+class ForcedResults:
+    """Puts the result of ``<<expression=`` into a completion, in the model's place.
+
+    What is an annotation is decided on the text, since a tokenizer may join ``=`` with its
+    neighbours; the result is then written in the tokens that the tokenizer itself would write, as
+    the model has learned to read them.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+        """Raises UserError where results can't be written in this tokenizer's tokens."""
+        self.tokenizer = tokenizer
+        pieces = enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+        self._with_equals = frozenset(index for index, piece in pieces if "=" in piece or piece == "<0x3D>")
+        example = "She has <<1+2=3>>"
+        ids = self._ids(example)
+        opened = next((number for number, index in enumerate(ids, start=1) if index in self._with_equals), 0)
+        if not opened or ids[: opened - 1] + self.after(ids[:opened]) != ids:
+            raise UserError(
+                f"calculator true: the model's tokenizer can't write {example!r} from its '=' on: set calculator false"
+            )
+
+    def after(self, token_ids: Sequence[int]) -> list[int]:
+        """The tokens that take the place of the newest of ``token_ids`` and follow it, up to ``>>``.
+
+        Empty where the newest does not bring the "=" of an annotation, or its expression has no value.
+        """
+        if token_ids[-1] not in self._with_equals:
+            return []
+        text, before = self._text(token_ids), self._text(token_ids[:-1])
+        match = _OPEN.search(text)
+        if match is None or not text.startswith(before) or match.end(1) < len(before):
+            return []
+        value = evaluate(match[1])
+        result = None if value is None else write_result(value, text[: match.end(1)])
+        if result is None:
+            return []
+        wanted = f"{text[: match.end(1)]}={result}>>"
+        # Behind what stands there of the annotation; or, where that merges with what follows, behind a line's end.
+        for context in (before[match.start() :], "\n"):
+            known, ids = self._ids(context), self._ids(context + wanted[len(before) :])
+            if ids[: len(known)] == known and self._text([*token_ids[:-1], *ids[len(known) :]]) == wanted:
+                return ids[len(known) :]
+        return []
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+    def _text(self, token_ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)

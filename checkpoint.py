@@ -30,7 +30,7 @@ METRICS_FILE = "metrics.jsonl"
 FREE_SETTINGS = frozenset(
     {
         *("output_dir", "run_name", "micro_batch_tokens", "gradient_checkpointing", "compile", "log_every"),
-        *("checkpoint_steps", "resume", "max_new_tokens", "decode_slots", "wandb_project", "wandb_mode"),
+        *("checkpoint_steps", "resume", "max_new_tokens", "decode_slots", "calculator", "wandb_project", "wandb_mode"),
     }
 )
 

@@ -8,6 +8,7 @@ parsed by its field's annotation: YAML's own typing would read ``1e-5`` as a str
 
 import argparse
 import difflib
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -88,7 +89,8 @@ class Config:
     best_by: Literal["val_loss", "val_exact_match"]
     resume: Literal["auto", "never"]
     max_new_tokens: Count
-    decode_slots: Count
+    decode_slots: Count | None
+    calculator: bool
     wandb_project: Name
     wandb_mode: Literal["online", "offline", "disabled"] | None
 
@@ -213,6 +215,17 @@ def positive_number(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
     return int(text)
+
+
+def positive_float(text: str) -> float:
+    """The type of arguments such as ``--temperature``."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0")
+    return value
 
 
 def not_negative_number(text: str) -> int:

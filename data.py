@@ -312,9 +312,9 @@ class Batch:
         )
 
 
-def collate(examples: Sequence[Example]) -> Batch:
-    """Concatenate ``examples`` into one `Batch`."""
-    if filler := -sum(len(example.input_ids) - 1 for example in examples) % ROWS:
+def collate(examples: Sequence[Example], rows: int = ROWS) -> Batch:
+    """Concatenate ``examples`` into one `Batch`, filled up to a multiple of ``rows``."""
+    if filler := -sum(len(example.input_ids) - 1 for example in examples) % rows:
         examples = [*examples, Example([0] * (filler + 1), [IGNORE] * (filler + 1))]
     input_ids, position_ids, borders, loss_positions, labels = [], [], [0], [], []
     for example in examples:
@@ -325,7 +325,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         input_ids += example.input_ids[:-1]
         position_ids += range(len(example.input_ids) - 1)
         borders.append(len(input_ids))
-    loss_positions += [0] * (-len(labels) % ROWS)
+    loss_positions += [0] * (-len(labels) % rows)
     return Batch(
         torch.tensor([input_ids]),
         torch.tensor([position_ids]),

@@ -1,10 +1,13 @@
-"""Greedy decoding and exact match of a checkpoint on GSM8K.
+"""Decoding and exact match of a checkpoint on GSM8K.
 
 python evaluate.py --ckpt checkpoints/llama-2-7b-gsm8k/best
 python evaluate.py --ckpt meta-llama/Llama-2-7b-hf --split validation --limit 100
+python evaluate.py --ckpt checkpoints/llama-2-7b-gsm8k/best --calculator true
+python evaluate.py --ckpt checkpoints/llama-2-7b-gsm8k/best --samples 8 --temperature 0.7
 python evaluate.py --rescore checkpoints/llama-2-7b-gsm8k/eval/test/predictions.jsonl
 python evaluate.py --compare one/predictions.jsonl other/predictions.jsonl
 
+The score is that of greedy decoding; beside it come those with a calculator, and of samples.
 Each completion is written to predictions.jsonl as it is finished; the same command goes on
 where it was stopped. scores.json and the table come at the end.
 """
@@ -13,8 +16,18 @@ import argparse
 import sys
 from pathlib import Path
 
-from config import ArgumentParser, Config, local_path, not_negative_number, parse_arguments, positive_number
-from errors import UserError, one_line, run_script
+from config import (
+    ArgumentParser,
+    Config,
+    local_path,
+    not_negative_number,
+    parse_arguments,
+    positive_float,
+    positive_number,
+)
+from errors import UserError, run_script
+
+TEMPERATURE = 0.7  # of samples, where none is given: the one of gsm8k-ScRel's majority votes
 
 
 def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
@@ -31,6 +44,10 @@ def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]
         help="decode N problems again, alone, by Transformers' generate (4 in float32, else 0)",
     )
     parser.add_argument(
+        "--samples", type=positive_number, metavar="K", help="also draw K completions of each problem: maj@k, pass@k"
+    )
+    parser.add_argument("--temperature", type=positive_float, metavar="T", help="of these samples (0.7)")
+    parser.add_argument(
         "--compare",
         nargs=2,
         type=Path,
@@ -38,13 +55,16 @@ def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]
         help="are two predictions.jsonl really different? (paired test)",
     )
     arguments, typed = parse_arguments(parser, argv)
-    model_flags = ("ckpt", "split", "limit", "verify_batching")
+    model_flags = ("ckpt", "split", "limit", "verify_batching", "samples", "temperature")
     for mode, others in (("compare", (*model_flags, "output", "rescore")), ("rescore", model_flags)):
         used = [f"--{name.replace('_', '-')}" for name in others if getattr(arguments, name) is not None]
         used += [f"--{key}" for key in typed]
         if getattr(arguments, mode) and used:
             raise UserError(f"command line: {', '.join(used)} can't go with --{mode}, which reads files and no model")
+    if arguments.temperature and not arguments.samples:
+        raise UserError("command line: --temperature is that of samples: say how many with --samples K")
     arguments.split = arguments.split or "test"
+    arguments.temperature = arguments.temperature or TEMPERATURE
     return arguments, typed
 
 
@@ -53,9 +73,9 @@ if __name__ == "__main__":  # before the heavy imports: --help and a mistyped fl
     run_script(lambda: _parsed.extend(read_arguments(sys.argv[1:])))
 
 import json
-import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,8 +87,9 @@ import data
 import memory
 import scoring
 import verify
+from calculator import ForcedResults
 from checkpoint import Source, replace_file, resolve_source
-from generate import Completion, greedy_decode
+from generate import Completion, greedy_decode, sample_decode
 from model import (
     check_positions,
     check_vocabulary,
@@ -79,12 +100,20 @@ from model import (
     pick_device,
     weights_identity,
 )
+from predictions import (
+    IDENTITY_FILE,
+    PREDICTIONS_FILE,
+    SCORES_FILE,
+    Key,
+    PredictionsFile,
+    read_identity,
+    read_predictions,
+    said_before,
+)
 from tracking import MetricsLog, start_tracker
 
 VERIFIED_IN_FLOAT32 = 4  # problems, where --verify-batching does not say how many
-# A kill loses no line that was written; this is what the loss of power may take. Each sync costs milliseconds.
-SECONDS_BETWEEN_SYNCS = 1.0
-PREDICTIONS_FILE, SCORES_FILE, IDENTITY_FILE = "predictions.jsonl", "scores.json", "evaluation.json"
+CALCULATOR, SAMPLES = "calculator", "samples"  # folders beside the greedy predictions, and names in scores.json
 
 
 # ---------------------------------------------------------------- the story
@@ -102,6 +131,7 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
     config = source.config
     folder = fetch(source.path)
     tokenizer = load_tokenizer(folder)
+    calculator = ForcedResults(tokenizer) if config.calculator else None
     all_problems = data.load_split(config.dataset, arguments.split, config.validation_size, config.seed)
     problems = all_problems[: arguments.limit]
     prompts = data.encode_prompts(tokenizer, problems, config.prompt)
@@ -111,19 +141,23 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
     check_positions(model, longest, "the longest prompt with max_new_tokens", "set a smaller max_new_tokens")
     output = arguments.output or output_folder(source, arguments.split)
     identity = identify(source, weights_identity(folder), arguments.split, all_problems)
-    with PredictionsFile(output, identity, len(problems)) as predictions:
-        speed, completions = decode(model, tokenizer, problems, prompts, predictions, config)
-        said, count = speed or said_before(output), arguments.verify_batching
-        if speed or count is not None or "verified_batching" not in said:
-            said = said | verify_batching(count, model, tokenizer, prompts, predictions, completions, config)
-        rows = list(predictions.rows.values())
-        scores = scoring.score(rows, len(problems), str(predictions.file)) | analysis.analyse(rows)
-    scores = predictions.identity | scores | said
-    replace_file(output / SCORES_FILE, json.dumps(scores, indent=2) + "\n")
-    if speed and len(problems) == len(all_problems):
-        track(source, arguments.split, scores)
-    print(scoring.score_table(scores, f"{source.path} on {arguments.split}"))
-    print(analysis.analysis_table(scores))
+    work = Work(model, tokenizer, problems, prompts, config)
+
+    scores, is_new = evaluate_greedily(work, output, identity, None, arguments.verify_batching)
+    news = {"exact_match": scores["exact_match"]} if is_new else {}
+    if calculator:
+        with_it = identity | {"calculator": True}
+        found, is_new = evaluate_greedily(work, output / CALCULATOR, with_it, calculator, arguments.verify_batching)
+        news |= {"calculator_exact_match": found["exact_match"]} if is_new else {}
+    if arguments.samples:
+        drawn = {"temperature": arguments.temperature, "seed": config.seed, "calculator": config.calculator}
+        found, is_new = evaluate_samples(work, output / SAMPLES, identity | drawn, calculator, arguments.samples)
+        news |= {f"maj_at_{k}": share for k, share in found["maj_at"].items()} if is_new else {}
+    scores |= scores_beside(output / PREDICTIONS_FILE, scores)[0]
+    write_scores(output, scores)
+    if news and len(problems) == len(all_problems):
+        track(source, arguments.split, scores, news)
+    print_tables(scores, f"{source.path} on {arguments.split}")
     print(f"results: {output}")
 
 
@@ -132,17 +166,22 @@ def rescore(file: Path, output: Path | None) -> None:
     rows = read_predictions(file)
     identity = read_identity(file.with_name(IDENTITY_FILE)) or read_identity(file.with_name(SCORES_FILE))
     if "num_problems" not in identity:
-        print(f"{file}: nothing beside it says how many problems were asked: taken to be all {len(rows)}")
-    scores = scoring.score(rows, identity.get("num_problems", len(rows)), str(file)) | analysis.analyse(rows)
-    scores = identity | scores | said_before(file.parent)
+        identity["num_problems"] = len({row["id"] for row in rows})
+        print(
+            f"{file}: nothing beside it says how many problems were asked: taken to be all {identity['num_problems']}"
+        )
+    scores = identity | score_rows(rows, identity, file) | said_before(file.parent)
+    beside, left_out = scores_beside(file, scores)
+    scores |= beside
+    for other in left_out:
+        print(f"{other}: is not complete, or of another evaluation: left out of {SCORES_FILE}")
     folder = output or file.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / SCORES_FILE, json.dumps(scores, indent=2) + "\n")
+        write_scores(folder, scores)
     except OSError as error:
         raise UserError(f"{folder}: can't be written ({error.strerror}): choose another --output") from None
-    print(scoring.score_table(scores, str(file)))
-    print(analysis.analysis_table(scores))
+    print_tables(scores, str(file))
 
 
 def compare(first: Path, second: Path) -> None:
@@ -178,37 +217,88 @@ def identify(source: Source, weights: str, split: str, problems: Sequence[data.P
     }
 
 
+@dataclass(frozen=True)
+class Work:
+    """What is decoded, and by what.
+
+    Attributes:
+        prompts: token ids of each of ``problems``.
+    """
+
+    model: LlamaForCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    problems: Sequence[data.Problem]
+    prompts: Sequence[list[int]]
+    config: Config
+
+    def settings(self, calculator: ForcedResults | None) -> dict[str, Any]:
+        """What `generate` wants to know beside model and prompts."""
+        return {
+            "max_new_tokens": self.config.max_new_tokens,
+            "eos_token_ids": eos_token_ids(self.model, self.tokenizer),
+            "slots": self.config.decode_slots,
+            "calculator": calculator,
+        }
+
+    def text(self, completion: Completion) -> str:
+        return self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+
+
+def evaluate_greedily(
+    work: Work, output: Path, identity: dict[str, Any], calculator: ForcedResults | None, count: int | None
+) -> tuple[dict[str, Any], bool]:
+    """Decode what ``output`` does not hold yet, verify ``count`` of all (`verify_batching`), and score.
+
+    Returns:
+        What went into ``scores.json``, and whether anything was decoded.
+    """
+    with PredictionsFile(output, identity, len(work.problems)) as predictions:
+        speed, completions = decode(work, predictions, calculator)
+        said = speed or said_before(output)
+        if speed or count is not None or "verified_batching" not in said:
+            said = said | verify_batching(count, work, predictions, completions, calculator)
+    rows = list(predictions.rows.values())
+    scores = predictions.identity | score_rows(rows, predictions.identity, predictions.file) | said
+    write_scores(output, scores | scores_beside(predictions.file, scores)[0])
+    return scores, bool(speed)
+
+
+def evaluate_samples(
+    work: Work, output: Path, identity: dict[str, Any], calculator: ForcedResults | None, num_samples: int
+) -> tuple[dict[str, Any], bool]:
+    """Draw the samples that ``output`` does not hold yet, and score; returns as `evaluate_greedily`."""
+    with PredictionsFile(output, identity, len(work.problems), num_samples) as predictions:
+        speed, _ = decode(work, predictions, calculator, identity)
+    rows = list(predictions.rows.values())
+    scores = predictions.identity | score_rows(rows, predictions.identity, predictions.file)
+    write_scores(output, scores | (speed or said_before(output)))
+    return scores, bool(speed)
+
+
 def decode(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[data.Problem],
-    prompts: Sequence[list[int]],
-    predictions: "PredictionsFile",
-    config: Config,
-) -> tuple[dict[str, Any], dict[int, Completion]]:
-    """Complete every problem that ``predictions`` does not hold yet, each written as soon as it is finished.
+    work: Work, predictions: PredictionsFile, calculator: ForcedResults | None, drawn: dict[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[Key, Completion]]:
+    """Write every completion that ``predictions`` does not hold yet, each as soon as it is finished.
+
+    Args:
+        drawn: the ``temperature`` and ``seed`` of samples; None: greedy decoding.
 
     Returns:
         ``seconds`` that it took, and ``tokens_per_second``, without what was there before (nothing
         where all was); and the completions that were not there before.
     """
-    waiting = [index for index in range(len(problems)) if index not in predictions.rows]
-    if len(waiting) < len(problems):
-        print(f"going on: {len(problems) - len(waiting)} of {len(problems)} problems are in {predictions.file}")
+    waiting, total = predictions.missing(), predictions.size
+    if len(waiting) < total:
+        what = "completions" if drawn else "problems"
+        print(f"going on: {total - len(waiting)} of {total} {what} are in {predictions.file}")
     started, tokens, completions = time.perf_counter(), 0, {}
-    with tqdm(total=len(problems), initial=len(predictions.rows), desc="decoding", unit="problem", disable=None) as bar:
-        for completion in greedy_decode(
-            model,
-            [prompts[index] for index in waiting],
-            max_new_tokens=config.max_new_tokens,
-            eos_token_ids=eos_token_ids(model, tokenizer),
-            slots=config.decode_slots,
-        ):
-            index = waiting[completion.index]
-            text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    title = "sampling" if drawn else "calculating" if calculator else "decoding"
+    with tqdm(total=total, initial=total - len(waiting), desc=title, unit="problem", disable=None) as bar:
+        for completion in generated(work, waiting, calculator, drawn):
+            key = waiting[completion.index]
             num_tokens = len(completion.token_ids) + (completion.stop == "eos")
-            predictions.write(index, problems[index], text, completion.stop, num_tokens)
-            completions[index] = completion
+            predictions.write(key, work.problems[key[0]], work.text(completion), completion.stop, num_tokens)
+            completions[key] = completion
             tokens += num_tokens
             rate = tokens / (time.perf_counter() - started)
             bar.update()
@@ -219,14 +309,24 @@ def decode(
     return {"seconds": round(seconds, 3), "tokens_per_second": round(tokens / max(seconds, 1e-9), 1)}, completions
 
 
+def generated(
+    work: Work, keys: Sequence[Key], calculator: ForcedResults | None, drawn: dict[str, Any] | None
+) -> Iterator[Completion]:
+    """The completions of ``keys``, greedy or drawn; the index of each is that among ``keys``."""
+    prompts = [work.prompts[index] for index, _ in keys]
+    if drawn is None:
+        return greedy_decode(work.model, prompts, **work.settings(calculator))
+    # Of a problem's own text, so that other rows in the data set change no sample.
+    seeds = [f"{drawn['seed']}/{sample}/{work.problems[index].question}" for index, sample in keys]
+    return sample_decode(work.model, prompts, seeds, temperature=drawn["temperature"], **work.settings(calculator))
+
+
 def verify_batching(
     count: int | None,
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
-    predictions: "PredictionsFile",
-    completions: dict[int, Completion],
-    config: Config,
+    work: Work,
+    predictions: PredictionsFile,
+    completions: dict[Key, Completion],
+    calculator: ForcedResults | None,
 ) -> dict[str, Any]:
     """Decode ``count`` of the problems again, alone, and compare.
 
@@ -241,172 +341,94 @@ def verify_batching(
     Raises:
         UserError: one differs, in float32.
     """
-    exact = config.dtype == "float32"
+    exact = work.config.dtype == "float32"
     chosen = verify.sample(sorted(predictions.rows), VERIFIED_IN_FLOAT32 * exact if count is None else count)
     if not chosen:
         return {}
-    limits = {"max_new_tokens": config.max_new_tokens, "eos_token_ids": eos_token_ids(model, tokenizer)}
-    again = [index for index in chosen if index not in completions]
-    for completion in greedy_decode(model, [prompts[index] for index in again], slots=config.decode_slots, **limits):
+    again = [key for key in chosen if key not in completions]
+    for completion in generated(work, again, calculator, None):
         completions[again[completion.index]] = completion
-    found = verify.differences(model, {index: prompts[index] for index in chosen}, completions, **limits)
-    shown = {index: difference.describe(tokenizer) for index, difference in found.items()}
-    for index in again:
-        text = tokenizer.decode(completions[index].token_ids, skip_special_tokens=True)
-        if text != predictions.rows[index]["completion"] and index not in shown:
-            shown[index] = f"{predictions.file} holds another completion than this machine writes now"
+    prompts = {key: work.prompts[key[0]] for key in chosen}
+    limits = {key: value for key, value in work.settings(calculator).items() if key != "slots"}
+    found = verify.differences(work.model, prompts, completions, **limits)
+    shown = {key: difference.describe(work.tokenizer) for key, difference in found.items()}
+    for key in again:
+        if work.text(completions[key]) != predictions.rows[key]["completion"] and key not in shown:
+            shown[key] = f"{predictions.file} holds another completion than this machine writes now"
     if shown and exact:
-        index, what = next(iter(shown.items()))
+        (index, _), what = next(iter(shown.items()))
         raise UserError(
             f"{len(shown)} of {len(chosen)} completions differ from those of Transformers' generate alone (problem "
             f"{index}: {what}): no score, since in float32 batching must change nothing; --verify-batching 0 skips this"
         )
     print(
-        f"verified: {len(chosen) - len(shown)} of {len(chosen)} completions are those of Transformers' generate alone"
+        f"verified: {len(chosen) - len(shown)} of {len(chosen)} completions"
+        + (" with the calculator" if calculator else "")
+        + " are those of Transformers' generate alone"
     )
-    for index, what in shown.items():
+    for (index, _), what in shown.items():
         print(f"  problem {index}: {what}")
     return {"verified_batching": {"problems": len(chosen), "differences": len(shown)}}
 
 
-class PredictionsFile:
-    """``predictions.jsonl`` as it grows, and what it holds from before.
-
-    Attributes:
-        rows: the predictions by id.
-        num_correct: how many of them are, by the headline rule.
-        identity: see `identify`, with ``num_problems``.
-    """
-
-    def __init__(self, folder: Path, identity: dict[str, Any], num_problems: int):
-        """Open ``folder``, and keep what an interrupted evaluation with the same identity left there.
-
-        Raises:
-            UserError: what is there belongs to another evaluation, or holds more problems than
-                asked for now, or the folder can't be written.
-        """
-        self.file = folder / PREDICTIONS_FILE
-        self.identity = identity | {"num_problems": num_problems}
-        self.rows: dict[int, dict[str, Any]] = {}
-        self._synced = time.monotonic()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if self.file.exists():
-                self._keep_finished(folder, num_problems)
-            elif others := [name for name in (SCORES_FILE, IDENTITY_FILE) if (folder / name).exists()]:
-                raise UserError(f"{folder}: holds {' and '.join(others)} of something else: choose another --output")
-            self._stream = self.file.open("a", encoding="utf-8")
-            replace_file(folder / IDENTITY_FILE, json.dumps(self.identity, indent=2) + "\n")
-            self.num_correct = sum(row["correct"] for row in self.rows.values())
-        except OSError as error:
-            raise UserError(f"{folder}: can't be written ({error.strerror}): choose another --output") from None
-
-    def _keep_finished(self, folder: Path, num_problems: int) -> None:
-        if b"\n" not in self.file.read_bytes():
-            return  # stopped before its first completion: nothing to mix with
-        cure = f"choose another --output, or move {folder} away"
-        before = read_identity(folder / IDENTITY_FILE)
-        changed = [
-            f"{key} was {before.get(key)!r} and is {value!r}"
-            for key, value in self.identity.items()
-            if key not in ("num_problems", "checkpoint") and before.get(key) != value  # weights says which model it is
-        ]
-        if changed:
-            raise UserError(f"{self.file}: belongs to another evaluation ({'; '.join(changed)}): {cure}")
-        rows = read_predictions(self.file, drop_cut_line=True)
-        self.rows = {row["id"]: row for row in rows}
-        beyond = [row["id"] for row in rows if row["id"] >= num_problems]
-        if beyond or len(self.rows) < len(rows):
-            raise UserError(f"{self.file}: holds {len(rows)} problems, with {num_problems} asked for now: {cure}")
-        # Without the line that a kill cut in the middle.
-        replace_file(self.file, "".join(_json_line(row) for row in rows))
-
-    def write(self, index: int, problem: data.Problem, completion: str, stop: str, num_tokens: int) -> None:
-        """Add one prediction as one whole line."""
-        label, false_equation = analysis.mistake(completion, problem.gold, stop)
-        row = {
-            "id": index,
-            "question": problem.question,
-            "gold": problem.gold,
-            "completion": completion,
-            "answer": scoring.extract_openai(completion),
-            "correct": scoring.correct_openai(completion, problem.gold),
-            "stop": stop,
-            "num_tokens": num_tokens,
-            "label": label,
-            "false_equation": false_equation,
-            "steps": analysis.count_steps(problem.answer),
-        }
-        self._stream.write(_json_line(row))
-        self._stream.flush()
-        if time.monotonic() - self._synced >= SECONDS_BETWEEN_SYNCS:
-            self._sync()
-        self.rows[index] = row
-        self.num_correct += row["correct"]
-
-    def __enter__(self) -> "PredictionsFile":
-        return self
-
-    def _sync(self) -> None:
-        os.fsync(self._stream.fileno())
-        self._synced = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self._sync()
-        self._stream.close()
+# ---------------------------------------------------------------- scores
 
 
-def _json_line(row: dict[str, Any]) -> str:
-    return json.dumps(row) + "\n"  # ASCII: U+2028 in a question must not look like a line's end to anyone
+def score_rows(rows: Sequence[dict[str, Any]], identity: dict[str, Any], source: Path) -> dict[str, Any]:
+    """All that is said of greedy predictions, or of samples; ``identity`` says how many there must be."""
+    if any("sample" in row for row in rows):
+        return scoring.score_samples(rows, identity["num_problems"], identity.get("num_samples"), str(source))
+    return scoring.score(rows, identity["num_problems"], str(source)) | analysis.analyse(rows)
 
 
-def read_predictions(file: Path, drop_cut_line: bool = False) -> list[dict[str, Any]]:
-    """The rows of a ``predictions.jsonl``, each checked to have what scoring needs.
+def scores_beside(greedy: Path, scores: dict[str, Any]) -> tuple[dict[str, Any], list[Path]]:
+    """Scores with the calculator, and of samples, where such stand complete beside the ``greedy`` predictions.
 
     Args:
-        drop_cut_line: a last line without its end, from a kill, is no error.
+        scores: those of ``greedy``.
+
+    Returns:
+        The scores by name; and the files that are not complete, or of another evaluation.
     """
-    try:
-        lines = file.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"{file}: can't be read ({error.strerror}): name a predictions.jsonl") from None
-    if lines[-1] == b"" or drop_cut_line:
-        lines.pop()
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            for key, kind in (("id", int), ("gold", str), ("completion", str), ("stop", str), ("correct", bool)):
-                if type(row[key]) is not kind:
-                    raise ValueError(f"{key!r} is {row[key]!r}, not of type {kind.__name__}")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(
-                f"{file}, line {number}: is no prediction ({type(error).__name__}: {one_line(error)[:120]}): each line "
-                "holds one that evaluate.py wrote; restore it or evaluate again"
-            ) from None
-        rows.append(row)
-    return rows
+    found: dict[str, Any] = {}
+    left_out: list[Path] = []
+    same = ("weights", "split", "data_sha256", "prompt", "max_new_tokens", "dtype", "num_problems")
+    for name in (CALCULATOR, SAMPLES):
+        file = greedy.parent / name / PREDICTIONS_FILE
+        if not file.exists():
+            continue
+        identity, rows = read_identity(file.with_name(IDENTITY_FILE)), read_predictions(file, drop_cut_line=True)
+        if len(rows) < scores["num_problems"] * identity.get("num_samples", 1) or any(
+            identity.get(key) != scores.get(key) for key in same
+        ):
+            left_out.append(file)
+            continue
+        found[name] = score_rows(rows, identity, file)
+        if name == CALCULATOR:
+            found[name] |= analysis.gain(read_predictions(greedy), rows)
+        else:
+            found[name] = {key: identity.get(key) for key in ("temperature", "seed", "calculator")} | found[name]
+    return found, left_out
 
 
-def read_identity(file: Path) -> dict[str, Any]:
-    """An ``evaluation.json``, or the ``scores.json`` that holds the same and more; empty where there is none."""
-    try:
-        identity = json.loads(file.read_bytes()) if file.exists() else {}
-        if not isinstance(identity, dict) or not isinstance(identity.get("num_problems", 0), int):
-            raise ValueError("it must hold an object with num_problems")
-        return identity
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: is damaged ({one_line(error)[:120]}): move it away or evaluate again") from None
+def write_scores(folder: Path, scores: dict[str, Any]) -> None:
+    replace_file(folder / SCORES_FILE, json.dumps(scores, indent=2) + "\n")
 
 
-def said_before(folder: Path) -> dict[str, Any]:
-    """What an earlier ``scores.json`` in ``folder`` says of the decoding: its time, and whether it was verified."""
-    before = read_identity(folder / SCORES_FILE)
-    return {key: before[key] for key in ("seconds", "tokens_per_second", "verified_batching") if key in before}
+def print_tables(scores: dict[str, Any], title: str) -> None:
+    if "maj_at" in scores:
+        print(scoring.samples_table(scores, title))
+        return
+    print(scoring.score_table(scores, title))
+    print(analysis.analysis_table(scores))
+    if CALCULATOR in scores:
+        print(analysis.gain_line(scores[CALCULATOR]))
+    if SAMPLES in scores:
+        print(scoring.samples_table(scores[SAMPLES], "  samples:"))
 
 
-def track(source: Source, split: str, scores: dict[str, Any]) -> None:
-    """Log the exact match into the run that the checkpoint comes from, if data and decoding are the run's own."""
+def track(source: Source, split: str, scores: dict[str, Any], news: dict[str, float]) -> None:
+    """Log ``news`` into the run that the checkpoint comes from, if data and decoding are the run's own."""
     if source.description is None or source.run_folder is None:
         return
     trained = source.description["settings"]
@@ -415,7 +437,7 @@ def track(source: Source, split: str, scores: dict[str, Any]) -> None:
     if not same:
         print("not logged as the run's score: data or settings are not those of the run")
         return
-    name = "eval/exact_match" if split == "test" else f"eval/{split}_exact_match"
+    prefix = "eval/" if split == "test" else f"eval/{split}_"
     config, step, epoch = source.config, source.description["step"], source.description["epoch"]
     tracker = start_tracker(
         config.wandb_mode,
@@ -426,7 +448,7 @@ def track(source: Source, split: str, scores: dict[str, Any]) -> None:
         settings={},
     )
     with MetricsLog(source.run_folder, tracker) as metrics:
-        metrics.write(step, epoch, {name: scores["exact_match"]})
+        metrics.write(step, epoch, {prefix + name: value for name, value in news.items()})
 
 
 if __name__ == "__main__":

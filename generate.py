@@ -1,25 +1,38 @@
-"""Greedy decoding in batches, with a KV cache and without padding.
+"""Decoding in batches, with a KV cache and without padding.
 
 The cache has a fixed number of slots. A problem's prompt is prefilled into a free slot, packed
 with the others that come in at the same time; each step then writes one token in every slot in
-use; a finished completion leaves its slot at once and the next prompt takes it. Each row of the
-cache is attended to up to its own length only, so a completion does not depend on its neighbours.
+use; a finished completion leaves its slot at once and the next prompt takes it. Each sequence is
+attended to up to its own length only, so a completion does not depend on its neighbours.
 """
 
-from collections.abc import Iterator, Sequence
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
-from attention import PackedAttention
-from data import IGNORE, Batch, Example, collate
-from model import Attend, forward
+import memory
+from cache import BagCache, StaticCache, slot_bytes
+from data import IGNORE, Example, collate
+from errors import UserError
+from linear import packed_weights
+from model import forward
+
+if TYPE_CHECKING:
+    from calculator import ForcedResults
 
 PREFILL_TOKENS = 8192  # most prompt tokens in one forward pass
-GROWTH = 64  # tokens by which the cache grows
-GROUP = 16  # slots on the CPU that are attended together, up to the longest of them
+PREFILL_ROWS = 16  # its rows are filled up to a multiple of this; see `data.ROWS`
+# More slots than this gain nothing: the products of a step then take longer in proportion.
+MOST_SLOTS = {"cpu": 128, "cuda": 256}
+ARGMAX_PART = 128  # logits; see `argmax`
+GRAPHED = {"cuda"}  # devices on which a step has fixed shapes
+# Of the free memory, what the cache may take: the rest is for the prompts' forward pass.
+CACHE_SHARE = 0.8
 
 
 @dataclass
@@ -31,184 +44,270 @@ class Completion:
         prompt_length: in tokens.
         token_ids: the tokens written, without EOS.
         stop: ``eos`` or ``length`` (cut by max_new_tokens); empty while being written.
+        forced: tokens that come next, whatever the model would write.
     """
 
     index: int
     prompt_length: int
     token_ids: list[int] = field(default_factory=list)
     stop: str = ""
+    forced: deque[int] = field(default_factory=deque, repr=False)
 
 
-class KVCache:
-    """Keys and values of all layers for a fixed number of sequences.
-
-    ``keys`` and ``values`` hold ``[slots, kv_heads, capacity, head_dim]`` for each layer. The slots
-    in use are always the first ones: `move` copies the last ones into the gaps.
-    """
-
-    def __init__(self, model: LlamaForCausalLM, slots: int):
-        config = model.config
-        shape = (slots, config.num_key_value_heads, 0, model.model.layers[0].self_attn.head_dim)
-        self.keys, self.values = (
-            [torch.empty(shape, dtype=model.dtype, device=model.device) for _ in range(config.num_hidden_layers)]
-            for _ in range(2)
-        )
-
-    def reserve(self, length: int) -> None:
-        """Make room for ``length`` tokens in each slot: no more than are needed, since gaps cost time and memory."""
-        missing = length - self.keys[0].shape[2]
-        if missing > 0:
-            growth = -(-missing // GROWTH) * GROWTH
-            for tensors in (self.keys, self.values):
-                for layer, tensor in enumerate(tensors):
-                    # zeros, not empty: what a mask hides must still be finite, since 0 * NaN is NaN.
-                    tensors[layer] = F.pad(tensor, (0, 0, 0, growth))
-
-    def prefill(self, slots: range, batch: Batch) -> Attend:
-        """Attention of packed prompts, that keeps what it sees of them in ``slots``."""
-        packed = PackedAttention(batch)
-
-        def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            for cache, seen in ((self.keys, key), (self.values, value)):
-                for slot, sequence in zip(slots, seen.split(batch.seqlens), strict=False):  # without the filler
-                    cache[layer][slot, :, : len(sequence)] = sequence.transpose(0, 1)
-            return packed(layer, query, key, value)
-
-        return attend
-
-    def step(self, lengths: list[int]) -> Attend:
-        """Attention of one new token in each slot in use, to all that its slot holds and to itself.
-
-        Args:
-            lengths: of each slot in use, the tokens that it holds.
-        """
-        self.reserve(max(lengths) + 1)
-        device, dtype = self.keys[0].device, self.keys[0].dtype
-        rows, places = torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device)
-        together = len(lengths) if device.type == "cuda" else GROUP
-        groups = []
-        for first in range(0, len(lengths), together):
-            slots = slice(first, first + together)
-            longest = max(lengths[slots]) + 1
-            hidden = torch.arange(longest, device=device) > places[slots, None]
-            # As numbers, once a step: attention would make them of a boolean mask in every layer.
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
-            groups.append((slots, longest, mask[:, None, None, :]))  # [slots, 1, 1, longest]
-
-        def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            keys, values = self.keys[layer], self.values[layer]
-            keys[rows, :, places] = key
-            values[rows, :, places] = value
-            outputs = [
-                F.scaled_dot_product_attention(
-                    query[slots, :, None],
-                    keys[: len(rows)][slots, :, :longest],
-                    values[: len(rows)][slots, :, :longest],
-                    attn_mask=mask,
-                    enable_gqa=query.shape[1] != key.shape[1],
-                )[:, :, 0]
-                for slots, longest, mask in groups
-            ]
-            return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-        return attend
-
-    def move(self, source: int, target: int) -> None:
-        """Copy one slot over another."""
-        for tensor in (*self.keys, *self.values):
-            tensor[target] = tensor[source]
+# choose(logits, completions) gives the next token of each of n completions, for logits [n, vocabulary].
+Choose = Callable[[torch.Tensor, list[Completion]], list[int]]
 
 
-@torch.inference_mode()
 def greedy_decode(
     model: LlamaForCausalLM,
     prompts: Sequence[list[int]],
     *,
     max_new_tokens: int | Sequence[int],
     eos_token_ids: frozenset[int],
-    slots: int,
+    slots: int | None,
+    calculator: "ForcedResults | None" = None,
 ) -> Iterator[Completion]:
     """Complete each prompt with the most probable token at every step.
 
     Args:
         prompts: token ids with BOS; none may be empty.
         max_new_tokens: after how many a completion is cut: one number, or one for each prompt.
-        slots: how many are decoded at the same time; changes no completion.
+        slots: how many are decoded at the same time; changes no completion. None: see `plan_slots`.
+        calculator: writes the results of ``<<expression=`` in the model's place.
 
     Yields:
         Each prompt's `Completion` as soon as it is finished, in no particular order.
+
+    Raises:
+        UserError: the slots do not fit into the free memory.
     """
+
+    def most_probable(logits: torch.Tensor, _: list[Completion]) -> list[int]:
+        # float32 as in Transformers' generate: in bfloat16 ties would be broken differently.
+        return argmax(logits.float()).tolist()
+
+    return _decode(model, prompts, max_new_tokens, eos_token_ids, slots, most_probable, calculator)
+
+
+def argmax(logits: torch.Tensor) -> torch.Tensor:
+    """``logits.argmax(-1)`` of ``[n, vocabulary]``, the first of equal ones.
+
+    On the CPU that reads one number after the other; a maximum of each part first takes a third of the time.
+    """
+    parts = ARGMAX_PART * (logits.device.type == "cpu" and logits.shape[-1] % ARGMAX_PART == 0)
+    if not parts:
+        return logits.argmax(dim=-1)
+    split = logits.unflatten(-1, (-1, parts))
+    part = split.amax(dim=-1).argmax(dim=-1)
+    within = split[torch.arange(len(part)), part].argmax(dim=-1)
+    return part * parts + within
+
+
+def sample_decode(
+    model: LlamaForCausalLM,
+    prompts: Sequence[list[int]],
+    seeds: Sequence[str],
+    *,
+    temperature: float,
+    max_new_tokens: int | Sequence[int],
+    eos_token_ids: frozenset[int],
+    slots: int | None,
+    calculator: "ForcedResults | None" = None,
+) -> Iterator[Completion]:
+    """Complete each prompt with tokens drawn from softmax(logits / temperature).
+
+    One number is drawn for each token, from a stream of the completion's own: what is written
+    depends on neither the neighbours nor on what was decoded before.
+
+    Args:
+        seeds: of each prompt's stream.
+        The others: as in `greedy_decode`.
+    """
+    streams: dict[int, random.Random] = {}
+
+    def drawn(logits: torch.Tensor, completions: list[Completion]) -> list[int]:
+        numbers = []
+        for one in completions:
+            if not one.token_ids:
+                streams[one.index] = random.Random(seeds[one.index])
+            numbers.append(streams[one.index].random())
+        # The inverse of the distribution function. float64: 32,000 additions in float32 would lose the small ones.
+        summed = (logits.float() / temperature).softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+        wanted = torch.tensor(numbers, dtype=torch.float64, device=logits.device)[:, None] * summed[:, -1:]
+        return torch.searchsorted(summed, wanted, right=True)[:, 0].clamp(max=logits.shape[-1] - 1).tolist()
+
+    for completion in _decode(model, prompts, max_new_tokens, eos_token_ids, slots, drawn, calculator):
+        streams.pop(completion.index, None)
+        yield completion
+
+
+def plan_slots(model: LlamaForCausalLM, slots: int | None, length: int, prompts: int) -> int:
+    """How many slots for sequences of ``length`` tokens to decode ``prompts`` in.
+
+    Args:
+        slots: as the user set it; None: as many as pay and as fit into the free memory.
+
+    Raises:
+        UserError: so many do not fit.
+    """
+    free, each = memory.free_bytes(model.device), slot_bytes(model, length)
+    fit = int(CACHE_SHARE * free / each)
+    most = min(prompts, MOST_SLOTS[model.device.type] if slots is None else slots)
+    if slots is None:
+        most = min(most, max(fit, 1))
+    if most > fit:
+        cure = f"decode_slots to {fit} or less, or null" if fit else "a smaller max_new_tokens, or free some memory"
+        raise UserError(
+            f"decode_slots {'null' if slots is None else slots}: {most} slots of {length} tokens take "
+            f"{most * each / 1e9:.2f} GB, over {CACHE_SHARE:.0%} of the {free / 1e9:.2f} GB of free memory: set {cure}"
+        )
+    return most
+
+
+# ---------------------------------------------------------------- the loop
+
+
+@torch.inference_mode()
+def _decode(
+    model: LlamaForCausalLM,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int | Sequence[int],
+    eos_token_ids: frozenset[int],
+    slots: int | None,
+    choose: Choose,
+    calculator: "ForcedResults | None",
+) -> Iterator[Completion]:
     if not prompts:
         return
-    waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # pop() takes the longest first
-    slots = min(slots, len(prompts))
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
-    cache = KVCache(model, slots)
-    running: list[Completion] = []
+    longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+    decoder = _Decoder(model, plan_slots(model, slots, longest, len(prompts)), longest)
+    waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # pop() takes the longest first
+    running: dict[int, Completion] = {}  # by slot
 
-    def record(completions: list[Completion], token_ids: list[int]) -> None:
-        for completion, token_id in zip(completions, token_ids, strict=True):
-            if token_id in eos_token_ids:
+    def advance(chosen: Sequence[int], logits: torch.Tensor) -> list[Completion]:
+        """Write one token in each of the ``chosen`` slots; those that are finished leave."""
+        completions = [running[slot] for slot in chosen]
+        for slot, completion, token_id in zip(chosen, completions, choose(logits, completions), strict=True):
+            if completion.forced:
+                token_id = completion.forced.popleft()
+            elif token_id in eos_token_ids:
                 completion.stop = "eos"
-                continue
-            completion.token_ids.append(token_id)
-            if len(completion.token_ids) == limits[completion.index]:
-                completion.stop = "length"
+            if not completion.stop:
+                completion.token_ids.append(token_id)
+                if len(completion.token_ids) == limits[completion.index]:
+                    completion.stop = "length"
+                elif calculator and not completion.forced and (forced := calculator.after(completion.token_ids)):
+                    completion.token_ids[-1] = forced[0]  # the newest token has not been read yet
+                    completion.forced.extend(forced[1:])
+            if completion.stop:
+                del running[slot]
+                decoder.free.append(slot)
+        return [completion for completion in completions if completion.stop]
 
-    while waiting or running:
-        while waiting and len(running) < slots:
-            admitted = _admit(waiting, prompts, slots - len(running))
-            record(admitted, _prefill(model, cache, [prompts[new.index] for new in admitted], len(running)))
-            running += admitted
-            yield from _leave(running, cache)
-        if running:
-            record(running, _decode_one_token(model, cache, running))
-            yield from _leave(running, cache)
+    with packed_weights(model):
+        while waiting or running:
+            while waiting and decoder.free:
+                admitted = _admit(waiting, prompts, decoder.free)
+                running |= {slot: Completion(index, len(prompts[index])) for slot, index in admitted.items()}
+                logits = decoder.prefill(list(admitted), [prompts[index] for index in admitted.values()])
+                yield from advance(list(admitted), logits)
+            if running:
+                chosen = _balanced(running)
+                yield from advance(chosen, decoder.step({slot: running[slot] for slot in chosen}))
 
 
-def _admit(waiting: list[int], prompts: Sequence[list[int]], free: int) -> list[Completion]:
-    admitted, tokens = [], 0
-    while waiting and len(admitted) < free:
+def _admit(waiting: list[int], prompts: Sequence[list[int]], free: list[int]) -> dict[int, int]:
+    """Which prompts go into which free slots now."""
+    admitted, tokens = {}, 0
+    while waiting and free:
         length = len(prompts[waiting[-1]])
         if admitted and tokens + length > PREFILL_TOKENS:
             break
-        admitted.append(Completion(waiting.pop(), length))
+        admitted[free.pop()] = waiting.pop()
         tokens += length
     return admitted
 
 
-def _prefill(model: LlamaForCausalLM, cache: KVCache, prompts: list[list[int]], first_slot: int) -> list[int]:
-    """Read packed prompts into the slots from ``first_slot`` on; returns the first token after each."""
-    # The token to come is the one label of each; its value, here 0, is never looked at.
-    examples = [Example([*prompt, 0], [*[IGNORE] * len(prompt), 0]) for prompt in prompts]
-    batch = collate(examples).to(model.device)
-    cache.reserve(max(map(len, prompts)))
-    attend = cache.prefill(range(first_slot, first_slot + len(prompts)), batch)
-    hidden = forward(model, batch.input_ids[0], batch.position_ids[0], attend, batch.loss_positions)
-    return _most_probable(model, hidden)[: len(prompts)]
+def _balanced(running: dict[int, Completion]) -> list[int]:
+    """The slots in use, in an order that gives each thread of the CPU as much to attend to."""
+    by_length = sorted(running, key=lambda slot: running[slot].prompt_length + len(running[slot].token_ids))
+    threads = torch.get_num_threads()
+    return [slot for first in range(threads) for slot in by_length[first::threads]]
 
 
-def _decode_one_token(model: LlamaForCausalLM, cache: KVCache, running: list[Completion]) -> list[int]:
-    # The newest token of each completion is not in the cache yet.
-    lengths = [one.prompt_length + len(one.token_ids) - 1 for one in running]
-    positions = torch.tensor(lengths, device=model.device)
-    newest = torch.tensor([one.token_ids[-1] for one in running], device=model.device)
-    return _most_probable(model, forward(model, newest, positions, cache.step(lengths)))
+class _Decoder:
+    """The model with a cache: from prompts and newest tokens to the logits of the next ones.
+
+    Attributes:
+        free: slots that nothing runs in.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, slots: int, length: int):
+        """``length``: of the longest sequence."""
+        self.model = model
+        self.free = list(reversed(range(slots)))
+        if model.device.type in GRAPHED:
+            self.cache = StaticCache(model, slots, length)
+            self._static_step = StaticStep(model, self.cache)
+        else:
+            self.cache = BagCache(model, slots, length)
+            self._static_step = None
+
+    def prefill(self, slots: list[int], prompts: list[list[int]]) -> torch.Tensor:
+        """Read packed prompts into ``slots``; gives the logits ``[n, vocabulary]`` after each."""
+        # The token to come is the one label of each; its value, here 0, is never looked at.
+        examples = [Example([*prompt, 0], [*[IGNORE] * len(prompt), 0]) for prompt in prompts]
+        batch = collate(examples, PREFILL_ROWS).to(self.model.device)
+        attend = self.cache.prefill(slots, batch)
+        hidden = forward(self.model, batch.input_ids[0], batch.position_ids[0], attend, batch.loss_positions)
+        return self.model.lm_head(hidden[: len(prompts)])
+
+    def step(self, running: dict[int, Completion]) -> torch.Tensor:
+        """The logits ``[n, vocabulary]`` after the newest token of each of n completions, which goes into the cache."""
+        # The newest token of each completion is not in the cache yet.
+        lengths = [one.prompt_length + len(one.token_ids) - 1 for one in running.values()]
+        newest = [one.token_ids[-1] for one in running.values()]
+        if self._static_step is not None:
+            return self._static_step(list(running), newest, lengths)
+        attend = self.cache.step(list(running), lengths)
+        return self.model.lm_head(forward(self.model, torch.tensor(newest), torch.tensor(lengths), attend))
 
 
-def _most_probable(model: LlamaForCausalLM, hidden: torch.Tensor) -> list[int]:
-    # float32 as in Transformers' generate: in bfloat16 ties would be broken differently.
-    return model.lm_head(hidden).float().argmax(dim=-1).tolist()
+class StaticStep:
+    """One decoding step of all slots, in fixed memory; on CUDA captured as a graph and replayed.
 
+    A step of a large model is hundreds of kernels of microseconds each: launched one by one from
+    Python, they would wait for it.
+    """
 
-def _leave(running: list[Completion], cache: KVCache) -> list[Completion]:
-    """Take the finished completions out of ``running`` and close the gaps they leave in the cache."""
-    finished = [completion for completion in running if completion.stop]
-    for slot in reversed(range(len(running))):
-        if running[slot].stop:
-            last = len(running) - 1
-            if slot != last:
-                cache.move(last, slot)
-                running[slot] = running[last]
-            running.pop()
-    return finished
+    def __init__(self, model: LlamaForCausalLM, cache: StaticCache):
+        self.model, self.cache = model, cache
+        self.token_ids, self.positions = (torch.zeros_like(cache.slots) for _ in range(2))
+        self._replay = self._capture() if model.device.type == "cuda" else self._run
+
+    def __call__(self, slots: list[int], newest: list[int], positions: list[int]) -> torch.Tensor:
+        """The logits ``[n, vocabulary]`` after token ``newest`` at ``positions`` of n ``slots``."""
+        inputs = torch.zeros(2, len(self.token_ids), dtype=torch.long)
+        inputs[:, slots] = torch.tensor([newest, positions])
+        inputs = inputs.to(self.token_ids.device)
+        self.token_ids.copy_(inputs[0])
+        self.positions.copy_(inputs[1])
+        self._replay()
+        return self.logits[slots]
+
+    def _run(self) -> None:
+        hidden = forward(self.model, self.token_ids, self.positions, self.cache.step(self.positions))
+        self.logits = self.model.lm_head(hidden)
+
+    def _capture(self) -> Callable[[], None]:
+        # What libraries set up at their first call must not happen while capturing.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._run()
+        return graph.replay

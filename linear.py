@@ -4,6 +4,8 @@ PyTorch gives float32 products to MKL, which on AMD's processors leaves half of 
 unused; oneDNN, which comes with PyTorch too, does not. Elsewhere PyTorch's choice stands.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,11 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
 class Linear(torch.nn.Linear):
     """Transformers' layer, its three products by `product`."""
 
+    packed: torch.Tensor | None = None  # see `packed_weights`
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.packed is not None and hidden.dim() == 2 and not torch.is_grad_enabled():
+            return torch.ops.mkldnn._linear_pointwise(hidden, self.packed, None, "none", [], "")
         plain = self.bias is not None or hidden.dim() != 2 or not _by_onednn(hidden)
         # Compiled code must not depend on the number of rows; nor need it, it sees no other than full batches.
         if plain or not (torch.compiler.is_compiling() or hidden.shape[0] < ROWS or hidden.shape[0] % ROWS == 0):
@@ -84,6 +90,24 @@ class _Linear(torch.autograd.Function):
             product(grad, weight) if ctx.needs_input_grad[0] else None,
             product(grad.T, hidden) if ctx.needs_input_grad[1] else None,
         )
+
+
+@contextmanager
+def packed_weights(model: LlamaForCausalLM) -> Iterator[None]:
+    """Keep a second copy of the weights, in oneDNN's own layout, while nothing but decoding goes on in here.
+
+    Products of few rows read the weights rather than compute, and take up to half the time so. The
+    weights must not change meanwhile. Nothing happens where oneDNN does not compute.
+    """
+    layers = [layer for layer in model.modules() if type(layer) is Linear and layer.bias is None]
+    try:
+        for layer in layers:
+            if _by_onednn(layer.weight):
+                layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), ROWS)
+        yield
+    finally:
+        for layer in layers:
+            layer.packed = None
 
 
 def use_fast_products(model: LlamaForCausalLM) -> None:

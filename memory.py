@@ -2,12 +2,15 @@
 
 import ctypes
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
+CONTROL_GROUP = "/sys/fs/cgroup"  # where a container finds its own
 # Parameters of glibc's mallopt(3).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
@@ -68,6 +71,29 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of ``device`` that can still be had: from the system, and within a container's limit."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    rooms = [_container_room()]
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        rooms.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    except (OSError, KeyError, ValueError):  # no Linux
+        rooms.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+    return min(room for room in rooms if room is not None)
+
+
+def _container_room() -> int | None:
+    """What a control group (version 2) leaves of its memory; None where it sets no limit."""
+    group = Path(CONTROL_GROUP)
+    try:
+        return int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+    except (OSError, ValueError):  # "max"
+        return None
 
 
 def release() -> None:

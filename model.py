@@ -140,6 +140,8 @@ def _before_attention(
     with remade(normed, lambda: _norm(hidden, norm)):
         query, key, value = attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed)
     query, key, value = (tensor.unflatten(-1, (-1, attention.head_dim)) for tensor in (query, key, value))
+    if _no_gradients_ever():
+        return _rotate(query, cos, sin, 1), _rotate(key, cos, sin, 1), value
     return Rotate.apply(query, cos, sin), Rotate.apply(key, cos, sin), value
 
 
@@ -156,9 +158,18 @@ def _after_attention(
         return hidden + mlp.down_proj(activated)
 
 
+def _no_gradients_ever() -> bool:
+    """Whether this is decoding; no_grad alone is also what makes tensors again for a backward pass, bit for bit."""
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+
+
 def _norm(hidden: torch.Tensor, norm: "LlamaRMSNorm") -> torch.Tensor:
     if hidden.is_cuda:  # one kernel there
         return F.rms_norm(hidden, (hidden.shape[-1],), norm.weight, norm.variance_epsilon)
+    if _no_gradients_ever() and hidden.dtype == torch.float32:  # fewer passes over it
+        length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
+        scale = length.square_().div_(hidden.shape[-1]).add_(norm.variance_epsilon).rsqrt_()
+        return (hidden * scale).mul_(norm.weight)
     return RMSNorm.apply(hidden, norm.weight, norm.variance_epsilon)
 
 

@@ -9,6 +9,7 @@ Sources: `grade_school_math/dataset.py` of github.com/openai/grade-school-math a
 of github.com/EleutherAI/lm-evaluation-harness.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -119,13 +120,7 @@ def score(predictions: Sequence[dict[str, Any]], num_problems: int, source: str)
             better than a wrong one.
     """
     _check_complete([prediction["id"] for prediction in predictions], num_problems, source)
-    for prediction in predictions:
-        try:
-            check_gold(prediction["gold"])
-        except ValueError as error:
-            raise UserError(
-                f"{source}: problem {prediction['id']}: {error}; restore the data set's number, or evaluate again"
-            ) from None
+    _check_golds(predictions, source)
     verdicts = {
         name: [rule(prediction["completion"], prediction["gold"]) for prediction in predictions]
         for name, rule in RULES.items()
@@ -139,6 +134,93 @@ def score(predictions: Sequence[dict[str, Any]], num_problems: int, source: str)
         "rules": {name: sum(verdict) / num_problems for name, verdict in verdicts.items()},
         "stopped_by_length": sum(prediction["stop"] == "length" for prediction in predictions),
     }
+
+
+# ---------------------------------------------------------------- samples
+
+
+def score_samples(
+    samples: Sequence[dict[str, Any]], num_problems: int, num_samples: int | None, source: str
+) -> dict[str, Any]:
+    """Score several completions a problem, by the headline rule.
+
+    Args:
+        samples: as in `score`, each with ``sample``, its number from 0.
+        num_samples: how many there must be of each problem; None: as many as the first has.
+
+    Returns:
+        ``num_problems``, ``num_samples``; ``exact_match``, of all samples; ``maj_at``, for k = 1, 2,
+        4, ... and ``num_samples`` the share of problems that `majority_vote` of the first k gets
+        right; ``ci95`` of the last of these; ``pass_at``, for the same k the mean of `pass_at`.
+
+    Raises:
+        UserError: a sample is missing, double or foreign, or a gold is no number.
+    """
+    by_problem: dict[int, dict[int, dict[str, Any]]] = {}
+    for row in samples:
+        by_problem.setdefault(row["id"], {})[row.get("sample", 0)] = row
+    num_samples = num_samples or len(next(iter(by_problem.values()), ()))
+    uneven = sorted(index for index, drawn in by_problem.items() if sorted(drawn) != list(range(num_samples)))
+    if uneven or len(samples) != num_samples * len(by_problem):
+        raise UserError(
+            f"{source}: there must be exactly one of each sample 0 to {num_samples - 1} a problem (not so in "
+            f"{some(uneven) or 'some'}): run evaluate.py again, it goes on where it stopped"
+        )
+    _check_complete(list(by_problem), num_problems, source)
+    _check_golds(samples, source)
+    counts = sorted({*(2**power for power in range(num_samples.bit_length())), num_samples})
+    voted, passed, total = dict.fromkeys(counts, 0), dict.fromkeys(counts, 0.0), 0
+    for drawn in by_problem.values():
+        answers = [extract_openai(drawn[sample]["completion"]) for sample in range(num_samples)]
+        gold = drawn[0]["gold"].replace(",", "")
+        total += (num_correct := answers.count(gold))
+        for k in counts:
+            voted[k] += majority_vote(answers[:k]) == gold
+            passed[k] += pass_at(k, num_samples, num_correct)
+    return {
+        "num_problems": num_problems,
+        "num_samples": num_samples,
+        "exact_match": total / (num_problems * num_samples),
+        "maj_at": {str(k): count / num_problems for k, count in voted.items()},
+        "ci95": list(wilson_interval(voted[num_samples], num_problems)),
+        "pass_at": {str(k): share / num_problems for k, share in passed.items()},
+    }
+
+
+def majority_vote(answers: Sequence[str | None]) -> str | None:
+    """The most frequent answer; of equally frequent ones the one that came first. No answer is no vote.
+
+    Self-consistency, arXiv:2203.11171.
+    """
+    votes = Counter(answer for answer in answers if answer is not None)
+    return max(votes, key=lambda answer: votes[answer], default=None)  # Counter and max keep the order
+
+
+def pass_at(k: int, num_samples: int, num_correct: int) -> float:
+    """The unbiased estimate that one of ``k`` samples is right, from ``num_samples`` (arXiv:2107.03374, equation 1)."""
+    return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+def samples_table(scores: dict[str, Any], title: str) -> str:
+    """The scores of samples as a few lines of text for people."""
+    low, high = scores["ci95"]
+    lines = [f"{title} {scores['num_samples']} a problem at temperature {scores.get('temperature')}"]
+    lines.append(f"    mean of all             {scores['exact_match']:8.2%}")
+    for name, shown in (("maj_at", "maj@"), ("pass_at", "pass@")):
+        shares = ", ".join(f"{shown}{k} {share:.2%}" for k, share in scores[name].items())
+        lines.append(f"    {shares}")
+    lines.append(f"    95 % interval of maj@{scores['num_samples']:<3} {low:8.2%} to {high:.2%}")
+    return "\n".join(lines)
+
+
+def _check_golds(predictions: Sequence[dict[str, Any]], source: str) -> None:
+    for prediction in predictions:
+        try:
+            check_gold(prediction["gold"])
+        except ValueError as error:
+            raise UserError(
+                f"{source}: problem {prediction['id']}: {error}; restore the data set's number, or evaluate again"
+            ) from None
 
 
 def _check_complete(ids: Sequence[int], num_problems: int, source: str) -> None:

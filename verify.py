@@ -10,9 +10,12 @@ from transformers import LlamaForCausalLM
 from data import Example, collate
 from generate import Completion
 from model import forward_packed
+from predictions import Key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from calculator import ForcedResults
 
 
 @dataclass(frozen=True)
@@ -42,43 +45,78 @@ class Difference:
         return text
 
 
-def sample(indices: Sequence[int], count: int) -> list[int]:
-    """``count`` of ``indices``, evenly spread."""
-    count = min(count, len(indices))
-    return [indices[number * len(indices) // count] for number in range(count)]
+def sample(keys: Sequence[Key], count: int) -> list[Key]:
+    """``count`` of ``keys``, evenly spread."""
+    count = min(count, len(keys))
+    return [keys[number * len(keys) // count] for number in range(count)]
 
 
 def differences(
     model: LlamaForCausalLM,
-    prompts: Mapping[int, list[int]],
-    completions: Mapping[int, Completion],
+    prompts: Mapping[Key, list[int]],
+    completions: Mapping[Key, Completion],
     *,
     max_new_tokens: int,
     eos_token_ids: frozenset[int],
-) -> dict[int, Difference]:
+    calculator: "ForcedResults | None" = None,
+) -> dict[Key, Difference]:
     """Decode ``prompts`` again one at a time, and say where ``completions`` differ from that.
 
     Args:
-        prompts, completions: by the number of the problem, the same numbers in both.
+        prompts, completions: by which problem they are of, the same in both.
     """
     found = {}
-    for index, prompt in prompts.items():
-        ids = torch.tensor([prompt], device=model.device)
+    for key, prompt in prompts.items():
         with torch.inference_mode():
-            output = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=sorted(eos_token_ids),
-                pad_token_id=0,
-            )
-        alone, batched = output[0, len(prompt) :].tolist(), completions[index].token_ids
+            if calculator is None:
+                alone = _generate(model, prompt, max_new_tokens, eos_token_ids)
+            else:
+                alone = _generate_with_calculator(model, prompt, max_new_tokens, eos_token_ids, calculator)
+        batched = completions[key].token_ids
         if alone and alone[-1] in eos_token_ids:
             alone.pop()
         if alone != batched:
-            found[index] = _first_difference(model, prompt, batched, alone)
+            found[key] = _first_difference(model, prompt, batched, alone)
     return found
+
+
+def _generate(
+    model: LlamaForCausalLM, prompt: list[int], max_new_tokens: int, eos_token_ids: frozenset[int]
+) -> list[int]:
+    ids = torch.tensor([prompt], device=model.device)
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(eos_token_ids),
+        pad_token_id=0,
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+def _generate_with_calculator(
+    model: LlamaForCausalLM,
+    prompt: list[int],
+    max_new_tokens: int,
+    eos_token_ids: frozenset[int],
+    calculator: "ForcedResults",
+) -> list[int]:
+    """`_generate`, anew from the end of each forced result on, and up to the next.
+
+    What generate writes behind a "=" that is to be followed by a result is thrown away.
+    """
+    written: list[int] = []
+    while len(written) < max_new_tokens:
+        free = _generate(model, [*prompt, *written], max_new_tokens - len(written), eos_token_ids)
+        last = max_new_tokens - len(written)  # nothing follows this one
+        for number in range(1, min(len(free) + 1, last)):
+            if forced := calculator.after([*written, *free[:number]]):
+                written += [*free[: number - 1], *forced]
+                break
+        else:
+            return written + free
+    return written[:max_new_tokens]
 
 
 def _first_difference(model: LlamaForCausalLM, prompt: list[int], batched: list[int], alone: list[int]) -> Difference:

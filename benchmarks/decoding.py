@@ -1,7 +1,7 @@
 """Greedy decoding: this product, and Transformers' generate and generate_batch at the same work.
 
 python benchmarks/decoding.py
-python benchmarks/decoding.py --problems 192 --contenders ours generate32
+python benchmarks/decoding.py --problems 96 --slots 64 --contenders ours generate32
 python benchmarks/decoding.py --hidden_size 4096 --intermediate_size 11008 --layers 32 --heads 32 --dtype bfloat16
 
 The work: complete each prompt with as many tokens as its real answer has, with a random Llama.
@@ -9,14 +9,14 @@ Prompts and lengths are those of GSM8K's test split where GSM8K_DIR and TOKENIZE
 tokenizer, else random tokens of its lengths. A completion's length is forced, since a random model
 knows no end, but no contender knows it beforehand:
 
-- ours: generate.greedy_decode with ``--slots`` slots;
+- ours: generate.greedy_decode with ``--slots`` slots, or as many as decode_slots null takes;
 - generate16, generate32: model.generate in batches of so many prompts, padded on the left, each
   until its longest completion is there, in the order of the data set;
 - generate_batch: Transformers' continuous batching with its defaults.
 
 Each contender is a process of its own; they take turns. Counted are useful tokens, those of the
 completions. The limit is what the matrix products of one decoding step for all slots would allow
-if nothing else took time, measured in the same rows and by the library that is fast here.
+if nothing else took time, measured on the same layers, as our own contender computes them.
 """
 
 import argparse
@@ -38,8 +38,8 @@ from training import LENGTHS, PROMPT, Contender, launch, peak_memory, report, wa
 def read_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contenders", nargs="+", choices=tuple(WORKERS), default=list(WORKERS))
-    parser.add_argument("--problems", type=int, default=96)
-    parser.add_argument("--slots", type=int, default=64, help="of our own contender")
+    parser.add_argument("--problems", type=int, default=256)
+    parser.add_argument("--slots", type=int, default=None, help="of our own contender; default: it chooses")
     parser.add_argument("--rounds", type=int, default=2, help="timed ones, after a short one that is not")
     parser.add_argument("--hidden_size", type=int, default=512)
     parser.add_argument("--intermediate_size", type=int, default=1376)
@@ -197,30 +197,42 @@ def work_in_turns(arguments: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- the race
 
 
-def limit(arguments: argparse.Namespace) -> float:
+def limit(arguments: argparse.Namespace, slots: int) -> float:
     """Tokens a second if a decoding step were its matrix products alone, for all slots in use."""
     import torch
 
-    from linear import product
-    from model import pick_device
+    from linear import packed_weights
+    from model import load_model, pick_device
 
-    hidden, inner = arguments.hidden_size, arguments.intermediate_size
-    settings = {"dtype": getattr(torch, arguments.dtype), "device": pick_device()}
-    layer = [(hidden, hidden)] * 4 + [(inner, hidden)] * 2 + [(hidden, inner)]
-    weights = [torch.randn(shape, **settings) for _ in range(arguments.layers) for shape in layer]
-    weights.append(torch.randn(32_000, hidden, **settings))
-    inputs = {size: torch.randn(arguments.slots, size, **settings) for size in (hidden, inner)}
+    device = pick_device()
+    model = load_model(arguments.folder, getattr(torch, arguments.dtype), device)
+    layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    inputs = {layer.in_features: torch.randn(slots, layer.in_features).to(device, model.dtype) for layer in layers}
     seconds = []
-    for _ in range(12):
-        started = time.perf_counter()
-        for weight in weights:
-            result = product(inputs[weight.shape[1]], weight.T)
-        result[0, 0].item()
-        seconds.append(time.perf_counter() - started)
-    return arguments.slots / statistics.median(seconds[2:])
+    with torch.inference_mode(), packed_weights(model):
+        for _ in range(12):
+            started = time.perf_counter()
+            for layer in layers:
+                result = layer(inputs[layer.in_features])
+            result[0, 0].item()
+            seconds.append(time.perf_counter() - started)
+    return slots / statistics.median(seconds[2:])
 
 
-def race(arguments: argparse.Namespace) -> None:
+def slots_in_use(arguments: argparse.Namespace, work: list[tuple[list[int], int]]) -> int:
+    """As many as our own contender takes."""
+    import torch
+
+    from generate import plan_slots
+    from model import load_model, pick_device
+
+    model = load_model(arguments.folder, getattr(torch, arguments.dtype), pick_device())
+    longest = max(len(prompt) + length for prompt, length in work)
+    return plan_slots(model, arguments.slots, longest, len(work))
+
+
+def race(arguments: argparse.Namespace, work: list[tuple[list[int], int]]) -> None:
+    slots = arguments.slots = slots_in_use(arguments, work)
     keys = ("folder", "slots", "rounds", "dtype")
     options = [f"--{key}={getattr(arguments, key)}" for key in keys]
     contenders = [launch(__file__, name, options) for name in arguments.contenders]
@@ -230,7 +242,7 @@ def race(arguments: argparse.Namespace) -> None:
             contender.step()
             last = contender.reports[-1]
             print(f"round {number} {contender.name}: {last['tokens'] / last['seconds']:.0f} tok/s", file=sys.stderr)
-        limits.append(limit(arguments))  # not before: while the others start, they take the processor
+        limits.append(limit(arguments, slots))  # not before: while the others start, they take the processor
     for contender in contenders:
         contender.process.kill()
     print_table(arguments, contenders, statistics.median(limits))
@@ -271,7 +283,7 @@ def main(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         arguments.folder = Path(folder)
         work = prepare(arguments.folder, arguments)
-        profile(arguments, work) if arguments.profile else race(arguments)
+        profile(arguments, work) if arguments.profile else race(arguments, work)
 
 
 if __name__ == "__main__":

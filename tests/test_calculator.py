@@ -1,13 +1,23 @@
-"""Expressions are worth what GSM8K says, and hostile ones nothing; false equations are found."""
+"""Expressions are worth what GSM8K says, and hostile ones nothing; false equations are found; results are forced."""
 
 import json
+import random
+from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import real_folder
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 import calculator
-from calculator import evaluate, first_false_equation, is_true
+import standin
+import verify
+from calculator import ForcedResults, evaluate, first_false_equation, is_true, write_result
+from errors import UserError
+from generate import Completion, greedy_decode
+from model import load_model
 
 
 @pytest.mark.parametrize(
@@ -126,3 +136,224 @@ def test_every_annotation_of_the_real_data_is_true() -> None:
         found = [match for row in rows for match in calculator.ANNOTATION.finditer(row["answer"])]
         assert len(found) == count
         assert [match[0] for match in found if is_true(match[1], match[2]) is not True] == []
+
+
+# ---------------------------------------------------------------- calculator decoding
+
+
+@pytest.mark.parametrize(
+    ("value", "text", "written"),
+    [
+        ("10", "<<5*2", "10"),
+        ("1450000", "<<1,450,000*1", "1450000"),
+        ("0", "<<5-5", "0"),
+        ("-2", "<<5-7", "-2"),
+        ("1/5", "<<1/5", "0.2"),
+        ("-1/4", "<<0.25-.5", "-.25"),
+        ("1/2", "<<.25*2", ".5"),
+        ("1/2", "It costs $.25, and <<1/2", ".5"),
+        ("1/2", ".25 or 0.25: <<1/2", "0.5"),
+        ("1/2", "<<1.5/3", "0.5"),
+        ("3/2", "<<.5*3", "1.5"),
+        ("1/1024", "<<1/1024", "0.0009765625"),
+        ("1/2048", "<<1/2048", None),
+        ("10/3", "<<10/3", None),
+    ],
+)
+def test_results_are_written_as_gsm8k_writes_them(value: str, text: str, written: str | None) -> None:
+    assert write_result(Fraction(value), text) == written
+
+
+def test_every_result_of_the_real_data_is_written_as_what_stands_there() -> None:
+    """Guards against rounding, and against a spelling that the data set does not have."""
+    folder, same, count = real_folder("GSM8K_DIR"), 0, 0
+    for split in ("train", "test"):
+        for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]:
+            answer = json.loads(line)["answer"]
+            for match in calculator.ANNOTATION.finditer(answer):
+                written = write_result(evaluate(match[1]), answer[: match.end(1)])
+                assert evaluate(written) == evaluate(match[2]), match[0]
+                same, count = same + (written == match[2]), count + 1
+    assert count == 23_716 + 4_282
+    assert same == 27_247  # the others have zeros behind their decimals, or both 0.5 and .5 in one row
+
+
+@pytest.fixture(scope="module")
+def forced(tokenizer: PreTrainedTokenizerBase) -> ForcedResults:
+    return ForcedResults(tokenizer)
+
+
+def up_to_equals(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+
+@pytest.mark.parametrize(
+    ("text", "result"),
+    [
+        (" She has 2*3=<<2*3=", "6>>"),
+        (" <<1+1=2>>2 and <<10-15=", "-5>>"),
+        (" <<(3+4)=", "7>>"),
+        (" <<20%*50=", "10>>"),
+        (" <<.5*.5=", ".25>>"),
+        (" A\n<<1,000+1=", "1001>>"),
+        (" <<1<<2+2=", "4>>"),
+    ],
+)
+def test_results_are_forced(forced: ForcedResults, tokenizer, text: str, result: str) -> None:
+    ids = up_to_equals(tokenizer, text)
+    assert tokenizer.decode([*ids[:-1], *forced.after(ids)]) == (text + result).removeprefix(" ")
+    assert forced.after(ids[:-1]) == [] and forced.after([*ids, *forced.after(ids)[1:]]) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "=",
+            " 2+3=",
+            "<<=",
+            "<<=>>=",
+            "<<>>2+3=",
+            "<<2+3>>=",
+            "<<2+3=5>>=",
+            "<<2+3==",
+            "<<2+3=5=",
+            "<<x=",
+            "<<2+=",
+            "<<٣=",
+        ),
+        *("<<9**9=", "<<9**9**9=", "<<1/0=", "<<1/(2-2)=", "<<10/3=", "<<" * 300 + "=", "<<" + "9" * 3000 + "="),
+        *("<<" + "(" * 500 + "1" + ")" * 500 + "=", "<<" + "-" * 500 + "1=", "<<__import__('os')=", "<<1;2=", "<<1_0="),
+        *("<<" + "*".join(["9999999999"] * 15) + "=", "<<½=", "<<0x10=", "<<1e5=", "<<2+3\n<=", "<</s>="),
+    ],
+)
+def test_hostile_text_forces_nothing(forced: ForcedResults, tokenizer, text: str) -> None:
+    """Guards against code that runs, memory that fills, and a result that was never asked for."""
+    assert forced.after(up_to_equals(tokenizer, text)) == []
+
+
+def test_random_text_never_raises(forced: ForcedResults, tokenizer) -> None:
+    rng, pieces = (
+        random.Random(0),
+        ["<<", ">>", "=", "1", "20", "+", "-", "*", "/", "(", ")", ".", "%", ",", " ", "\n", "x"],
+    )
+    results = 0
+    for _ in range(1500):
+        text = "".join(rng.choice(pieces) for _ in range(rng.randrange(1, 14))) + "="
+        found = forced.after(ids := up_to_equals(tokenizer, text))
+        results += bool(found)
+        if found:
+            written = tokenizer.decode([*ids[:-1], *found])
+            assert written.endswith(">>") and calculator.ANNOTATION.search(written[written.rindex("<<") :])
+    assert results > 10
+    for ids in ([rng.randrange(len(tokenizer)) for _ in range(20)] for _ in range(300)):
+        forced.after(ids)
+
+
+def test_an_equals_sign_that_merges_with_its_neighbours(tmp_path: Path) -> None:
+    """Guards against a result that is missed, or written twice, where "=-" or ")=" is one token."""
+    texts = [f"<<({n}-{n + 3})=-3>>-3 and <<{n}-{n + 3}=-3>>" for n in range(10, 60)] * 3
+    standin.make_tokenizer(texts, tmp_path, vocab_size=290)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    merged = [piece for piece in tokenizer.get_vocab() if "=" in piece and len(piece.strip("▁")) > 1]
+    assert any(piece.startswith("=-") for piece in merged) and any("=" in piece[1:] for piece in merged)
+    forced = ForcedResults(tokenizer)
+    for text in ("<<(11-14)=-3>>", "<<11-14=-3>>"):
+        ids = up_to_equals(tokenizer, text)
+        number = next(n for n, piece in enumerate(tokenizer.convert_ids_to_tokens(ids)) if "=" in piece)
+        assert [*ids[:number], *forced.after(ids[: number + 1])] == ids
+    # The model begins a negative number where the result is positive: its "=-" is replaced.
+    wrong = up_to_equals(tokenizer, "<<14-11=-3>>")
+    number = next(n for n, piece in enumerate(tokenizer.convert_ids_to_tokens(wrong)) if "=" in piece)
+    assert tokenizer.decode([*wrong[:number], *forced.after(wrong[: number + 1])]) == "<<14-11=3>>"
+
+
+def test_a_tokenizer_that_cannot_write_results_is_refused(tmp_path: Path) -> None:
+    standin.make_tokenizer(["Neither digits nor signs in here, none at all."] * 9, tmp_path, vocab_size=290)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    ForcedResults(tokenizer)  # bytes will do
+    pieces = {index: tokenizer.convert_ids_to_tokens(index) for index in range(len(tokenizer))}
+
+    def without_equals(ids: list[int]) -> list[str]:
+        return [pieces[index].replace("<0x3D>", "?") for index in ids]
+
+    tokenizer.convert_ids_to_tokens = without_equals
+    with pytest.raises(UserError, match="calculator true: the model's tokenizer can't write"):
+        ForcedResults(tokenizer)
+
+
+def test_real_tokenizer_writes_results_as_it_was_trained_to() -> None:
+    """Guards against tokens that spell the result, and that the model has never seen in that order."""
+    tokenizer = AutoTokenizer.from_pretrained(real_folder("TOKENIZER_DIR"))
+    forced, count = ForcedResults(tokenizer), 0
+    for line in (real_folder("GSM8K_DIR") / "test.jsonl").read_text(encoding="utf-8").split("\n")[:150]:
+        answer = json.loads(line)["answer"]
+        if any(
+            write_result(evaluate(m[1]), answer[: m.end(1)]) != m[2] for m in calculator.ANNOTATION.finditer(answer)
+        ):
+            continue
+        ids = up_to_equals(tokenizer, f" {answer}")
+        for number, piece in enumerate(tokenizer.convert_ids_to_tokens(ids)):
+            if "=" in piece and (found := forced.after(ids[: number + 1])):
+                # Up to ">>", which may merge with what follows it in the row.
+                assert ids[number : number + len(found) - 1] == found[:-1]
+                count += 1
+        assert sum(1 for _ in calculator.ANNOTATION.finditer(answer)) <= count
+    assert count > 300
+
+
+# ---------------------------------------------------------------- in decoding
+
+SYMBOLS = ["<<", "=", "+", "1", "2", "3", ">>"]
+
+
+@pytest.fixture(scope="module")
+def counting_folder(
+    make_llama: Callable[..., LlamaForCausalLM], tokenizer: PreTrainedTokenizerBase, tmp_path_factory
+) -> Path:
+    """A model that writes nothing but digits, signs and the borders of annotations."""
+    folder, model = tmp_path_factory.mktemp("counting"), make_llama(len(tokenizer), seed=7, std=0.4)
+    kept = torch.zeros(len(tokenizer), 1)
+    kept[tokenizer.convert_tokens_to_ids(SYMBOLS)] = 1
+    model.lm_head.weight.data.mul_(kept)
+    model.save_pretrained(folder)
+    return folder
+
+
+def slowly(folder: Path, tokenizer: PreTrainedTokenizerBase, prompt: list[int], limit: int) -> tuple[list[int], int]:
+    """One at a time, the whole text through the model for each token, results by the text alone."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    written, results = [], 0
+    while len(written) < limit:
+        with torch.no_grad():
+            written.append(model(torch.tensor([prompt + written])).logits[0, -1].argmax().item())
+        text = tokenizer.decode(written)
+        opened = text.rfind("<<")
+        expression = text[opened + 2 : -1]
+        if len(written) == limit or opened < 0 or not text.endswith("=") or set(expression) & set("<>="):
+            continue
+        value = evaluate(expression)
+        if value is not None and (result := write_result(value, text[:-1])) is not None:
+            written += tokenizer.convert_tokens_to_ids([*result, ">>"])
+            results += 1
+    return written[:limit], results
+
+
+@pytest.mark.parametrize("slots", [1, 3, 16])
+def test_batched_calculator_decoding_equals_a_slow_reference(
+    counting_folder: Path, tokenizer: PreTrainedTokenizerBase, forced: ForcedResults, slots: int
+) -> None:
+    """Guards against a result in a neighbour's text, and one that the cache does not hold."""
+    prompts = [[1, *(3 + (7 * n + 11 * number) % 400 for number in range(1 + 5 * n % 40))] for n in range(12)]
+    model = load_model(counting_folder, torch.float32, torch.device("cpu"))
+    limits = {"max_new_tokens": 40, "eos_token_ids": frozenset({2})}
+    found = list(greedy_decode(model, prompts, slots=slots, calculator=forced, **limits))
+    plain = list(greedy_decode(model, prompts, slots=slots, **limits))
+    expected = [slowly(counting_folder, tokenizer, prompt, 40) for prompt in prompts]
+    assert sum(results for _, results in expected) >= 10
+    assert {one.index: one.token_ids for one in found} == dict(enumerate(ids for ids, _ in expected))
+    assert {one.index: one.token_ids for one in found} != {one.index: one.token_ids for one in plain}
+    by_index = {one.index: one for one in found}
+    assert verify.differences(model, dict(enumerate(prompts)), by_index, calculator=forced, **limits) == {}
+    by_index[3] = Completion(3, len(prompts[3]), [*by_index[3].token_ids[:-1], 5], "length")
+    assert list(verify.differences(model, dict(enumerate(prompts)), by_index, calculator=forced, **limits)) == [3]

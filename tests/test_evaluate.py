@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 import data
 import evaluate
+import predictions
 import scoring
 import train
 from generate import Completion
@@ -166,7 +167,7 @@ def test_lines_are_synced(
             calls.append(file.read_bytes().count(b"\n"))
         original(descriptor)
 
-    monkeypatch.setattr(evaluate, "SECONDS_BETWEEN_SYNCS", seconds)
+    monkeypatch.setattr(predictions, "SECONDS_BETWEEN_SYNCS", seconds)
     monkeypatch.setattr(os, "fsync", fsync)
     file.parent.mkdir()
     with file.open("wb") as opened:
@@ -312,3 +313,118 @@ def test_a_checkpoint_copied_out_of_its_run(call, settings: dict[str, str], run_
 def test_completions_that_do_not_fit_the_model_are_refused(call, settings: dict[str, str]) -> None:
     outcome = call(evaluate, "--ckpt", settings["model"], *flags(settings | {"max_new_tokens": "1020"}))
     outcome.assert_user_error("the longest prompt with max_new_tokens", "1024 positions", "smaller max_new_tokens")
+
+
+# ---------------------------------------------------------------- calculator and samples
+
+
+def test_the_score_with_a_calculator_stands_beside_the_one_without(
+    call, settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a headline that a calculator has helped, and a gain that is not paired."""
+    problems = data.load_problems(settings["dataset"], "test")
+    tokenizer = AutoTokenizer.from_pretrained(settings["model"])
+    original = evaluate.greedy_decode
+
+    def oracle(model, prompts, *, calculator, **limits):
+        for completion in original(model, prompts, calculator=calculator, **limits):
+            right = completion.index % 4 == 0 or (calculator and completion.index % 2 == 0)
+            text = problems[completion.index].answer if right else "#### 123456"
+            completion.token_ids = tokenizer(f" {text}", add_special_tokens=False).input_ids
+            yield completion
+
+    monkeypatch.setattr(evaluate, "greedy_decode", oracle)
+    arguments = ["--ckpt", settings["model"], *flags(settings), "--output", str(tmp_path / "out")]
+    arguments += ["--verify-batching", "0"]
+    assert call(evaluate, *arguments).code == 0
+    assert "calculator" not in read(tmp_path / "out")[1]
+    outcome = call(evaluate, *arguments, "--calculator", "true")
+    assert outcome.code == 0, outcome.err
+    assert (
+        "going on: 12 of 12" in outcome.out
+        and "with the calculator        50.00%   6 of 12, won 3, lost 0" in outcome.out
+    )
+    scores = read(tmp_path / "out")[1]
+    assert scores["exact_match"] == 0.25 and scores["calculator"]["exact_match"] == 0.5
+    assert scores["calculator"]["won"] == [2, 6, 10] and scores["calculator"]["lost"] == []
+    assert scores["calculator"]["p_value"] == pytest.approx(0.25)
+    # Nothing is lost by an evaluation without it, or by scoring again.
+    for again in (arguments, ["--rescore", str(tmp_path / "out" / "predictions.jsonl")]):
+        assert call(evaluate, *again).code == 0
+        assert read(tmp_path / "out")[1] == scores
+    files = [str(tmp_path / "out" / name / "predictions.jsonl") for name in (".", "calculator")]
+    assert "won 3: ids 2, 6, 10" in call(evaluate, "--compare", *files).out
+
+
+def test_calculator_decoding_is_verified(call, settings: dict[str, str], tmp_path: Path) -> None:
+    outcome = call(
+        evaluate, "--ckpt", settings["model"], *flags(settings), "--output", str(tmp_path), "--calculator", "true"
+    )
+    assert outcome.code == 0, outcome.err
+    assert "verified: 4 of 4 completions with the calculator are those" in outcome.out
+    rows, scores = read(tmp_path / "calculator")
+    assert len(rows) == 12 and scores["calculator"] is True and scores["verified_batching"]["differences"] == 0
+
+
+def test_samples(call, settings: dict[str, str], tmp_path: Path) -> None:
+    """Samples are the same whatever the slots, whatever was drawn before, and with more of them."""
+    found = {}
+    for name, samples, slots in (("a", "3", "1"), ("b", "3", "5"), ("c", "4", "64")):
+        arguments = ["--ckpt", settings["model"], *flags(settings), "--output", str(tmp_path / name)]
+        outcome = call(evaluate, *arguments, "--samples", samples, "--decode_slots", slots)
+        assert outcome.code == 0, outcome.err
+        rows, scores = read(tmp_path / name / "samples")
+        found[name] = {(row["id"], row["sample"]): row["completion"] for row in rows}
+        beside = read(tmp_path / name)[1]["samples"]
+        assert beside["num_samples"] == int(samples) and beside["temperature"] == 0.7 and beside["seed"] == 0
+        assert beside["maj_at"] == scores["maj_at"] and beside["pass_at"] == scores["pass_at"]
+        assert f"maj@{samples}" in outcome.out and "pass@1" in outcome.out
+    assert len(found["c"]) == 48 and len(set(found["c"].values())) > 24
+    assert found["a"] == found["b"] == {key: text for key, text in found["c"].items() if key[1] < 3}
+    arguments = ["--ckpt", settings["model"], *flags(settings), "--output", str(tmp_path / "a")]
+    assert "36 of 48 completions are in" in call(evaluate, *arguments, "--samples", "4").out
+    assert {(row["id"], row["sample"]): row["completion"] for row in read(tmp_path / "a" / "samples")[0]} == found["c"]
+    outcome = call(evaluate, *arguments, "--samples", "3")
+    outcome.assert_user_error("holds 4 samples, with 3 asked for now")
+    outcome = call(evaluate, *arguments, "--samples", "4", "--temperature", "0.5")
+    outcome.assert_user_error("belongs to another evaluation", "temperature was 0.7 and is 0.5")
+    outcome = call(evaluate, *arguments, "--samples", "4", "--seed", "1")
+    outcome.assert_user_error("seed was 0 and is 1")
+    scores = read(tmp_path / "a")[1]
+    for folder in (tmp_path / "a", tmp_path / "a" / "samples"):
+        before = read(folder)[1]
+        assert call(evaluate, "--rescore", str(folder / "predictions.jsonl")).code == 0
+        assert read(folder)[1] == before
+    assert scores["samples"]["num_samples"] == 4
+
+
+def test_interrupted_samples_go_on(call, settings: dict[str, str], tmp_path: Path) -> None:
+    """Guards against random numbers that depend on what was drawn before; half of them leave no half score."""
+    arguments = ["--ckpt", settings["model"], *flags(settings), "--output", str(tmp_path), "--samples", "3"]
+    assert call(evaluate, *arguments).code == 0
+    whole, scores = read(tmp_path / "samples")
+    file = tmp_path / "samples" / "predictions.jsonl"
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    outcome = call(evaluate, "--rescore", str(tmp_path / "predictions.jsonl"))
+    assert "is not complete" in outcome.out and "samples" not in read(tmp_path)[1]
+    assert call(evaluate, *arguments).code == 0
+    again, rescored = read(tmp_path / "samples")
+    assert sorted(again, key=str) == sorted(whole, key=str)
+    assert rescored["maj_at"] == scores["maj_at"] and read(tmp_path)[1]["samples"]["pass_at"] == scores["pass_at"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        (["--temperature", "0.5"], "say how many with --samples K"),
+        (["--samples", "0"], "'0' must be a whole number from 1 on"),
+        (["--samples", "2", "--temperature", "0"], "'0' must be a number above 0"),
+        (["--samples", "2", "--temperature", "nan"], "'nan' must be a number above 0"),
+        (["--samples", "2", "--rescore", "x"], "--samples can't go with --rescore"),
+        (["--calculator", "yes please"], "calculator"),
+    ],
+)
+def test_mistyped_samples(call, settings: dict[str, str], arguments: list[str], fragment: str) -> None:
+    base = [] if "--rescore" in arguments else ["--ckpt", settings["model"], *flags(settings)]
+    call(evaluate, *base, *arguments).assert_user_error(fragment)

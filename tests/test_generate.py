@@ -1,4 +1,4 @@
-"""Batched greedy decoding writes what Transformers' generate writes for each problem alone."""
+"""Batched decoding writes what Transformers' generate writes for each problem alone; samples hang on their seed."""
 
 import random
 from collections.abc import Callable
@@ -9,9 +9,12 @@ import torch
 from conftest import PROMPT
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
+import cache
 import data
 import generate
-from generate import Completion, greedy_decode
+import memory
+from errors import UserError
+from generate import Completion, greedy_decode, plan_slots, sample_decode
 from model import load_model
 
 NEW_TOKENS = 24
@@ -68,11 +71,26 @@ def references(sharp_folder: Path, prompts: list[list[int]]) -> tuple[frozenset[
     return frozenset(eos), expected
 
 
+@pytest.fixture(params=["bags", "static"])
+def either_cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's cache, or CUDA's with its steps of fixed shapes; both with what was in their memory before: NaN."""
+    monkeypatch.setattr(generate, "GRAPHED", {"cpu"} if request.param == "static" else set())
+    original = cache.BagCache.__init__
+
+    def dirty(self: cache.BagCache, *arguments) -> None:
+        original(self, *arguments)
+        for tensor in (*self.keys, *self.values):
+            tensor.fill_(torch.nan)
+
+    monkeypatch.setattr(cache.BagCache, "__init__", dirty)
+
+
 def decode(model: LlamaForCausalLM, prompts: list[list[int]], eos: frozenset[int], slots: int) -> list[Completion]:
     found = list(greedy_decode(model, prompts, max_new_tokens=NEW_TOKENS, eos_token_ids=eos, slots=slots))
     return sorted(found, key=lambda completion: completion.index)
 
 
+@pytest.mark.usefixtures("either_cache")
 @pytest.mark.parametrize("slots", [1, 2, 3, 7, 16, 100])
 def test_completions_equal_generate_one_by_one(sharp, references, prompts: list[list[int]], slots: int) -> None:
     """Guards against padding, neighbours, positions or a slot's former content that change a completion."""
@@ -88,6 +106,21 @@ def test_order_and_neighbours_change_nothing(sharp, references, prompts: list[li
     assert [(one.token_ids, one.stop) for one in found] == [
         (expected[index].token_ids, expected[index].stop) for index in order
     ]
+
+
+@pytest.mark.usefixtures("either_cache")
+@pytest.mark.parametrize("room", [0, 1, 2, cache.BLOCK - 1])
+def test_a_completion_that_fills_the_cache(sharp, references, prompts: list[list[int]], room: int) -> None:
+    """Guards against the last position of a slot, at, before and behind a block's border, that is lost or overrun."""
+    _, expected = references
+    number = next(index for index, one in enumerate(expected) if one.stop == "length" and one.prompt_length > 40)
+    limit = -len(prompts[number]) % cache.BLOCK + cache.BLOCK - room
+    found = list(greedy_decode(sharp, [prompts[number]], max_new_tokens=limit, eos_token_ids=frozenset(), slots=1))
+    ids = torch.tensor([prompts[number]])
+    alone = sharp.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=limit, eos_token_id=[419]
+    )
+    assert found[0].token_ids == alone[0, ids.shape[1] :].tolist() and found[0].stop == "length"
 
 
 @pytest.mark.parametrize("prefill_tokens", [1, 100])
@@ -126,3 +159,98 @@ def test_finished_completions_come_before_the_rest_is_done(sharp, references, pr
     eos, expected = references
     first = next(greedy_decode(sharp, prompts, max_new_tokens=NEW_TOKENS, eos_token_ids=eos, slots=100))
     assert len(expected[first.index].token_ids) == min(len(one.token_ids) for one in expected)
+
+
+def test_argmax_is_the_first_of_the_largest() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for size in (5, 128, 384, 1000):
+        for values in (2, 7, 10**6):
+            logits = torch.randint(values, (50, size), generator=generator).float()
+            first = [row.index(max(row)) for row in logits.tolist()]
+            assert generate.argmax(logits).tolist() == first
+
+
+# ---------------------------------------------------------------- samples
+
+
+def samples(model: LlamaForCausalLM, prompts: list[list[int]], seeds: list[str], **settings) -> list[list[int]]:
+    settings = {
+        "temperature": 1.0,
+        "max_new_tokens": NEW_TOKENS,
+        "eos_token_ids": frozenset({2}),
+        "slots": 4,
+    } | settings
+    found = sample_decode(model, prompts, seeds, **settings)
+    return [one.token_ids for one in sorted(found, key=lambda completion: completion.index)]
+
+
+@pytest.mark.usefixtures("either_cache")
+def test_samples_hang_on_their_seed_alone(sharp, prompts: list[list[int]]) -> None:
+    """Guards against random numbers that are shared by the slots, or used up by what came before."""
+    seeds = [f"{index}" for index in range(len(prompts))]
+    expected = samples(sharp, prompts, seeds, slots=1)
+    assert samples(sharp, prompts, seeds, slots=7) == expected
+    order = random.Random(0).sample(range(len(prompts)), 9)
+    again = samples(sharp, [prompts[index] for index in order], [seeds[index] for index in order], slots=3)
+    assert again == [expected[index] for index in order]
+    assert samples(sharp, prompts, [f"other {seed}" for seed in seeds]) != expected
+
+
+def test_samples_have_the_probabilities_of_the_model(sharp, prompts: list[list[int]]) -> None:
+    """Guards against a temperature that multiplies, and an off-by-one in the inverse distribution function."""
+    prompt, count, temperature = prompts[3], 4000, 2.5
+    drawn = samples(
+        sharp, [prompt] * count, [f"{n}" for n in range(count)], temperature=temperature, max_new_tokens=1, slots=100
+    )
+    with torch.no_grad():
+        logits = sharp(torch.tensor([prompt])).logits[0, -1]
+    expected = (logits / temperature).softmax(-1)
+    found = torch.zeros_like(expected)
+    for ids in drawn:
+        found[ids[0] if ids else 2] += 1 / count
+    spread = (expected * (1 - expected) / count).sqrt()
+    assert (found - expected).abs().max() < 5 * spread.max() and ((found - expected) / spread).square().mean() < 1.5
+
+
+def test_a_low_temperature_is_greedy(sharp, references, prompts: list[list[int]]) -> None:
+    eos, expected = references
+    found = samples(sharp, prompts, ["x"] * len(prompts), temperature=1e-4, eos_token_ids=eos)
+    assert found == [one.token_ids for one in expected]
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_slots_are_planned_from_the_free_memory(sharp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a cache that runs out of memory in the middle of an evaluation."""
+    each = cache.slot_bytes(sharp, 100)
+    assert each == 2 * 2 * 2 * 8 * 128 * 4  # keys and values, layers, heads, head_dim, whole blocks, float32
+    built = cache.BagCache(sharp, 3, 100)
+    assert sum(tensor.nbytes for tensor in (*built.keys, *built.values)) == 3 * each
+
+    def free(slots: float) -> None:
+        monkeypatch.setattr(memory, "free_bytes", lambda device: int(slots * each / generate.CACHE_SHARE) + 1)
+
+    free(9.5)
+    assert [plan_slots(sharp, None, 100, prompts) for prompts in (4, 9, 1000)] == [4, 9, 9]
+    assert plan_slots(sharp, 9, 100, 1000) == 9 and plan_slots(sharp, 50, 100, 7) == 7
+    with pytest.raises(UserError, match=r"decode_slots 10: 10 slots of 100 tokens.* set decode_slots to 9 or less"):
+        plan_slots(sharp, 10, 100, 1000)
+    free(1000)
+    assert plan_slots(sharp, None, 100, 10**6) == generate.MOST_SLOTS["cpu"] and plan_slots(sharp, 500, 100, 600) == 500
+    free(0.5)
+    for slots in (None, 1):
+        with pytest.raises(UserError, match="a smaller max_new_tokens"):
+            plan_slots(sharp, slots, 100, 1000)
+
+
+def test_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a container's limit that is overlooked."""
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(memory, "CONTROL_GROUP", str(tmp_path))
+    assert 2**20 < memory.free_bytes(cpu) < 2**50
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_bytes(cpu) > 2**20
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert memory.free_bytes(cpu) == 4000

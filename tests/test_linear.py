@@ -89,3 +89,32 @@ def test_a_product_is_added_in_the_dtype_of_its_total(
     expected = total.double() + (left.double() @ right.double()).to(dtype)
     linear.add_product(total, left, right)
     torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=1e-5)
+
+
+def test_packed_weights_change_no_product_and_do_not_stay(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a copy of the weights that trains on, or outlives an error."""
+    monkeypatch.setattr(linear, "ONEDNN", True)
+    linear.use_fast_products(model)
+    layers = [module for module in model.modules() if type(module) is linear.Linear]
+    layer = layers[0]
+    inputs = {rows: torch.randn(rows, layer.in_features) for rows in (1, 7, 64)}
+    with torch.no_grad():
+        plain = {rows: layer(hidden) for rows, hidden in inputs.items()}
+        with pytest.raises(KeyboardInterrupt), linear.packed_weights(model):
+            assert len(layers) == 1 + 7 * model.config.num_hidden_layers and all(
+                each.packed is not None for each in layers
+            )
+            for rows, hidden in inputs.items():
+                torch.testing.assert_close(layer(hidden), plain[rows], rtol=1e-5, atol=1e-6)
+            with torch.enable_grad():
+                hidden = inputs[7].clone().requires_grad_()
+                assert layer(hidden).requires_grad
+            weight = layer.weight.clone()
+            layer.weight.zero_()
+            torch.testing.assert_close(layer(inputs[7]), plain[7], rtol=1e-5, atol=1e-6)  # it is the copy that is read
+            layer.weight.copy_(weight)
+            raise KeyboardInterrupt
+        assert all(each.packed is None for each in layers)
+        torch.testing.assert_close(layer(inputs[7]), plain[7], rtol=0, atol=0)

@@ -1,5 +1,6 @@
 """The published rules to the letter, and no score where the predictions are not whole."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -154,3 +155,64 @@ def test_rescore_goes_with_no_model_flags(call, tmp_path: Path) -> None:
     outcome.assert_user_error("--ckpt, --dtype can't go with --rescore")
     call(evaluate, "--rescore", str(tmp_path / "none")).assert_user_error("none: can't be read")
     call(evaluate, "--rescore", str(tmp_path)).assert_user_error("can't be read")
+
+
+# ---------------------------------------------------------------- samples
+
+
+def drawn(problem: int, answers: list[str | None], gold: str = "7") -> list[dict]:
+    return [
+        {"id": problem, "sample": n, "gold": gold, "completion": "none" if a is None else f"#### {a}", "stop": "eos"}
+        for n, a in enumerate(answers)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answers", "voted"),
+    [
+        (["7", "8", "7"], "7"),
+        (["8", "7", "7", "8"], "8"),  # a tie: the first
+        (["9", "8", "7", "8", "7"], "8"),
+        ([None, None, "7"], "7"),  # no answer is no vote
+        ([None], None),
+        ([], None),
+    ],
+)
+def test_majority_vote(answers: list[str | None], voted: str | None) -> None:
+    assert scoring.majority_vote(answers) == voted
+
+
+@pytest.mark.parametrize("num_samples", [1, 3, 6])
+def test_pass_at_is_the_share_of_all_subsets(num_samples: int) -> None:
+    """Guards against the biased 1 - (1 - c / n) ** k: by counting every subset."""
+    for num_correct in range(num_samples + 1):
+        for k in range(1, num_samples + 1):
+            subsets = list(itertools.combinations(range(num_samples), k))
+            share = sum(any(number < num_correct for number in subset) for subset in subsets) / len(subsets)
+            assert scoring.pass_at(k, num_samples, num_correct) == pytest.approx(share, abs=1e-12)
+
+
+def test_scores_of_samples_by_hand() -> None:
+    rows = [*drawn(1, ["8", "7", "7"]), *drawn(0, ["1,000", None, "5"], gold="1,000")]
+    found = scoring.score_samples(rows, 2, 3, "x")
+    assert found["exact_match"] == pytest.approx(3 / 6) and (found["num_problems"], found["num_samples"]) == (2, 3)
+    assert found["maj_at"] == {"1": 0.5, "2": 0.5, "3": 1.0}
+    assert found["pass_at"] == pytest.approx({"1": 0.5, "2": (1 + 2 / 3) / 2, "3": 1.0})
+    assert found["ci95"] == pytest.approx(scoring.wilson_interval(2, 2))
+    assert scoring.score_samples(rows[::-1], 2, None, "x") == found
+
+
+@pytest.mark.parametrize(
+    ("rows", "fragment"),
+    [
+        (drawn(0, ["1", "2"]), "each sample 0 to 2 a problem (not so in 0)"),
+        ([*drawn(0, ["1", "2", "3"]), *drawn(0, ["1", "2", "3"])], "exactly one"),
+        (drawn(1, ["1", "2", "3"]), "missing ids 0"),
+        (drawn(0, ["1", "2", "3"], gold="x"), "the gold 'x' is no number"),
+        ([], "0 predictions"),
+    ],
+)
+def test_no_score_of_samples_that_are_not_whole(rows: list[dict], fragment: str) -> None:
+    with pytest.raises(UserError) as error:
+        scoring.score_samples(rows, 1, 3, "x")
+    assert fragment in str(error.value)

@@ -1,0 +1,187 @@
+"""predictions.jsonl: what a model wrote for each problem, as it grows, and read again."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import analysis
+import scoring
+from checkpoint import replace_file
+from data import Problem
+from errors import UserError, one_line
+
+# A kill loses no line that was written; this is what the loss of power may take. Each sync costs milliseconds.
+SECONDS_BETWEEN_SYNCS = 1.0
+PREDICTIONS_FILE, SCORES_FILE, IDENTITY_FILE = "predictions.jsonl", "scores.json", "evaluation.json"
+
+# Which completion a row is: of which problem, and which sample of it; greedy decoding writes one, number 0.
+Key = tuple[int, int]
+
+
+class PredictionsFile:
+    """``predictions.jsonl`` as it grows, and what it holds from before.
+
+    Attributes:
+        rows: the predictions by `Key`.
+        num_correct: how many of them are, by the headline rule.
+        identity: all that a completion depends on, with ``num_problems``, and ``num_samples`` where
+            there are samples.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any], num_problems: int, num_samples: int | None = None):
+        """Open ``folder``, and keep what an interrupted evaluation with the same identity left there.
+
+        Args:
+            num_samples: of each problem; None for the one completion of greedy decoding.
+
+        Raises:
+            UserError: what is there belongs to another evaluation, or holds more than asked for
+                now, or the folder can't be written.
+        """
+        self.file = folder / PREDICTIONS_FILE
+        self._asked = {"num_problems": num_problems} | ({"num_samples": num_samples} if num_samples else {})
+        self.identity = identity | self._asked
+        self.rows: dict[Key, dict[str, Any]] = {}
+        self._synced = time.monotonic()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if self.file.exists():
+                self._keep_finished(folder)
+            elif others := [name for name in (SCORES_FILE, IDENTITY_FILE) if (folder / name).exists()]:
+                raise UserError(f"{folder}: holds {' and '.join(others)} of something else: choose another --output")
+            self._stream = self.file.open("a", encoding="utf-8")
+            replace_file(folder / IDENTITY_FILE, json.dumps(self.identity, indent=2) + "\n")
+            self.num_correct = sum(row["correct"] for row in self.rows.values())
+        except OSError as error:
+            raise UserError(f"{folder}: can't be written ({error.strerror}): choose another --output") from None
+
+    @property
+    def size(self) -> int:
+        """How many rows it will hold."""
+        return self._asked["num_problems"] * self._asked.get("num_samples", 1)
+
+    def missing(self) -> list[Key]:
+        """Which completions it does not hold yet, problem after problem."""
+        samples = range(self._asked.get("num_samples", 1))
+        asked = ((index, sample) for index in range(self._asked["num_problems"]) for sample in samples)
+        return [key for key in asked if key not in self.rows]
+
+    def _keep_finished(self, folder: Path) -> None:
+        if b"\n" not in self.file.read_bytes():
+            return  # stopped before its first completion: nothing to mix with
+        cure = f"choose another --output, or move {folder} away"
+        if changed := differences(read_identity(folder / IDENTITY_FILE), self.identity):
+            raise UserError(f"{self.file}: belongs to another evaluation ({'; '.join(changed)}): {cure}")
+        rows = read_predictions(self.file, drop_cut_line=True)
+        self.rows = {key_of(row): row for row in rows}
+        if len(self.rows) < len(rows):
+            raise UserError(f"{self.file}: holds a completion twice: {cure}")
+        held = {"problems": max(index for index, _ in self.rows) + 1, "samples": max(s for _, s in self.rows) + 1}
+        for what, count in held.items():
+            if count > (asked := self._asked.get(f"num_{what}", 1)):
+                raise UserError(f"{self.file}: holds {count} {what}, with {asked} asked for now: {cure}")
+        # Without the line that a kill cut in the middle.
+        replace_file(self.file, "".join(_json_line(row) for row in rows))
+
+    def write(self, key: Key, problem: Problem, completion: str, stop: str, num_tokens: int) -> None:
+        """Add one prediction as one whole line."""
+        label, false_equation = analysis.mistake(completion, problem.gold, stop)
+        row = {
+            "id": key[0],
+            **({"sample": key[1]} if "num_samples" in self._asked else {}),
+            "question": problem.question,
+            "gold": problem.gold,
+            "completion": completion,
+            "answer": scoring.extract_openai(completion),
+            "correct": scoring.correct_openai(completion, problem.gold),
+            "stop": stop,
+            "num_tokens": num_tokens,
+            "label": label,
+            "false_equation": false_equation,
+            "steps": analysis.count_steps(problem.answer),
+        }
+        self._stream.write(_json_line(row))
+        self._stream.flush()
+        if time.monotonic() - self._synced >= SECONDS_BETWEEN_SYNCS:
+            self._sync()
+        self.rows[key] = row
+        self.num_correct += row["correct"]
+
+    def __enter__(self) -> "PredictionsFile":
+        return self
+
+    def _sync(self) -> None:
+        os.fsync(self._stream.fileno())
+        self._synced = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._sync()
+        self._stream.close()
+
+
+def key_of(row: dict[str, Any]) -> Key:
+    return row["id"], row.get("sample", 0)
+
+
+def _json_line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"  # ASCII: U+2028 in a question must not look like a line's end to anyone
+
+
+def read_predictions(file: Path, drop_cut_line: bool = False) -> list[dict[str, Any]]:
+    """The rows of a ``predictions.jsonl``, each checked to have what scoring needs.
+
+    Args:
+        drop_cut_line: a last line without its end, from a kill, is no error.
+    """
+    try:
+        lines = file.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{file}: can't be read ({error.strerror}): name a predictions.jsonl") from None
+    if lines[-1] == b"" or drop_cut_line:
+        lines.pop()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            for key, kind in (("id", int), ("gold", str), ("completion", str), ("stop", str), ("correct", bool)):
+                if type(row[key]) is not kind:
+                    raise ValueError(f"{key!r} is {row[key]!r}, not of type {kind.__name__}")
+            if type(row.get("sample", 0)) is not int:
+                raise ValueError(f"'sample' is {row['sample']!r}, not of type int")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"{file}, line {number}: is no prediction ({type(error).__name__}: {one_line(error)[:120]}): each line "
+                "holds one that evaluate.py wrote; restore it or evaluate again"
+            ) from None
+        rows.append(row)
+    return rows
+
+
+def read_identity(file: Path) -> dict[str, Any]:
+    """An ``evaluation.json``, or the ``scores.json`` that holds the same and more; empty where there is none."""
+    try:
+        identity = json.loads(file.read_bytes()) if file.exists() else {}
+        counts = [identity.get(key, 1) for key in ("num_problems", "num_samples")]
+        if not all(isinstance(count, int) for count in counts):
+            raise ValueError("num_problems and num_samples must be whole numbers")
+        return identity
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file}: is damaged ({one_line(error)[:120]}): move it away or evaluate again") from None
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """In what two evaluations differ, apart from how many problems they are of and how the checkpoint is spelt."""
+    return [
+        f"{key} was {before.get(key)!r} and is {value!r}"
+        for key, value in now.items()
+        # weights says which model it is
+        if key not in ("num_problems", "num_samples", "checkpoint") and before.get(key) != value
+    ]
+
+
+def said_before(folder: Path) -> dict[str, Any]:
+    """What an earlier ``scores.json`` in ``folder`` says of the decoding: its time, and whether it was verified."""
+    before = read_identity(folder / SCORES_FILE)
+    return {key: before[key] for key in ("seconds", "tokens_per_second", "verified_batching") if key in before}
