@@ -206,19 +206,16 @@ class ForcedResults:
             return []
         text, before = self._text(token_ids), self._text(token_ids[:-1])
         match = _OPEN.search(text)
-        if match is None or not text.startswith(before) or match.end(1) < len(before):
+        if match is None:
             return []
         value = evaluate(match[1])
         result = None if value is None else write_result(value, text[: match.end(1)])
         if result is None:
             return []
         wanted = f"{text[: match.end(1)]}={result}>>"
-        # Behind what stands there of the annotation; or, where that merges with what follows, behind a line's end.
-        for context in (before[match.start() :], "\n"):
-            known, ids = self._ids(context), self._ids(context + wanted[len(before) :])
-            if ids[: len(known)] == known and self._text([*token_ids[:-1], *ids[len(known) :]]) == wanted:
-                return ids[len(known) :]
-        return []
+        # Behind a line's end, with which no tokenizer merges a sign or a number.
+        ids = self._ids("\n" + wanted[len(before) :])[len(self._ids("\n")) :]
+        return ids if self._text([*token_ids[:-1], *ids]) == wanted else []
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids

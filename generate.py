@@ -128,7 +128,7 @@ def sample_decode(
     def drawn(logits: torch.Tensor, completions: list[Completion]) -> list[int]:
         numbers = []
         for one in completions:
-            if not one.token_ids:
+            if one.index not in streams:
                 streams[one.index] = random.Random(seeds[one.index])
             numbers.append(streams[one.index].random())
         # The inverse of the distribution function. float64: 32,000 additions in float32 would lose the small ones.
@@ -197,7 +197,7 @@ def _decode(
                 completion.token_ids.append(token_id)
                 if len(completion.token_ids) == limits[completion.index]:
                     completion.stop = "length"
-                elif calculator and not completion.forced and (forced := calculator.after(completion.token_ids)):
+                elif calculator and (forced := calculator.after(completion.token_ids)):
                     completion.token_ids[-1] = forced[0]  # the newest token has not been read yet
                     completion.forced.extend(forced[1:])
             if completion.stop:

@@ -268,6 +268,15 @@ def test_an_equals_sign_that_merges_with_its_neighbours(tmp_path: Path) -> None:
     assert tokenizer.decode([*wrong[:number], *forced.after(wrong[: number + 1])]) == "<<14-11=3>>"
 
 
+def test_tokens_that_would_spell_something_else_are_not_forced(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a half result, from a tokenizer that merges where none is known to."""
+    forced, ids = ForcedResults(tokenizer), up_to_equals(tokenizer, " <<2+3=")
+    assert forced.after(ids)
+    original = forced._ids
+    monkeypatch.setattr(forced, "_ids", lambda text: original(text.replace("\n=", "\n")))
+    assert forced.after(ids) == []
+
+
 def test_a_tokenizer_that_cannot_write_results_is_refused(tmp_path: Path) -> None:
     standin.make_tokenizer(["Neither digits nor signs in here, none at all."] * 9, tmp_path, vocab_size=290)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)

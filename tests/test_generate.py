@@ -161,6 +161,32 @@ def test_finished_completions_come_before_the_rest_is_done(sharp, references, pr
     assert len(expected[first.index].token_ids) == min(len(one.token_ids) for one in expected)
 
 
+class Insisting:
+    """A calculator that has three tokens of its own in the place of the third and behind it."""
+
+    def after(self, token_ids: list[int]) -> list[int]:
+        return [5, 6, 7] if len(token_ids) == 3 else []
+
+
+@pytest.mark.usefixtures("either_cache")
+@pytest.mark.parametrize("limit", [3, 4, NEW_TOKENS])
+def test_forced_tokens_take_the_place_of_the_newest(sharp, prompts: list[list[int]], limit: int) -> None:
+    """Guards against a forced token that is shown and not read, and one beyond max_new_tokens."""
+    limits = {"max_new_tokens": limit, "eos_token_ids": frozenset()}
+    plain = {one.index: one.token_ids for one in greedy_decode(sharp, prompts, slots=4, **limits)}
+    found = {one.index: one for one in greedy_decode(sharp, prompts, slots=4, calculator=Insisting(), **limits)}
+    for index, prompt in enumerate(prompts):
+        if limit == 3:  # nothing would follow
+            assert found[index].token_ids == plain[index]
+            continue
+        begun = [*plain[index][:2], 5, 6, 7]
+        rest = limit - len(begun)
+        if rest > 0:
+            after = greedy_decode(sharp, [prompt + begun], slots=1, max_new_tokens=rest, eos_token_ids=frozenset())
+            begun += next(after).token_ids
+        assert found[index].token_ids == begun[:limit] and found[index].stop == "length"
+
+
 def test_argmax_is_the_first_of_the_largest() -> None:
     generator = torch.Generator().manual_seed(0)
     for size in (5, 128, 384, 1000):

@@ -207,6 +207,7 @@ def test_scores_of_samples_by_hand() -> None:
     [
         (drawn(0, ["1", "2"]), "each sample 0 to 2 a problem (not so in 0)"),
         ([*drawn(0, ["1", "2", "3"]), *drawn(0, ["1", "2", "3"])], "exactly one"),
+        ([*drawn(0, ["1", "2"]), *drawn(1, ["1", "2", "3", "4"])], "(not so in 0, 1)"),
         (drawn(1, ["1", "2", "3"]), "missing ids 0"),
         (drawn(0, ["1", "2", "3"], gold="x"), "the gold 'x' is no number"),
         ([], "0 predictions"),
