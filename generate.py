@@ -51,7 +51,7 @@ class Completion:
     prompt_length: int
     token_ids: list[int] = field(default_factory=list)
     stop: str = ""
-    forced: deque[int] = field(default_factory=deque, repr=False)
+    forced: deque[int] = field(default_factory=deque, repr=False, compare=False)
 
 
 # choose(logits, completions) gives the next token of each of n completions, for logits [n, vocabulary].

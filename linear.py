@@ -68,7 +68,7 @@ class Linear(torch.nn.Linear):
     packed: torch.Tensor | None = None  # see `packed_weights`
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self.packed is not None and hidden.dim() == 2 and not torch.is_grad_enabled():
+        if _is_packed(self, hidden):
             return torch.ops.mkldnn._linear_pointwise(hidden, self.packed, None, "none", [], "")
         plain = self.bias is not None or hidden.dim() != 2 or not _by_onednn(hidden)
         # Compiled code must not depend on the number of rows; nor need it, it sees no other than full batches.
@@ -90,6 +90,32 @@ class _Linear(torch.autograd.Function):
             product(grad, weight) if ctx.needs_input_grad[0] else None,
             product(grad.T, hidden) if ctx.needs_input_grad[1] else None,
         )
+
+
+def _is_packed(layer: torch.nn.Linear, hidden: torch.Tensor) -> bool:
+    packed = getattr(layer, "packed", None)
+    return packed is not None and hidden.dim() == 2 and not torch.is_grad_enabled()
+
+
+def product_silu(layer: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    """``silu(layer(hidden))``, in one pass with `packed_weights`; so are the next two."""
+    if _is_packed(layer, hidden):
+        return torch.ops.mkldnn._linear_pointwise(hidden, layer.packed, None, "swish", [], "")
+    return F.silu(layer(hidden))
+
+
+def product_times(layer: torch.nn.Linear, hidden: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """``layer(hidden) * other``."""
+    if _is_packed(layer, hidden):
+        return torch.ops.mkldnn._linear_pointwise.binary(hidden, other, layer.packed, None, "mul")
+    return layer(hidden).mul_(other)
+
+
+def product_plus(layer: torch.nn.Linear, hidden: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """``layer(hidden) + other``."""
+    if _is_packed(layer, hidden):
+        return torch.ops.mkldnn._linear_pointwise.binary(hidden, other, layer.packed, None, "add")
+    return layer(hidden).add_(other)
 
 
 @contextmanager

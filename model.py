@@ -31,7 +31,7 @@ from checkpoint import STATE_FILE
 from config import local_path
 from data import Batch, Example, collate, is_hub_id
 from errors import UserError, one_line
-from linear import use_fast_products
+from linear import product_plus, product_silu, product_times, use_fast_products
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -149,6 +149,11 @@ def _after_attention(
     layer: "LlamaDecoderLayer", hidden: torch.Tensor, attended: torch.Tensor, remade: Remade = _kept
 ) -> torch.Tensor:
     mlp, norm = layer.mlp, layer.post_attention_layernorm
+    if _no_gradients_ever():
+        hidden = product_plus(layer.self_attn.o_proj, attended.flatten(-2), hidden)
+        normed = _norm(hidden, norm)
+        activated = product_times(mlp.up_proj, normed, product_silu(mlp.gate_proj, normed))
+        return product_plus(mlp.down_proj, activated, hidden)
     hidden = hidden + layer.self_attn.o_proj(attended.flatten(-2))
     normed = _norm(hidden, norm)
     with remade(normed, lambda: _norm(hidden, norm)):

@@ -38,7 +38,7 @@ from training import LENGTHS, PROMPT, Contender, launch, peak_memory, report, wa
 def read_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contenders", nargs="+", choices=tuple(WORKERS), default=list(WORKERS))
-    parser.add_argument("--problems", type=int, default=256)
+    parser.add_argument("--problems", type=int, default=384)
     parser.add_argument("--slots", type=int, default=None, help="of our own contender; default: it chooses")
     parser.add_argument("--rounds", type=int, default=2, help="timed ones, after a short one that is not")
     parser.add_argument("--hidden_size", type=int, default=512)

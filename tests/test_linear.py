@@ -91,6 +91,25 @@ def test_a_product_is_added_in_the_dtype_of_its_total(
     torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_products_with_what_follows_them(
+    model: LlamaForCausalLM, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "ONEDNN", packed)
+    linear.use_fast_products(model)
+    layer = model.model.layers[0].mlp.gate_proj
+    hidden, other = torch.randn(7, layer.in_features), torch.randn(7, layer.out_features)
+    with torch.inference_mode(), linear.packed_weights(model):
+        plain = (hidden.double() @ layer.weight.double().T).float()
+        assert (getattr(layer, "packed", None) is not None) == packed
+        for found, expected in (
+            (linear.product_silu(layer, hidden), torch.nn.functional.silu(plain)),
+            (linear.product_times(layer, hidden, other), plain * other),
+            (linear.product_plus(layer, hidden, other), plain + other),
+        ):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_packed_weights_change_no_product_and_do_not_stay(
     model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
