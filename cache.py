@@ -201,7 +201,6 @@ class StaticCache:
             keys, values = self.keys[layer], self.values[layer]
             keys[self.slots, positions] = key
             values[self.slots, positions] = value
-            grouped = query.shape[1] != key.shape[1]
             if by_length:  # reads no more of each slot than it holds
                 return varlen.varlen_attn(
                     query,
@@ -211,11 +210,14 @@ class StaticCache:
                     self.borders,
                     1,
                     length,
-                    enable_gqa=grouped,
+                    enable_gqa=query.shape[1] != key.shape[1],
                     seqused_k=lengths,
                 )
-            return F.scaled_dot_product_attention(
-                query[:, :, None], keys.transpose(1, 2), values.transpose(1, 2), attn_mask=seen, enable_gqa=grouped
-            )[:, :, 0]
+            # The query heads that share a key head stand where several queries would: nothing is copied for them.
+            shared = query.unflatten(1, (key.shape[1], -1))
+            output = F.scaled_dot_product_attention(
+                shared, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=seen
+            )
+            return output.flatten(1, 2)
 
         return attend

@@ -188,7 +188,7 @@ class ForcedResults:
         """Raises UserError where results can't be written in this tokenizer's tokens."""
         self.tokenizer = tokenizer
         pieces = enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
-        self._with_equals = frozenset(index for index, piece in pieces if "=" in piece or piece == "<0x3D>")
+        self._with_equals = frozenset(index for index, piece in pieces if piece and ("=" in piece or piece == "<0x3D>"))
         example = "She has <<1+2=3>>"
         ids = self._ids(example)
         opened = next((number for number, index in enumerate(ids, start=1) if index in self._with_equals), 0)

@@ -313,7 +313,7 @@ class Batch:
 
 
 def collate(examples: Sequence[Example], rows: int = ROWS) -> Batch:
-    """Concatenate ``examples`` into one `Batch`, filled up to a multiple of ``rows``."""
+    """Concatenate ``examples`` into one `Batch`, filled up to a multiple of ``rows`` (where `Batch` says `ROWS`)."""
     if filler := -sum(len(example.input_ids) - 1 for example in examples) % rows:
         examples = [*examples, Example([0] * (filler + 1), [IGNORE] * (filler + 1))]
     input_ids, position_ids, borders, loss_positions, labels = [], [], [0], [], []

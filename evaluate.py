@@ -25,7 +25,7 @@ from config import (
     positive_float,
     positive_number,
 )
-from errors import UserError, run_script
+from errors import UserError, one_line, run_script
 
 TEMPERATURE = 0.7  # of samples, where none is given: the one of gsm8k-ScRel's majority votes
 
@@ -143,21 +143,25 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
     identity = identify(source, weights_identity(folder), arguments.split, all_problems)
     work = Work(model, tokenizer, problems, prompts, config)
 
-    scores, is_new = evaluate_greedily(work, output, identity, None, arguments.verify_batching)
-    news = {"exact_match": scores["exact_match"]} if is_new else {}
+    # All of them before the first is decoded: what can't go on is refused at once, and not after the others.
+    stages = [(PredictionsFile(output, identity, len(problems)), None, None)]
     if calculator:
-        with_it = identity | {"calculator": True}
-        found, is_new = evaluate_greedily(work, output / CALCULATOR, with_it, calculator, arguments.verify_batching)
-        news |= {"calculator_exact_match": found["exact_match"]} if is_new else {}
+        file = PredictionsFile(output / CALCULATOR, identity | {"with_calculator": True}, len(problems))
+        stages.append((file, calculator, None))
     if arguments.samples:
-        drawn = {"temperature": arguments.temperature, "seed": config.seed, "calculator": config.calculator}
-        found, is_new = evaluate_samples(work, output / SAMPLES, identity | drawn, calculator, arguments.samples)
-        news |= {f"maj_at_{k}": share for k, share in found["maj_at"].items()} if is_new else {}
-    scores |= scores_beside(output / PREDICTIONS_FILE, scores)[0]
-    write_scores(output, scores)
-    if news and len(problems) == len(all_problems):
-        track(source, arguments.split, scores, news)
-    print_tables(scores, f"{source.path} on {arguments.split}")
+        drawn = {"temperature": arguments.temperature, "seed": config.seed, "with_calculator": config.calculator}
+        file = PredictionsFile(output / SAMPLES, identity | drawn, len(problems), arguments.samples)
+        stages.append((file, calculator, drawn))
+    found, news = [], {}
+    try:
+        for predictions, calculator, drawn in stages:
+            scores, is_new = evaluate_one(work, predictions, calculator, drawn, arguments.verify_batching)
+            found.append(scores)
+            news |= headlines(scores) if is_new else {}
+    finally:  # a stop in one stage takes nothing from the score of those before
+        if news and len(problems) == len(all_problems):
+            track(source, arguments.split, identity, news)
+    finish(found[0], output / PREDICTIONS_FILE, output, f"{source.path} on {arguments.split}")
     print(f"results: {output}")
 
 
@@ -165,23 +169,19 @@ def rescore(file: Path, output: Path | None) -> None:
     """Score a ``predictions.jsonl`` again; ``scores.json`` goes beside it, or under ``output``."""
     rows = read_predictions(file)
     identity = read_identity(file.with_name(IDENTITY_FILE)) or read_identity(file.with_name(SCORES_FILE))
+    identity = {key: value for key, value in identity.items() if key not in (CALCULATOR, SAMPLES)}
     if "num_problems" not in identity:
         identity["num_problems"] = len({row["id"] for row in rows})
         print(
             f"{file}: nothing beside it says how many problems were asked: taken to be all {identity['num_problems']}"
         )
     scores = identity | score_rows(rows, identity, file) | said_before(file.parent)
-    beside, left_out = scores_beside(file, scores)
-    scores |= beside
-    for other in left_out:
-        print(f"{other}: is not complete, or of another evaluation: left out of {SCORES_FILE}")
     folder = output or file.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_scores(folder, scores)
+        finish(scores, file, folder, str(file))
     except OSError as error:
         raise UserError(f"{folder}: can't be written ({error.strerror}): choose another --output") from None
-    print_tables(scores, str(file))
 
 
 def compare(first: Path, second: Path) -> None:
@@ -244,39 +244,41 @@ class Work:
         return self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
 
 
-def evaluate_greedily(
-    work: Work, output: Path, identity: dict[str, Any], calculator: ForcedResults | None, count: int | None
+def evaluate_one(
+    work: Work,
+    predictions: PredictionsFile,
+    calculator: ForcedResults | None,
+    drawn: dict[str, Any] | None,
+    count: int | None,
 ) -> tuple[dict[str, Any], bool]:
-    """Decode what ``output`` does not hold yet, verify ``count`` of all (`verify_batching`), and score.
+    """Decode what ``predictions`` does not hold yet, verify ``count`` of all (`verify_batching`), and score.
+
+    Args:
+        drawn: see `decode`; samples are not verified, since Transformers draws otherwise.
 
     Returns:
-        What went into ``scores.json``, and whether anything was decoded.
+        What went into the ``scores.json`` beside it, and whether anything was decoded.
     """
-    with PredictionsFile(output, identity, len(work.problems)) as predictions:
-        speed, completions = decode(work, predictions, calculator)
-        said = speed or said_before(output)
-        if speed or count is not None or "verified_batching" not in said:
+    with predictions:
+        speed, completions = decode(work, predictions, calculator, drawn)
+        said = speed or said_before(predictions.folder)
+        if drawn is None and (speed or count is not None or "verified_batching" not in said):
             said = said | verify_batching(count, work, predictions, completions, calculator)
     rows = list(predictions.rows.values())
     scores = predictions.identity | score_rows(rows, predictions.identity, predictions.file) | said
-    write_scores(output, scores | scores_beside(predictions.file, scores)[0])
+    write_scores(predictions.folder, scores | scores_beside(predictions.file, scores)[0])
     return scores, bool(speed)
 
 
-def evaluate_samples(
-    work: Work, output: Path, identity: dict[str, Any], calculator: ForcedResults | None, num_samples: int
-) -> tuple[dict[str, Any], bool]:
-    """Draw the samples that ``output`` does not hold yet, and score; returns as `evaluate_greedily`."""
-    with PredictionsFile(output, identity, len(work.problems), num_samples) as predictions:
-        speed, _ = decode(work, predictions, calculator, identity)
-    rows = list(predictions.rows.values())
-    scores = predictions.identity | score_rows(rows, predictions.identity, predictions.file)
-    write_scores(output, scores | (speed or said_before(output)))
-    return scores, bool(speed)
+def headlines(scores: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a stage that W&B and metrics.jsonl get."""
+    if "maj_at" in scores:
+        return {f"maj_at_{k}": share for k, share in scores["maj_at"].items()}
+    return {"calculator_exact_match" if scores.get("with_calculator") else "exact_match": scores["exact_match"]}
 
 
 def decode(
-    work: Work, predictions: PredictionsFile, calculator: ForcedResults | None, drawn: dict[str, Any] | None = None
+    work: Work, predictions: PredictionsFile, calculator: ForcedResults | None, drawn: dict[str, Any] | None
 ) -> tuple[dict[str, Any], dict[Key, Completion]]:
     """Write every completion that ``predictions`` does not hold yet, each as soon as it is finished.
 
@@ -287,13 +289,12 @@ def decode(
         ``seconds`` that it took, and ``tokens_per_second``, without what was there before (nothing
         where all was); and the completions that were not there before.
     """
-    waiting, total = predictions.missing(), predictions.size
+    waiting, total, unit = predictions.missing(), predictions.size, "sample" if drawn else "problem"
     if len(waiting) < total:
-        what = "completions" if drawn else "problems"
-        print(f"going on: {total - len(waiting)} of {total} {what} are in {predictions.file}")
+        print(f"going on: {total - len(waiting)} of {total} {unit}s are in {predictions.file}")
     started, tokens, completions = time.perf_counter(), 0, {}
     title = "sampling" if drawn else "calculating" if calculator else "decoding"
-    with tqdm(total=total, initial=total - len(waiting), desc=title, unit="problem", disable=None) as bar:
+    with tqdm(total=total, initial=total - len(waiting), desc=title, unit=unit, disable=None) as bar:
         for completion in generated(work, waiting, calculator, drawn):
             key = waiting[completion.index]
             num_tokens = len(completion.token_ids) + (completion.stop == "eos")
@@ -397,17 +398,18 @@ def scores_beside(greedy: Path, scores: dict[str, Any]) -> tuple[dict[str, Any],
         file = greedy.parent / name / PREDICTIONS_FILE
         if not file.exists():
             continue
-        identity, rows = read_identity(file.with_name(IDENTITY_FILE)), read_predictions(file, drop_cut_line=True)
-        if len(rows) < scores["num_problems"] * identity.get("num_samples", 1) or any(
-            identity.get(key) != scores.get(key) for key in same
-        ):
+        try:
+            identity = read_identity(file.with_name(IDENTITY_FILE))
+            if any(identity.get(key) != scores.get(key) for key in same):
+                raise UserError(f"{file}: of another evaluation")
+            rows = read_predictions(file, drop_cut_line=True)
+            one = score_rows(rows, identity, file)
+            one |= analysis.gain(read_predictions(greedy), rows) if name == CALCULATOR else {}
+        except UserError:  # whatever is wrong there, it takes nothing from the greedy score
             left_out.append(file)
             continue
-        found[name] = score_rows(rows, identity, file)
-        if name == CALCULATOR:
-            found[name] |= analysis.gain(read_predictions(greedy), rows)
-        else:
-            found[name] = {key: identity.get(key) for key in ("temperature", "seed", "calculator")} | found[name]
+        shown = ("temperature", "seed", "with_calculator")
+        found[name] = {key: identity[key] for key in shown if key in identity} | one
     return found, left_out
 
 
@@ -415,25 +417,34 @@ def write_scores(folder: Path, scores: dict[str, Any]) -> None:
     replace_file(folder / SCORES_FILE, json.dumps(scores, indent=2) + "\n")
 
 
+def finish(scores: dict[str, Any], file: Path, folder: Path, title: str) -> None:
+    """Write ``scores``, of ``file``, into ``folder``, with those of what stands beside it, and print all of them."""
+    beside, left_out = scores_beside(file, scores)
+    write_scores(folder, scores | beside)
+    for other in left_out:
+        print(f"{other}: is not complete, or of another evaluation: left out of {SCORES_FILE}")
+    print_tables(scores | beside, title)
+
+
 def print_tables(scores: dict[str, Any], title: str) -> None:
     if "maj_at" in scores:
-        print(scoring.samples_table(scores, title))
+        print(scoring.samples_table(scores, one_line(title)))
         return
     print(scoring.score_table(scores, title))
     print(analysis.analysis_table(scores))
     if CALCULATOR in scores:
         print(analysis.gain_line(scores[CALCULATOR]))
     if SAMPLES in scores:
-        print(scoring.samples_table(scores[SAMPLES], "  samples:"))
+        print(scoring.samples_table(scores[SAMPLES], "  drawn"))
 
 
-def track(source: Source, split: str, scores: dict[str, Any], news: dict[str, float]) -> None:
+def track(source: Source, split: str, identity: dict[str, Any], news: dict[str, float]) -> None:
     """Log ``news`` into the run that the checkpoint comes from, if data and decoding are the run's own."""
     if source.description is None or source.run_folder is None:
         return
     trained = source.description["settings"]
-    same = all(scores[key] == trained.get(key) for key in ("prompt", "max_new_tokens", "dtype"))
-    same &= scores["data_sha256"] == source.description["data"].get(f"{split}_sha256")
+    same = all(identity[key] == trained.get(key) for key in ("prompt", "max_new_tokens", "dtype"))
+    same &= identity["data_sha256"] == source.description["data"].get(f"{split}_sha256")
     if not same:
         print("not logged as the run's score: data or settings are not those of the run")
         return

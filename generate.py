@@ -9,6 +9,7 @@ attended to up to its own length only, so a completion does not depend on its ne
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ PREFILL_TOKENS = 8192  # most prompt tokens in one forward pass
 PREFILL_ROWS = 16  # its rows are filled up to a multiple of this; see `data.ROWS`
 # More slots than this gain nothing: the products of a step then take longer in proportion.
 MOST_SLOTS = {"cpu": 128, "cuda": 256}
+WORTH_PACKING = 8  # prompts from which on a copy of the weights pays; see `linear.packed_weights`
 ARGMAX_PART = 128  # logits; see `argmax`
 GRAPHED = {"cuda"}  # devices on which a step has fixed shapes
 # Of the free memory, what the cache may take: the rest is for the prompts' forward pass.
@@ -94,13 +96,12 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
 
     On the CPU that reads one number after the other; a maximum of each part first takes a third of the time.
     """
-    parts = ARGMAX_PART * (logits.device.type == "cpu" and logits.shape[-1] % ARGMAX_PART == 0)
-    if not parts:
+    if logits.device.type != "cpu" or logits.shape[-1] % ARGMAX_PART:
         return logits.argmax(dim=-1)
-    split = logits.unflatten(-1, (-1, parts))
-    part = split.amax(dim=-1).argmax(dim=-1)
-    within = split[torch.arange(len(part)), part].argmax(dim=-1)
-    return part * parts + within
+    parts = logits.unflatten(-1, (-1, ARGMAX_PART))
+    chosen = parts.amax(dim=-1).argmax(dim=-1)
+    within = parts[torch.arange(len(chosen)), chosen].argmax(dim=-1)
+    return chosen * ARGMAX_PART + within
 
 
 def sample_decode(
@@ -116,8 +117,8 @@ def sample_decode(
 ) -> Iterator[Completion]:
     """Complete each prompt with tokens drawn from softmax(logits / temperature).
 
-    One number is drawn for each token, from a stream of the completion's own: what is written
-    depends on neither the neighbours nor on what was decoded before.
+    One number is drawn for each token, from a stream of the completion's own: it depends on
+    neither the neighbours nor on what was decoded before. Nor do the logits, in float32.
 
     Args:
         seeds: of each prompt's stream.
@@ -132,7 +133,9 @@ def sample_decode(
                 streams[one.index] = random.Random(seeds[one.index])
             numbers.append(streams[one.index].random())
         # The inverse of the distribution function. float64: 32,000 additions in float32 would lose the small ones.
-        summed = (logits.float() / temperature).softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+        logits = logits.double()
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # no temperature makes infinities of them
+        summed = logits.softmax(dim=-1).cumsum(dim=-1)
         wanted = torch.tensor(numbers, dtype=torch.float64, device=logits.device)[:, None] * summed[:, -1:]
         return torch.searchsorted(summed, wanted, right=True)[:, 0].clamp(max=logits.shape[-1] - 1).tolist()
 
@@ -142,26 +145,26 @@ def sample_decode(
 
 
 def plan_slots(model: LlamaForCausalLM, slots: int | None, length: int, prompts: int) -> int:
-    """How many slots for sequences of ``length`` tokens to decode ``prompts`` in.
+    """How many slots for sequences of ``length`` tokens to decode so many ``prompts`` in.
 
     Args:
-        slots: as the user set it; None: as many as pay and as fit into the free memory.
+        slots: the most, as the user set it; None: as many as pay. Of either no more than fit into
+            the free memory: they change no completion, and here hours may lie behind us.
 
     Raises:
-        UserError: so many do not fit.
+        UserError: not even one fits.
     """
     free, each = memory.free_bytes(model.device), slot_bytes(model, length)
     fit = int(CACHE_SHARE * free / each)
     most = min(prompts, MOST_SLOTS[model.device.type] if slots is None else slots)
-    if slots is None:
-        most = min(most, max(fit, 1))
-    if most > fit:
-        cure = f"decode_slots to {fit} or less, or null" if fit else "a smaller max_new_tokens, or free some memory"
+    if not fit:
         raise UserError(
-            f"decode_slots {'null' if slots is None else slots}: {most} slots of {length} tokens take "
-            f"{most * each / 1e9:.2f} GB, over {CACHE_SHARE:.0%} of the {free / 1e9:.2f} GB of free memory: set {cure}"
+            f"decoding {length} tokens takes {each / 1e9:.2f} GB of cache, over {CACHE_SHARE:.0%} of the "
+            f"{free / 1e9:.2f} GB of free memory: set a smaller max_new_tokens, or free some memory"
         )
-    return most
+    if slots is not None and fit < most:
+        print(f"decode_slots {slots}: {fit} fit into the {free / 1e9:.2f} GB of free memory, and are used")
+    return min(most, fit)
 
 
 # ---------------------------------------------------------------- the loop
@@ -181,7 +184,6 @@ def _decode(
         return
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
-    decoder = _Decoder(model, plan_slots(model, slots, longest, len(prompts)), longest)
     waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # pop() takes the longest first
     running: dict[int, Completion] = {}  # by slot
 
@@ -189,7 +191,8 @@ def _decode(
         """Write one token in each of the ``chosen`` slots; those that are finished leave."""
         completions = [running[slot] for slot in chosen]
         for slot, completion, token_id in zip(chosen, completions, choose(logits, completions), strict=True):
-            if completion.forced:
+            is_forced = bool(completion.forced)
+            if is_forced:
                 token_id = completion.forced.popleft()
             elif token_id in eos_token_ids:
                 completion.stop = "eos"
@@ -197,7 +200,7 @@ def _decode(
                 completion.token_ids.append(token_id)
                 if len(completion.token_ids) == limits[completion.index]:
                     completion.stop = "length"
-                elif calculator and (forced := calculator.after(completion.token_ids)):
+                elif calculator and not is_forced and (forced := calculator.after(completion.token_ids)):
                     completion.token_ids[-1] = forced[0]  # the newest token has not been read yet
                     completion.forced.extend(forced[1:])
             if completion.stop:
@@ -205,7 +208,8 @@ def _decode(
                 decoder.free.append(slot)
         return [completion for completion in completions if completion.stop]
 
-    with packed_weights(model):
+    with packed_weights(model) if len(prompts) >= WORTH_PACKING else nullcontext():
+        decoder = _Decoder(model, plan_slots(model, slots, longest, len(prompts)), longest)
         while waiting or running:
             while waiting and decoder.free:
                 admitted = _admit(waiting, prompts, decoder.free)
@@ -284,7 +288,9 @@ class StaticStep:
     def __init__(self, model: LlamaForCausalLM, cache: StaticCache):
         self.model, self.cache = model, cache
         self.token_ids, self.positions = (torch.zeros_like(cache.slots) for _ in range(2))
-        self._replay = self._capture() if model.device.type == "cuda" else self._run
+        # These read the positions on the host, which a graph can't.
+        by_host = model.model.rotary_emb.rope_type in ("dynamic", "longrope")
+        self._replay = self._capture() if model.device.type == "cuda" and not by_host else self._run
 
     def __call__(self, slots: list[int], newest: list[int], positions: list[int]) -> torch.Tensor:
         """The logits ``[n, vocabulary]`` after token ``newest`` at ``positions`` of n ``slots``."""

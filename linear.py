@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
+import memory
 from data import ROWS
 
 # Rows of a product that exist beside the sum they are added to.
@@ -122,13 +123,15 @@ def product_plus(layer: torch.nn.Linear, hidden: torch.Tensor, other: torch.Tens
 def packed_weights(model: LlamaForCausalLM) -> Iterator[None]:
     """Keep a second copy of the weights, in oneDNN's own layout, while nothing but decoding goes on in here.
 
-    Products of few rows read the weights rather than compute, and take up to half the time so. The
-    weights must not change meanwhile. Nothing happens where oneDNN does not compute.
+    Products of few rows spend their time on reading the weights, and this layout is read faster.
+    The weights must not change meanwhile. Nothing happens where oneDNN does not compute, or where
+    a copy would take more than half of the free memory.
     """
     layers = [layer for layer in model.modules() if type(layer) is Linear and layer.bias is None]
+    size, free = sum(layer.weight.nbytes for layer in layers), memory.free_bytes(model.device)
     try:
         for layer in layers:
-            if _by_onednn(layer.weight):
+            if _by_onednn(layer.weight) and size <= free / 2:
                 layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), ROWS)
         yield
     finally:

@@ -91,8 +91,12 @@ def _container_room() -> int | None:
     """What a control group (version 2) leaves of its memory; None where it sets no limit."""
     group = Path(CONTROL_GROUP)
     try:
-        return int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-    except (OSError, ValueError):  # "max"
+        used = int((group / "memory.current").read_text())
+        lines = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # Pages of files that were read or written count as used, and are given back when they are wanted.
+        cached = int(lines["inactive_file"]) + int(lines["active_file"])
+        return int((group / "memory.max").read_text()) - used + cached
+    except (OSError, KeyError, ValueError):  # "max"
         return None
 
 

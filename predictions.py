@@ -15,6 +15,7 @@ from errors import UserError, one_line
 # A kill loses no line that was written; this is what the loss of power may take. Each sync costs milliseconds.
 SECONDS_BETWEEN_SYNCS = 1.0
 PREDICTIONS_FILE, SCORES_FILE, IDENTITY_FILE = "predictions.jsonl", "scores.json", "evaluation.json"
+FIRST_BYTES = b'{"id": '  # of each line
 
 # Which completion a row is: of which problem, and which sample of it; greedy decoding writes one, number 0.
 Key = tuple[int, int]
@@ -31,31 +32,28 @@ class PredictionsFile:
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], num_problems: int, num_samples: int | None = None):
-        """Open ``folder``, and keep what an interrupted evaluation with the same identity left there.
+        """Read what an interrupted evaluation with the same identity left in ``folder``; nothing is written yet.
 
         Args:
             num_samples: of each problem; None for the one completion of greedy decoding.
 
         Raises:
             UserError: what is there belongs to another evaluation, or holds more than asked for
-                now, or the folder can't be written.
+                now, or can't be read.
         """
-        self.file = folder / PREDICTIONS_FILE
+        self.folder, self.file = folder, folder / PREDICTIONS_FILE
         self._asked = {"num_problems": num_problems} | ({"num_samples": num_samples} if num_samples else {})
         self.identity = identity | self._asked
         self.rows: dict[Key, dict[str, Any]] = {}
         self._synced = time.monotonic()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             if self.file.exists():
-                self._keep_finished(folder)
+                self._read_finished()
             elif others := [name for name in (SCORES_FILE, IDENTITY_FILE) if (folder / name).exists()]:
                 raise UserError(f"{folder}: holds {' and '.join(others)} of something else: choose another --output")
-            self._stream = self.file.open("a", encoding="utf-8")
-            replace_file(folder / IDENTITY_FILE, json.dumps(self.identity, indent=2) + "\n")
-            self.num_correct = sum(row["correct"] for row in self.rows.values())
         except OSError as error:
-            raise UserError(f"{folder}: can't be written ({error.strerror}): choose another --output") from None
+            raise UserError(f"{folder}: can't be read ({error.strerror}): choose another --output") from None
+        self.num_correct = sum(row["correct"] for row in self.rows.values())
 
     @property
     def size(self) -> int:
@@ -68,11 +66,14 @@ class PredictionsFile:
         asked = ((index, sample) for index in range(self._asked["num_problems"]) for sample in samples)
         return [key for key in asked if key not in self.rows]
 
-    def _keep_finished(self, folder: Path) -> None:
-        if b"\n" not in self.file.read_bytes():
-            return  # stopped before its first completion: nothing to mix with
-        cure = f"choose another --output, or move {folder} away"
-        if changed := differences(read_identity(folder / IDENTITY_FILE), self.identity):
+    def _read_finished(self) -> None:
+        cure = f"choose another --output, or move {self.folder} away"
+        content = self.file.read_bytes()
+        if b"\n" not in content:  # stopped before its first completion: nothing to mix with
+            if content[: len(FIRST_BYTES)] != FIRST_BYTES[: len(content)]:
+                raise UserError(f"{self.file}: is no {PREDICTIONS_FILE} of this program: {cure}")
+            return
+        if changed := differences(read_identity(self.folder / IDENTITY_FILE), self.identity):
             raise UserError(f"{self.file}: belongs to another evaluation ({'; '.join(changed)}): {cure}")
         rows = read_predictions(self.file, drop_cut_line=True)
         self.rows = {key_of(row): row for row in rows}
@@ -82,8 +83,6 @@ class PredictionsFile:
         for what, count in held.items():
             if count > (asked := self._asked.get(f"num_{what}", 1)):
                 raise UserError(f"{self.file}: holds {count} {what}, with {asked} asked for now: {cure}")
-        # Without the line that a kill cut in the middle.
-        replace_file(self.file, "".join(_json_line(row) for row in rows))
 
     def write(self, key: Key, problem: Problem, completion: str, stop: str, num_tokens: int) -> None:
         """Add one prediction as one whole line."""
@@ -110,6 +109,20 @@ class PredictionsFile:
         self.num_correct += row["correct"]
 
     def __enter__(self) -> "PredictionsFile":
+        """Open the file for more rows.
+
+        Raises:
+            UserError: the folder can't be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            whole = "".join(_json_line(row) for row in self.rows.values())
+            if self.file.exists() and self.file.read_bytes() != whole.encode():
+                replace_file(self.file, whole)  # without the line that a kill cut in the middle
+            self._stream = self.file.open("a", encoding="utf-8")
+            replace_file(self.folder / IDENTITY_FILE, json.dumps(self.identity, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.folder}: can't be written ({error.strerror}): choose another --output") from None
         return self
 
     def _sync(self) -> None:
@@ -174,10 +187,10 @@ def read_identity(file: Path) -> dict[str, Any]:
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """In what two evaluations differ, apart from how many problems they are of and how the checkpoint is spelt."""
     return [
-        f"{key} was {before.get(key)!r} and is {value!r}"
-        for key, value in now.items()
+        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in (before | now)
         # weights says which model it is
-        if key not in ("num_problems", "num_samples", "checkpoint") and before.get(key) != value
+        if key not in ("num_problems", "num_samples", "checkpoint") and before.get(key) != now.get(key)
     ]
 
 

@@ -204,7 +204,8 @@ def pass_at(k: int, num_samples: int, num_correct: int) -> float:
 def samples_table(scores: dict[str, Any], title: str) -> str:
     """The scores of samples as a few lines of text for people."""
     low, high = scores["ci95"]
-    lines = [f"{title} {scores['num_samples']} a problem at temperature {scores.get('temperature')}"]
+    drawn = f" at temperature {scores['temperature']}" if "temperature" in scores else ""
+    lines = [f"{title}: {scores['num_samples']} samples a problem{drawn}"]
     lines.append(f"    mean of all             {scores['exact_match']:8.2%}")
     for name, shown in (("maj_at", "maj@"), ("pass_at", "pass@")):
         shares = ", ".join(f"{shown}{k} {share:.2%}" for k, share in scores[name].items())

@@ -422,7 +422,10 @@ def write_sample(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, problem: data.Problem, config: Config
 ) -> str:
     """What the model writes for one validation problem, next to what the data set says."""
-    text, stop = complete(model, tokenizer, [problem], config)[0]
+    try:
+        text, stop = complete(model, tokenizer, [problem], config)[0]
+    except UserError as error:  # no memory for it: not worth a run
+        return f"  no sample: {error}"
     return f"  question: {problem.question!r}\n  model:    {text!r} ({stop})\n  gold:     {problem.answer!r}"
 
 

@@ -87,7 +87,7 @@ def our_decoder(arguments: argparse.Namespace) -> Callable[[list[tuple[list[int]
     import torch
 
     import memory
-    from generate import greedy_decode
+    from generate import greedy_decode, plan_slots
     from model import load_model, pick_device
 
     memory.keep_freed_memory()
@@ -95,8 +95,10 @@ def our_decoder(arguments: argparse.Namespace) -> Callable[[list[tuple[list[int]
 
     def decode(work: list[tuple[list[int], int]]) -> int:
         prompts, lengths = zip(*work, strict=True)
+        longest = max(len(prompt) + length for prompt, length in work)
+        arguments.slots_taken = plan_slots(model, arguments.slots, longest, len(work))
         completions = greedy_decode(
-            model, prompts, max_new_tokens=lengths, eos_token_ids=frozenset(), slots=arguments.slots
+            model, prompts, max_new_tokens=lengths, eos_token_ids=frozenset(), slots=arguments.slots_taken
         )
         return sum(len(completion.token_ids) for completion in completions)
 
@@ -191,7 +193,7 @@ def work_in_turns(arguments: argparse.Namespace) -> None:
         seconds = time.perf_counter() - started
         if tokens != sum(length for _, length in each):
             sys.exit(f"{arguments.worker} wrote {tokens} tokens, not {sum(length for _, length in each)}")
-        report(seconds=seconds, tokens=tokens, peak=peak_memory())
+        report(seconds=seconds, tokens=tokens, peak=peak_memory(), slots=getattr(arguments, "slots_taken", None))
 
 
 # ---------------------------------------------------------------- the race
@@ -201,6 +203,7 @@ def limit(arguments: argparse.Namespace, slots: int) -> float:
     """Tokens a second if a decoding step were its matrix products alone, for all slots in use."""
     import torch
 
+    import memory
     from linear import packed_weights
     from model import load_model, pick_device
 
@@ -216,25 +219,14 @@ def limit(arguments: argparse.Namespace, slots: int) -> float:
                 result = layer(inputs[layer.in_features])
             result[0, 0].item()
             seconds.append(time.perf_counter() - started)
+    del model, layers, layer, inputs, result
+    memory.release()
     return slots / statistics.median(seconds[2:])
 
 
-def slots_in_use(arguments: argparse.Namespace, work: list[tuple[list[int], int]]) -> int:
-    """As many as our own contender takes."""
-    import torch
-
-    from generate import plan_slots
-    from model import load_model, pick_device
-
-    model = load_model(arguments.folder, getattr(torch, arguments.dtype), pick_device())
-    longest = max(len(prompt) + length for prompt, length in work)
-    return plan_slots(model, arguments.slots, longest, len(work))
-
-
-def race(arguments: argparse.Namespace, work: list[tuple[list[int], int]]) -> None:
-    slots = arguments.slots = slots_in_use(arguments, work)
+def race(arguments: argparse.Namespace) -> None:
     keys = ("folder", "slots", "rounds", "dtype")
-    options = [f"--{key}={getattr(arguments, key)}" for key in keys]
+    options = [f"--{key}={getattr(arguments, key)}" for key in keys if getattr(arguments, key) is not None]
     contenders = [launch(__file__, name, options) for name in arguments.contenders]
     limits = []
     for number in range(arguments.rounds + 1):
@@ -242,14 +234,16 @@ def race(arguments: argparse.Namespace, work: list[tuple[list[int], int]]) -> No
             contender.step()
             last = contender.reports[-1]
             print(f"round {number} {contender.name}: {last['tokens'] / last['seconds']:.0f} tok/s", file=sys.stderr)
+        taken = (contender.reports[-1]["slots"] for contender in contenders)
+        slots = next((number for number in taken if number), arguments.slots or 64)
         limits.append(limit(arguments, slots))  # not before: while the others start, they take the processor
     for contender in contenders:
         contender.process.kill()
-    print_table(arguments, contenders, statistics.median(limits))
+    print_table(arguments, contenders, max(limits[1:]), slots)
 
 
-def print_table(arguments: argparse.Namespace, contenders: list[Contender], allowed: float) -> None:
-    print(f"matrix products alone: {allowed:.0f} tokens a second with {arguments.slots} slots in {arguments.dtype}")
+def print_table(arguments: argparse.Namespace, contenders: list[Contender], allowed: float, slots: int) -> None:
+    print(f"matrix products alone: {allowed:.0f} tokens a second with {slots} slots in {arguments.dtype}")
     print("| contender | useful tokens a second | seconds | peak memory, GB | share of the limit |")
     print("| --- | --- | --- | --- | --- |")
     speeds = {}
@@ -283,7 +277,7 @@ def main(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         arguments.folder = Path(folder)
         work = prepare(arguments.folder, arguments)
-        profile(arguments, work) if arguments.profile else race(arguments, work)
+        profile(arguments, work) if arguments.profile else race(arguments)
 
 
 if __name__ == "__main__":

@@ -251,8 +251,15 @@ def test_a_refused_evaluation_leaves_nothing_behind(call, run_folder: Path) -> N
     call(evaluate, "--ckpt", best, "--max_new_tokens", "5000").assert_user_error("1024 positions")
     assert not (run_folder / "eval").exists()
     (run_folder / "eval" / "test").mkdir(parents=True)
-    (run_folder / "eval" / "test" / "predictions.jsonl").write_text('{"id": 0, "que')  # killed in its first line
+    file = run_folder / "eval" / "test" / "predictions.jsonl"
+    file.write_text('{"id": 0, "que')  # killed in its first line
     assert call(evaluate, "--ckpt", best).code == 0
+    assert sorted(row["id"] for row in read(file.parent)[0]) == list(range(12))
+    (run_folder / "other").mkdir()
+    (run_folder / "other" / "predictions.jsonl").write_text("precious")
+    outcome = call(evaluate, "--ckpt", best, "--output", str(run_folder / "other"))
+    outcome.assert_user_error("is no predictions.jsonl of this program")
+    assert (run_folder / "other" / "predictions.jsonl").read_text() == "precious"
 
 
 def test_the_same_evaluation_again_changes_no_number(call, run_folder: Path) -> None:
@@ -352,6 +359,12 @@ def test_the_score_with_a_calculator_stands_beside_the_one_without(
     for again in (arguments, ["--rescore", str(tmp_path / "out" / "predictions.jsonl")]):
         assert call(evaluate, *again).code == 0
         assert read(tmp_path / "out")[1] == scores
+    own = read(tmp_path / "out" / "calculator")[1]
+    assert call(evaluate, "--rescore", str(tmp_path / "out" / "calculator" / "predictions.jsonl")).code == 0
+    assert read(tmp_path / "out" / "calculator")[1] == own and own["exact_match"] == 0.5
+    # A folder of one kind is not taken for another's: the calculator would help the headline.
+    elsewhere = [word.replace(str(tmp_path / "out"), str(tmp_path / "out" / "calculator")) for word in arguments]
+    call(evaluate, *elsewhere).assert_user_error("with_calculator was True and is None")
     files = [str(tmp_path / "out" / name / "predictions.jsonl") for name in (".", "calculator")]
     assert "won 3: ids 2, 6, 10" in call(evaluate, "--compare", *files).out
 
@@ -363,7 +376,7 @@ def test_calculator_decoding_is_verified(call, settings: dict[str, str], tmp_pat
     assert outcome.code == 0, outcome.err
     assert "verified: 4 of 4 completions with the calculator are those" in outcome.out
     rows, scores = read(tmp_path / "calculator")
-    assert len(rows) == 12 and scores["calculator"] is True and scores["verified_batching"]["differences"] == 0
+    assert len(rows) == 12 and scores["with_calculator"] is True and scores["verified_batching"]["differences"] == 0
 
 
 def test_samples(call, settings: dict[str, str], tmp_path: Path) -> None:
@@ -382,7 +395,7 @@ def test_samples(call, settings: dict[str, str], tmp_path: Path) -> None:
     assert len(found["c"]) == 48 and len(set(found["c"].values())) > 24
     assert found["a"] == found["b"] == {key: text for key, text in found["c"].items() if key[1] < 3}
     arguments = ["--ckpt", settings["model"], *flags(settings), "--output", str(tmp_path / "a")]
-    assert "36 of 48 completions are in" in call(evaluate, *arguments, "--samples", "4").out
+    assert "36 of 48 samples are in" in call(evaluate, *arguments, "--samples", "4").out
     assert {(row["id"], row["sample"]): row["completion"] for row in read(tmp_path / "a" / "samples")[0]} == found["c"]
     outcome = call(evaluate, *arguments, "--samples", "3")
     outcome.assert_user_error("holds 4 samples, with 3 asked for now")
@@ -390,6 +403,9 @@ def test_samples(call, settings: dict[str, str], tmp_path: Path) -> None:
     outcome.assert_user_error("belongs to another evaluation", "temperature was 0.7 and is 0.5")
     outcome = call(evaluate, *arguments, "--samples", "4", "--seed", "1")
     outcome.assert_user_error("seed was 0 and is 1")
+    outcome = call(evaluate, *arguments, "--samples", "4", "--calculator", "true")
+    outcome.assert_user_error("with_calculator was False and is True")
+    assert not (tmp_path / "a" / "calculator").exists()  # refused before the calculator's turn
     scores = read(tmp_path / "a")[1]
     for folder in (tmp_path / "a", tmp_path / "a" / "samples"):
         before = read(folder)[1]
@@ -408,6 +424,10 @@ def test_interrupted_samples_go_on(call, settings: dict[str, str], tmp_path: Pat
     file.write_bytes(content[: len(content) // 2])
     outcome = call(evaluate, "--rescore", str(tmp_path / "predictions.jsonl"))
     assert "is not complete" in outcome.out and "samples" not in read(tmp_path)[1]
+    file.write_bytes(b"damaged\n")  # what stands beside takes nothing from the greedy score
+    outcome = call(evaluate, "--rescore", str(tmp_path / "predictions.jsonl"))
+    assert outcome.code == 0 and "is not complete" in outcome.out
+    file.write_bytes(content[: len(content) // 2])
     assert call(evaluate, *arguments).code == 0
     again, rescored = read(tmp_path / "samples")
     assert sorted(again, key=str) == sorted(whole, key=str)
@@ -428,3 +448,26 @@ def test_interrupted_samples_go_on(call, settings: dict[str, str], tmp_path: Pat
 def test_mistyped_samples(call, settings: dict[str, str], arguments: list[str], fragment: str) -> None:
     base = [] if "--rescore" in arguments else ["--ckpt", settings["model"], *flags(settings)]
     call(evaluate, *base, *arguments).assert_user_error(fragment)
+
+
+def test_a_stop_among_the_samples_takes_nothing_from_the_greedy_score(
+    call, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against an exact match that is never logged, since the rerun decodes nothing."""
+
+    def stopped(*arguments, **settings):
+        raise KeyboardInterrupt
+        yield
+
+    def logged() -> dict[str, float]:
+        return json.loads((run_folder / "metrics.jsonl").read_text().splitlines()[-1])
+
+    arguments = ["--ckpt", str(run_folder / "best"), "--samples", "2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "sample_decode", stopped)
+        assert call(evaluate, *arguments).code == 130
+    assert logged()["eval/exact_match"] == read(run_folder / "eval" / "test")[1]["exact_match"]
+    assert call(evaluate, *arguments).code == 0
+    assert {"eval/maj_at_1", "eval/maj_at_2"} <= logged().keys() and "eval/exact_match" not in logged()
+    assert call(evaluate, *arguments[:2], "--calculator", "true").code == 0
+    assert "eval/calculator_exact_match" in logged() and "eval/exact_match" not in logged()

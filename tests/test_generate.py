@@ -162,10 +162,13 @@ def test_finished_completions_come_before_the_rest_is_done(sharp, references, pr
 
 
 class Insisting:
-    """A calculator that has three tokens of its own in the place of the third and behind it."""
+    """A calculator that has three tokens of its own in the place of the third and behind it.
+
+    It would say so again of the second of them: what is forced must not be asked about.
+    """
 
     def after(self, token_ids: list[int]) -> list[int]:
-        return [5, 6, 7] if len(token_ids) == 3 else []
+        return [5, 6, 7] if len(token_ids) == 3 or token_ids[-2:] == [5, 6] else []
 
 
 @pytest.mark.usefixtures("either_cache")
@@ -222,6 +225,17 @@ def test_samples_hang_on_their_seed_alone(sharp, prompts: list[list[int]]) -> No
     assert samples(sharp, prompts, [f"other {seed}" for seed in seeds]) != expected
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e300])
+def test_extreme_temperatures(sharp, references, prompts: list[list[int]], temperature: float) -> None:
+    """Guards against infinities, and draws from NaN."""
+    eos, expected = references
+    found = samples(sharp, prompts[:4], list("abcd"), temperature=temperature, eos_token_ids=eos)
+    if temperature < 1:
+        assert found == [one.token_ids for one in expected[:4]]
+    else:
+        assert len({tuple(ids) for ids in found}) == 4
+
+
 def test_samples_have_the_probabilities_of_the_model(sharp, prompts: list[list[int]]) -> None:
     """Guards against a temperature that multiplies, and an off-by-one in the inverse distribution function."""
     prompt, count, temperature = prompts[3], 4000, 2.5
@@ -247,7 +261,7 @@ def test_a_low_temperature_is_greedy(sharp, references, prompts: list[list[int]]
 # ---------------------------------------------------------------- memory
 
 
-def test_slots_are_planned_from_the_free_memory(sharp, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slots_are_planned_from_the_free_memory(sharp, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """Guards against a cache that runs out of memory in the middle of an evaluation."""
     each = cache.slot_bytes(sharp, 100)
     assert each == 2 * 2 * 2 * 8 * 128 * 4  # keys and values, layers, heads, head_dim, whole blocks, float32
@@ -260,8 +274,9 @@ def test_slots_are_planned_from_the_free_memory(sharp, monkeypatch: pytest.Monke
     free(9.5)
     assert [plan_slots(sharp, None, 100, prompts) for prompts in (4, 9, 1000)] == [4, 9, 9]
     assert plan_slots(sharp, 9, 100, 1000) == 9 and plan_slots(sharp, 50, 100, 7) == 7
-    with pytest.raises(UserError, match=r"decode_slots 10: 10 slots of 100 tokens.* set decode_slots to 9 or less"):
-        plan_slots(sharp, 10, 100, 1000)
+    assert capsys.readouterr().out == ""
+    assert plan_slots(sharp, 10, 100, 1000) == 9
+    assert capsys.readouterr().out.startswith("decode_slots 10: 9 fit into the ")
     free(1000)
     assert plan_slots(sharp, None, 100, 10**6) == generate.MOST_SLOTS["cpu"] and plan_slots(sharp, 500, 100, 600) == 500
     free(0.5)
@@ -276,7 +291,8 @@ def test_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "CONTROL_GROUP", str(tmp_path))
     assert 2**20 < memory.free_bytes(cpu) < 2**50
     (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 200\nactive_file 30\n")  # files can go
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.free_bytes(cpu) > 2**20
     (tmp_path / "memory.max").write_text("5000\n")
-    assert memory.free_bytes(cpu) == 4000
+    assert memory.free_bytes(cpu) == 4230
