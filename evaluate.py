@@ -154,8 +154,8 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
         stages.append((file, calculator, drawn))
     found, news = [], {}
     try:
-        for predictions, calculator, drawn in stages:
-            scores, is_new = evaluate_one(work, predictions, calculator, drawn, arguments.verify_batching)
+        for stage in stages:
+            scores, is_new = evaluate_one(work, *stage, arguments.verify_batching)
             found.append(scores)
             news |= headlines(scores) if is_new else {}
     finally:  # a stop in one stage takes nothing from the score of those before
@@ -266,7 +266,9 @@ def evaluate_one(
             said = said | verify_batching(count, work, predictions, completions, calculator)
     rows = list(predictions.rows.values())
     scores = predictions.identity | score_rows(rows, predictions.identity, predictions.file) | said
-    write_scores(predictions.folder, scores | scores_beside(predictions.file, scores)[0])
+    before = read_identity(predictions.folder / SCORES_FILE)
+    beside = {name: before[name] for name in (CALCULATOR, SAMPLES) if name in before}  # until `finish` looks again
+    write_scores(predictions.folder, scores | beside)
     return scores, bool(speed)
 
 
@@ -287,7 +289,7 @@ def decode(
 
     Returns:
         ``seconds`` that it took, and ``tokens_per_second``, without what was there before (nothing
-        where all was); and the completions that were not there before.
+        where all was); and the greedy completions that were not there before.
     """
     waiting, total, unit = predictions.missing(), predictions.size, "sample" if drawn else "problem"
     if len(waiting) < total:
@@ -299,7 +301,8 @@ def decode(
             key = waiting[completion.index]
             num_tokens = len(completion.token_ids) + (completion.stop == "eos")
             predictions.write(key, work.problems[key[0]], work.text(completion), completion.stop, num_tokens)
-            completions[key] = completion
+            if drawn is None:  # to be verified; samples are many
+                completions[key] = completion
             tokens += num_tokens
             rate = tokens / (time.perf_counter() - started)
             bar.update()

@@ -32,7 +32,7 @@ PREFILL_ROWS = 16  # its rows are filled up to a multiple of this; see `data.ROW
 MOST_SLOTS = {"cpu": 128, "cuda": 256}
 WORTH_PACKING = 8  # prompts from which on a copy of the weights pays; see `linear.packed_weights`
 ARGMAX_PART = 128  # logits; see `argmax`
-GRAPHED = {"cuda"}  # devices on which a step has fixed shapes
+FIXED_SHAPES = {"cuda"}  # devices on which each step is one of all slots
 # Of the free memory, what the cache may take: the rest is for the prompts' forward pass.
 CACHE_SHARE = 0.8
 
@@ -251,7 +251,7 @@ class _Decoder:
         """``length``: of the longest sequence."""
         self.model = model
         self.free = list(reversed(range(slots)))
-        if model.device.type in GRAPHED:
+        if model.device.type in FIXED_SHAPES:
             self.cache = StaticCache(model, slots, length)
             self._static_step = StaticStep(model, self.cache)
         else:

@@ -50,7 +50,7 @@ def _onednn(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 # For compiled code one call that the compiler does not look into: its own rule for this operator fails on our operands.
-_compiled_onednn = torch.library.custom_op("linear::product", _onednn, mutates_args=())
+_compiled_onednn = torch.library.custom_op("gsm8k::product", _onednn, mutates_args=())
 _compiled_onednn.register_fake(lambda left, right: left.new_empty(left.shape[0], right.shape[1]))
 
 

@@ -101,7 +101,13 @@ def forward_packed(model: LlamaForCausalLM, batch: Batch, wanted: torch.Tensor |
 
 
 def _parts(model: LlamaForCausalLM, recompute: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What a layer does before and after its attention: as it is, compiled, or keeping less for the backward pass."""
+    """What a layer does before and after its attention.
+
+    As it is, compiled, keeping less for the backward pass, or without one.
+    """
+    # Not under no_grad: that is also where tensors are made again for a backward pass, bit for bit.
+    if torch.is_inference_mode_enabled():
+        return _before_attention_in_decoding, _after_attention_in_decoding
     if torch.is_grad_enabled() and getattr(model.model, "compiled", False):
         return _compiled_parts()
     if torch.is_grad_enabled() and not recompute:
@@ -140,8 +146,6 @@ def _before_attention(
     with remade(normed, lambda: _norm(hidden, norm)):
         query, key, value = attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed)
     query, key, value = (tensor.unflatten(-1, (-1, attention.head_dim)) for tensor in (query, key, value))
-    if _no_gradients_ever():
-        return _rotate(query, cos, sin, 1), _rotate(key, cos, sin, 1), value
     return Rotate.apply(query, cos, sin), Rotate.apply(key, cos, sin), value
 
 
@@ -149,11 +153,6 @@ def _after_attention(
     layer: "LlamaDecoderLayer", hidden: torch.Tensor, attended: torch.Tensor, remade: Remade = _kept
 ) -> torch.Tensor:
     mlp, norm = layer.mlp, layer.post_attention_layernorm
-    if _no_gradients_ever():
-        hidden = product_plus(layer.self_attn.o_proj, attended.flatten(-2), hidden)
-        normed = _norm(hidden, norm)
-        activated = product_times(mlp.up_proj, normed, product_silu(mlp.gate_proj, normed))
-        return product_plus(mlp.down_proj, activated, hidden)
     hidden = hidden + layer.self_attn.o_proj(attended.flatten(-2))
     normed = _norm(hidden, norm)
     with remade(normed, lambda: _norm(hidden, norm)):
@@ -163,18 +162,38 @@ def _after_attention(
         return hidden + mlp.down_proj(activated)
 
 
-def _no_gradients_ever() -> bool:
-    """Whether this is decoding; no_grad alone is also what makes tensors again for a backward pass, bit for bit."""
-    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+def _before_attention_in_decoding(
+    layer: "LlamaDecoderLayer", hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    attention, normed = layer.self_attn, _norm_in_decoding(hidden, layer.input_layernorm)
+    query, key, value = (
+        projection(normed).unflatten(-1, (-1, attention.head_dim))
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    return _rotate(query, cos, sin, 1), _rotate(key, cos, sin, 1), value
+
+
+def _after_attention_in_decoding(
+    layer: "LlamaDecoderLayer", hidden: torch.Tensor, attended: torch.Tensor
+) -> torch.Tensor:
+    mlp = layer.mlp
+    hidden = product_plus(layer.self_attn.o_proj, attended.flatten(-2), hidden)
+    normed = _norm_in_decoding(hidden, layer.post_attention_layernorm)
+    activated = product_times(mlp.up_proj, normed, product_silu(mlp.gate_proj, normed))
+    return product_plus(mlp.down_proj, activated, hidden)
+
+
+def _norm_in_decoding(hidden: torch.Tensor, norm: "LlamaRMSNorm") -> torch.Tensor:
+    if hidden.is_cuda or hidden.dtype != torch.float32:
+        return _norm(hidden, norm)
+    length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)  # fewer passes over it than `RMSNorm`
+    scale = length.square_().div_(hidden.shape[-1]).add_(norm.variance_epsilon).rsqrt_()
+    return (hidden * scale).mul_(norm.weight)
 
 
 def _norm(hidden: torch.Tensor, norm: "LlamaRMSNorm") -> torch.Tensor:
     if hidden.is_cuda:  # one kernel there
         return F.rms_norm(hidden, (hidden.shape[-1],), norm.weight, norm.variance_epsilon)
-    if _no_gradients_ever() and hidden.dtype == torch.float32:  # fewer passes over it
-        length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
-        scale = length.square_().div_(hidden.shape[-1]).add_(norm.variance_epsilon).rsqrt_()
-        return (hidden * scale).mul_(norm.weight)
     return RMSNorm.apply(hidden, norm.weight, norm.variance_epsilon)
 
 

@@ -74,7 +74,7 @@ def references(sharp_folder: Path, prompts: list[list[int]]) -> tuple[frozenset[
 @pytest.fixture(params=["bags", "static"])
 def either_cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU's cache, or CUDA's with its steps of fixed shapes; both with what was in their memory before: NaN."""
-    monkeypatch.setattr(generate, "GRAPHED", {"cpu"} if request.param == "static" else set())
+    monkeypatch.setattr(generate, "FIXED_SHAPES", {"cpu"} if request.param == "static" else set())
     original = cache.BagCache.__init__
 
     def dirty(self: cache.BagCache, *arguments) -> None:
