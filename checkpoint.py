@@ -1,18 +1,21 @@
-"""Checkpoints: whole or absent, and each says what it is.
+"""Checkpoints: whole or absent, checked by their hashes, and each says what it is.
 
 A checkpoint is a Hugging Face folder with a ``training.json``; ``last`` holds the state of the
 optimizer and of the random number generators beside that. It is written into a hidden sibling
-folder, synced to disk, and renamed into place; the predecessor goes only then.
+folder and synced to disk, its ``manifest.json`` with the size and hash of every file at the end,
+and then renamed into place. A run keeps ``best``, ``last`` and, as ``previous``, the last before it.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
+import xxhash
 from safetensors import SafetensorError
 
 from config import KEYS, Config, load_config, local_path, make_config, read_settings
@@ -22,20 +25,16 @@ if TYPE_CHECKING:
     import torch
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
+BEST, LAST, PREVIOUS = "best", "last", "previous"  # all checkpoints that a run has
 DESCRIPTION_FILE = "training.json"
-STATE_FILE = "state.safetensors"
+MANIFEST_FILE = "manifest.json"
 METRICS_FILE = "metrics.jsonl"
-
-# What may differ between a run and its resumption: nothing here changes which gradient a step has.
-FREE_SETTINGS = frozenset(
-    {
-        *("output_dir", "run_name", "micro_batch_tokens", "gradient_checkpointing", "compile", "log_every"),
-        *("checkpoint_steps", "resume", "max_new_tokens", "decode_slots", "calculator", "wandb_project", "wandb_mode"),
-    }
-)
-
-
-Progress = TypeVar("Progress")
+STATE_FILES = "state-*.safetensors"
+# Tensors are written in files of at most this size, so that no more of them is copied from a GPU at a time.
+PART_BYTES = 4 * 10**9
+# It finds damage, not forgery: what can write into the folder can write a manifest too. A cryptographic hash of the
+# 54 GB that Llama-2-7B's last has would take longer than writing them.
+HASH = "xxh3_128"
 
 
 # ---------------------------------------------------------------- writing
@@ -46,59 +45,119 @@ def save_checkpoint(
     model: "LlamaForCausalLM",
     tokenizer: "PreTrainedTokenizerBase",
     description: Mapping[str, Any],
-    state: "tuple[dict[str, torch.Tensor], dict[str, Any]] | None" = None,
+    state: "Mapping[str, torch.Tensor] | None" = None,
 ) -> None:
-    """Write model, tokenizer, ``training.json`` and, where given, what resuming needs.
+    """Write model, tokenizer, ``training.json`` and, where given, ``state`` into ``folder``, in place of what is there.
+
+    What ``last`` was before becomes ``previous``.
 
     Args:
-        state: the result of `pack_state`.
+        description: the content of ``training.json``.
 
     Raises:
-        UserError: the disk is full or not writable; an earlier checkpoint of this name is intact.
+        UserError: the disk is full or not writable; the earlier checkpoints are intact.
     """
-
-    def write(staged: Path) -> None:
-        model.save_pretrained(staged)
-        tokenizer.save_pretrained(staged)
-        content = dict(description)
-        if state is not None:
-            from safetensors.torch import save_file
-
-            save_file(state[0], staged / STATE_FILE)
-            content["state"] = state[1]
-        (staged / DESCRIPTION_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-    _replace_folder(folder, write)
-
-
-def _replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    staged, previous = _staged(folder), _previous(folder)
+    staged = _hidden(folder, "staged")
     try:
-        shutil.rmtree(staged, ignore_errors=True)
+        _remove_remains(folder)  # of a save that failed
         staged.mkdir(parents=True)
-        write(staged)
-        for file in staged.rglob("*"):
-            _sync(file)
-        _sync(staged)
-        if folder.exists():
-            shutil.rmtree(previous, ignore_errors=True)
-            folder.rename(previous)
-        staged.rename(folder)
-        _sync(folder.parent)
-        shutil.rmtree(previous, ignore_errors=True)
+        with _Seal(staged) as seal:
+            model.save_pretrained(staged, max_shard_size=PART_BYTES)
+            tokenizer.save_pretrained(staged)
+            seal.written()
+            for number, part in enumerate(_parts(state or {}), start=1):
+                from safetensors.torch import save_file
+
+                save_file(part, staged / STATE_FILES.replace("*", f"{number:05}"))
+                seal.written()
+            content = json.dumps(dict(description), indent=2) + "\n"
+            (staged / DESCRIPTION_FILE).write_text(content, encoding="utf-8")
+            seal.written()
+        _put_in_place(staged, folder)
     except (OSError, SafetensorError) as error:
+        shutil.rmtree(staged, ignore_errors=True)  # it may be what fills the disk
         raise UserError(
             f"{folder}: the checkpoint can't be written ({one_line(error)[:160]}); earlier ones are "
             "intact: make room or choose another --output_dir, then start again to resume"
         ) from error
 
 
-def _staged(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.staged")
+def _hidden(folder: Path, what: str) -> Path:
+    return folder.with_name(f".{folder.name}.{what}")
 
 
-def _previous(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.previous")
+def _parts(tensors: "Mapping[str, torch.Tensor]") -> "Iterator[dict[str, torch.Tensor]]":
+    part: dict[str, torch.Tensor] = {}
+    size = 0
+    for name, tensor in tensors.items():
+        if part and size + tensor.nbytes > PART_BYTES:
+            yield part
+            part, size = {}, 0
+        part[name] = tensor
+        size += tensor.nbytes
+    if part:
+        yield part
+
+
+class _Seal:
+    """Syncs and hashes the files of a folder while the next ones are written; at the end the manifest says it all."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._files: dict[str, Future[dict[str, Any]]] = {}
+        self._thread = ThreadPoolExecutor(1)
+
+    def written(self) -> None:
+        """All files that are in the folder by now are complete."""
+        for file in sorted(self._folder.rglob("*")):
+            name = file.relative_to(self._folder).as_posix()
+            if file.is_file() and name not in self._files:
+                self._files[name] = self._thread.submit(_sync_and_hash, file)
+
+    def __enter__(self) -> "_Seal":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=kind is not None)
+        if kind is None:
+            files = {name: future.result() for name, future in self._files.items()}
+            for folder in [path for path in self._folder.rglob("*") if path.is_dir()]:
+                _sync(folder)
+            replace_file(self._folder / MANIFEST_FILE, json.dumps({"files": files}, indent=2) + "\n")
+
+
+def _sync_and_hash(file: Path) -> dict[str, Any]:
+    _sync(file)
+    return {"size": file.stat().st_size, HASH: hash_file(file)}
+
+
+def hash_file(file: Path) -> str:
+    """XXH3 (128 bits) of a file's content."""
+    digest = xxhash.xxh3_128()
+    with file.open("rb", buffering=0) as stream:
+        while chunk := stream.read(2**24):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _put_in_place(staged: Path, folder: Path) -> None:
+    """Rename a complete checkpoint into place. Wherever that is cut, doing it again ends it (`_finish_saves`)."""
+    previous = folder.with_name(PREVIOUS)
+    if folder.name == LAST and folder.exists() and fault_of(folder, read=False) is None:
+        if previous.exists():
+            previous.rename(_hidden(previous, "removed"))
+        folder.rename(previous)
+    elif folder.exists():
+        folder.rename(_hidden(folder, "removed"))
+    staged.rename(folder)
+    _sync(folder.parent)
+    _remove_remains(folder)
+
+
+def _remove_remains(folder: Path) -> None:
+    previous = folder.with_name(PREVIOUS)
+    for remains in (_hidden(folder, "staged"), _hidden(folder, "removed"), _hidden(previous, "removed")):
+        shutil.rmtree(remains, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -118,99 +177,107 @@ def replace_file(file: Path, content: str | bytes) -> None:
     _sync(file.parent)
 
 
-def find_last(run_folder: Path) -> Path | None:
-    """The run's newest complete ``last``: also where a kill came between the two renames of a save."""
-    last = run_folder / "last"
-    return next((folder for folder in (last, _previous(last)) if (folder / DESCRIPTION_FILE).is_file()), None)
+def check_disk_space(run_folder: Path, weights: int, state: int) -> tuple[int, int]:
+    """Make sure that the checkpoints of a run fit on the disk.
 
+    Args:
+        weights, state: in bytes; ``best`` has the first, ``last`` and ``previous`` both, and so has
+            what is being written while all three stand there.
 
-# ---------------------------------------------------------------- what resuming needs
+    Returns:
+        The bytes that they take, and those that can be had.
 
-
-def random_state() -> "dict[str, torch.Tensor]":
-    """The states of all random number generators that training draws from, by name."""
-    import torch
-
-    devices = range(torch.cuda.device_count())
-    return {"random.cpu": torch.get_rng_state()} | {f"random.cuda.{n}": torch.cuda.get_rng_state(n) for n in devices}
-
-
-def set_random_state(state: "Mapping[str, torch.Tensor]") -> None:
-    import torch
-
-    torch.set_rng_state(state["random.cpu"])
-    for number in range(torch.cuda.device_count()):
-        if f"random.cuda.{number}" in state:
-            torch.cuda.set_rng_state(state[f"random.cuda.{number}"], number)
-
-
-def pack_state(
-    optimizer: "torch.optim.Optimizer", progress: Mapping[str, Any]
-) -> "tuple[dict[str, torch.Tensor], dict[str, Any]]":
-    """Optimizer and random states as named tensors, the rest as what JSON holds: nothing is pickled."""
-    import torch
-
-    tensors = random_state()
-    content = optimizer.state_dict()
-    scalars: dict[str, dict[str, Any]] = {}
-    for index, entries in content["state"].items():
-        for name, value in entries.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"optimizer.{index}.{name}"] = value
-            else:
-                scalars.setdefault(str(index), {})[name] = value
-    groups: list[dict[str, Any]] = []
-    for index, group in enumerate(content["param_groups"]):  # optimi counts its steps there
-        tensors |= {f"group.{index}.{name}": value for name, value in group.items() if isinstance(value, torch.Tensor)}
-        plain = (bool, int, float, str, type(None))
-        groups.append({name: value for name, value in group.items() if isinstance(value, plain)})
-    return tensors, {"progress": dict(progress), "optimizer": scalars, "groups": groups}
-
-
-def unpack_state(folder: Path, optimizer: "torch.optim.Optimizer", make_progress: Callable[..., Progress]) -> Progress:
-    """Restore what `pack_state` packed; returns the progress, made of its saved fields."""
-    from safetensors.torch import load_file
-
-    description = read_description(folder)
-    try:
-        tensors = load_file(folder / STATE_FILE)
-        scalars = description["state"]["optimizer"]
-        state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in scalars.items()}
-        groups = [
-            group | saved
-            for group, saved in zip(optimizer.state_dict()["param_groups"], description["state"]["groups"], strict=True)
-        ]
-        for key, tensor in tensors.items():
-            kind, index, name = key.split(".", 2) if key.count(".") > 1 else ("random", "", "")
-            if kind == "optimizer":
-                state.setdefault(int(index), {})[name] = tensor
-            elif kind == "group":
-                groups[int(index)][name] = tensor
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
-        set_random_state(tensors)
-        return make_progress(**description["state"]["progress"])
-    except Exception as error:  # safetensors and torch raise many types on a damaged file
+    Raises:
+        UserError: the first is more than the second.
+    """
+    needed = weights + 3 * (weights + state)
+    there = sum(
+        file.stat().st_size
+        for name in (BEST, LAST, PREVIOUS)
+        for file in (run_folder / name).rglob("*")
+        if file.is_file()
+    )
+    room = shutil.disk_usage(run_folder).free + there
+    if needed > room:
         raise UserError(
-            f"{folder}: is damaged ({one_line(error)[:160]}): delete it to start anew, or restore it from a copy"
-        ) from None
-
-
-def check_same_run(folder: Path, config: Config, data_sha256: str) -> None:
-    """Raises UserError where resuming with these settings would not continue the run saved in ``folder``."""
-    description = read_description(folder)
-    before, now = description["settings"], asdict(config)
-    changed = [
-        f"{key} was {before.get(key)!r} and is {now[key]!r}"
-        for key in KEYS
-        if key not in FREE_SETTINGS and before.get(key) != now[key]
-    ]
-    if description["data"].get("train_sha256") != data_sha256:
-        changed.append("the rows of the data set are not the same")
-    if changed:
-        raise UserError(
-            f"{folder}: can't go on with other settings: {'; '.join(changed)}: put them back, or start anew under "
-            "another --run_name"
+            f"{run_folder}: its checkpoints take {needed / 1e9:.1f} GB (best, last, the one before, and one being "
+            f"written), and {room / 1e9:.1f} GB can be had: make room or choose another --output_dir"
         )
+    return needed, room
+
+
+# ---------------------------------------------------------------- finding and verifying
+
+
+def newest_intact(run_folder: Path) -> Path | None:
+    """What training goes on from: ``last``, or where that is damaged ``previous``; None where there is neither.
+
+    A damaged ``last`` is set aside as ``last.damaged``, so that it never becomes ``previous``.
+
+    Raises:
+        UserError: what there is, is damaged.
+    """
+    _finish_saves(run_folder)
+    faults: list[str] = []
+    for folder in (run_folder / LAST, run_folder / PREVIOUS):
+        if not folder.exists():
+            continue
+        fault = fault_of(folder)
+        if fault is None:
+            if faults:
+                aside = _set_aside(run_folder / LAST)
+                print(f"{faults[0]} and is set aside as {aside.name}: going on from {folder}")
+            return folder
+        faults.append(f"{folder}: is damaged ({fault})")
+    if faults:
+        raise UserError("; ".join(faults) + ": restore it from a copy, or start anew under another --run_name")
+    return None
+
+
+def _finish_saves(run_folder: Path) -> None:
+    """Put in place what was complete when a kill came, and remove what was not."""
+    for folder in (run_folder / BEST, run_folder / LAST):
+        staged = _hidden(folder, "staged")
+        if staged.exists() and fault_of(staged, read=False) is None:
+            _put_in_place(staged, folder)
+        else:
+            _remove_remains(folder)
+
+
+def _set_aside(folder: Path) -> Path:
+    number, aside = 1, folder.with_name(f"{folder.name}.damaged")
+    while aside.exists():
+        number, aside = number + 1, folder.with_name(f"{folder.name}.damaged-{number + 1}")
+    return folder.rename(aside)
+
+
+def fault_of(folder: Path, read: bool = True) -> str | None:
+    """What is wrong with a checkpoint; None where it is whole.
+
+    Args:
+        read: whether to read all files and compare their hashes, and not their sizes alone.
+    """
+    try:
+        files = json.loads((folder / MANIFEST_FILE).read_bytes())["files"]
+        expected = {str(name): (int(entry["size"]), str(entry[HASH])) for name, entry in files.items()}
+    except FileNotFoundError:
+        return f"it has no {MANIFEST_FILE}, which a save writes last"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        return f"its {MANIFEST_FILE} can't be read: {one_line(error)[:120]}"
+    if DESCRIPTION_FILE not in expected:
+        return f"its {MANIFEST_FILE} does not name {DESCRIPTION_FILE}"
+    for name, (size, digest) in expected.items():
+        file = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"its {MANIFEST_FILE} names {name!r}, which is not in it"
+        try:
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size} bytes, and {MANIFEST_FILE} says {size}"
+            if read and hash_file(file) != digest:
+                return f"the content of {name} is not what was saved"
+        except (OSError, ValueError) as error:  # ValueError: no file can have this name
+            return f"{name!r} can't be read: {one_line(error)}"
+    return None
 
 
 # ---------------------------------------------------------------- reading
@@ -257,15 +324,17 @@ def resolve_source(ckpt: str | None, config_file: Path, typed: Mapping[str, str]
     """
     if ckpt is None:
         config = load_config(config_file, typed)
-        folder = local_path(config.output_dir) / config.run_name / "best"
+        folder = local_path(config.output_dir) / config.run_name / BEST
         if not folder.is_dir():
             raise UserError(f"{folder}: there is no such checkpoint: train first, or name one with --ckpt DIR")
         ckpt = str(folder)
     folder = local_path(ckpt)
-    if not (folder / DESCRIPTION_FILE).is_file():
+    if not any((folder / name).is_file() for name in (DESCRIPTION_FILE, MANIFEST_FILE)):
         if folder.is_dir() and not (folder / "config.json").is_file():
             raise UserError(f"{folder}: is no checkpoint and no Hugging Face model folder: it has no config.json")
         return Source(ckpt, load_config(config_file, typed), None, None)
+    if fault := fault_of(folder):
+        raise UserError(f"{folder}: is damaged ({fault}): copy or restore the whole folder, or evaluate another one")
     description = read_description(folder)
     # A setting that is newer than the checkpoint has its value from the file.
     known = {key: value for key, value in description["settings"].items() if key in KEYS}

@@ -9,6 +9,7 @@ parsed by its field's annotation: YAML's own typing would read ``1e-5`` as a str
 import argparse
 import difflib
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -66,7 +67,7 @@ class Config:
     prompt: Prompt
     max_length: Annotated[Whole, Field(ge=2)]
     validation_size: Count
-    seed: Annotated[Whole, Field(ge=0, lt=2**63)]
+    seed: Annotated[Whole, Field(ge=0, lt=2**32)]
     output_dir: Text
     run_name: Name
     epochs: Count
@@ -97,6 +98,7 @@ class Config:
 
 KEYS = tuple(field.name for field in fields(Config))
 _TYPES = get_type_hints(Config, include_extras=True)
+_PATHS = ("model", "dataset", "output_dir")
 
 
 def make_config(values: Mapping[str, Any], source: str) -> Config:
@@ -112,6 +114,8 @@ def make_config(values: Mapping[str, Any], source: str) -> Config:
             problems.append(f"{key} is missing: add it (null is the one empty value)")
             continue
         value = None if values[key] == "null" else values[key]
+        if key in _PATHS and isinstance(value, str):
+            value = hide_home(value)
         try:
             parsed[key] = TypeAdapter(_TYPES[key], config=ConfigDict(allow_inf_nan=False)).validate_python(value)
         except ValidationError as error:
@@ -127,7 +131,8 @@ def make_config(values: Mapping[str, Any], source: str) -> Config:
 
 
 def _show(value: Any) -> str:
-    return "null" if value is None else repr(value)
+    shown = "null" if value is None else repr(value)
+    return shown if len(shown) <= 100 else f"{shown[:90]}... ({len(shown)} characters)"
 
 
 def _rule(key: str, error: ValidationError) -> str:
@@ -278,6 +283,12 @@ def local_path(text: str) -> Path:
         return path
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(f"{text[:80]!r}: is no usable path ({one_line(error)[:120]}): check its spelling") from None
+
+
+def hide_home(path: str) -> str:
+    """``path`` with ``~`` for the user's home, which is nobody's business; `local_path` takes it back."""
+    home = os.path.expanduser("~").rstrip("/")
+    return f"~{path[len(home) :]}" if home and (path + "/").startswith(home + "/") else path
 
 
 def settings_text(config: Config) -> str:

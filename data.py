@@ -7,7 +7,7 @@ between them; see `Batch`.
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +28,15 @@ IGNORE = -100  # the label of a token that is not supervised, as in torch's cros
 
 @dataclass(frozen=True)
 class Problem:
-    """One row of GSM8K: ``answer`` holds the reasoning and ends in ``#### NUMBER``."""
+    """One row of GSM8K: ``answer`` holds the reasoning and ends in ``#### NUMBER``.
+
+    Attributes:
+        line: where in its file it stands, from 1.
+    """
 
     question: str
     answer: str
+    line: int = field(default=0, compare=False)
 
     @property
     def gold(self) -> str:
@@ -74,34 +79,35 @@ def _read_jsonl(file: Path) -> list[Problem]:
         ) from None
     if lines == [b""]:
         raise UserError(f"{file}: is empty: it needs one JSON object a line, with question and answer")
-    return [_parse_line(line, f"{file}, line {number}") for number, line in enumerate(lines, start=1)]
+    return [_parse_line(line, file, number) for number, line in enumerate(lines, start=1)]
 
 
-def _parse_line(line: bytes, where: str) -> Problem:
+def _parse_line(line: bytes, file: Path, number: int) -> Problem:
+    where = f"{file}, line {number}"
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8-sig"))  # of bytes json would guess the encoding
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: is no JSON ({one_line(error)[:120]}): write one object a line") from None
-    return _check_row(row, where)
+    return _check_row(row, where, number)
 
 
-def _check_row(row: Any, where: str) -> Problem:
+def _check_row(row: Any, where: str, number: int) -> Problem:
     if not isinstance(row, dict):
         raise UserError(f"{where}: is no JSON object: write {{'question': ..., 'answer': ...}}")
-    for field in ("question", "answer"):
-        value = row.get(field)
+    for name in ("question", "answer"):
+        value = row.get(name)
         if not isinstance(value, str) or not value.strip():
-            shown = "is missing" if field not in row else f"is {json.dumps(value)[:60]}"
-            raise UserError(f"{where}: {field!r} {shown}: it must be a text that is not empty")
+            shown = "is missing" if name not in row else f"is {json.dumps(value)[:60]}"
+            raise UserError(f"{where}: {name!r} {shown}: it must be a text that is not empty")
         try:
             value.encode("utf-8")
         except UnicodeEncodeError:
-            raise UserError(f"{where}: {field!r} holds half a surrogate pair: write it as valid Unicode") from None
+            raise UserError(f"{where}: {name!r} holds half a surrogate pair: write it as valid Unicode") from None
     try:
         scoring.gold_answer(row["answer"])
     except ValueError as error:
         raise UserError(f"{where}: the answer {one_line(row['answer'])[-60:]!r} {error}") from None
-    return Problem(row["question"], row["answer"])
+    return Problem(row["question"], row["answer"], number)
 
 
 def _download(dataset: str, split: str) -> list[Problem]:
@@ -117,7 +123,7 @@ def _download(dataset: str, split: str) -> list[Problem]:
             f"({type(error).__name__}: {one_line(error)[:200]}): "
             "check the id and the network, or name a local folder with train.jsonl and test.jsonl"
         ) from None
-    return [_check_row(row, f"{dataset}, {split} row {number}") for number, row in enumerate(rows)]
+    return [_check_row(row, f"{dataset}, {split} row {number}", number) for number, row in enumerate(rows, start=1)]
 
 
 def carve_validation(problems: Sequence[Problem], size: int, seed: int) -> tuple[list[Problem], list[Problem]]:
@@ -188,11 +194,12 @@ class Example:
     """One sequence: BOS, prompt, answer, EOS.
 
     ``labels`` has the length of ``input_ids`` and is not shifted: a token that the model learns
-    to write (answer and EOS) is its own label, every other label is -100.
+    to write (answer and EOS) is its own label, every other label is -100; ``line`` is its `Problem`'s.
     """
 
     input_ids: list[int]
     labels: list[int]
+    line: int = field(default=0, compare=False)
 
 
 def answer_separator(prompt: str) -> str:
@@ -222,14 +229,15 @@ def encode(tokenizer: "PreTrainedTokenizerBase", problems: Sequence[Problem], pr
     prompts = encode_prompts(tokenizer, problems, prompt)
     texts = [f"{prompt.replace('{question}', problem.question)}{separator}{problem.answer}" for problem in problems]
     examples = []
-    for number, (prompt_ids, joint) in enumerate(zip(prompts, _token_ids(tokenizer, texts), strict=True)):
+    for problem, prompt_ids, joint in zip(problems, prompts, _token_ids(tokenizer, texts), strict=True):
         input_ids = [tokenizer.bos_token_id, *joint, tokenizer.eos_token_id]
         if input_ids[: len(prompt_ids)] != prompt_ids:
             raise UserError(
-                f"prompt {prompt!r}: the tokenizer merges its end with the beginning of the answer (row {number}), so "
-                "training would differ from decoding: let the prompt end in a visible character such as ':'"
+                f"prompt {prompt!r}: the tokenizer merges its end with the beginning of the answer, line {problem.line}"
+                ", so training would differ from decoding: let the prompt end in a visible character such as ':'"
             )
-        examples.append(Example(input_ids, [IGNORE] * len(prompt_ids) + input_ids[len(prompt_ids) :]))
+        labels = [IGNORE] * len(prompt_ids) + input_ids[len(prompt_ids) :]
+        examples.append(Example(input_ids, labels, problem.line))
     return examples
 
 

@@ -32,7 +32,9 @@ class Stopped(BaseException):
 
 
 def one_line(text: object) -> str:
-    return " ".join(str(text).split())
+    """``text`` on one line; what is not printable, such as what steers a terminal, as an escape sequence."""
+    line = " ".join(str(text).split())
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
 
 
 def run_script(story: Callable[..., None], *arguments: object) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from config import (
     ArgumentParser,
     Config,
+    hide_home,
     local_path,
     not_negative_number,
     parse_arguments,
@@ -207,7 +208,7 @@ def identify(source: Source, weights: str, split: str, problems: Sequence[data.P
     """Everything that a completion depends on: predictions of another identity are never mixed in."""
     config: Config = source.config
     return {
-        "checkpoint": source.path,
+        "checkpoint": hide_home(source.path),
         "weights": weights,
         "split": split,
         "data_sha256": data.fingerprint(problems),

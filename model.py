@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 
 import memory
 from attention import PackedAttention
-from checkpoint import STATE_FILE
+from checkpoint import STATE_FILES, hash_file
 from config import local_path
 from data import Batch, Example, collate, is_hub_id
 from errors import UserError, one_line
@@ -352,6 +352,8 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LlamaF
         raise UserError(f"model {folder}: has pickled weights only (.bin), which are not read: convert to safetensors")
     try:
         config = LlamaConfig.from_pretrained(folder)
+        if (folder / "generation_config.json").exists():
+            _read_json(folder / "generation_config.json")  # a damaged one would be passed over, with its EOS tokens
         model, report = LlamaForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -440,10 +442,6 @@ def eos_token_ids(model: LlamaForCausalLM, tokenizer: "PreTrainedTokenizerBase")
 
 
 def weights_identity(folder: Path) -> str:
-    """What tells the models in two folders apart: SHA-256 over the names and contents of their files."""
-    digest = hashlib.sha256()
-    for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
-        if file.name != STATE_FILE:
-            with file.open("rb") as stream:
-                digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+    """What tells the models in two folders apart: a hash over the names and contents of their files."""
+    files = {folder / "config.json", *folder.glob("*.safetensors")} - {*folder.glob(STATE_FILES)}
+    return hashlib.sha256(json.dumps([[file.name, hash_file(file)] for file in sorted(files)]).encode()).hexdigest()

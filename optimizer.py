@@ -32,6 +32,17 @@ def build_optimizer(
     )
 
 
+def checkpoint_bytes(parameters: Iterable[torch.nn.Parameter]) -> tuple[int, int]:
+    """What a checkpoint of ``parameters`` takes: the weights, and the state that `build_optimizer`'s keeps for them.
+
+    That state comes into being with the first step only.
+    """
+    parameters = list(parameters)
+    weights = sum(parameter.nbytes for parameter in parameters)
+    tensors = 3 if parameters[0].dtype == torch.bfloat16 else 2  # two moments, and what rounding cut off
+    return weights, tensors * weights
+
+
 def scheduled_rate(
     step: int, total_steps: int, *, peak: float, schedule: str, warmup_ratio: float, min_ratio: float
 ) -> float:

@@ -157,7 +157,7 @@ def read_predictions(file: Path, drop_cut_line: bool = False) -> list[dict[str, 
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode("utf-8"))  # of bytes json would guess the encoding
             for key, kind in (("id", int), ("gold", str), ("completion", str), ("stop", str), ("correct", bool)):
                 if type(row[key]) is not kind:
                     raise ValueError(f"{key!r} is {row[key]!r}, not of type {kind.__name__}")

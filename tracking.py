@@ -4,6 +4,7 @@ W&B is a guest: a run never waits long for it and never dies of it.
 """
 
 import json
+import logging
 import math
 import os
 import time
@@ -107,11 +108,12 @@ def _resolve_mode(wandb: Any, asked: str | None) -> str | None:
 def _init(
     wandb: Any, mode: str | None, project: str, name: str, run_id: str, folder: Path, settings: Mapping[str, Any]
 ) -> Any:
+    logging.getLogger("wandb").addFilter(_hide_home)
     return wandb.init(
         project=project,
         name=name,
         id=run_id,
-        dir=str(folder),
+        dir=os.path.relpath(folder),  # it goes into W&B's logs, which need not say where on this machine that is
         mode=mode,
         config=dict(settings),
         resume=None if mode == "offline" else "allow",  # offline knows no resuming: 'wandb sync' joins by id
@@ -121,8 +123,15 @@ def _init(
             silent=True,
             console="off",
             disable_git=True,
+            x_disable_meta=True,  # the command line, and paths of this machine
         ),
     )
+
+
+def _hide_home(record: logging.LogRecord) -> bool:
+    """W&B's debug.log names its own place."""
+    record.msg, record.args = record.getMessage().replace(os.path.expanduser("~"), "~"), None
+    return True
 
 
 class MetricsLog:
@@ -146,6 +155,7 @@ class MetricsLog:
         line = {"step": step, "epoch": round(epoch, 6), "time": round(time.time(), 3), **numbers}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())  # a checkpoint that is on the disk has all lines before it there too
         self._tracker.log(line)
 
     def __enter__(self) -> "MetricsLog":

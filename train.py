@@ -4,6 +4,7 @@ python train.py
 python train.py --learning_rate 1e-5 --run_name lower-rate
 python train.py --config demo.yaml
 python train.py --model ./my-llama --dataset ./my-gsm8k --wandb_mode disabled
+python train.py --selftest
 
 Settings stand in config.yaml, each with its meaning; any of them can be set on the command
 line. A run that was stopped goes on when the same command is typed again.
@@ -15,14 +16,20 @@ from config import ArgumentParser, Config, load_config, local_path, parse_argume
 from errors import NotFiniteError, Stopped, UserError, run_script
 
 
-def read_arguments(argv: list[str]) -> Config:
-    arguments, typed = parse_arguments(ArgumentParser(__doc__), argv)
-    return load_config(arguments.config, typed)
+def read_arguments(argv: list[str]) -> tuple[Config, bool]:
+    parser = ArgumentParser(__doc__)
+    parser.add_argument(
+        "--selftest",
+        action="store_true",
+        help="a few steps in a temporary folder: is a killed run resumed bit for bit?",
+    )
+    arguments, typed = parse_arguments(parser, argv)
+    return load_config(arguments.config, typed), arguments.selftest
 
 
 if __name__ == "__main__":  # before the heavy imports: --help and a mistyped setting are answered at once
-    _parsed: list[Config] = []
-    run_script(lambda: _parsed.append(read_arguments(sys.argv[1:])))
+    _parsed: list[Config | bool] = []
+    run_script(lambda: _parsed.extend(read_arguments(sys.argv[1:])))
 
 import importlib.metadata
 import math
@@ -30,8 +37,9 @@ import platform
 import secrets
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +47,9 @@ import torch
 from tqdm import tqdm
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-import checkpoint
 import data
 import memory
+from checkpoint import BEST, LAST, check_disk_space, replace_file, save_checkpoint
 from generate import greedy_decode
 from model import (
     check_positions,
@@ -54,8 +62,9 @@ from model import (
     load_tokenizer,
     pick_device,
 )
-from optimizer import build_optimizer, scheduled_rate
+from optimizer import build_optimizer, checkpoint_bytes, scheduled_rate
 from perplexity import Measurement, measure, perplexity_of, summed_loss
+from resume import check_same_run, claimed, get_random_state, pack_state, set_random_state, unpack_state
 from scoring import correct_openai
 from tracking import MetricsLog, start_tracker
 
@@ -109,16 +118,25 @@ class Progress:
 # ---------------------------------------------------------------- the story
 
 
-def main(config: Config) -> None:
-    memory.keep_freed_memory()
+def main(config: Config, selftest: bool = False) -> None:
+    if selftest:
+        from selftest import run_selftest
+
+        run_selftest(config)
+        return
     run_folder = local_path(config.output_dir) / config.run_name
-    resume_from = claim_run_folder(run_folder, config.resume)
+    with claimed(run_folder, config.resume) as resume_from:
+        train(config, run_folder, resume_from)
+
+
+def train(config: Config, run_folder: Path, resume_from: Path | None) -> None:
+    memory.keep_freed_memory()
     device, dtype = pick_device(), getattr(torch, config.dtype)
     base = resume_from or fetch(config.model)
     tokenizer = load_tokenizer(base)
     training, validation, held_out, data_hashes = load_data(config, tokenizer)
     if resume_from is not None:
-        checkpoint.check_same_run(resume_from, config, data_hashes["train_sha256"])
+        check_same_run(resume_from, config, data_hashes["train_sha256"])
     total_steps = config.epochs * training.steps_per_epoch
 
     model = load_model(base, dtype, device)
@@ -134,18 +152,21 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     progress = Progress()
     if resume_from is not None:
-        progress = checkpoint.unpack_state(resume_from, optimizer, Progress)
+        progress = unpack_state(resume_from, optimizer, Progress)
         check_unfinished(progress.step, total_steps, run_folder)
         print(f"resuming: {resume_from} at step {progress.step} of {total_steps}")
 
     def save(name: str, result: Measurement | None = None) -> None:
         description = describe(config, progress, training.steps_per_epoch, data_hashes, result)
-        state = checkpoint.pack_state(optimizer, asdict(progress)) if name == "last" else None
-        checkpoint.save_checkpoint(run_folder / name, model, tokenizer, description, state)
+        tensors = None
+        if name == LAST:
+            tensors, description["state"] = pack_state(optimizer, asdict(progress))
+        save_checkpoint(run_folder / name, model, tokenizer, description, tensors)
 
+    check_disk_space(run_folder, *checkpoint_bytes(model.parameters()))
     if resume_from is None:
-        save("last")  # a disk or a folder that can't hold a checkpoint is found out now, not after an epoch
-    checkpoint.replace_file(run_folder / "config.yaml", settings_text(config))
+        save(LAST)  # a disk or a folder that can't hold a checkpoint is found out now, not after an epoch
+    replace_file(run_folder / "config.yaml", settings_text(config))
     tracker = start_tracker(
         config.wandb_mode,
         project=config.wandb_project,
@@ -172,7 +193,7 @@ def main(config: Config) -> None:
             nats, num_labels, grad_norm, fitting = accumulate_in_memory(
                 model, window, budget, device, config.max_grad_norm
             )
-            check_finite(progress.step + 1, nats / num_labels, grad_norm, run_folder)
+            check_finite(progress.step + 1, nats / num_labels, grad_norm, run_folder, partial(at_fault, model, window))
             optimizer.step()
             memory.clear_gradients(optimizer, device)
             speed.stop(sum(len(example.input_ids) for example in window))
@@ -200,7 +221,7 @@ def main(config: Config) -> None:
             epoch_ends = progress.step % training.steps_per_epoch == 0
             if epoch_ends:
                 result = measure(model, validation, config.micro_batch_tokens, device)
-                check_finite(progress.step, result.loss, grad_norm, run_folder)
+                check_finite(progress.step, result.loss, grad_norm, run_folder, lambda: "the validation rows")
                 exact_match = measure_exact_match(model, tokenizer, held_out, config)
                 numbers = {"val/loss": result.loss, "val/perplexity": result.perplexity, "val/exact_match": exact_match}
                 metrics.write(progress.step, epoch, {name: n for name, n in numbers.items() if n is not None})
@@ -208,51 +229,22 @@ def main(config: Config) -> None:
                 bar.write(f"epoch {epoch:.0f} of {config.epochs}: validation {result}{shown}")
                 # best before last: after a kill between the two, the epoch is trained again and best saved again.
                 if progress.is_best(result.loss, exact_match):
-                    save("best", result)
+                    save(BEST, result)
 
             due = config.checkpoint_steps is not None and progress.step % config.checkpoint_steps == 0
             stopped_by = stop.signal_number  # read once: a signal may come between two looks at it
             if epoch_ends or due or stopped_by is not None:
-                save("last")
+                save(LAST)
             if epoch_ends:
                 bar.write(write_sample(model, tokenizer, held_out[0], config))
             if stopped_by is not None and progress.step < total_steps:
-                name, saved = signal.Signals(stopped_by).name, f"saved in {run_folder / 'last'}"
+                name, saved = signal.Signals(stopped_by).name, f"saved in {run_folder / LAST}"
                 raise Stopped(stopped_by, f"{name} after step {progress.step}, {saved}: type the same command to go on")
 
-    print(f"done: best validation loss {progress.best_loss:.6f}; next: python evaluate.py --ckpt {run_folder / 'best'}")
+    print(f"done: best validation loss {progress.best_loss:.6f}; next: python evaluate.py --ckpt {run_folder / BEST}")
 
 
 # ---------------------------------------------------------------- its parts
-
-
-def claim_run_folder(folder: Path, resume: str) -> Path | None:
-    """Make the run's folder, or find what to resume from.
-
-    Returns:
-        The checkpoint to go on from, or None for a new run.
-
-    Raises:
-        UserError: the folder is in use and may not be, or can't be written.
-    """
-    last = checkpoint.find_last(folder)
-    if last is not None and resume == "auto":
-        return last
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        in_use = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
-        if not in_use:
-            checkpoint.replace_file(folder / ".write_test", "")
-            (folder / ".write_test").unlink()
-    except OSError as error:
-        raise UserError(f"{folder}: can't be written ({error.strerror}): choose another --output_dir") from None
-    if in_use:
-        raise UserError(
-            f"{folder}: is in use ({', '.join(in_use[:4])}): "
-            + ("--resume auto goes on from its last; or " if last else "")
-            + "choose another --run_name"
-        )
-    return None
 
 
 def load_data(
@@ -332,7 +324,7 @@ def accumulate_in_memory(
     Raises:
         UserError: one sequence alone does not fit.
     """
-    random_state = checkpoint.random_state()
+    random_state = get_random_state()
     while True:
         window = data.pack(examples, micro_batch_tokens)
         try:
@@ -349,17 +341,36 @@ def accumulate_in_memory(
         # Here the error is gone, and with it the tensors that its traceback held.
         model.zero_grad()
         memory.release()
-        checkpoint.set_random_state(random_state)
+        set_random_state(random_state)
         micro_batch_tokens //= 2
 
 
-def check_finite(step: int, loss: float, grad_norm: float, run_folder: Path) -> None:
-    """Raises NotFiniteError before a NaN or an infinity reaches the weights."""
+def check_finite(step: int, loss: float, grad_norm: float, run_folder: Path, find_rows: Callable[[], str]) -> None:
+    """Raises NotFiniteError before a NaN or an infinity reaches the weights.
+
+    Args:
+        find_rows: says which rows it came from; called only where there is one.
+    """
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise NotFiniteError(
-            f"step {step}: loss {loss} and gradient norm {grad_norm} must be finite; the weights of "
-            f"{run_folder / 'last'} are from before: lower the learning_rate, or set dtype float32"
+            f"step {step}: loss {loss} and gradient norm {grad_norm} must be finite, with {find_rows()}; the weights "
+            f"of {run_folder / LAST} are from before: lower the learning_rate, or set dtype float32"
         )
+
+
+def at_fault(model: LlamaForCausalLM, examples: Sequence[data.Example]) -> str:
+    """Which of the sequences of a step give, each alone, a loss or gradient that is not finite."""
+    lines = []
+    for example in examples:
+        model.zero_grad()
+        nats, _, grad_norm = accumulate(model, [data.collate([example])], model.device, None)
+        if not (math.isfinite(nats) and math.isfinite(grad_norm)):
+            lines.append(example.line)
+    model.zero_grad()
+    if not lines:
+        return f"none of its {len(examples)} rows alone, but all of them together"
+    shown = ", ".join(map(str, sorted(lines)[:8])) + (", ..." if len(lines) > 8 else "")
+    return f"{len(lines)} of its {len(examples)} rows of train, line {shown}"
 
 
 def configured_optimizer(model: LlamaForCausalLM, config: Config) -> torch.optim.Optimizer:

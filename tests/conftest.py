@@ -17,6 +17,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+import checkpoint
 import config
 import standin
 from data import Problem
@@ -145,6 +146,13 @@ def flags(settings: dict[str, str]) -> list[str]:
 
 def make_config(settings: dict[str, str]) -> config.Config:
     return config.load_config(config.CONFIG_FILE, settings)
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of a checkpoint anew, so that whatever is in it now counts as what was saved."""
+    with checkpoint._Seal(folder) as seal:
+        (folder / checkpoint.MANIFEST_FILE).unlink(missing_ok=True)
+        seal.written()
 
 
 class Outcome:

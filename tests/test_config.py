@@ -41,7 +41,7 @@ def test_the_default_is_the_published_recipe() -> None:
     assert (found.epochs, found.batch_size, found.learning_rate) == (3, 128, 2e-5)
     assert (found.lr_schedule, found.warmup_ratio, found.weight_decay) == ("cosine", 0.03, 0.0)
     assert (found.prompt, found.max_length, found.resume) == ("Question: {question}\nAnswer:", 1024, "auto")
-    assert (found.checkpoint_steps, found.wandb_mode) == (None, None)
+    assert (found.checkpoint_steps, found.wandb_mode) == (100, None)
 
 
 def test_all_faults_are_reported_together_by_name(call, tmp_path: Path) -> None:
@@ -121,13 +121,13 @@ def test_numbers_in_every_spelling(tmp_path: Path, text: str, value: float) -> N
     """Guards against YAML 1.1, to which 1e-5 is a string."""
     file = edited(tmp_path, ("learning_rate: 2e-5", f"learning_rate: {text}"))
     assert config.load_config(file, {}).learning_rate == value
-    assert train.read_arguments(["--learning_rate", text]).learning_rate == value
+    assert train.read_arguments(["--learning_rate", text])[0].learning_rate == value
 
 
 @pytest.mark.parametrize(("text", "value"), [("true", True), ("no", False), ("off", False), ("True", True)])
 def test_booleans(text: str, value: bool) -> None:
     """Guards against argparse's type=bool, to which every text is true."""
-    assert train.read_arguments(["--gradient_checkpointing", text]).gradient_checkpointing is value
+    assert train.read_arguments(["--gradient_checkpointing", text])[0].gradient_checkpointing is value
 
 
 def test_no_is_a_text_where_a_text_is_asked(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_no_is_a_text_where_a_text_is_asked(tmp_path: Path) -> None:
 def test_null_is_the_empty_value(tmp_path: Path) -> None:
     file = edited(tmp_path, ("max_grad_norm: 1.0", "max_grad_norm: null"))
     assert config.load_config(file, {}).max_grad_norm is None
-    assert train.read_arguments(["--max_grad_norm", "null"]).max_grad_norm is None
+    assert train.read_arguments(["--max_grad_norm", "null"])[0].max_grad_norm is None
     file = edited(tmp_path, ("max_grad_norm: 1.0 ", "max_grad_norm:  "))
     with pytest.raises(UserError, match="max_grad_norm: ''"):
         config.load_config(file, {})
@@ -147,9 +147,9 @@ def test_null_is_the_empty_value(tmp_path: Path) -> None:
 
 def test_the_flag_beats_the_file(tmp_path: Path) -> None:
     file = edited(tmp_path, ("epochs: 3", "epochs: 5"))
-    assert train.read_arguments(["--config", str(file)]).epochs == 5
-    assert train.read_arguments(["--config", str(file), "--epochs", "7"]).epochs == 7
-    assert train.read_arguments(["--epochs", "7", f"--config={file}"]).epochs == 7
+    assert train.read_arguments(["--config", str(file)])[0].epochs == 5
+    assert train.read_arguments(["--config", str(file), "--epochs", "7"])[0].epochs == 7
+    assert train.read_arguments(["--epochs", "7", f"--config={file}"])[0].epochs == 7
 
 
 def test_a_flag_given_twice_is_refused(call) -> None:
@@ -160,7 +160,7 @@ def test_a_flag_given_twice_is_refused(call) -> None:
 def test_a_flag_repairs_the_file(tmp_path: Path) -> None:
     """What is wrong in the file and typed anew is no fault."""
     file = edited(tmp_path, ("epochs: 3", "epochs: none"))
-    assert train.read_arguments(["--config", str(file), "--epochs", "7"]).epochs == 7
+    assert train.read_arguments(["--config", str(file), "--epochs", "7"])[0].epochs == 7
 
 
 @pytest.mark.parametrize("script", [train, evaluate, perplexity])
@@ -204,6 +204,6 @@ def test_python_objects_in_yaml_stay_text(call, tmp_path: Path) -> None:
 
 
 def test_resolved_settings_read_back_unchanged(settings: dict[str, str], tmp_path: Path) -> None:
-    resolved = train.read_arguments([*flags(settings), "--prompt", "Q: {question}\n\tA: ’#’:"])
+    resolved, _ = train.read_arguments([*flags(settings), "--prompt", "Q: {question}\n\tA: ’#’:"])
     (tmp_path / "config.yaml").write_text(config.settings_text(resolved))
-    assert train.read_arguments(["--config", str(tmp_path / "config.yaml")]) == resolved
+    assert train.read_arguments(["--config", str(tmp_path / "config.yaml")])[0] == resolved

@@ -52,8 +52,8 @@ def test_boundary_of_all_real_rows() -> None:
 
 def test_a_prompt_that_merges_with_the_answer_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     """Guards against training on ids that differ from those decoded: '▁' + 'x' became '▁x'."""
-    with pytest.raises(UserError, match=r"merges its end .* \(row 0\)"):
-        data.encode(tokenizer, [Problem("How many?", "There are 3\n#### 3")], "Question: {question} Answer: ")
+    with pytest.raises(UserError, match=r"merges its end .* line 4,"):
+        data.encode(tokenizer, [Problem("How many?", "There are 3\n#### 3", line=4)], "Question: {question} Answer: ")
 
 
 def test_special_tokens_in_text_stay_text(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -267,6 +267,6 @@ def test_hub_rows_are_checked_like_local_ones(monkeypatch: pytest.MonkeyPatch) -
         return [json.loads(GOOD), {"question": "x", "answer": "none"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(UserError, match=r"openai/gsm8k, test row 1: .*####"):
+    with pytest.raises(UserError, match=r"openai/gsm8k, test row 2: .*####"):
         data.load_problems("openai/gsm8k", "test")
     assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]

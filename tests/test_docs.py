@@ -15,12 +15,13 @@ import train
 
 ROOT = Path(config.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RELIABILITY = (ROOT / "RELIABILITY.md").read_text(encoding="utf-8")
 SCRIPTS = {"train.py": train, "evaluate.py": evaluate, "perplexity.py": perplexity}
 
 
 def commands() -> list[str]:
     """Each ``python SCRIPT.py ...`` in a code block or docstring line, once."""
-    blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", README, re.DOTALL | re.MULTILINE))
+    blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", README + RELIABILITY, re.DOTALL | re.MULTILINE))
     texts = [blocks, *(module.__doc__ for module in (*SCRIPTS.values(), demo))]
     texts += [path.read_text() for path in (ROOT / "RESULTS.md", *(ROOT / "benchmarks").glob("*.py"))]
     lines = [line.strip().removeprefix("$ ") for text in texts for line in text.replace("\\\n", " ").splitlines()]
@@ -65,8 +66,22 @@ def test_readme_tree_is_what_is_there() -> None:
     assert there - shown <= {"demo/", "wandb/"} and shown <= there
 
 
+def test_every_promise_names_tests_that_exist() -> None:
+    """Guards against a promise whose test was renamed or never written."""
+    rows = re.findall(r"^\| (\d+) \| (.+?) \| (.+) \|$", RELIABILITY, re.MULTILINE)
+    assert [int(number) for number, _, _ in rows] == list(range(1, 22))
+    defined = {
+        name
+        for file in (ROOT / "tests").glob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)
+    }
+    for number, _, tests in rows:
+        named = re.findall(r"`(\w+)`", tests)
+        assert named and set(named) <= defined, (number, set(named) - defined)
+
+
 def test_links_lead_somewhere() -> None:
-    for document in (README, (ROOT / "RESULTS.md").read_text()):
+    for document in (README, RELIABILITY, (ROOT / "RESULTS.md").read_text()):
         for target in re.findall(r"\]\(([^)#]+)\)", document):
             assert target.startswith("https://") or (ROOT / target).exists(), target
 

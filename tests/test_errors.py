@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import flags
+from conftest import flags, seal
 
-import checkpoint
 import config
 import evaluate
 import perplexity
@@ -295,11 +294,12 @@ def test_no_checkpoint_yet(call, settings: dict[str, str]) -> None:
     ],
 )
 def test_damaged_descriptions(call, settings: dict[str, str], content: bytes) -> None:
-    """Guards against a run that starts anew over a checkpoint it can't read."""
+    """Guards against a run that starts anew over a checkpoint it can't read, though its manifest knows no fault."""
     assert call(train, *flags(settings)).code == 0
     folder = Path(settings["output_dir"]) / "test"
     for name in ("best", "last"):
         (folder / name / "training.json").write_bytes(content)
+        seal(folder / name)
     before = tree(folder)
     call(train, *flags(settings)).assert_user_error("training.json: is damaged")
     for script in (evaluate, perplexity):
@@ -319,7 +319,8 @@ def test_damaged_state(call, settings: dict[str, str], damage, monkeypatch: pyte
         call(train, *flags(settings))
     monkeypatch.setattr(train, "accumulate", original)
     folder = Path(settings["output_dir"]) / "test"
-    damage(folder / "last" / checkpoint.STATE_FILE)
+    damage(folder / "last" / "state-00001.safetensors")
+    seal(folder / "last")
     before = tree(folder)
     call(train, *flags(settings)).assert_user_error("last: is damaged")
     assert tree(folder) == before

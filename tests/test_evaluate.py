@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PROMPT, flags
+from conftest import PROMPT, flags, seal
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import data
@@ -236,6 +236,7 @@ def test_another_checkpoint_is_another_evaluation(call, run_folder: Path) -> Non
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
+    seal(run_folder / "best")
     call(evaluate, "--ckpt", str(run_folder / "best")).assert_user_error("another evaluation", "weights was")
 
 

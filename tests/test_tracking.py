@@ -1,10 +1,14 @@
 """metrics.jsonl is the source of truth; W&B neither delays a run nor ends it."""
 
 import json
+import math
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +133,43 @@ def test_a_wandb_that_fails_at_every_call_costs_nothing(
     assert outcome.code == 0 and "W&B: off" in outcome.out
 
 
-def test_an_unreachable_wandb_falls_back_to_offline_in_bounded_time(settings: dict[str, str], dead_port: int) -> None:
-    """The real wandb, in a process of its own, against a port at which nobody listens."""
+@pytest.fixture
+def bad_server() -> Iterator[Callable[[int | None], int]]:
+    """Starts a server that answers everything with one status, or with None takes a connection and says nothing."""
+    sockets: list[socket.socket] = []
+
+    def serve(listener: socket.socket, status: int | None) -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:  # closed
+                return
+            sockets.append(connection)
+            if status is not None:
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 %d No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n" % status)
+                connection.close()
+
+    def start(status: int | None) -> int:
+        listener = socket.create_server(("127.0.0.1", 0))
+        sockets.append(listener)
+        threading.Thread(target=serve, args=(listener, status), daemon=True).start()
+        return listener.getsockname()[1]
+
+    yield start
+    for each in sockets:
+        each.close()
+
+
+@pytest.mark.parametrize("fault", ["unreachable", "silent", 401, 403])
+def test_a_wandb_that_does_not_answer_falls_back_to_offline_in_bounded_time(
+    settings: dict[str, str], dead_port: int, bad_server, fault: str | int
+) -> None:
+    """The real wandb, in a process of its own. The fallback is offline in the same process (wandb issue 9865)."""
+    port = dead_port if fault == "unreachable" else bad_server(None if fault == "silent" else fault)
     arguments = flags(settings | {"wandb_mode": "online"})
-    code = f"import train, tracking; tracking.INIT_SECONDS = 2; train.main(train.read_arguments({arguments!r}))"
-    environment = {"WANDB_BASE_URL": f"http://127.0.0.1:{dead_port}", "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online"}
+    code = f"import train, tracking; tracking.INIT_SECONDS = 2; train.main(*train.read_arguments({arguments!r}))"
+    environment = {"WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online"}
     result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(train.__file__).parent,
@@ -143,8 +179,9 @@ def test_an_unreachable_wandb_falls_back_to_offline_in_bounded_time(settings: di
         timeout=100,  # against waiting for ever, not a measurement
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("W&B: not reached") == 1
+    assert result.stdout.count("W&B: not reached") == 1, result.stdout
     assert_logged_offline(folder_of(settings))
+    assert [line["step"] for line in lines_of(folder_of(settings)) if "train/loss" in line] == list(range(1, 15))
 
 
 def test_null_means_offline_where_not_logged_in_said_in_one_line(
@@ -187,6 +224,26 @@ def test_disabled_leaves_no_trace(call, settings: dict[str, str], fake) -> None:
     assert call(train, *flags(settings | {"wandb_mode": "disabled"})).code == 0
     assert call(train, *flags(settings | {"wandb_mode": "null", "run_name": "by-environment"})).code == 0
     assert fake == [] and not (folder_of(settings) / "wandb").exists()
+
+
+def test_not_finite_numbers_are_logged_as_they_are(tmp_path: Path) -> None:
+    """Guards against a filter between a loss and those who look at it."""
+    run = FakeRun()
+    with tracking.MetricsLog(tmp_path, tracking.WandbTracker(run)) as metrics:
+        metrics.write(1, 0.5, {"val/loss": math.nan, "val/perplexity": math.inf})
+    for line in (*lines_of(tmp_path), *run.lines):
+        assert math.isnan(line["val/loss"]) and line["val/perplexity"] == math.inf
+
+
+def test_every_line_is_on_the_disk_before_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a checkpoint that survives a loss of power, and metrics before it that do not."""
+    synced = []
+    original = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (original(number), synced.append(os.fstat(number).st_size)))
+    with tracking.MetricsLog(tmp_path, tracking.NoTracker()) as metrics:
+        for step in (1, 2):
+            metrics.write(step, 0.5, {"train/loss": 1.0})
+            assert synced[-1] == (tmp_path / "metrics.jsonl").stat().st_size > 0
 
 
 def test_metrics_of_a_killed_run_are_cut_at_the_resumed_step(tmp_path: Path) -> None:

@@ -1,0 +1,249 @@
+"""Kill training at every point of its saves and at random moments, resume it, and look for any loss.
+
+python benchmarks/kill_sweep.py
+python benchmarks/kill_sweep.py --points 12 --random 4
+
+A tiny Llama is trained for 2 epochs of 3 steps, with saves between and at their ends. A point is a
+file operation of the run: each file that is opened, written by safetensors, synced, renamed or
+removed. A first run lists them; then, for each, a process sends itself SIGKILL just before it.
+Random kills come from outside, at any moment of a run. After each kill
+
+- there is a checkpoint whose files have the hashes of its manifest, from the end of the first save on;
+- the same command again ends the run, and its last and best are those of the run that was never
+  killed, weights and optimizer state bit for bit;
+- metrics.jsonl has every step exactly once, with that run's losses;
+- nothing half-written is left.
+
+Processes are forked from one that has loaded PyTorch: the kills are real, the wait for imports is not.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # it is forked
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import safetensors.torch
+
+import checkpoint
+import train
+from config import CONFIG_FILE, Config, load_config
+from errors import run_script
+from standin import make_model, make_problems, make_tokenizer, write_jsonl
+
+WATCHED = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
+KEPT = {"best", "last", "previous", "config.yaml", "metrics.jsonl"}
+STEPS = 6
+
+
+def read_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--points", type=int, help="how many of the points, evenly spread; default: all")
+    parser.add_argument("--random", type=int, default=50, help="how many kills at random moments")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    return parser.parse_args(argv)
+
+
+# ---------------------------------------------------------------- a run, in a process of its own
+
+
+def prepare(folder: Path) -> None:
+    """Make model and data, in a process of its own: this one must not have threads when it forks."""
+    if process := os.fork():
+        if end_of(process)[0]:
+            sys.exit("model and data can't be made")
+        return
+    problems = make_problems(30, seed=0)
+    write_jsonl(problems[:26], folder / "train.jsonl")
+    write_jsonl(problems[26:], folder / "test.jsonl")
+    (folder / "model").mkdir()
+    make_tokenizer([f"Question: {p['question']}\nAnswer: {p['answer']}" for p in problems], folder / "model", 420)
+    make_model(folder / "model", hidden_size=32, intermediate_size=48, layers=2, heads=2)
+    os._exit(0)
+
+
+def settings(folder: Path, name: str) -> Config:
+    values = {"model": str(folder / "model"), "dataset": str(folder), "output_dir": str(folder / "runs")}
+    values |= {"validation_size": "2", "epochs": "2", "batch_size": "8", "checkpoint_steps": "2", "dtype": "float32"}
+    values |= {"max_length": "256", "micro_batch_tokens": "1024", "max_new_tokens": "2", "wandb_mode": "disabled"}
+    return load_config(CONFIG_FILE, values | {"run_name": name})
+
+
+def start(config: Config, log: Path, on_point: Callable[[str], None] | None = None) -> int:
+    """Fork a process that trains; gives its number."""
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(stream, 1)
+        os.dup2(stream, 2)
+        if on_point is not None:
+            watch(str(Path(config.output_dir) / config.run_name), on_point)
+        run_script(train.main, config)
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    finally:
+        os._exit(code)
+
+
+def watch(folder: str, on_point: Callable[[str], None]) -> None:
+    """Call ``on_point`` before each file operation in ``folder``."""
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        path = str(arguments[0]) if event in WATCHED else ""
+        in_removed_folder = event in ("os.remove", "os.rmdir") and arguments[1] != -1  # shutil.rmtree's are relative
+        if path.startswith(folder) or in_removed_folder:
+            on_point(f"{event} {path.removeprefix(folder)}")
+
+    sys.addaudithook(audit)
+    # What Python's own hooks do not see: safetensors writes from Rust, and fsync has no event.
+    safetensors.torch.serialize_file = watched(safetensors.torch.serialize_file, "safetensors", on_point)
+    os.fsync = watched(os.fsync, "os.fsync", on_point)
+
+
+def watched(original: Callable[..., Any], name: str, on_point: Callable[[str], None]) -> Callable[..., Any]:
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        on_point(f"{name} begins")
+        result = original(*arguments, **keywords)
+        on_point(f"{name} ended")
+        return result
+
+    return call
+
+
+def end_of(process: int) -> tuple[int, bool]:
+    """The exit code of a process, and whether it was killed."""
+    status = os.waitpid(process, 0)[1]
+    return os.waitstatus_to_exitcode(status), os.WIFSIGNALED(status)
+
+
+# ---------------------------------------------------------------- what must hold after a kill
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """What a finished run has: all that must not depend on kills."""
+    found: dict[str, Any] = {"files": {path.name for path in folder.iterdir()}}
+    for name in ("best", "last"):
+        found[f"fault of {name}"] = checkpoint.fault_of(folder / name)
+        files = json.loads((folder / name / checkpoint.MANIFEST_FILE).read_text())["files"]
+        found[name] = {file: entry for file, entry in files.items() if file.endswith(".safetensors")}
+        found[f"step of {name}"] = checkpoint.read_description(folder / name)["step"]
+    lines = [json.loads(line) for line in (folder / checkpoint.METRICS_FILE).read_text().splitlines()]
+    clock = ("time", "train/tokens_per_second")
+    found["metrics"] = [{key: value for key, value in line.items() if key not in clock} for line in lines]
+    return found
+
+
+def check_after_kill(folder: Path) -> None:
+    """Some whole checkpoint must be there as soon as the first was."""
+    names = ("last", "previous", ".last.staged")
+    began = any((folder / name).exists() for name in ("last", "previous", checkpoint.METRICS_FILE))
+    if began and all(checkpoint.fault_of(folder / name) for name in names):
+        sys.exit(f"LOST: no whole checkpoint in {folder}: {[checkpoint.fault_of(folder / name) for name in names]}")
+
+
+def resume_and_compare(config: Config, log: Path, expected: dict[str, Any], what: str) -> None:
+    folder = Path(config.output_dir) / config.run_name
+    check_after_kill(folder)
+    code, _ = end_of(start(config, log))
+    said = log.read_text(errors="replace")
+    if code != 0 and not (code == 2 and "this run is finished" in said):
+        sys.exit(f"LOST after a kill at {what}: the resumed run ended with {code}: {said[-500:]}")
+    found = outcome(folder)
+    for key, value in expected.items():
+        if found[key] != value:
+            sys.exit(f"LOST after a kill at {what}: {key} is {found[key]}, without the kill {value} ({folder})")
+
+
+# ---------------------------------------------------------------- the sweep
+
+
+def list_points(config: Config, folder: Path) -> list[str]:
+    """The file operations of a run that is not killed, in order."""
+    file = folder / "points.txt"
+    with file.open("w") as stream:
+
+        def write(point: str) -> None:
+            stream.write(point + "\n")
+            stream.flush()
+
+        code, _ = end_of(start(config, folder / "whole.log", write))
+    if code:
+        sys.exit(f"the run without a kill ended with {code}: {(folder / 'whole.log').read_text()[-500:]}")
+    return file.read_text().splitlines()
+
+
+def kill_at(number: int) -> Callable[[str], None]:
+    seen = iter(range(number + 1))
+
+    def on_point(_: str) -> None:
+        if next(seen, number) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)  # SIGKILL reaches the other threads first
+
+    return on_point
+
+
+def sweep_points(points: list[str], count: int, folder: Path, expected: dict[str, Any]) -> Counter[str]:
+    """Kill at ``count`` of ``points``; gives how often at which kind."""
+    killed: Counter[str] = Counter()
+    for position in range(count):
+        number = position * len(points) // count
+        config = settings(folder, f"point-{number}")
+        code, was_killed = end_of(start(config, folder / "log", kill_at(number)))
+        if was_killed:
+            killed[points[number].split()[0]] += 1
+        elif code:  # 0: threads take turns differently each time, and the last point may come to nothing
+            sys.exit(f"the run that was to be killed at point {number} ended with {code}")
+        resume_and_compare(config, folder / f"log-{number}", expected, f"point {number} ({points[number]})")
+    return killed
+
+
+def sweep_moments(count: int, seed: int, seconds: float, folder: Path, expected: dict[str, Any]) -> int:
+    """Kill ``count`` times within the ``seconds`` that a run takes; gives how often it was not over yet."""
+    moments, killed = random.Random(seed), 0
+    for number in range(count):
+        config, moment = settings(folder, f"moment-{number}"), moments.uniform(0, seconds)
+        process = start(config, folder / "log")
+        time.sleep(moment)
+        os.kill(process, signal.SIGKILL)
+        killed += end_of(process)[1]
+        resume_and_compare(config, folder / f"log-moment-{number}", expected, f"{moment:.3f} s")
+    return killed
+
+
+def main(arguments: argparse.Namespace, folder: Path) -> None:
+    prepare(folder)
+    began = time.perf_counter()
+    points = list_points(settings(folder, "whole"), folder)
+    seconds = time.perf_counter() - began
+    expected = outcome(folder / "runs" / "whole")
+    logged = [line["step"] for line in expected["metrics"] if "train/loss" in line]
+    if expected["files"] != KEPT or logged != list(range(1, STEPS + 1)):
+        sys.exit(f"the run without a kill has {expected['files']}, and logged steps {logged}")
+    count = min(arguments.points or len(points), len(points))
+    print(f"{len(points)} points in {STEPS} steps; killing at {count} of them, and {arguments.random} times at random")
+    at_points = sweep_points(points, count, folder, expected)
+    at_random = sweep_moments(arguments.random, arguments.seed, seconds, folder, expected)
+    kinds = ", ".join(f"{number} at {kind}" for kind, number in sorted(at_points.items()))
+    print(f"{at_points.total() + at_random} kills: {kinds}; {at_random} at random moments")
+    print("each time a whole checkpoint, and the resumed run equal to the one that was not killed: 0 losses")
+
+
+if __name__ == "__main__":
+    parsed = read_arguments(sys.argv[1:])
+    with tempfile.TemporaryDirectory() as name:
+        main(parsed, Path(name))

@@ -1,0 +1,160 @@
+"""Whose a run's folder is, whether its training may go on, and what that needs beside the weights."""
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import load_file
+
+from checkpoint import BEST, LAST, PREVIOUS, STATE_FILES, newest_intact, read_description, replace_file
+from config import KEYS, Config
+from errors import UserError, one_line
+
+# What may differ between a run and its resumption, beside epochs where no learning rate depends on them: nothing
+# here changes which gradient a step has.
+FREE_SETTINGS = frozenset(
+    {
+        *("output_dir", "run_name", "micro_batch_tokens", "gradient_checkpointing", "compile", "log_every"),
+        *("checkpoint_steps", "resume", "max_new_tokens", "decode_slots", "calculator", "wandb_project", "wandb_mode"),
+    }
+)
+
+Progress = TypeVar("Progress")
+
+
+@contextmanager
+def claimed(folder: Path, resume: str) -> Iterator[Path | None]:
+    """Make the run's folder, or find what to resume from, and keep other processes out of it meanwhile.
+
+    Yields:
+        The checkpoint to go on from, or None for a new run.
+
+    Raises:
+        UserError: the folder is in use and may not be, or can't be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in (folder, folder / BEST, folder / LAST, folder / PREVIOUS):
+            if path.is_symlink():
+                raise UserError(f"{path}: is a symbolic link, and nothing is written through one: move it away")
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written ({error.strerror}): choose another --output_dir") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
+        yield _find_start(folder, resume)
+    except BlockingIOError:
+        raise UserError(
+            f"{folder}: another process is training this run: wait for it, or choose another --run_name"
+        ) from None
+    finally:
+        os.close(lock)
+
+
+def _find_start(folder: Path, resume: str) -> Path | None:
+    if resume == "auto" and (start := newest_intact(folder)):
+        return start
+    in_use = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    if in_use:
+        raise UserError(
+            f"{folder}: is in use ({', '.join(in_use[:4])}): "
+            + ("--resume auto goes on from its last; or " if LAST in in_use else "")
+            + "choose another --run_name"
+        )
+    try:
+        replace_file(folder / ".write_test", "")
+        (folder / ".write_test").unlink()
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written ({error.strerror}): choose another --output_dir") from None
+    return None
+
+
+def get_random_state() -> dict[str, torch.Tensor]:
+    """The states of all random number generators that training draws from, by name."""
+    devices = range(torch.cuda.device_count())
+    return {"random.cpu": torch.get_rng_state()} | {f"random.cuda.{n}": torch.cuda.get_rng_state(n) for n in devices}
+
+
+def set_random_state(state: Mapping[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["random.cpu"])
+    for number in range(torch.cuda.device_count()):
+        if f"random.cuda.{number}" in state:
+            torch.cuda.set_rng_state(state[f"random.cuda.{number}"], number)
+
+
+def pack_state(
+    optimizer: torch.optim.Optimizer, progress: Mapping[str, Any]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Optimizer and random states as named tensors, the rest as what JSON holds: nothing is pickled."""
+    tensors = get_random_state()
+    content = optimizer.state_dict()
+    scalars: dict[str, dict[str, Any]] = {}
+    for index, entries in content["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"optimizer.{index}.{name}"] = value
+            else:
+                scalars.setdefault(str(index), {})[name] = value
+    groups: list[dict[str, Any]] = []
+    for index, group in enumerate(content["param_groups"]):  # optimi counts its steps there
+        tensors |= {f"group.{index}.{name}": value for name, value in group.items() if isinstance(value, torch.Tensor)}
+        plain = (bool, int, float, str, type(None))
+        groups.append({name: value for name, value in group.items() if isinstance(value, plain)})
+    return tensors, {"progress": dict(progress), "optimizer": scalars, "groups": groups}
+
+
+def unpack_state(folder: Path, optimizer: torch.optim.Optimizer, make_progress: Callable[..., Progress]) -> Progress:
+    """Restore what `pack_state` packed; returns the progress, made of its saved fields."""
+    description = read_description(folder)
+    try:
+        tensors: dict[str, torch.Tensor] = {}
+        for file in sorted(folder.glob(STATE_FILES)):
+            tensors |= load_file(file)
+        scalars = description["state"]["optimizer"]
+        state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in scalars.items()}
+        groups = [
+            group | saved
+            for group, saved in zip(optimizer.state_dict()["param_groups"], description["state"]["groups"], strict=True)
+        ]
+        for key, tensor in tensors.items():
+            kind, index, name = key.split(".", 2) if key.count(".") > 1 else ("random", "", "")
+            if kind == "optimizer":
+                state.setdefault(int(index), {})[name] = tensor
+            elif kind == "group":
+                groups[int(index)][name] = tensor
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        set_random_state(tensors)
+        return make_progress(**description["state"]["progress"])
+    except Exception as error:  # safetensors and torch raise many types on a damaged file
+        raise UserError(
+            f"{folder}: is damaged ({one_line(error)[:160]}): delete it to start anew, or restore it from a copy"
+        ) from None
+
+
+def check_same_run(folder: Path, config: Config, data_sha256: str) -> None:
+    """Say which settings are others than those of the run saved in ``folder``.
+
+    Raises:
+        UserError: with one of them, or with other data, it would be another run.
+    """
+    description = read_description(folder)
+    before, now = description["settings"], asdict(config)
+    free = FREE_SETTINGS
+    if config.lr_schedule == "constant" and config.warmup_ratio == 0:  # no rate depends on the number of steps
+        free |= {"epochs"}
+    others = {key: f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in KEYS if before.get(key) != now[key]}
+    changed = [what for key, what in others.items() if key not in free]
+    if description["data"].get("train_sha256") != data_sha256:
+        changed.append("the rows of the data set are not the same")
+    if changed:
+        raise UserError(
+            f"{folder}: can't go on with other settings: {'; '.join(changed)}: put them back, or start anew under "
+            "another --run_name"
+        )
+    if others:
+        print(f"resuming: {'; '.join(others.values())}")

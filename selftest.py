@@ -1,0 +1,177 @@
+"""Is a run that was killed resumed bit for bit, on this machine, with this model and these settings?
+
+What ``python train.py --selftest`` does: four steps in a temporary folder of ``output_dir``, once
+without and once with a kill. On the way it tries everything that a long run must not fail at.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import data
+from checkpoint import BEST, LAST, MANIFEST_FILE, METRICS_FILE, check_disk_space
+from config import Config, load_config, local_path, settings_text
+from errors import UserError, one_line, run_script
+from model import load_tokenizer
+from standin import write_jsonl
+from tracking import MetricsLog, start_tracker
+
+ROOT = Path(__file__).parent
+EPOCHS, STEPS_PER_EPOCH, KILLED_IN_STEP = 2, 2, 4
+VALIDATION_ROWS = 8
+WHOLE, KILLED = "whole", "killed"  # the two runs
+
+
+def run_selftest(config: Config) -> None:
+    """Print what was tried and how it went.
+
+    Raises:
+        UserError: something did not work.
+    """
+    output = local_path(config.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    # On the disk that the run's checkpoints will go to.
+    folder = Path(tempfile.mkdtemp(prefix="selftest-", dir=output))
+    try:
+        write_data(config, folder / "data")
+        print(f"selftest: {EPOCHS} epochs of {STEPS_PER_EPOCH} steps in {folder}, which is removed at the end")
+        whole = run(config, folder, WHOLE)
+        print(f"  trained:   {len(whole['losses'])} losses, the last {whole['losses'][-1][1]:.6f}")
+        print(f"  disk:      {try_disk(folder / WHOLE)}")
+        print(f"  export:    {try_export(folder / WHOLE / BEST)}")
+        shutil.rmtree(folder / WHOLE)  # room for the other
+        run(config, folder, KILLED, kill=True)
+        print(f"  killed:    SIGKILL in step {KILLED_IN_STEP}")
+        resumed = run(config, folder, KILLED)
+        for what in ("losses", "weights", "optimizer"):
+            if resumed[what] != whole[what]:
+                raise UserError(
+                    f"selftest: the resumed run's {what} are not those of the run that was not killed "
+                    f"({first_difference(whole[what], resumed[what])}): nothing is lost on resuming, but not every "
+                    "kernel of this machine gives the same bits twice"
+                )
+        print("  resumed:   losses, weights and optimizer state are identical, bit for bit")
+        print("  W&B:")
+        try_tracker(config, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print("selftest: passed")
+
+
+def write_data(config: Config, folder: Path) -> None:
+    """The first rows of the user's own data set, as many as the few steps take."""
+    folder.mkdir()
+    for split, count in (("train", STEPS_PER_EPOCH * config.batch_size + VALIDATION_ROWS), ("test", VALIDATION_ROWS)):
+        problems = data.load_problems(config.dataset, split)[:count]
+        rows = [{"question": problem.question, "answer": problem.answer} for problem in problems]
+        write_jsonl(rows, folder / f"{split}.jsonl")
+
+
+def run(config: Config, folder: Path, name: str, kill: bool = False) -> dict[str, Any]:
+    """Train in a process of its own; gives its losses, and the hashes of what it saved."""
+    settings = replace(
+        config,
+        dataset=str(folder / "data"),
+        output_dir=str(folder),
+        run_name=name,
+        validation_size=VALIDATION_ROWS,
+        epochs=EPOCHS,
+        log_every=1,
+        checkpoint_steps=None,
+        best_by="val_loss",
+        resume="auto",
+        max_new_tokens=min(config.max_new_tokens, 16),
+        wandb_mode="disabled",
+    )
+    file = folder / f"{name}.yaml"
+    file.write_text(settings_text(settings), encoding="utf-8")
+    script = "selftest.py" if kill else "train.py"
+    result = subprocess.run(
+        [sys.executable, str(ROOT / script), "--config", str(file)], capture_output=True, text=True, errors="replace"
+    )
+    if result.returncode != (-signal.SIGKILL if kill else 0):
+        said = [line for line in result.stderr.splitlines() if line.strip()] or [f"exit code {result.returncode}"]
+        raise UserError(f"selftest: training does not work here: {one_line(said[-1])}")
+    if kill:
+        return {}
+    lines = [json.loads(line) for line in (folder / name / METRICS_FILE).read_text().splitlines()]
+    hashes = json.loads((folder / name / LAST / MANIFEST_FILE).read_text())["files"]
+    return {
+        "losses": [
+            (line["step"], line[key])
+            for line in lines
+            for key in ("train/loss", "val/loss", "train/grad_norm")
+            if key in line
+        ],
+        "weights": {file: entry for file, entry in hashes.items() if file.startswith("model")},
+        "optimizer": {file: entry for file, entry in hashes.items() if file.startswith("state")},
+    }
+
+
+def first_difference(one: Any, other: Any) -> str:
+    if isinstance(one, dict):
+        return next((name for name in one if one[name] != other.get(name)), "another file")
+    return next(
+        (f"step {a[0]}: {a[1]} and {b[1]}" for a, b in zip(one, other, strict=False) if a != b),
+        "another number of them",
+    )
+
+
+def try_disk(run_folder: Path) -> str:
+    best, last = (sum(file.stat().st_size for file in (run_folder / name).iterdir()) for name in (BEST, LAST))
+    needed, room = check_disk_space(run_folder, best, last - best)
+    return f"a run's checkpoints take {needed / 1e9:.1f} GB, {room / 1e9:.1f} GB can be had"
+
+
+def try_export(best: Path) -> str:
+    """Load ``best`` as any other program would."""
+    model = AutoModelForCausalLM.from_pretrained(best)
+    ids = load_tokenizer(best)("How many?", return_tensors="pt").input_ids
+    with torch.inference_mode():
+        if not model(ids).logits.isfinite().all():
+            raise UserError(f"selftest: {best}, loaded by Transformers, gives logits that are not finite")
+    return f"best loads in Transformers, {best.name}/ is a Hugging Face folder"
+
+
+def try_tracker(config: Config, folder: Path) -> None:
+    """Log one line the way the run will; W&B's own words say how it went."""
+    tracker = start_tracker(
+        config.wandb_mode,
+        project=config.wandb_project,
+        name="selftest",
+        run_id=f"selftest-{os.getpid()}",
+        folder=folder,
+        settings={},
+    )
+    with MetricsLog(folder, tracker) as metrics:
+        metrics.write(1, 1.0, {"selftest": 1.0})
+    print(f"             {type(tracker).__name__}: one line logged")
+
+
+def train_until_killed(file: Path) -> None:
+    """The process that kills itself: in its last step, so that it has saved once and gone on from there."""
+    import train
+
+    original, steps = train.accumulate_in_memory, iter(range(1, KILLED_IN_STEP + 1))
+
+    def killed(*arguments: Any) -> Any:
+        if next(steps) == KILLED_IN_STEP:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments)
+
+    train.accumulate_in_memory = killed
+    train.main(load_config(file, {}))
+
+
+if __name__ == "__main__":
+    run_script(train_until_killed, Path(sys.argv[-1]))

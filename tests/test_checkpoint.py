@@ -1,0 +1,341 @@
+"""Checkpoints are whole or absent: what is damaged is named, the newest intact one is used, nothing else is touched."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import flags, seal
+from safetensors.torch import load_file
+
+import checkpoint
+import evaluate
+import optimizer
+import perplexity
+import train
+from checkpoint import BEST, LAST, MANIFEST_FILE, PREVIOUS
+
+ROOT = Path(train.__file__).parent
+
+
+def run_folder(settings: dict[str, str]) -> Path:
+    return Path(settings["output_dir"]) / settings["run_name"]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def flip_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.fixture
+def stopped(call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a run that died in step 9 of 14, with last of step 8 and previous of step 7."""
+    settings["checkpoint_steps"] = "4"
+    original = train.accumulate
+    calls = iter(range(1, 100))
+    monkeypatch.setattr(train, "accumulate", lambda *a: original(*a) if next(calls) < 9 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call(train, *flags(settings))
+    monkeypatch.setattr(train, "accumulate", original)
+    steps = [checkpoint.read_description(run_folder(settings) / name)["step"] for name in (LAST, PREVIOUS)]
+    assert steps == [8, 7]
+    return run_folder(settings)
+
+
+# ---------------------------------------------------------------- the manifest
+
+
+def test_the_manifest_names_every_file_with_size_and_hash(stopped: Path) -> None:
+    for name in (BEST, LAST, PREVIOUS):
+        folder = stopped / name
+        files = json.loads((folder / MANIFEST_FILE).read_text())["files"]
+        assert files.keys() == {path.name for path in folder.iterdir()} - {MANIFEST_FILE}
+        for file, entry in files.items():
+            assert entry == {"size": (folder / file).stat().st_size, "xxh3_128": checkpoint.hash_file(folder / file)}
+        assert checkpoint.fault_of(folder) is None
+
+
+def test_the_hash_is_xxh3(tmp_path: Path) -> None:
+    """Published: the XXH3 128 bits hash of nothing, and of what is longer than a chunk as of the whole."""
+    (tmp_path / "empty").touch()
+    assert checkpoint.hash_file(tmp_path / "empty") == "99aa06d3014798d86001c324468d497f"
+    import xxhash
+
+    content = os.urandom(2**24 + 5)
+    (tmp_path / "long").write_bytes(content)
+    assert checkpoint.hash_file(tmp_path / "long") == xxhash.xxh3_128_hexdigest(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (lambda f: flip_a_byte(f / "model.safetensors"), "the content of model.safetensors is not what was saved"),
+        (lambda f: flip_a_byte(f / "state-00001.safetensors"), "the content of state-00001.safetensors is not what"),
+        (lambda f: flip_a_byte(f / "training.json"), "the content of training.json is not what was saved"),
+        (lambda f: os.truncate(f / "model.safetensors", 999), "model.safetensors has 999 bytes, and manifest.json"),
+        (lambda f: (f / "tokenizer.json").unlink(), "'tokenizer.json' can't be read: [Errno 2] No such file"),
+        (lambda f: (f / MANIFEST_FILE).unlink(), "it has no manifest.json, which a save writes last"),
+        (lambda f: (f / MANIFEST_FILE).write_text("{"), "its manifest.json can't be read"),
+        (lambda f: (f / MANIFEST_FILE).write_bytes(b"\xff\xfe"), "its manifest.json can't be read"),
+        (lambda f: (f / MANIFEST_FILE).write_text("[" * 100_000), "its manifest.json can't be read"),
+        (lambda f: (f / MANIFEST_FILE).write_text('{"files": {}}'), "its manifest.json does not name training.json"),
+        (lambda f: (f / MANIFEST_FILE).write_text('{"files": 7}'), "its manifest.json can't be read"),
+        (lambda f: add_to_manifest(f, "../outside"), "its manifest.json names '../outside', which is not in it"),
+        (lambda f: add_to_manifest(f, "/etc/passwd"), "its manifest.json names '/etc/passwd', which is not in it"),
+    ],
+)
+def test_a_damaged_last_is_named_and_its_predecessor_used(
+    call, settings: dict[str, str], stopped: Path, damage: Callable[[Path], Any], fault: str
+) -> None:
+    """And the run ends as if nothing had been."""
+    whole = settings | {"run_name": "whole"}
+    assert call(train, *flags(whole)).code == 0
+    damage(stopped / LAST)
+    damaged = tree(stopped / LAST)
+    outcome = call(train, *flags(settings))
+    assert outcome.code == 0, outcome.err
+    assert f"{stopped / LAST}: is damaged ({fault}" in outcome.out
+    assert f"going on from {stopped / PREVIOUS}" in outcome.out and "at step 7 of 14" in outcome.out
+    assert tree(stopped / "last.damaged") == damaged
+    for name in (BEST, LAST, PREVIOUS):
+        assert checkpoint.fault_of(stopped / name) is None
+        for file in (stopped / name).glob("*.safetensors"):
+            assert file.read_bytes() == (run_folder(whole) / name / file.name).read_bytes()
+
+
+def add_to_manifest(folder: Path, name: str) -> None:
+    content = json.loads((folder / MANIFEST_FILE).read_text())
+    content["files"][name] = {"size": 0, "xxh3_128": ""}
+    (folder / MANIFEST_FILE).write_text(json.dumps(content))
+
+
+def test_nothing_is_changed_where_both_are_damaged(call, settings: dict[str, str], stopped: Path) -> None:
+    """Guards against a run that starts anew over the remains of another."""
+    flip_a_byte(stopped / LAST / "model.safetensors")
+    flip_a_byte(stopped / PREVIOUS / "state-00001.safetensors")
+    before = tree(stopped)
+    outcome = call(train, *flags(settings))
+    outcome.assert_user_error("last: is damaged", "previous: is damaged", "state-00001", "--run_name")
+    assert tree(stopped) == before
+
+
+def test_damaged_folders_are_set_aside_one_beside_the_other(call, settings: dict[str, str], stopped: Path) -> None:
+    (stopped / "last.damaged").mkdir()
+    flip_a_byte(stopped / LAST / "model.safetensors")
+    assert call(train, *flags(settings)).code == 0
+    assert {path.name for path in stopped.glob("last*")} == {"last", "last.damaged", "last.damaged-2"}
+
+
+@pytest.mark.parametrize("script", [evaluate, perplexity])
+def test_a_damaged_checkpoint_is_not_evaluated(call, stopped: Path, script) -> None:
+    """Guards against a score of weights that nobody trained."""
+    flip_a_byte(stopped / BEST / "model.safetensors")
+    before = tree(stopped)
+    outcome = call(script, "--ckpt", str(stopped / BEST))
+    outcome.assert_user_error("best: is damaged (the content of model.safetensors is not what was saved)")
+    (stopped / BEST / MANIFEST_FILE).unlink()
+    before.pop(f"best/{MANIFEST_FILE}")
+    call(script, "--ckpt", str(stopped / BEST)).assert_user_error("best: is damaged (it has no manifest.json")
+    assert tree(stopped) == before
+
+
+def test_what_a_user_puts_beside_the_files_is_no_damage(call, stopped: Path) -> None:
+    (stopped / BEST / "README.md").write_text("mine")
+    assert call(perplexity, "--ckpt", str(stopped / BEST), "--limit", "4").code == 0
+
+
+# ---------------------------------------------------------------- whole or absent
+
+
+def test_large_states_are_written_in_parts_and_read_back(
+    call, settings: dict[str, str], stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a second copy of all tensors on the way from a GPU, and against a part that is not read."""
+    whole = settings | {"run_name": "whole"}
+    assert call(train, *flags(whole)).code == 0
+    monkeypatch.setattr(checkpoint, "PART_BYTES", 50_000)
+    assert call(train, *flags(settings)).code == 0
+    parts, weights = (sorted((stopped / LAST).glob(name)) for name in (checkpoint.STATE_FILES, "model*.safetensors"))
+    assert len(parts) > 2 and len(weights) > 1
+    for file in parts:
+        tensors = load_file(file)
+        assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= 50_000
+    one = load_file(run_folder(whole) / LAST / "state-00001.safetensors")
+    read = [load_file(file) for file in parts]
+    assert sum(map(len, read)) == len(one)
+    for tensors in read:
+        assert all(torch.equal(one[name], tensor) for name, tensor in tensors.items())
+    assert call(evaluate, "--ckpt", str(stopped / BEST), "--limit", "2").code == 0
+
+
+@pytest.mark.parametrize("when", ["before the first rename", "after it", "between the two", "after the last"])
+def test_a_save_that_was_cut_among_its_renames_is_ended(
+    call, settings: dict[str, str], stopped: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """What was complete is not thrown away: the run goes on from the newest one, and nothing half is left."""
+    renames = ["before the first rename", "after it", "between the two", "after the last"].index(when)
+    left = iter(range(renames))
+    original = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if next(left, None) is None:
+            raise KeyboardInterrupt("killed")
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(checkpoint, "_remove_remains", lambda folder: None)
+    source = checkpoint._hidden(stopped / LAST, "staged")
+    shutil.copytree(stopped / LAST, source)
+    description = json.loads((source / "training.json").read_text())
+    (source / "training.json").write_text(json.dumps(description | {"step": 9}))
+    seal(source)
+    try:
+        checkpoint._put_in_place(source, stopped / LAST)
+    except KeyboardInterrupt:
+        assert renames < 3
+    monkeypatch.undo()
+    found = checkpoint.newest_intact(stopped)
+    assert found == stopped / LAST and checkpoint.read_description(found)["step"] == 9
+    assert checkpoint.read_description(stopped / PREVIOUS)["step"] == 8
+    assert not list(stopped.glob(".*"))
+
+
+def test_a_save_that_was_cut_before_its_manifest_is_removed(stopped: Path) -> None:
+    staged = checkpoint._hidden(stopped / LAST, "staged")
+    shutil.copytree(stopped / LAST, staged)
+    (staged / MANIFEST_FILE).unlink()
+    before = tree(stopped / LAST)
+    assert checkpoint.newest_intact(stopped) == stopped / LAST
+    assert tree(stopped / LAST) == before and not staged.exists()
+
+
+def test_a_damaged_last_never_becomes_the_predecessor(call, settings: dict[str, str], stopped: Path) -> None:
+    """Guards against a retention that counts what is not complete."""
+    (stopped / LAST / "tokenizer.json").unlink()
+    before = tree(stopped / PREVIOUS)
+    shutil.copytree(stopped / BEST, staged := checkpoint._hidden(stopped / LAST, "staged"))
+    checkpoint._put_in_place(staged, stopped / LAST)
+    assert tree(stopped / PREVIOUS) == before
+
+
+def test_retention_touches_nothing_else(call, settings: dict[str, str], stopped: Path) -> None:
+    """Guards against names that are matched by their beginnings."""
+    others = [
+        stopped.parent / "test2" / LAST,
+        stopped / "last-of-mine",
+        stopped / "best2",
+        stopped.parent / "tes" / BEST,
+    ]
+    for folder in others:
+        shutil.copytree(stopped / BEST, folder)
+    before = [tree(folder) for folder in others]
+    assert call(train, *flags(settings)).code == 0
+    assert [tree(folder) for folder in others] == before
+    kept = {"best", "last", "previous", "config.yaml", "metrics.jsonl", "last-of-mine", "best2"}
+    assert {path.name for path in stopped.iterdir()} == kept
+
+
+# ---------------------------------------------------------------- disk
+
+
+def test_space_for_all_checkpoints_is_checked_before_training(
+    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And says in which folder how much is missing; what a resumed run has there already counts as there."""
+    usage = shutil.disk_usage("/")
+    assert call(train, *flags(settings | {"run_name": "other"})).code == 0
+    folder = run_folder(settings | {"run_name": "other"})
+    size = {name: sum(len(content) for content in tree(folder / name).values()) for name in (BEST, LAST)}
+    needed = size[BEST] + 3 * size[LAST]
+
+    def with_free(free: float) -> Any:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=int(free)))
+        return call(train, *flags(settings))
+
+    with_free(0.5 * needed).assert_user_error("test: its checkpoints take 0.0 GB", "can be had", "--output_dir")
+    assert not (run_folder(settings) / LAST).exists()
+    assert with_free(1.1 * needed).code == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_space_that_is_checked_is_the_one_that_is_taken(make_llama, dtype: torch.dtype) -> None:
+    model = make_llama(420).to(dtype)
+    built = optimizer.build_optimizer(
+        model.parameters(), learning_rate=1e-3, betas=(0.9, 0.99), epsilon=1e-8, weight_decay=0.0
+    )
+    model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    built.step()
+    weights, state = optimizer.checkpoint_bytes(model.parameters())
+    assert weights == sum(parameter.nbytes for parameter in model.parameters())
+    held = [value for entry in built.state.values() for value in entry.values() if isinstance(value, torch.Tensor)]
+    assert state <= sum(value.nbytes for value in held) < state + 10_000  # step counters beside it
+
+
+def test_a_disk_that_fills_up_in_a_later_save_leaves_the_earlier_ones(
+    call, settings: dict[str, str], stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each file of the save, with the real writer's error."""
+    names = (BEST, LAST, PREVIOUS)
+    for fails in range(1, 1 + len(list((stopped / LAST).iterdir()))):
+        before = {name: tree(stopped / name) for name in names}
+        syncs = iter(range(1, 1000))
+        original = checkpoint._sync
+
+        def sync(path: Path, syncs: Any = syncs, fails: int = fails, original: Any = original) -> None:
+            if path.parent.suffix == ".staged" and next(syncs) == fails:
+                raise OSError(28, "No space left on device")
+            original(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "_sync", sync)
+            patch.setattr(train, "accumulate", lambda *a, original=train.accumulate: original(*a))
+            outcome = call(train, *flags(settings | {"checkpoint_steps": "1"}))
+        outcome.assert_user_error("can't be written (", "No space left on device", "earlier ones are intact")
+        assert {name: tree(stopped / name) for name in names} == before
+        assert not list(stopped.glob(".*"))
+
+
+# ---------------------------------------------------------------- whose folder it is
+
+
+def test_two_processes_do_not_train_the_same_run(call, settings: dict[str, str], stopped: Path) -> None:
+    """Guards against the same command typed twice, whose saves would take each other's folders away."""
+    code = (
+        "import sys, pathlib, resume\n"
+        "with resume.claimed(pathlib.Path(sys.argv[1]), 'auto'):\n"
+        "    print('in', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(stopped)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "in\n"
+    before = tree(stopped)
+    call(train, *flags(settings)).assert_user_error("another process is training this run", "--run_name")
+    assert tree(stopped) == before
+    holder.kill()  # and a lock that outlived its process would be worse than none
+    holder.communicate()
+    assert call(train, *flags(settings)).code == 0
+
+
+@pytest.mark.parametrize("name", ["", LAST, BEST, PREVIOUS])
+def test_no_symbolic_link_leads_out_of_the_folder(
+    call, settings: dict[str, str], stopped: Path, tmp_path: Path, name: str
+) -> None:
+    outside = tmp_path / "outside"
+    (stopped / name).rename(outside)
+    (stopped / name).symlink_to(outside)
+    before = tree(outside)
+    call(train, *flags(settings)).assert_user_error("is a symbolic link", "move it away")
+    assert tree(outside) == before
