@@ -8,6 +8,7 @@ and then renamed into place. A run keeps ``best``, ``last`` and, as ``previous``
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,8 +33,8 @@ METRICS_FILE = "metrics.jsonl"
 STATE_FILES = "state-*.safetensors"
 # Tensors are written in files of at most this size, so that no more of them is copied from a GPU at a time.
 PART_BYTES = 4 * 10**9
-# It finds damage, not forgery: what can write into the folder can write a manifest too. A cryptographic hash of the
-# 54 GB that Llama-2-7B's last has would take longer than writing them.
+# It finds damage, not forgery: what can write into the folder can write a manifest too. A cryptographic hash would be
+# slower than a fast disk.
 HASH = "xxh3_128"
 
 
@@ -57,29 +58,46 @@ def save_checkpoint(
     Raises:
         UserError: the disk is full or not writable; the earlier checkpoints are intact.
     """
+    from safetensors.torch import save_file
+
     staged = _hidden(folder, "staged")
     try:
         _remove_remains(folder)  # of a save that failed
         staged.mkdir(parents=True)
+    except OSError as error:
+        raise _not_written(folder, error) from error
+    try:
         with _Seal(staged) as seal:
             model.save_pretrained(staged, max_shard_size=PART_BYTES)
-            tokenizer.save_pretrained(staged)
+            _save_tokenizer(tokenizer, staged)
             seal.written()
             for number, part in enumerate(_parts(state or {}), start=1):
-                from safetensors.torch import save_file
-
                 save_file(part, staged / STATE_FILES.replace("*", f"{number:05}"))
                 seal.written()
             content = json.dumps(dict(description), indent=2) + "\n"
             (staged / DESCRIPTION_FILE).write_text(content, encoding="utf-8")
             seal.written()
-        _put_in_place(staged, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(staged, ignore_errors=True)  # it may be what fills the disk
-        raise UserError(
-            f"{folder}: the checkpoint can't be written ({one_line(error)[:160]}); earlier ones are "
-            "intact: make room or choose another --output_dir, then start again to resume"
-        ) from error
+        raise _not_written(folder, error) from error
+    try:
+        _put_in_place(staged, folder)
+    except OSError as error:  # what is staged is whole: the next start puts it in place
+        raise _not_written(folder, error) from error
+
+
+def _save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # tokenizers has no type of its own for a full disk
+        raise OSError(one_line(error)) from error
+
+
+def _not_written(folder: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{folder}: the checkpoint can't be written ({one_line(error)[:160]}); earlier ones are intact: make room, "
+        "then type the same command again to go on"
+    )
 
 
 def _hidden(folder: Path, what: str) -> Path:
@@ -145,19 +163,29 @@ def _put_in_place(staged: Path, folder: Path) -> None:
     previous = folder.with_name(PREVIOUS)
     if folder.name == LAST and folder.exists() and fault_of(folder, read=False) is None:
         if previous.exists():
-            previous.rename(_hidden(previous, "removed"))
+            _rename_to_free(previous, f".{PREVIOUS}.removed")
         folder.rename(previous)
     elif folder.exists():
-        folder.rename(_hidden(folder, "removed"))
+        _rename_to_free(folder, f".{folder.name}.removed")
     staged.rename(folder)
     _sync(folder.parent)
     _remove_remains(folder)
 
 
+def _rename_to_free(folder: Path, name: str) -> Path:
+    """Rename to ``name``, or where that is taken to ``name-2``, ``name-3``, and so on."""
+    number, target = 1, folder.with_name(name)
+    while target.exists():
+        number, target = number + 1, folder.with_name(f"{name}-{number + 1}")
+    return folder.rename(target)
+
+
 def _remove_remains(folder: Path) -> None:
-    previous = folder.with_name(PREVIOUS)
-    for remains in (_hidden(folder, "staged"), _hidden(folder, "removed"), _hidden(previous, "removed")):
-        shutil.rmtree(remains, ignore_errors=True)
+    remains = re.compile(rf"\.({folder.name}\.staged|({folder.name}|{PREVIOUS})\.removed(-[0-9]+)?)")
+    for path in folder.parent.iterdir() if folder.parent.exists() else ():
+        if remains.fullmatch(path.name):
+            # Not all can be removed at once: some network file systems keep what another process has open.
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -201,7 +229,7 @@ def check_disk_space(run_folder: Path, weights: int, state: int) -> tuple[int, i
     if needed > room:
         raise UserError(
             f"{run_folder}: its checkpoints take {needed / 1e9:.1f} GB (best, last, the one before, and one being "
-            f"written), and {room / 1e9:.1f} GB can be had: make room or choose another --output_dir"
+            f"written), and {room / 1e9:.1f} GB can be had: make room, or begin in another --output_dir"
         )
     return needed, room
 
@@ -211,8 +239,6 @@ def check_disk_space(run_folder: Path, weights: int, state: int) -> tuple[int, i
 
 def newest_intact(run_folder: Path) -> Path | None:
     """What training goes on from: ``last``, or where that is damaged ``previous``; None where there is neither.
-
-    A damaged ``last`` is set aside as ``last.damaged``, so that it never becomes ``previous``.
 
     Raises:
         UserError: what there is, is damaged.
@@ -225,8 +251,7 @@ def newest_intact(run_folder: Path) -> Path | None:
         fault = fault_of(folder)
         if fault is None:
             if faults:
-                aside = _set_aside(run_folder / LAST)
-                print(f"{faults[0]} and is set aside as {aside.name}: going on from {folder}")
+                print(f"{faults[0]}: going on from {folder}")
             return folder
         faults.append(f"{folder}: is damaged ({fault})")
     if faults:
@@ -244,11 +269,36 @@ def _finish_saves(run_folder: Path) -> None:
             _remove_remains(folder)
 
 
-def _set_aside(folder: Path) -> Path:
-    number, aside = 1, folder.with_name(f"{folder.name}.damaged")
-    while aside.exists():
-        number, aside = number + 1, folder.with_name(f"{folder.name}.damaged-{number + 1}")
-    return folder.rename(aside)
+def set_damaged_aside(run_folder: Path, start: Path) -> None:
+    """Keep what is damaged from being taken for whole, before a run that goes on from ``start`` saves anything.
+
+    ``last``, where ``start`` is its predecessor, and ``best`` become ``last.damaged`` and ``best.damaged``.
+    """
+    for folder in (run_folder / LAST, run_folder / BEST):
+        if folder.exists() and folder != start and (fault := fault_of(folder)):
+            aside = _rename_to_free(folder, f"{folder.name}.damaged")
+            print(f"{folder}: is damaged ({fault}), and set aside as {aside.name}")
+
+
+def check_whole(folder: Path) -> Path:
+    """``folder`` as it is. Raises UserError where it is a checkpoint of ours, and damaged."""
+    if _is_ours(folder) and (fault := fault_of(folder)):
+        raise UserError(f"{folder}: is damaged ({fault}): copy or restore the whole folder, or name another one")
+    return folder
+
+
+def _is_ours(folder: Path) -> bool:
+    manifest = folder / MANIFEST_FILE  # other programs have files of this name
+    return (folder / DESCRIPTION_FILE).is_file() or (
+        manifest.is_file() and DESCRIPTION_FILE.encode() in manifest.read_bytes()
+    )
+
+
+def check_no_links(folder: Path) -> None:
+    """Raises UserError where a symbolic link would lead what is written into ``folder`` out of it."""
+    for path in (folder, *(folder.iterdir() if folder.is_dir() else ())):
+        if path.is_symlink():
+            raise UserError(f"{path}: is a symbolic link, and nothing is written through one: move it away")
 
 
 def fault_of(folder: Path, read: bool = True) -> str | None:
@@ -271,6 +321,8 @@ def fault_of(folder: Path, read: bool = True) -> str | None:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             return f"its {MANIFEST_FILE} names {name!r}, which is not in it"
         try:
+            if file.exists() and not file.is_file():  # a pipe or a device could be read for ever
+                return f"{name} is no file"
             if file.stat().st_size != size:
                 return f"{name} has {file.stat().st_size} bytes, and {MANIFEST_FILE} says {size}"
             if read and hash_file(file) != digest:
@@ -305,12 +357,26 @@ class Source:
         config: the settings that belong to it.
         description: its ``training.json``; None for a model that is no checkpoint of ours.
         run_folder: the run that it belongs to; None also where the checkpoint was copied out of it.
+        manifest: the content of its ``manifest.json``.
     """
 
     path: str
     config: Config
-    description: dict[str, Any] | None
-    run_folder: Path | None
+    description: dict[str, Any] | None = None
+    run_folder: Path | None = None
+    manifest: bytes | None = None
+
+    def check_unchanged(self) -> None:
+        """Raises UserError where training has saved another checkpoint in its place since it was found."""
+        if self.manifest is not None and self.manifest != _read_manifest(Path(self.path)):
+            raise UserError(f"{self.path}: training has just saved another one in its place: start again")
+
+
+def _read_manifest(folder: Path) -> bytes | None:
+    try:
+        return (folder / MANIFEST_FILE).read_bytes()
+    except OSError:
+        return None
 
 
 def resolve_source(ckpt: str | None, config_file: Path, typed: Mapping[str, str]) -> Source:
@@ -329,12 +395,12 @@ def resolve_source(ckpt: str | None, config_file: Path, typed: Mapping[str, str]
             raise UserError(f"{folder}: there is no such checkpoint: train first, or name one with --ckpt DIR")
         ckpt = str(folder)
     folder = local_path(ckpt)
-    if not any((folder / name).is_file() for name in (DESCRIPTION_FILE, MANIFEST_FILE)):
+    if not _is_ours(folder):
         if folder.is_dir() and not (folder / "config.json").is_file():
             raise UserError(f"{folder}: is no checkpoint and no Hugging Face model folder: it has no config.json")
-        return Source(ckpt, load_config(config_file, typed), None, None)
-    if fault := fault_of(folder):
-        raise UserError(f"{folder}: is damaged ({fault}): copy or restore the whole folder, or evaluate another one")
+        return Source(ckpt, load_config(config_file, typed))
+    manifest = _read_manifest(folder)
+    check_whole(folder)
     description = read_description(folder)
     # A setting that is newer than the checkpoint has its value from the file.
     known = {key: value for key, value in description["settings"].items() if key in KEYS}
@@ -342,4 +408,5 @@ def resolve_source(ckpt: str | None, config_file: Path, typed: Mapping[str, str]
     config = make_config(values, f"{folder / DESCRIPTION_FILE} and command line")
     print(f"settings: those of {folder / DESCRIPTION_FILE}" + (f", but {', '.join(typed)} as typed" if typed else ""))
     parent = folder.resolve().parent
-    return Source(str(folder), config, description, parent if (parent / METRICS_FILE).is_file() else None)
+    run_folder = parent if (parent / METRICS_FILE).is_file() else None
+    return Source(str(folder), config, description, run_folder, manifest)

@@ -285,10 +285,12 @@ def local_path(text: str) -> Path:
         raise UserError(f"{text[:80]!r}: is no usable path ({one_line(error)[:120]}): check its spelling") from None
 
 
-def hide_home(path: str) -> str:
-    """``path`` with ``~`` for the user's home, which is nobody's business; `local_path` takes it back."""
+def hide_home(text: str) -> str:
+    """``text`` with ``~`` for the user's home, which is nobody's business; `local_path` takes it back from a path."""
     home = os.path.expanduser("~").rstrip("/")
-    return f"~{path[len(home) :]}" if home and (path + "/").startswith(home + "/") else path
+    for name in {home, os.path.realpath(home)} - {"", "/", "~"}:
+        text = re.sub(rf"(?<![\w.~-]){re.escape(name)}(?![\w.-])", "~", text)
+    return text
 
 
 def settings_text(config: Config) -> str:

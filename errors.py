@@ -57,10 +57,12 @@ def run_script(story: Callable[..., None], *arguments: object) -> None:
         if error.errno not in _STORAGE_FAULTS:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        sys.exit(_complain(f"error: {where}{error.strerror}: make room or choose another folder", USER_ERROR))
+        sys.exit(_complain(f"error: {where}{error.strerror}: make room there or choose another folder", USER_ERROR))
 
 
-_STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES}
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES}
+_IN_THE_WAY = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP}
+_STORAGE_FAULTS = _NO_ROOM | _IN_THE_WAY
 
 
 def _stop(number: int, frame: object) -> None:

@@ -89,7 +89,7 @@ import memory
 import scoring
 import verify
 from calculator import ForcedResults
-from checkpoint import Source, replace_file, resolve_source
+from checkpoint import Source, check_no_links, replace_file, resolve_source
 from generate import Completion, greedy_decode, sample_decode
 from model import (
     check_positions,
@@ -142,6 +142,7 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
     check_positions(model, longest, "the longest prompt with max_new_tokens", "set a smaller max_new_tokens")
     output = arguments.output or output_folder(source, arguments.split)
     identity = identify(source, weights_identity(folder), arguments.split, all_problems)
+    source.check_unchanged()
     work = Work(model, tokenizer, problems, prompts, config)
 
     # All of them before the first is decoded: what can't go on is refused at once, and not after the others.
@@ -198,6 +199,8 @@ def compare(first: Path, second: Path) -> None:
 def output_folder(source: Source, split: str) -> Path:
     """In the run's own ``eval`` folder; for a model that belongs to no run, in one named after it."""
     if source.run_folder is not None:
+        for folder in (source.run_folder, source.run_folder / "eval"):
+            check_no_links(folder)
         checkpoint = Path(source.path).name
         return source.run_folder / "eval" / (split if checkpoint == "best" else f"{checkpoint}-{split}")
     name = source.path.replace("/", "--") if not Path(source.path).exists() else Path(source.path).resolve().name

@@ -388,6 +388,16 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LlamaF
     return model.to(device).eval()
 
 
+def own_memory(model: LlamaForCausalLM) -> None:
+    """Copy the weights into memory of their own, where they are those of a mapped file.
+
+    For a file that will be removed: it would keep its room on the disk as long as it is mapped.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
+
+
 def _refuse_code(folder: Path) -> None:
     """Raises UserError where Transformers would offer to run Python code that comes with the model."""
     for file in (folder / "config.json", folder / "tokenizer_config.json"):

@@ -183,6 +183,7 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
     examples = data.encode(tokenizer, problems[: arguments.limit], config.prompt)
     examples = data.leave_out_long(examples, config.max_length, arguments.split)
     model = load_model(folder, getattr(torch, config.dtype), device)
+    source.check_unchanged()
     check_vocabulary(model, tokenizer, source.path)
     longest = max(len(example.input_ids) for example in examples)
     check_positions(model, longest, "the longest row", "set a smaller max_length")

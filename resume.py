@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import torch
 from safetensors.torch import load_file
 
-from checkpoint import BEST, LAST, PREVIOUS, STATE_FILES, newest_intact, read_description, replace_file
+import memory
+from checkpoint import LAST, STATE_FILES, check_no_links, newest_intact, read_description, replace_file
 from config import KEYS, Config
 from errors import UserError, one_line
 
@@ -39,19 +40,18 @@ def claimed(folder: Path, resume: str) -> Iterator[Path | None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in (folder, folder / BEST, folder / LAST, folder / PREVIOUS):
-            if path.is_symlink():
-                raise UserError(f"{path}: is a symbolic link, and nothing is written through one: move it away")
+        check_no_links(folder)
         lock = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"{folder}: can't be written ({error.strerror}): choose another --output_dir") from None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another process is training this run: wait for it, or choose another --run_name"
+            ) from None
         yield _find_start(folder, resume)
-    except BlockingIOError:
-        raise UserError(
-            f"{folder}: another process is training this run: wait for it, or choose another --run_name"
-        ) from None
     finally:
         os.close(lock)
 
@@ -111,10 +111,13 @@ def pack_state(
 def unpack_state(folder: Path, optimizer: torch.optim.Optimizer, make_progress: Callable[..., Progress]) -> Progress:
     """Restore what `pack_state` packed; returns the progress, made of its saved fields."""
     description = read_description(folder)
+    on_cpu = optimizer.param_groups[0]["params"][0].device.type == "cpu"
     try:
         tensors: dict[str, torch.Tensor] = {}
         for file in sorted(folder.glob(STATE_FILES)):
             tensors |= load_file(file)
+        if on_cpu:  # else they would be those of the mapped file, which keeps its room on the disk when it is removed
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         scalars = description["state"]["optimizer"]
         state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in scalars.items()}
         groups = [
@@ -130,9 +133,12 @@ def unpack_state(folder: Path, optimizer: torch.optim.Optimizer, make_progress: 
         optimizer.load_state_dict({"state": state, "param_groups": groups})
         set_random_state(tensors)
         return make_progress(**description["state"]["progress"])
-    except Exception as error:  # safetensors and torch raise many types on a damaged file
+    except Exception as error:  # safetensors and torch raise many types
+        if memory.is_out_of_memory(error):
+            raise UserError(f"{folder}: its optimizer state does not fit into memory: take a larger device") from None
         raise UserError(
-            f"{folder}: is damaged ({one_line(error)[:160]}): delete it to start anew, or restore it from a copy"
+            f"{folder}: is damaged, or of another version of this program ({one_line(error)[:160]}): restore it from a "
+            "copy, or start anew under another --run_name"
         ) from None
 
 

@@ -24,10 +24,10 @@ from config import Config, load_config, local_path, settings_text
 from errors import UserError, one_line, run_script
 from model import load_tokenizer
 from standin import write_jsonl
-from tracking import MetricsLog, start_tracker
+from tracking import MetricsLog, NoTracker, start_tracker
 
 ROOT = Path(__file__).parent
-EPOCHS, STEPS_PER_EPOCH, KILLED_IN_STEP = 2, 2, 4
+EPOCHS, STEPS_PER_EPOCH = 2, 2  # or fewer steps, where the data set is that small
 VALIDATION_ROWS = 8
 WHOLE, KILLED = "whole", "killed"  # the two runs
 
@@ -39,19 +39,23 @@ def run_selftest(config: Config) -> None:
         UserError: something did not work.
     """
     output = local_path(config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    # On the disk that the run's checkpoints will go to.
-    folder = Path(tempfile.mkdtemp(prefix="selftest-", dir=output))
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        # On the disk that the run's checkpoints will go to.
+        folder = Path(tempfile.mkdtemp(prefix="selftest-", dir=output))
+    except OSError as error:
+        raise UserError(f"{output}: can't be written ({error.strerror}): choose another --output_dir") from None
     try:
         write_data(config, folder / "data")
         print(f"selftest: {EPOCHS} epochs of {STEPS_PER_EPOCH} steps in {folder}, which is removed at the end")
         whole = run(config, folder, WHOLE)
-        print(f"  trained:   {len(whole['losses'])} losses, the last {whole['losses'][-1][1]:.6f}")
+        last_step, validation_loss = whole["losses"][-1]
+        print(f"  trained:   {last_step} steps, validation loss {validation_loss:.6f}")
         print(f"  disk:      {try_disk(folder / WHOLE)}")
         print(f"  export:    {try_export(folder / WHOLE / BEST)}")
         shutil.rmtree(folder / WHOLE)  # room for the other
-        run(config, folder, KILLED, kill=True)
-        print(f"  killed:    SIGKILL in step {KILLED_IN_STEP}")
+        run(config, folder, KILLED, kill_in=last_step)
+        print(f"  killed:    SIGKILL in step {last_step}")
         resumed = run(config, folder, KILLED)
         for what in ("losses", "weights", "optimizer"):
             if resumed[what] != whole[what]:
@@ -61,8 +65,7 @@ def run_selftest(config: Config) -> None:
                     "kernel of this machine gives the same bits twice"
                 )
         print("  resumed:   losses, weights and optimizer state are identical, bit for bit")
-        print("  W&B:")
-        try_tracker(config, folder)
+        print(f"  W&B:       {try_tracker(config, folder)}")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print("selftest: passed")
@@ -72,13 +75,18 @@ def write_data(config: Config, folder: Path) -> None:
     """The first rows of the user's own data set, as many as the few steps take."""
     folder.mkdir()
     for split, count in (("train", STEPS_PER_EPOCH * config.batch_size + VALIDATION_ROWS), ("test", VALIDATION_ROWS)):
-        problems = data.load_problems(config.dataset, split)[:count]
-        rows = [{"question": problem.question, "answer": problem.answer} for problem in problems]
-        write_jsonl(rows, folder / f"{split}.jsonl")
+        # One row of each question: several must not fall on both sides of the validation split.
+        problems = {problem.question: problem for problem in data.load_problems(config.dataset, split)}
+        rows = [{"question": problem.question, "answer": problem.answer} for problem in problems.values()]
+        write_jsonl(rows[:count], folder / f"{split}.jsonl")
 
 
-def run(config: Config, folder: Path, name: str, kill: bool = False) -> dict[str, Any]:
-    """Train in a process of its own; gives its losses, and the hashes of what it saved."""
+def run(config: Config, folder: Path, name: str, kill_in: int | None = None) -> dict[str, Any]:
+    """Train in a process of its own; gives its losses, and the hashes of what it saved.
+
+    Args:
+        kill_in: the step in which it kills itself; then there is nothing to give.
+    """
     settings = replace(
         config,
         dataset=str(folder / "data"),
@@ -95,14 +103,14 @@ def run(config: Config, folder: Path, name: str, kill: bool = False) -> dict[str
     )
     file = folder / f"{name}.yaml"
     file.write_text(settings_text(settings), encoding="utf-8")
-    script = "selftest.py" if kill else "train.py"
+    command = ["train.py", "--config", str(file)] if kill_in is None else ["selftest.py", str(file), str(kill_in)]
     result = subprocess.run(
-        [sys.executable, str(ROOT / script), "--config", str(file)], capture_output=True, text=True, errors="replace"
+        [sys.executable, str(ROOT / command[0]), *command[1:]], capture_output=True, text=True, errors="replace"
     )
-    if result.returncode != (-signal.SIGKILL if kill else 0):
+    if result.returncode != (0 if kill_in is None else -signal.SIGKILL):
         said = [line for line in result.stderr.splitlines() if line.strip()] or [f"exit code {result.returncode}"]
         raise UserError(f"selftest: training does not work here: {one_line(said[-1])}")
-    if kill:
+    if kill_in is not None:
         return {}
     lines = [json.loads(line) for line in (folder / name / METRICS_FILE).read_text().splitlines()]
     hashes = json.loads((folder / name / LAST / MANIFEST_FILE).read_text())["files"]
@@ -140,11 +148,11 @@ def try_export(best: Path) -> str:
     with torch.inference_mode():
         if not model(ids).logits.isfinite().all():
             raise UserError(f"selftest: {best}, loaded by Transformers, gives logits that are not finite")
-    return f"best loads in Transformers, {best.name}/ is a Hugging Face folder"
+    return "best loads in Transformers, and gives finite logits"
 
 
-def try_tracker(config: Config, folder: Path) -> None:
-    """Log one line the way the run will; W&B's own words say how it went."""
+def try_tracker(config: Config, folder: Path) -> str:
+    """Log one line the way the run will."""
     tracker = start_tracker(
         config.wandb_mode,
         project=config.wandb_project,
@@ -155,17 +163,19 @@ def try_tracker(config: Config, folder: Path) -> None:
     )
     with MetricsLog(folder, tracker) as metrics:
         metrics.write(1, 1.0, {"selftest": 1.0})
-    print(f"             {type(tracker).__name__}: one line logged")
+    if isinstance(tracker, NoTracker):
+        return "off"
+    return "one line logged online, as run selftest" if tracker.online else "offline: nothing was sent"
 
 
-def train_until_killed(file: Path) -> None:
+def train_until_killed(file: Path, last_step: int) -> None:
     """The process that kills itself: in its last step, so that it has saved once and gone on from there."""
     import train
 
-    original, steps = train.accumulate_in_memory, iter(range(1, KILLED_IN_STEP + 1))
+    original, steps = train.accumulate_in_memory, iter(range(1, last_step + 1))
 
     def killed(*arguments: Any) -> Any:
-        if next(steps) == KILLED_IN_STEP:
+        if next(steps) == last_step:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*arguments)
 
@@ -174,4 +184,4 @@ def train_until_killed(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_script(train_until_killed, Path(sys.argv[-1]))
+    run_script(train_until_killed, Path(sys.argv[1]), int(sys.argv[2]))

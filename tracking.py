@@ -9,11 +9,13 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from checkpoint import METRICS_FILE, replace_file
-from errors import one_line
+from config import hide_home
+from errors import UserError, one_line
 
 INIT_SECONDS = 15  # how long a start may wait for W&B to answer
 FINISH_SECONDS = 60  # how long an end may wait for the last numbers to be uploaded
@@ -40,6 +42,7 @@ class WandbTracker:
 
     def __init__(self, run: Any):
         self._run = run
+        self.online = not run.offline
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
 
@@ -113,7 +116,7 @@ def _init(
         project=project,
         name=name,
         id=run_id,
-        dir=os.path.relpath(folder),  # it goes into W&B's logs, which need not say where on this machine that is
+        dir=str(folder.absolute()),
         mode=mode,
         config=dict(settings),
         resume=None if mode == "offline" else "allow",  # offline knows no resuming: 'wandb sync' joins by id
@@ -130,7 +133,7 @@ def _init(
 
 def _hide_home(record: logging.LogRecord) -> bool:
     """W&B's debug.log names its own place."""
-    record.msg, record.args = record.getMessage().replace(os.path.expanduser("~"), "~"), None
+    record.msg, record.args = hide_home(record.getMessage()), None
     return True
 
 
@@ -140,35 +143,52 @@ class MetricsLog:
     def __init__(self, folder: Path, tracker: Tracker, resume_step: float = math.inf):
         """Open the log of a run; a resumed one stands at optimizer step ``resume_step``.
 
-        Lines of later steps, from before a kill, are dropped: the resumed run writes them again.
+        Lines of later steps, from before a kill, are dropped: the resumed run writes them again. Those of
+        evaluations stay, since it does not.
         """
         self._tracker = tracker
-        file = folder / METRICS_FILE
-        lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-        kept = [line for line in lines if _step_of(line) <= resume_step]
-        if len(kept) < len(lines):
-            replace_file(file, b"".join(kept))
-        self._file = file.open("a", encoding="utf-8")
+        file = self._path = folder / METRICS_FILE
+        try:
+            lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+            kept = [line for line in lines if _is_kept(line, resume_step)]
+            if len(kept) < len(lines):
+                replace_file(file, b"".join(kept))
+            self._file = file.open("a", encoding="utf-8")
+        except OSError as error:
+            raise self._not_written(error) from None
 
     def write(self, step: int, epoch: float, numbers: Mapping[str, float]) -> None:
         """Log ``numbers`` at ``step``; ``epoch`` counts passes over the training rows, with fractions."""
         line = {"step": step, "epoch": round(epoch, 6), "time": round(time.time(), 3), **numbers}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())  # a checkpoint that is on the disk has all lines before it there too
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())  # a checkpoint that is on the disk has all lines before it there too
+        except OSError as error:
+            raise self._not_written(error) from None
         self._tracker.log(line)
+
+    def _not_written(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self._path}: can't be written ({error.strerror}): make room or move it away, then type the same command "
+            "again to go on from the last save"
+        )
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with suppress(OSError):  # what did not fit on the disk has been said
+            self._file.close()
         self._tracker.finish()
 
 
-def _step_of(line: bytes) -> float:
-    """The step of a line; NaN, below nothing, where a kill cut it in the middle."""
+def _is_kept(line: bytes, resume_step: float) -> bool:
+    """Not one that a kill cut in the middle, nor one that is written again."""
     try:
-        return json.loads(line)["step"] if line.endswith(b"\n") else math.nan
-    except (ValueError, KeyError, TypeError):
-        return math.nan
+        content = json.loads(line)
+        return line.endswith(b"\n") and (
+            content["step"] <= resume_step or any(key.startswith("eval/") for key in content)
+        )
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False

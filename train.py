@@ -49,7 +49,15 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 import data
 import memory
-from checkpoint import BEST, LAST, check_disk_space, replace_file, save_checkpoint
+from checkpoint import (
+    BEST,
+    LAST,
+    check_disk_space,
+    check_whole,
+    replace_file,
+    save_checkpoint,
+    set_damaged_aside,
+)
 from generate import greedy_decode
 from model import (
     check_positions,
@@ -60,6 +68,7 @@ from model import (
     fetch,
     load_model,
     load_tokenizer,
+    own_memory,
     pick_device,
 )
 from optimizer import build_optimizer, checkpoint_bytes, scheduled_rate
@@ -108,6 +117,13 @@ class Progress:
         self.best_loss, self.best_exact_match = loss, exact_match
         return True
 
+    def forget_best_without(self, folder: Path) -> bool:
+        """Whether there was a best epoch whose checkpoint is not there any more; then it is none."""
+        if self.best_loss is None or folder.exists():
+            return False
+        self.best_loss = self.best_exact_match = None
+        return True
+
     def read_and_reset_loss(self) -> float:
         """Mean loss in nats over all supervised tokens since the last call."""
         loss = self.nats / self.num_labels
@@ -132,7 +148,7 @@ def main(config: Config, selftest: bool = False) -> None:
 def train(config: Config, run_folder: Path, resume_from: Path | None) -> None:
     memory.keep_freed_memory()
     device, dtype = pick_device(), getattr(torch, config.dtype)
-    base = resume_from or fetch(config.model)
+    base = resume_from or check_whole(fetch(config.model))
     tokenizer = load_tokenizer(base)
     training, validation, held_out, data_hashes = load_data(config, tokenizer)
     if resume_from is not None:
@@ -152,6 +168,7 @@ def train(config: Config, run_folder: Path, resume_from: Path | None) -> None:
     torch.manual_seed(config.seed)
     progress = Progress()
     if resume_from is not None:
+        own_memory(model)
         progress = unpack_state(resume_from, optimizer, Progress)
         check_unfinished(progress.step, total_steps, run_folder)
         print(f"resuming: {resume_from} at step {progress.step} of {total_steps}")
@@ -166,6 +183,10 @@ def train(config: Config, run_folder: Path, resume_from: Path | None) -> None:
     check_disk_space(run_folder, *checkpoint_bytes(model.parameters()))
     if resume_from is None:
         save(LAST)  # a disk or a folder that can't hold a checkpoint is found out now, not after an epoch
+    else:
+        set_damaged_aside(run_folder, resume_from)
+        if progress.forget_best_without(run_folder / BEST):
+            print(f"{run_folder / BEST}: is gone: the best is chosen among the epochs to come")
     replace_file(run_folder / "config.yaml", settings_text(config))
     tracker = start_tracker(
         config.wandb_mode,
@@ -187,26 +208,27 @@ def train(config: Config, run_folder: Path, resume_from: Path | None) -> None:
         speed = Speed()
         while progress.step < total_steps:
             speed.start()
+            step, epoch = progress.step + 1, (progress.step + 1) / training.steps_per_epoch
             rate = set_learning_rate(optimizer, config, progress.step, total_steps)
             window = training.window(progress.step)
             budget = progress.budget(config.micro_batch_tokens)
             nats, num_labels, grad_norm, fitting = accumulate_in_memory(
                 model, window, budget, device, config.max_grad_norm
             )
-            check_finite(progress.step + 1, nats / num_labels, grad_norm, run_folder, partial(at_fault, model, window))
+            numbers = {"train/loss": nats / num_labels, "train/grad_norm": grad_norm}
+            check_finite(metrics, step, epoch, numbers, run_folder, partial(at_fault, model, window))
             optimizer.step()
             memory.clear_gradients(optimizer, device)
             speed.stop(sum(len(example.input_ids) for example in window))
             progress.count(nats, num_labels)
-            epoch = progress.step / training.steps_per_epoch
             bar.update()
 
             if fitting < budget:
                 progress.fitting = config.micro_batch_tokens, fitting
-                bar.write(f"step {progress.step}: out of memory; micro_batch_tokens is {fitting} from here on")
-                metrics.write(progress.step, epoch, {"train/micro_batch_tokens": fitting})
+                bar.write(f"step {step}: out of memory; micro_batch_tokens is {fitting} from here on")
+                metrics.write(step, epoch, {"train/micro_batch_tokens": fitting})
 
-            if progress.step % config.log_every == 0 or progress.step == total_steps:
+            if step % config.log_every == 0 or step == total_steps:
                 loss = progress.read_and_reset_loss()
                 bar.set_postfix(loss=f"{loss:.4f}")
                 numbers = {
@@ -216,30 +238,30 @@ def train(config: Config, run_folder: Path, resume_from: Path | None) -> None:
                     "train/grad_norm": grad_norm,
                     "train/tokens_per_second": speed.read_and_reset(),
                 }
-                metrics.write(progress.step, epoch, numbers)
+                metrics.write(step, epoch, numbers)
 
-            epoch_ends = progress.step % training.steps_per_epoch == 0
+            epoch_ends = step % training.steps_per_epoch == 0
             if epoch_ends:
                 result = measure(model, validation, config.micro_batch_tokens, device)
-                check_finite(progress.step, result.loss, grad_norm, run_folder, lambda: "the validation rows")
+                numbers = {"val/loss": result.loss, "val/perplexity": result.perplexity}
+                check_finite(metrics, step, epoch, numbers, run_folder, lambda: "the validation rows")
                 exact_match = measure_exact_match(model, tokenizer, held_out, config)
-                numbers = {"val/loss": result.loss, "val/perplexity": result.perplexity, "val/exact_match": exact_match}
-                metrics.write(progress.step, epoch, {name: n for name, n in numbers.items() if n is not None})
+                metrics.write(step, epoch, numbers | ({} if exact_match is None else {"val/exact_match": exact_match}))
                 shown = "" if exact_match is None else f", exact match {exact_match:.2%} of {len(held_out)}"
                 bar.write(f"epoch {epoch:.0f} of {config.epochs}: validation {result}{shown}")
                 # best before last: after a kill between the two, the epoch is trained again and best saved again.
                 if progress.is_best(result.loss, exact_match):
                     save(BEST, result)
 
-            due = config.checkpoint_steps is not None and progress.step % config.checkpoint_steps == 0
+            due = config.checkpoint_steps is not None and step % config.checkpoint_steps == 0
             stopped_by = stop.signal_number  # read once: a signal may come between two looks at it
             if epoch_ends or due or stopped_by is not None:
                 save(LAST)
             if epoch_ends:
                 bar.write(write_sample(model, tokenizer, held_out[0], config))
-            if stopped_by is not None and progress.step < total_steps:
+            if stopped_by is not None and step < total_steps:
                 name, saved = signal.Signals(stopped_by).name, f"saved in {run_folder / LAST}"
-                raise Stopped(stopped_by, f"{name} after step {progress.step}, {saved}: type the same command to go on")
+                raise Stopped(stopped_by, f"{name} after step {step}, {saved}: type the same command to go on")
 
     print(f"done: best validation loss {progress.best_loss:.6f}; next: python evaluate.py --ckpt {run_folder / BEST}")
 
@@ -345,17 +367,27 @@ def accumulate_in_memory(
         micro_batch_tokens //= 2
 
 
-def check_finite(step: int, loss: float, grad_norm: float, run_folder: Path, find_rows: Callable[[], str]) -> None:
-    """Raises NotFiniteError before a NaN or an infinity reaches the weights.
+def check_finite(
+    metrics: MetricsLog,
+    step: int,
+    epoch: float,
+    numbers: Mapping[str, float],
+    run_folder: Path,
+    find_rows: Callable[[], str],
+) -> None:
+    """Log ``numbers`` and raise NotFiniteError where one is NaN or infinite: before it reaches the weights.
 
     Args:
         find_rows: says which rows it came from; called only where there is one.
     """
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise NotFiniteError(
-            f"step {step}: loss {loss} and gradient norm {grad_norm} must be finite, with {find_rows()}; the weights "
-            f"of {run_folder / LAST} are from before: lower the learning_rate, or set dtype float32"
-        )
+    if all(map(math.isfinite, numbers.values())):
+        return
+    metrics.write(step, epoch, numbers)
+    shown = ", ".join(f"{name.partition('/')[2]} {value}" for name, value in numbers.items())
+    raise NotFiniteError(
+        f"step {step}: {shown} must be finite, with {find_rows()}; the weights of {run_folder / LAST} are from before: "
+        "lower the learning_rate, or set dtype float32"
+    )
 
 
 def at_fault(model: LlamaForCausalLM, examples: Sequence[data.Example]) -> str:

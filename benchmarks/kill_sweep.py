@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # it is forked
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the model is too small for more
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import safetensors.torch

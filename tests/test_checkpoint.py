@@ -85,6 +85,7 @@ def test_the_hash_is_xxh3(tmp_path: Path) -> None:
         (lambda f: flip_a_byte(f / "training.json"), "the content of training.json is not what was saved"),
         (lambda f: os.truncate(f / "model.safetensors", 999), "model.safetensors has 999 bytes, and manifest.json"),
         (lambda f: (f / "tokenizer.json").unlink(), "'tokenizer.json' can't be read: [Errno 2] No such file"),
+        (lambda f: be_a_pipe(f / "tokenizer.json"), "tokenizer.json is no file"),
         (lambda f: (f / MANIFEST_FILE).unlink(), "it has no manifest.json, which a save writes last"),
         (lambda f: (f / MANIFEST_FILE).write_text("{"), "its manifest.json can't be read"),
         (lambda f: (f / MANIFEST_FILE).write_bytes(b"\xff\xfe"), "its manifest.json can't be read"),
@@ -107,11 +108,17 @@ def test_a_damaged_last_is_named_and_its_predecessor_used(
     assert outcome.code == 0, outcome.err
     assert f"{stopped / LAST}: is damaged ({fault}" in outcome.out
     assert f"going on from {stopped / PREVIOUS}" in outcome.out and "at step 7 of 14" in outcome.out
+    assert "set aside as last.damaged" in outcome.out
     assert tree(stopped / "last.damaged") == damaged
     for name in (BEST, LAST, PREVIOUS):
         assert checkpoint.fault_of(stopped / name) is None
         for file in (stopped / name).glob("*.safetensors"):
             assert file.read_bytes() == (run_folder(whole) / name / file.name).read_bytes()
+
+
+def be_a_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
 
 
 def add_to_manifest(folder: Path, name: str) -> None:
@@ -177,6 +184,26 @@ def test_large_states_are_written_in_parts_and_read_back(
     for tensors in read:
         assert all(torch.equal(one[name], tensor) for name, tensor in tensors.items())
     assert call(evaluate, "--ckpt", str(stopped / BEST), "--limit", "2").code == 0
+
+
+def test_everything_is_on_the_disk_before_it_is_renamed_into_place(
+    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a complete-looking checkpoint of empty files after a loss of power; no kill would show it."""
+    events: list[tuple[str, Path]] = []
+    sync, rename = checkpoint._sync, Path.rename
+    monkeypatch.setattr(checkpoint, "_sync", lambda path: (events.append(("sync", path)), sync(path)))
+    monkeypatch.setattr(Path, "rename", lambda self, to: (events.append(("rename", self)), rename(self, to))[1])
+    assert call(train, *flags(settings)).code == 0
+    saves = [number for number, (what, path) in enumerate(events) if what == "rename" and path.suffix == ".staged"]
+    assert len(saves) == 5  # last at steps 0, 7 and 14, best at 7 and 14
+    for first, number in zip([0, *saves], saves, strict=False):
+        staged = events[number][1]
+        synced = [path for what, path in events[first:number] if what == "sync"]
+        names = json.loads((staged.with_name(staged.stem.removeprefix(".")) / MANIFEST_FILE).read_text())["files"]
+        assert {staged / name for name in names} <= set(synced)
+        assert synced[-2:] == [staged / f".{MANIFEST_FILE}.staged", staged]  # the manifest last, then the folder
+        assert events[number + 1] == ("sync", staged.parent)
 
 
 @pytest.mark.parametrize("when", ["before the first rename", "after it", "between the two", "after the last"])
@@ -256,8 +283,8 @@ def test_space_for_all_checkpoints_is_checked_before_training(
     usage = shutil.disk_usage("/")
     assert call(train, *flags(settings | {"run_name": "other"})).code == 0
     folder = run_folder(settings | {"run_name": "other"})
-    size = {name: sum(len(content) for content in tree(folder / name).values()) for name in (BEST, LAST)}
-    needed = size[BEST] + 3 * size[LAST]
+    weights = sum(tensor.nbytes for tensor in load_file(folder / BEST / "model.safetensors").values())
+    needed = weights + 3 * (weights + 2 * weights)
 
     def with_free(free: float) -> Any:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=int(free)))
@@ -265,7 +292,13 @@ def test_space_for_all_checkpoints_is_checked_before_training(
 
     with_free(0.5 * needed).assert_user_error("test: its checkpoints take 0.0 GB", "can be had", "--output_dir")
     assert not (run_folder(settings) / LAST).exists()
-    assert with_free(1.1 * needed).code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "accumulate", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            with_free(needed)
+    there = sum(len(content) for content in tree(run_folder(settings) / LAST).values())
+    with_free(needed - there - 1).assert_user_error("its checkpoints take")
+    assert with_free(needed - there).code == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -329,13 +362,212 @@ def test_two_processes_do_not_train_the_same_run(call, settings: dict[str, str],
     assert call(train, *flags(settings)).code == 0
 
 
-@pytest.mark.parametrize("name", ["", LAST, BEST, PREVIOUS])
+@pytest.mark.parametrize("name", ["", LAST, BEST, PREVIOUS, "metrics.jsonl", "config.yaml", ".last.staged", "wandb"])
 def test_no_symbolic_link_leads_out_of_the_folder(
     call, settings: dict[str, str], stopped: Path, tmp_path: Path, name: str
 ) -> None:
     outside = tmp_path / "outside"
-    (stopped / name).rename(outside)
+    if (stopped / name).exists():
+        (stopped / name).rename(outside)
+    else:
+        outside.mkdir()
     (stopped / name).symlink_to(outside)
-    before = tree(outside)
+    before = outside.read_bytes() if outside.is_file() else tree(outside)
     call(train, *flags(settings)).assert_user_error("is a symbolic link", "move it away")
-    assert tree(outside) == before
+    assert (outside.read_bytes() if outside.is_file() else tree(outside)) == before
+
+
+@pytest.mark.parametrize("name", ["eval", "eval/test", "metrics.jsonl"])
+def test_evaluation_writes_through_no_symbolic_link(call, stopped: Path, tmp_path: Path, name: str) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (stopped / name).parent.mkdir(exist_ok=True)
+    if (stopped / name).exists():
+        outside.rmdir()
+        (stopped / name).rename(outside)
+    before = tree(tmp_path / "outside"), outside.stat().st_size
+    (stopped / name).symlink_to(outside)
+    call(evaluate, "--ckpt", str(stopped / BEST), "--limit", "2").assert_user_error("is a symbolic link")
+    assert (tree(tmp_path / "outside"), outside.stat().st_size) == before
+
+
+def test_an_error_of_another_kind_is_not_taken_for_a_lock(call, settings: dict[str, str], monkeypatch) -> None:
+    """Such as that of a terminal that does not wait."""
+    monkeypatch.setattr(train, "accumulate", lambda *_: (_ for _ in ()).throw(BlockingIOError("terminal")))
+    with pytest.raises(BlockingIOError, match="terminal"):
+        call(train, *flags(settings))
+
+
+def test_a_refused_resume_changes_nothing(call, settings: dict[str, str], stopped: Path) -> None:
+    """Guards against a damaged last that is set aside for a run that then does not go on."""
+    flip_a_byte(stopped / LAST / "model.safetensors")
+    before = tree(stopped)
+    for _ in range(2):
+        outcome = call(train, *flags(settings | {"seed": "3"}))
+        outcome.assert_user_error("seed was 0 and is 3")
+        assert "last: is damaged" in outcome.out
+    assert tree(stopped) == before
+
+
+# ---------------------------------------------------------------- what a resumed run finds beside its start
+
+
+@pytest.mark.parametrize("lost", ["damaged", "gone"])
+def test_a_best_that_is_damaged_or_gone_is_chosen_again(
+    call, settings: dict[str, str], stopped: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """Guards against a run that ends with the name of a best that is not there, since no later epoch beat it."""
+    if lost == "damaged":
+        flip_a_byte(stopped / BEST / "model.safetensors")
+    else:
+        shutil.rmtree(stopped / BEST)
+    worse = train.Measurement(99.0, 1e43, 1)
+    monkeypatch.setattr(train, "measure", lambda *_: worse)
+    outcome = call(train, *flags(settings))
+    assert outcome.code == 0, outcome.err
+    assert f"{stopped / BEST}: is gone: the best is chosen among the epochs to come" in outcome.out
+    assert (stopped / "best.damaged").exists() == (lost == "damaged")
+    assert checkpoint.fault_of(stopped / BEST) is None
+    assert checkpoint.read_description(stopped / BEST)["validation_loss"] == 99.0
+
+
+def test_a_resumed_run_maps_none_of_its_files(
+    call, settings: dict[str, str], stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a checkpoint that was removed and keeps its room on the disk all the same."""
+    mapped = []
+    original = train.accumulate
+
+    def accumulate(*arguments: Any) -> Any:
+        mapped.append([line for line in Path("/proc/self/maps").read_text().splitlines() if str(stopped) in line])
+        return original(*arguments)
+
+    monkeypatch.setattr(train, "accumulate", accumulate)
+    assert call(train, *flags(settings)).code == 0
+    assert mapped == [[]] * 6
+
+
+def test_a_damaged_checkpoint_is_no_base_model(call, settings: dict[str, str], stopped: Path) -> None:
+    flip_a_byte(stopped / BEST / "model.safetensors")
+    changed = settings | {"model": str(stopped / BEST), "run_name": "next"}
+    call(train, *flags(changed)).assert_user_error("best: is damaged (the content of model.safetensors is not what")
+
+
+def test_a_manifest_of_another_program_is_none(call, settings: dict[str, str], tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(settings["model"], base)
+    (base / MANIFEST_FILE).write_text('{"assets": []}')
+    assert call(train, *flags(settings | {"model": str(base), "epochs": "1"})).code == 0
+    assert call(perplexity, "--ckpt", str(base), *flags(settings)).code == 0
+
+
+@pytest.mark.parametrize("script", [evaluate, perplexity])
+def test_a_checkpoint_that_is_replaced_while_it_is_loaded_is_not_evaluated(
+    call, stopped: Path, monkeypatch: pytest.MonkeyPatch, script
+) -> None:
+    """Guards against a score of one checkpoint under the name of another."""
+    original = script.load_model
+
+    def load_model(*arguments: Any) -> Any:
+        model = original(*arguments)
+        shutil.rmtree(stopped / LAST)
+        shutil.copytree(stopped / PREVIOUS, stopped / LAST)  # as training would
+        return model
+
+    monkeypatch.setattr(script, "load_model", load_model)
+    outcome = call(script, "--ckpt", str(stopped / LAST), "--limit", "2")
+    outcome.assert_user_error("last: training has just saved another one in its place: start again")
+    assert not (stopped / "eval").exists()
+
+
+@pytest.mark.parametrize(("name", "fails"), [(BEST, 1), (BEST, 2), (LAST, 1), (LAST, 2), (LAST, 3)])
+def test_a_rename_that_fails_loses_nothing(
+    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, name: str, fails: int
+) -> None:
+    """Guards against a whole checkpoint that is thrown away where it stands, and takes the one before along."""
+    whole = settings | {"run_name": "whole"}
+    assert call(train, *flags(whole)).code == 0
+    with monkeypatch.context() as patch:
+        original, seen = Path.rename, []
+
+        def rename(self: Path, target: Path) -> Path:
+            kept = {BEST: {".best.staged", "best"}, LAST: {".last.staged", "last", "previous"}}[name]
+            if self.name in kept and (seen or (run_folder(settings) / BEST).exists()):
+                seen.append(self)
+                if len(seen) == fails:
+                    raise OSError(5, "Input/output error")
+            return original(self, target)
+
+        patch.setattr(Path, "rename", rename)
+        outcome = call(train, *flags(settings))
+    outcome.assert_user_error("the checkpoint can't be written", "Input/output error", "earlier ones are intact")
+    outcome = call(train, *flags(settings))
+    assert outcome.code == 0 or "this run is finished" in outcome.err
+    for folder in (BEST, LAST):
+        assert checkpoint.fault_of(run_folder(settings) / folder) is None
+        for file in (run_folder(settings) / folder).glob("*.safetensors"):
+            assert file.read_bytes() == (run_folder(whole) / folder / file.name).read_bytes()
+
+
+def test_a_full_disk_under_the_tokenizer_is_one_line(
+    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its library raises a bare Exception."""
+    from transformers import PreTrainedTokenizerBase
+
+    def save_pretrained(*_: Any, **__: Any) -> None:
+        raise Exception("File too large (os error 27)")
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", save_pretrained)
+    call(train, *flags(settings)).assert_user_error("the checkpoint can't be written (File too large (os error 27))")
+    assert not list(run_folder(settings).iterdir())
+
+
+def test_what_can_not_be_removed_is_left_and_said_nothing_of(
+    call, settings: dict[str, str], stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a network file system leaves what another process has open."""
+    (stopped / ".previous.removed" / "open").mkdir(parents=True)
+    original = shutil.rmtree
+
+    def rmtree(path: Path, ignore_errors: bool = False) -> None:
+        if not (Path(path) / "open").exists():
+            original(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    assert call(train, *flags(settings)).code == 0
+    assert {path.name for path in stopped.glob(".*")} == {".previous.removed"}
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml"])
+def test_a_folder_in_the_place_of_a_file_is_one_line(call, settings: dict[str, str], stopped: Path, name: str) -> None:
+    (stopped / name).unlink()
+    (stopped / name).mkdir()
+    before = tree(stopped / LAST)
+    call(train, *flags(settings)).assert_user_error(name, "Is a directory")
+    assert tree(stopped / LAST) == before
+
+
+def test_a_disk_that_fills_up_under_the_metrics_is_one_line(
+    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the run goes on from its last save when there is room again."""
+    whole = settings | {"run_name": "whole"}
+    assert call(train, *flags(whole)).code == 0
+    with monkeypatch.context() as patch:
+        calls = iter(range(1, 100))
+        original = os.fsync
+
+        def fsync(number: int) -> None:
+            if os.readlink(f"/proc/self/fd/{number}").endswith("metrics.jsonl") and next(calls) == 11:
+                raise OSError(28, "No space left on device")
+            original(number)
+
+        patch.setattr(os, "fsync", fsync)
+        outcome = call(train, *flags(settings))
+    outcome.assert_user_error("metrics.jsonl: can't be written (No space left on device)", "from the last save")
+    assert call(train, *flags(settings)).code == 0
+    for file in (run_folder(settings) / LAST).glob("*.safetensors"):
+        assert file.read_bytes() == (run_folder(whole) / LAST / file.name).read_bytes()
+    steps = [json.loads(line)["step"] for line in (run_folder(settings) / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 7, 8, 9, 10, 11, 12, 13, 14, 14]

@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import flags, make_config
+from conftest import flags, make_config, write_rows
 
 import selftest
 import train
+from data import Problem, load_problems
 from errors import UserError
 
 ROOT = Path(train.__file__).parent
@@ -35,12 +36,12 @@ def test_the_self_test_passes(settings: dict[str, str]) -> None:
     result = run("train.py", "--selftest", *flags(settings))
     assert result.returncode == 0, result.stdout + result.stderr
     for fragment in (
-        "trained:   10 losses",
+        "trained:   4 steps, validation loss",
         "killed:    SIGKILL in step 4",
         "resumed:   losses, weights and optimizer state are identical, bit for bit",
         "export:    best loads in Transformers",
         "GB can be had",
-        "W&B:",
+        "W&B:       off",
         "selftest: passed",
     ):
         assert fragment in result.stdout, result.stdout
@@ -63,7 +64,7 @@ def test_the_self_test_sees_what_is_not_identical(
     whole |= {"optimizer": {"state-00001.safetensors": 1}}
     results = iter([whole, {}, whole | {what: value}])
 
-    def run(config, folder: Path, name: str, kill: bool = False) -> object:
+    def run(config, folder: Path, name: str, kill_in: int | None = None) -> object:
         (folder / name).mkdir(exist_ok=True)
         return next(results)
 
@@ -79,5 +80,18 @@ def test_the_self_test_sees_what_is_not_identical(
 def test_the_self_test_says_why_training_fails(call, settings: dict[str, str]) -> None:
     outcome = call(train, *flags(settings | {"model": "nowhere"}), "--selftest")
     outcome.assert_user_error("selftest: training does not work here: error: model 'nowhere'")
+    file = Path(settings["output_dir"]) / "file"
+    file.touch()
+    call(train, *flags(settings | {"output_dir": str(file)}), "--selftest").assert_user_error("file: can't be written")
+    file.unlink()
     call(train, *flags(settings | {"dataset": "nowhere"}), "--selftest").assert_user_error("dataset 'nowhere'")
     assert list(Path(settings["output_dir"]).iterdir()) == []
+
+
+def test_the_self_test_takes_one_row_of_each_question(settings: dict[str, str], tmp_path: Path) -> None:
+    """Augmented data has many; on both sides of the validation split they would be refused."""
+    write_rows(tmp_path / "many" / "train.jsonl", [Problem(f"{n // 10}?", f"{n}\n#### 1") for n in range(600)])
+    write_rows(tmp_path / "many" / "test.jsonl", [Problem("test?", "#### 1")])
+    selftest.write_data(make_config(settings | {"dataset": str(tmp_path / "many")}), tmp_path / "data")
+    rows = load_problems(str(tmp_path / "data"), "train")
+    assert len(rows) == len({row.question for row in rows}) == 2 * 16 + selftest.VALIDATION_ROWS

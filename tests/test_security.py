@@ -325,8 +325,22 @@ def test_no_secret_and_no_home_gets_into_any_file(settings: dict[str, str], tmp_
 def test_a_home_that_was_hidden_is_found_again(
     settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for typed, kept in ((tmp_path / "a" / "b", "~/a/b"), (tmp_path, "~"), (f"{tmp_path}x/y", f"{tmp_path}x/y")):
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    for typed, kept in ((home / "a" / "b", "~/a/b"), (home, "~"), (f"{home}x/y", f"{home}x/y"), ("a~b", "a~b")):
         made = make_config(settings | {"model": str(typed), "prompt": PROMPT})
         assert made.model == kept
         assert config.local_path(made.model) == Path(typed)
+
+
+def test_a_home_behind_a_link_is_hidden_and_a_home_of_all_is_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.setenv("HOME", str(tmp_path / "link"))
+    assert config.hide_home(f"{tmp_path}/real/x and {tmp_path}/link/y") == "~/x and ~/y"
+    for home in ("/", "", "//"):
+        monkeypatch.setenv("HOME", home)
+        assert config.hide_home("/a/b c/d") == "/a/b c/d"

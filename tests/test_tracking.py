@@ -249,8 +249,9 @@ def test_every_line_is_on_the_disk_before_the_next(tmp_path: Path, monkeypatch: 
 def test_metrics_of_a_killed_run_are_cut_at_the_resumed_step(tmp_path: Path) -> None:
     """Guards against a step that stands twice, and the half line of a kill."""
     file = tmp_path / "metrics.jsonl"
-    file.write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 3, "a": 3}\n{"step": 4, "a"')
+    evaluated = '{"step": 4, "eval/exact_match": 0.5}\n'  # of a best that is saved again just as it was
+    file.write_text(f'{{"step": 1, "a": 1}}\n{{"step": 2, "a": 2}}\n{{"step": 3, "a": 3}}\n{evaluated}{{"step": 4, "a"')
     with tracking.MetricsLog(tmp_path, tracking.NoTracker(), resume_step=2) as metrics:
         metrics.write(3, 0.5, {"a": 30})
     lines = lines_of(tmp_path)
-    assert [(line["step"], line["a"]) for line in lines] == [(1, 1), (2, 2), (3, 30)]
+    assert [(line["step"], line.get("a")) for line in lines] == [(1, 1), (2, 2), (4, None), (3, 30)]

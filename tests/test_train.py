@@ -512,6 +512,9 @@ def test_not_finite_names_the_rows_that_caused_it(
     assert len(lines) == 1 and rows[lines[0] - 1] in marked
     assert outcome.err.startswith(f"stopped: step {step + 1}: loss {'nan' if where == 'loss' else ''}")
     assert f"with 1 of its 16 rows of train, line {lines[0]};" in outcome.err
+    last_line = metrics(settings)[-1]  # the NaN is in the log, whatever comes after
+    assert last_line["step"] == step + 1 and math.isnan(last_line["train/grad_norm"])
+    assert math.isnan(last_line["train/loss"]) == (where == "loss")
     assert outcome.err.count("\n") == 1
     for tensor in weights(run_folder(settings) / "last").values():
         assert tensor.isfinite().all()
