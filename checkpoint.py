@@ -31,8 +31,9 @@ DESCRIPTION_FILE = "training.json"
 MANIFEST_FILE = "manifest.json"
 METRICS_FILE = "metrics.jsonl"
 STATE_FILES = "state-*.safetensors"
-# Tensors are written in files of at most this size, so that no more of them is copied from a GPU at a time.
-PART_BYTES = 4 * 10**9
+# Tensors are written in files of at most this size: no more of them is copied from a GPU at a time, and each is synced
+# and hashed while the next is written.
+PART_BYTES = 10**9
 # It finds damage, not forgery: what can write into the folder can write a manifest too. A cryptographic hash would be
 # slower than a fast disk.
 HASH = "xxh3_128"
@@ -61,6 +62,7 @@ def save_checkpoint(
     from safetensors.torch import save_file
 
     staged = _hidden(folder, "staged")
+    wait_for_removals()
     try:
         _remove_remains(folder)  # of a save that failed
         staged.mkdir(parents=True)
@@ -169,7 +171,18 @@ def _put_in_place(staged: Path, folder: Path) -> None:
         _rename_to_free(folder, f".{folder.name}.removed")
     staged.rename(folder)
     _sync(folder.parent)
-    _remove_remains(folder)
+    _removals.append(_remover.submit(_remove_remains, folder))
+
+
+# What a save replaced is removed while training goes on: tens of gigabytes take seconds.
+_remover = ThreadPoolExecutor(1)
+_removals: list[Future[None]] = []
+
+
+def wait_for_removals() -> None:
+    """Come back when nothing that was replaced is left."""
+    while _removals:
+        _removals.pop().exception()
 
 
 def _rename_to_free(folder: Path, name: str) -> Path:
@@ -265,6 +278,7 @@ def _finish_saves(run_folder: Path) -> None:
         staged = _hidden(folder, "staged")
         if staged.exists() and fault_of(staged, read=False) is None:
             _put_in_place(staged, folder)
+            wait_for_removals()
         else:
             _remove_remains(folder)
 

@@ -12,7 +12,15 @@ import torch
 from safetensors.torch import load_file
 
 import memory
-from checkpoint import LAST, STATE_FILES, check_no_links, newest_intact, read_description, replace_file
+from checkpoint import (
+    LAST,
+    STATE_FILES,
+    check_no_links,
+    newest_intact,
+    read_description,
+    replace_file,
+    wait_for_removals,
+)
 from config import KEYS, Config
 from errors import UserError, one_line
 
@@ -53,6 +61,7 @@ def claimed(folder: Path, resume: str) -> Iterator[Path | None]:
             ) from None
         yield _find_start(folder, resume)
     finally:
+        wait_for_removals()
         os.close(lock)
 
 
