@@ -480,9 +480,11 @@ def test_a_checkpoint_that_is_replaced_while_it_is_loaded_is_not_evaluated(
     assert not (stopped / "eval").exists()
 
 
-@pytest.mark.parametrize(("name", "fails"), [(BEST, 1), (BEST, 2), (LAST, 1), (LAST, 2), (LAST, 3)])
+@pytest.mark.parametrize(
+    ("name", "fails", "step"), [(BEST, 1, 14), (BEST, 2, 14), (LAST, 1, 7), (LAST, 2, 7), (LAST, 3, 14)]
+)
 def test_a_rename_that_fails_loses_nothing(
-    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, name: str, fails: int
+    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, name: str, fails: int, step: int
 ) -> None:
     """Guards against a whole checkpoint that is thrown away where it stands, and takes the one before along."""
     whole = settings | {"run_name": "whole"}
@@ -501,6 +503,9 @@ def test_a_rename_that_fails_loses_nothing(
         patch.setattr(Path, "rename", rename)
         outcome = call(train, *flags(settings))
     outcome.assert_user_error("the checkpoint can't be written", "Input/output error", "earlier ones are intact")
+    assert checkpoint.newest_intact(run_folder(settings)) == run_folder(settings) / LAST
+    # And it is the new one, which was whole.
+    assert checkpoint.read_description(run_folder(settings) / name)["step"] == step
     outcome = call(train, *flags(settings))
     assert outcome.code == 0 or "this run is finished" in outcome.err
     for folder in (BEST, LAST):

@@ -250,7 +250,10 @@ def test_metrics_of_a_killed_run_are_cut_at_the_resumed_step(tmp_path: Path) -> 
     """Guards against a step that stands twice, and the half line of a kill."""
     file = tmp_path / "metrics.jsonl"
     evaluated = '{"step": 4, "eval/exact_match": 0.5}\n'  # of a best that is saved again just as it was
-    file.write_text(f'{{"step": 1, "a": 1}}\n{{"step": 2, "a": 2}}\n{{"step": 3, "a": 3}}\n{evaluated}{{"step": 4, "a"')
+    deep = "[" * 100_000 + "\n"  # of a damaged disk
+    file.write_text(
+        f'{deep}{{"step": 1, "a": 1}}\n{{"step": 2, "a": 2}}\n{{"step": 3, "a": 3}}\n{evaluated}{{"step": 4, "a"'
+    )
     with tracking.MetricsLog(tmp_path, tracking.NoTracker(), resume_step=2) as metrics:
         metrics.write(3, 0.5, {"a": 30})
     lines = lines_of(tmp_path)
