@@ -59,6 +59,8 @@ def claimed(folder: Path, resume: str) -> Iterator[Path | None]:
             raise UserError(
                 f"{folder}: another process is training this run: wait for it, or choose another --run_name"
             ) from None
+        except OSError:  # some network file systems know no locks
+            pass
         yield _find_start(folder, resume)
     finally:
         wait_for_removals()

@@ -1,5 +1,6 @@
 """Checkpoints are whole or absent: what is damaged is named, the newest intact one is used, nothing else is touched."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -389,6 +390,16 @@ def test_evaluation_writes_through_no_symbolic_link(call, stopped: Path, tmp_pat
     (stopped / name).symlink_to(outside)
     call(evaluate, "--ckpt", str(stopped / BEST), "--limit", "2").assert_user_error("is a symbolic link")
     assert (tree(tmp_path / "outside"), outside.stat().st_size) == before
+
+
+def test_a_file_system_without_locks_is_trained_on(
+    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert call(train, *flags(settings | {"epochs": "1"})).code == 0
 
 
 def test_an_error_of_another_kind_is_not_taken_for_a_lock(call, settings: dict[str, str], monkeypatch) -> None:
