@@ -283,6 +283,17 @@ def _finish_saves(run_folder: Path) -> None:
             _remove_remains(folder)
 
 
+def _expected_files(folder: Path) -> dict[str, tuple[int, str]]:
+    """Size and hash of each file that the manifest of ``folder`` names."""
+    files = json.loads((folder / MANIFEST_FILE).read_bytes())["files"]
+    return {str(name): (int(entry["size"]), str(entry[HASH])) for name, entry in files.items()}
+
+
+def verified_hashes(folder: Path) -> dict[str, str]:
+    """The hash of each file of a folder that `check_whole` has read; nothing of what is no checkpoint of ours."""
+    return {name: digest for name, (_, digest) in _expected_files(folder).items()} if _is_ours(folder) else {}
+
+
 def set_damaged_aside(run_folder: Path, start: Path) -> None:
     """Keep what is damaged from being taken for whole, before a run that goes on from ``start`` saves anything.
 
@@ -322,8 +333,7 @@ def fault_of(folder: Path, read: bool = True) -> str | None:
         read: whether to read all files and compare their hashes, and not their sizes alone.
     """
     try:
-        files = json.loads((folder / MANIFEST_FILE).read_bytes())["files"]
-        expected = {str(name): (int(entry["size"]), str(entry[HASH])) for name, entry in files.items()}
+        expected = _expected_files(folder)
     except FileNotFoundError:
         return f"it has no {MANIFEST_FILE}, which a save writes last"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:

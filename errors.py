@@ -60,9 +60,10 @@ def run_script(story: Callable[..., None], *arguments: object) -> None:
         sys.exit(_complain(f"error: {where}{error.strerror}: make room there or choose another folder", USER_ERROR))
 
 
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES}
-_IN_THE_WAY = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP}
-_STORAGE_FAULTS = _NO_ROOM | _IN_THE_WAY
+_STORAGE_FAULTS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP),  # something is in the way
+}
 
 
 def _stop(number: int, frame: object) -> None:
