@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.nn.attention import varlen
 from transformers import LlamaForCausalLM
 
+import memory
 from attention import PackedAttention
 from data import Batch
 from model import Attend
@@ -43,37 +44,61 @@ def _places(slots: Sequence[int], batch: Batch) -> tuple[torch.Tensor, torch.Ten
 
 
 class BagCache:
-    """A cache whose attention reads what each slot holds, and neither gaps nor neighbours.
+    """A cache in blocks of `BLOCK` positions, whose attention reads what each slot holds, and no gaps or neighbours.
 
     Scores and outputs of attention are weighted sums of rows: of the keys' components, weighted by
     the query, and of the values, weighted by the probabilities. For sequences of different lengths
     that is ``embedding_bag``, a bag being what belongs to one sum. So a layer's keys stand as
-    ``[slots, kv_heads, blocks, head_dim, BLOCK]``, the same component of the positions of a block
-    side by side, and its values as ``[slots, kv_heads, blocks, BLOCK, head_dim]``.
+    ``[blocks, kv_heads, head_dim, BLOCK]``, the same component of the positions of a block side by
+    side, and its values as ``[blocks, kv_heads, BLOCK, head_dim]``.
 
-    The memory of a slot is taken from the system as it fills up.
+    A slot takes its blocks from a common stock as its sequence grows (PagedAttention,
+    arXiv:2309.06180), those first that were given back last: so the memory in use stays dense, and
+    only as much is taken from the system as the sequences ever held at the same time.
     """
 
     def __init__(self, model: LlamaForCausalLM, slots: int, length: int):
         """``length``: of the longest sequence."""
-        config, self.head_dim = model.config, _head_dim(model)
+        config, head_dim = model.config, _head_dim(model)
         self.groups = config.num_attention_heads // config.num_key_value_heads
-        shape = (slots, config.num_key_value_heads, -(-length // BLOCK))
+        capacity = -(-length // BLOCK)
+        shape = (slots * capacity, config.num_key_value_heads)
         self.keys, self.values = (
-            [torch.empty(*shape, *tail, dtype=_dtype(model)) for _ in range(config.num_hidden_layers)]
-            for tail in ((self.head_dim, BLOCK), (BLOCK, self.head_dim))
+            [memory.empty_in_large_pages(*shape, *tail, dtype=_dtype(model)) for _ in range(config.num_hidden_layers)]
+            for tail in ((head_dim, BLOCK), (BLOCK, head_dim))
         )
+        self.stock = list(reversed(range(slots * capacity)))
+        self.blocks = torch.zeros(slots, capacity, dtype=torch.long)  # of each slot, in order
+        self.used = [0] * slots  # how many of them
+
+    def release(self, slot: int) -> None:
+        """Give back what ``slot`` holds."""
+        self.stock += reversed(self.blocks[slot, : self.used[slot]].tolist())
+        self.used[slot] = 0
+
+    def _take(self, slot: int, count: int) -> list[int]:
+        taken = [self.stock.pop() for _ in range(count)]
+        self.blocks[slot, self.used[slot] : self.used[slot] + count] = torch.tensor(taken)
+        self.used[slot] += count
+        return taken
 
     def prefill(self, slots: Sequence[int], batch: Batch) -> Attend:
-        """Attention of packed prompts, that keeps what it sees of them in ``slots``."""
+        """Attention of packed prompts, that keeps what it sees of them in ``slots``, which must be empty."""
         packed = PackedAttention(batch)
-        rows, positions = _places(slots, batch)
-        ends = torch.tensor([length - 1 for length in batch.seqlens[: len(slots)]])
-        last_blocks = torch.tensor(slots), ends // BLOCK
+        taken, places = [], []
+        for slot, length in zip(slots, batch.seqlens, strict=False):  # a filler may follow
+            places.append(torch.arange(length) + len(taken) * BLOCK)
+            taken += self._take(slot, -(-length // BLOCK))
+        taken, places = torch.tensor(taken), torch.cat(places)
+
+        def in_blocks(tensor: torch.Tensor) -> torch.Tensor:
+            # zeros: the rest of a last block is multiplied by zero, and 0 * NaN is NaN.
+            rows = tensor.new_zeros(len(taken) * BLOCK, *tensor.shape[1:], dtype=self.keys[0].dtype)
+            return rows.index_copy_(0, places, tensor[: len(places)].to(rows.dtype)).unflatten(0, (-1, BLOCK))
 
         def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            self._clear(layer, *last_blocks)
-            self._write(layer, rows, positions, key[: len(rows)], value[: len(rows)])
+            self.keys[layer][taken] = in_blocks(key).permute(0, 2, 3, 1)
+            self.values[layer][taken] = in_blocks(value).transpose(1, 2)
             return packed(layer, query, key, value)
 
         return attend
@@ -84,29 +109,22 @@ class BagCache:
         Args:
             lengths: the tokens that each of them holds.
         """
+        opened = [slot for slot, length in zip(slots, lengths, strict=True) if length % BLOCK == 0]
+        taken = torch.tensor([self._take(slot, 1)[0] for slot in opened], dtype=torch.long)
         rows, positions = torch.tensor(slots), torch.tensor(lengths)
-        opened = positions % BLOCK == 0  # here a block begins
-        new_blocks = rows[opened], positions[opened] // BLOCK
+        blocks, places = self.blocks[rows, positions // BLOCK], positions % BLOCK
         bags = _Bags(self, rows, positions + 1)
 
         def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            if len(new_blocks[0]):
-                self._clear(layer, *new_blocks)
-            self._write(layer, rows, positions, key, value)
-            return bags.attend(query.to(self.keys[layer].dtype), self.keys[layer], self.values[layer]).to(query.dtype)
+            keys, values = self.keys[layer], self.values[layer]
+            if opened:  # see in_blocks
+                keys.index_fill_(0, taken, 0)
+                values.index_fill_(0, taken, 0)
+            keys[blocks, :, :, places] = key.to(keys.dtype)
+            values[blocks, :, places] = value.to(values.dtype)
+            return bags.attend(query.to(keys.dtype), keys, values).to(query.dtype)
 
         return attend
-
-    def _clear(self, layer: int, rows: torch.Tensor, blocks: torch.Tensor) -> None:
-        # The rest of a sequence's last block is multiplied by zero, and 0 * NaN is NaN. Scores of such keys are hidden.
-        self.values[layer][rows, :, blocks] = 0
-
-    def _write(
-        self, layer: int, rows: torch.Tensor, positions: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> None:
-        blocks, places = positions // BLOCK, positions % BLOCK
-        self.keys[layer][rows, :, blocks, :, places] = key.to(self.keys[layer].dtype)
-        self.values[layer][rows, :, blocks, places] = value.to(self.values[layer].dtype)
 
 
 class _Bags:
@@ -116,34 +134,36 @@ class _Bags:
     """
 
     def __init__(self, cache: BagCache, rows: torch.Tensor, lengths: torch.Tensor):
-        _, kv_heads, capacity, self.head_dim, _ = cache.keys[0].shape
+        _, kv_heads, head_dim, _ = cache.keys[0].shape
         heads, used = kv_heads * cache.groups, -(-lengths // BLOCK)  # used: blocks of each slot
         most = int(used.max())
-        self.shape = len(rows), heads, most * BLOCK
-        strips = rows[:, None] * kv_heads + torch.arange(heads) // cache.groups  # [n, H], into [slots * kv_heads]
-        used = used[:, None].expand(strips.shape).flatten()
+        self.shape, self.scale = (len(rows), heads, most * BLOCK), head_dim**-0.5
+        shape = len(rows), heads, most
         # Of n * H * most blocks those that exist, in order; the others are empty bags.
-        self.existing = (torch.arange(most) < used[:, None]).flatten().nonzero()[:, 0]
+        exists = (torch.arange(most) < used[:, None])[:, None].expand(shape).flatten()
+        self.existing = exists.nonzero()[:, 0]
         self.owners = self.existing // most
-        blocks = strips.flatten()[self.owners] * capacity + self.existing % most
-        self.key_rows = (blocks[:, None] * self.head_dim + torch.arange(self.head_dim)).flatten().int()
-        self.value_rows = (blocks[:, None] * BLOCK + torch.arange(BLOCK)).flatten().int()
-        exists = torch.zeros(len(used) * most, dtype=torch.long).index_fill_(0, self.existing, 1)
-        self.key_bags = ((exists.cumsum(0) - exists) * self.head_dim).int()
-        self.value_bags = ((used.cumsum(0) - used) * BLOCK).int()
-        self.hidden = torch.arange(most * BLOCK) >= lengths[:, None, None]  # [n, 1, most * BLOCK]
+        kept = cache.blocks[rows, :most][:, None] * kv_heads + torch.arange(heads)[:, None] // cache.groups
+        kept = kept.flatten()[self.existing]  # into [blocks * kv_heads]
+        self.key_rows = (kept[:, None] * head_dim + torch.arange(head_dim)).flatten().int()
+        self.value_rows = (kept[:, None] * BLOCK + torch.arange(BLOCK)).flatten().int()
+        self.key_bags = ((exists.cumsum(0) - exists.long()) * head_dim).int()
+        strips = used[:, None].expand(shape[:2]).flatten()
+        self.value_bags = ((strips.cumsum(0) - strips) * BLOCK).int()
+        hidden = torch.arange(most * BLOCK) >= lengths[:, None, None]  # [n, 1, most * BLOCK]
+        self.mask = torch.zeros(hidden.shape, dtype=cache.keys[0].dtype).masked_fill_(hidden, -torch.inf)
 
     def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """``query`` is ``[n, H, head_dim]``, as is the result."""
-        weights = (query * self.head_dim**-0.5).flatten(0, 1).index_select(0, self.owners).flatten()
+        weights = query.flatten(0, 1).index_select(0, self.owners).flatten()
         scores = F.embedding_bag(
             self.key_rows, keys.view(-1, BLOCK), self.key_bags, mode="sum", per_sample_weights=weights
         )
-        scores = scores.view(self.shape).masked_fill_(self.hidden, -torch.inf)
+        scores = torch.add(self.mask, scores.view(self.shape), alpha=self.scale)
         probabilities = torch.softmax(scores, -1).view(-1, BLOCK).index_select(0, self.existing).flatten()
         output = F.embedding_bag(
             self.value_rows,
-            values.view(-1, self.head_dim),
+            values.view(-1, values.shape[-1]),
             self.value_bags,
             mode="sum",
             per_sample_weights=probabilities,
@@ -171,6 +191,9 @@ class StaticCache:
         # The borders of one new token a slot, and of the slots themselves, for varlen_attn.
         self.new = torch.arange(slots + 1, device=model.device, dtype=torch.int32)
         self.borders = self.new * length
+
+    def release(self, slot: int) -> None:
+        """What ``slot`` holds is no longer needed; here nothing is to be done."""
 
     def prefill(self, slots: Sequence[int], batch: Batch) -> Attend:
         """Attention of packed prompts, that keeps what it sees of them in ``slots``."""

@@ -33,6 +33,8 @@ MOST_SLOTS = {"cpu": 128, "cuda": 256}
 WORTH_PACKING = 8  # prompts from which on a copy of the weights pays; see `linear.packed_weights`
 ARGMAX_PART = 128  # logits; see `argmax`
 FIXED_SHAPES = {"cuda"}  # devices on which each step is one of all slots
+# Prompts wait until one slot in so many is free: to read a few takes almost as long as to read many.
+ADMITTED_SHARE = 16
 # Of the free memory, what the cache may take: the rest is for the prompts' forward pass.
 CACHE_SHARE = 0.8
 
@@ -205,13 +207,14 @@ def _decode(
                     completion.forced.extend(forced[1:])
             if completion.stop:
                 del running[slot]
-                decoder.free.append(slot)
+                decoder.leave(slot)
         return [completion for completion in completions if completion.stop]
 
     with packed_weights(model) if len(prompts) >= WORTH_PACKING else nullcontext():
         decoder = _Decoder(model, plan_slots(model, slots, longest, len(prompts)), longest)
+        together = max(1, len(decoder.free) // ADMITTED_SHARE)
         while waiting or running:
-            while waiting and decoder.free:
+            while waiting and len(decoder.free) >= (min(together, len(waiting)) if running else 1):
                 admitted = _admit(waiting, prompts, decoder.free)
                 running |= {slot: Completion(index, len(prompts[index])) for slot, index in admitted.items()}
                 logits = decoder.prefill(list(admitted), [prompts[index] for index in admitted.values()])
@@ -257,6 +260,11 @@ class _Decoder:
         else:
             self.cache = BagCache(model, slots, length)
             self._static_step = None
+
+    def leave(self, slot: int) -> None:
+        """What runs in ``slot`` is finished."""
+        self.free.append(slot)
+        self.cache.release(slot)
 
     def prefill(self, slots: list[int], prompts: list[list[int]]) -> torch.Tensor:
         """Read packed prompts into ``slots``; gives the logits ``[n, vocabulary]`` after each."""

@@ -98,15 +98,8 @@ def _is_packed(layer: torch.nn.Linear, hidden: torch.Tensor) -> bool:
     return packed is not None and hidden.dim() == 2 and not torch.is_grad_enabled()
 
 
-def product_silu(layer: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
-    """``silu(layer(hidden))``, in one pass with `packed_weights`; so are the next two."""
-    if _is_packed(layer, hidden):
-        return torch.ops.mkldnn._linear_pointwise(hidden, layer.packed, None, "swish", [], "")
-    return F.silu(layer(hidden))
-
-
 def product_times(layer: torch.nn.Linear, hidden: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """``layer(hidden) * other``."""
+    """``layer(hidden) * other``, in one pass with `packed_weights`; so is the next."""
     if _is_packed(layer, hidden):
         return torch.ops.mkldnn._linear_pointwise.binary(hidden, other, layer.packed, None, "mul")
     return layer(hidden).mul_(other)

@@ -16,7 +16,9 @@ knows no end, but no contender knows it beforehand:
 
 Each contender is a process of its own; they take turns. Counted are useful tokens, those of the
 completions. The limit is what the matrix products of one decoding step for all slots would allow
-if nothing else took time, measured on the same layers, as our own contender computes them.
+if nothing else took time, measured on the same layers, as our own contender computes them; since a
+shared machine's speed drifts, right before and right after each turn, whose share is of the mean of
+the two.
 """
 
 import argparse
@@ -92,11 +94,12 @@ def our_decoder(arguments: argparse.Namespace) -> Callable[[list[tuple[list[int]
 
     memory.keep_freed_memory()
     model = load_model(arguments.folder, getattr(torch, arguments.dtype), pick_device())
+    everything = json.loads((arguments.folder / "work.json").read_text())
+    longest = max(len(prompt) + length for prompt, length in everything)
+    arguments.slots_taken = plan_slots(model, arguments.slots, longest, len(everything))
 
     def decode(work: list[tuple[list[int], int]]) -> int:
         prompts, lengths = zip(*work, strict=True)
-        longest = max(len(prompt) + length for prompt, length in work)
-        arguments.slots_taken = plan_slots(model, arguments.slots, longest, len(work))
         completions = greedy_decode(
             model, prompts, max_new_tokens=lengths, eos_token_ids=frozenset(), slots=arguments.slots_taken
         )
@@ -213,7 +216,7 @@ def limit(arguments: argparse.Namespace, slots: int) -> float:
     inputs = {layer.in_features: torch.randn(slots, layer.in_features).to(device, model.dtype) for layer in layers}
     seconds = []
     with torch.inference_mode(), packed_weights(model):
-        for _ in range(12):
+        for _ in range(42):
             started = time.perf_counter()
             for layer in layers:
                 result = layer(inputs[layer.in_features])
@@ -228,31 +231,37 @@ def race(arguments: argparse.Namespace) -> None:
     keys = ("folder", "slots", "rounds", "dtype")
     options = [f"--{key}={getattr(arguments, key)}" for key in keys if getattr(arguments, key) is not None]
     contenders = [launch(__file__, name, options) for name in arguments.contenders]
-    limits = []
+    slots = arguments.slots or 64  # until our own contender has said how many it takes, in round 0, which is not timed
     for number in range(arguments.rounds + 1):
         for contender in contenders:
+            before = limit(arguments, slots) if number else 0.0
             contender.step()
             last = contender.reports[-1]
             print(f"round {number} {contender.name}: {last['tokens'] / last['seconds']:.0f} tok/s", file=sys.stderr)
-        taken = (contender.reports[-1]["slots"] for contender in contenders)
-        slots = next((number for number in taken if number), arguments.slots or 64)
-        limits.append(limit(arguments, slots))  # not before: while the others start, they take the processor
+            if number:
+                last["allowed"] = (before + limit(arguments, slots)) / 2
+            slots = last["slots"] or slots
     for contender in contenders:
         contender.process.kill()
-    print_table(arguments, contenders, max(limits[1:]), slots)
+    print_table(arguments, contenders, slots)
 
 
-def print_table(arguments: argparse.Namespace, contenders: list[Contender], allowed: float, slots: int) -> None:
-    print(f"matrix products alone: {allowed:.0f} tokens a second with {slots} slots in {arguments.dtype}")
+def print_table(arguments: argparse.Namespace, contenders: list[Contender], slots: int) -> None:
+    limits = sorted(entry["allowed"] for contender in contenders for entry in contender.reports[1:])
+    print(
+        f"matrix products alone: {statistics.median(limits):.0f} tokens a second ({limits[0]:.0f} to {limits[-1]:.0f}) "
+        f"with {slots} slots in {arguments.dtype}"
+    )
     print("| contender | useful tokens a second | seconds | peak memory, GB | share of the limit |")
     print("| --- | --- | --- | --- | --- |")
     speeds = {}
     for contender in contenders:
         timed = contender.reports[1:]
-        speeds[contender.name] = statistics.median(entry["tokens"] / entry["seconds"] for entry in timed)
+        speed = statistics.median(entry["tokens"] / entry["seconds"] for entry in timed)
+        share = statistics.median(entry["tokens"] / entry["seconds"] / entry["allowed"] for entry in timed)
         seconds, peak = statistics.median(entry["seconds"] for entry in timed), timed[-1]["peak"]
-        speed = speeds[contender.name]
-        print(f"| {contender.name} | {speed:.0f} | {seconds:.1f} | {peak:.2f} | {speed / allowed:.0%} |")
+        print(f"| {contender.name} | {speed:.0f} | {seconds:.1f} | {peak:.2f} | {share:.0%} |")
+        speeds[contender.name] = speed
     for contender in contenders[1:]:
         first, other = contenders[0].name, contender.name
         print(f"{first} against {other}: {speeds[first] / speeds[other]:.2f} x the speed")

@@ -76,3 +76,45 @@ def test_steps_attend_to_all_of_their_own_sequence_and_nothing_else(
             ]
             expected = exactly(query[number], *seen[number])
             torch.testing.assert_close(found[0][number].double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_blocks_are_used_again_and_stay_dense(make_llama: Callable[..., LlamaForCausalLM]) -> None:
+    """Guards against blocks that are lost or shared, memory beyond what is held, and NaN of those who held them."""
+    generator = torch.Generator().manual_seed(0)
+    model = make_llama(50, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS).double()
+    cache = BagCache(model, 8, LENGTH)
+    stock = sorted(cache.stock)
+
+    def rows(heads: int, count: int) -> torch.Tensor:
+        return random_tensor(generator, torch.float64, count, heads)
+
+    def read(slots: list[int], lengths: list[int], poisoned: bool = False) -> dict[int, list[torch.Tensor]]:
+        batch = collate([Example([7] * (length + 1), [IGNORE] * length + [7]) for length in lengths], 16)
+        key, value = rows(KV_HEADS, batch.num_tokens), rows(KV_HEADS, batch.num_tokens)
+        if poisoned:
+            key, value = key * torch.nan, value * torch.nan
+        cache.prefill(slots, batch)(0, rows(HEADS, batch.num_tokens), key, value)
+        parts = zip(key[: sum(lengths)].split(lengths), value[: sum(lengths)].split(lengths), strict=True)
+        return {slot: list(part) for slot, part in zip(slots, parts, strict=True)}
+
+    seen = read([0, 1], [BLOCK + 5, 3])
+    for number in range(12):
+        read([2, 3], [2 * BLOCK + number, 9], poisoned=True)
+        cache.release(3)
+        seen |= read([4], [1 + 2 * number])
+        slots = [4, 0, 1]
+        query, key, value = rows(HEADS, 3), rows(KV_HEADS, 3), rows(KV_HEADS, 3)
+        found = cache.step(slots, [len(seen[slot][0]) for slot in slots])(0, query, key, value)
+        for row, slot in enumerate(slots):
+            new = key[row, None], value[row, None]
+            seen[slot] = [torch.cat(pair) for pair in zip(seen[slot], new, strict=True)]
+            torch.testing.assert_close(found[row], exactly(query[row], *seen[slot]), rtol=1e-12, atol=1e-12)
+        held = [block for slot in range(8) for block in cache.blocks[slot, : cache.used[slot]].tolist()]
+        assert sorted(held + cache.stock) == stock
+        # Two of slot 0, one of slot 1, three of slot 2, one of slots 3 and 4; a step opened none beyond these.
+        assert max(held) < 8
+        cache.release(2)
+        cache.release(4)
+    cache.release(0)
+    cache.release(1)
+    assert sorted(cache.stock) == stock

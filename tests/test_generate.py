@@ -132,6 +132,37 @@ def test_prefill_budget_changes_nothing(
     assert decode(sharp, prompts, eos, slots=5) == expected
 
 
+def test_prompts_are_read_together(sharp, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a pass over the weights for each prompt, and against slots that wait for prompts that never come.
+
+    Limits make one completion end after the other, in steps of one token.
+    """
+    passes: list[tuple[int, int]] = []
+    idle: list[tuple[int, int]] = []
+    originals = generate._Decoder.prefill, generate._Decoder.step
+
+    def prefill(self: generate._Decoder, slots: list[int], some: list[list[int]]) -> torch.Tensor:
+        passes.append((len(slots), len(self.free)))
+        return originals[0](self, slots, some)
+
+    def step(self: generate._Decoder, running: dict[int, Completion]) -> torch.Tensor:
+        idle.append((len(self.free), 41 - sum(size for size, _ in passes)))
+        return originals[1](self, running)
+
+    monkeypatch.setattr(generate._Decoder, "prefill", prefill)
+    monkeypatch.setattr(generate._Decoder, "step", step)
+    monkeypatch.setattr(generate, "ADMITTED_SHARE", 4)
+    work = [prompts[1]] * 41
+    limits = {"max_new_tokens": [1 + 7 * index % 23 for index in range(41)], "eos_token_ids": frozenset()}
+    assert len(list(greedy_decode(sharp, work, slots=16, **limits))) == 41
+    sizes = [size for size, _ in passes]
+    assert sizes[0] == 16 and sum(sizes) == 41
+    assert all(size >= 4 for size in sizes[:-1])  # a quarter of the slots, or what is left
+    assert len(sizes) <= 1 + -(-25 // 4)
+    assert all(left == 0 for _, left in passes[:-1])  # who is free takes one
+    assert all(free < min(4, waiting) for free, waiting in idle if waiting)
+
+
 def test_one_new_token(sharp, references, prompts: list[list[int]]) -> None:
     """Guards against a decoding step too many: the first token comes from the prefill."""
     eos, expected = references

@@ -103,7 +103,6 @@ def test_products_with_what_follows_them(
         plain = (hidden.double() @ layer.weight.double().T).float()
         assert (getattr(layer, "packed", None) is not None) == packed
         for found, expected in (
-            (linear.product_silu(layer, hidden), torch.nn.functional.silu(plain)),
             (linear.product_times(layer, hidden, other), plain * other),
             (linear.product_plus(layer, hidden, other), plain + other),
         ):

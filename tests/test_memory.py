@@ -290,3 +290,36 @@ def test_a_loss_is_differentiated_once(model: LlamaForCausalLM, examples: list[d
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
         loss.backward()
+
+
+def advised_spans() -> list[tuple[int, int]]:
+    """Where large pages are asked for in this process."""
+    spans, span = [], (0, 0)
+    maps = Path("/proc/self/smaps")
+    for line in maps.read_text().splitlines() if maps.exists() else []:
+        name, *rest = line.split()
+        if "-" in name:
+            span = tuple(int(end, 16) for end in name.split("-"))
+        elif name == "VmFlags:" and "hg" in rest:
+            spans.append(span)
+    return spans
+
+
+def test_large_pages_are_asked_for() -> None:
+    """Guards against advice for memory before or behind the tensor, or for none."""
+    before = advised_spans()
+    tensor = memory.empty_in_large_pages(5, 2**20, dtype=torch.float64)
+    assert tensor.shape == (5, 2**20) and tensor.dtype == torch.float64
+    first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+
+    def inside(spans: list[tuple[int, int]]) -> int:
+        return sum(max(0, min(end, last) - max(start, first)) for start, end in spans)
+
+    def outside(spans: list[tuple[int, int]]) -> int:
+        return sum(end - start for start, end in spans) - inside(spans)
+
+    after = advised_spans()
+    known = Path("/sys/kernel/mm/transparent_hugepage").is_dir()  # not in every kernel
+    assert inside(after) == 0 if not known else tensor.nbytes - 4 * 2**20 < inside(after) <= tensor.nbytes
+    assert outside(after) == outside(before)
+    assert memory.empty_in_large_pages(3, dtype=torch.float32).shape == (3,)
