@@ -1,8 +1,8 @@
 """The KV cache in decoding: what the sequences in its slots have seen, and attention to it.
 
-A slot has room for the longest sequence and holds one at a time; a finished one leaves nothing to
-clear away, since nothing beyond a sequence's own length is ever read into a result. `BagCache` is
-the CPU's, `StaticCache` the one for CUDA, whose kernels want fixed shapes.
+A slot holds one sequence at a time, and nothing beyond its own length is ever read into a result.
+`BagCache` is the CPU's, in blocks that a slot takes as it fills up; `StaticCache` is the one for
+CUDA, whose kernels want fixed shapes: its slots have room for the longest sequence from the start.
 """
 
 from collections.abc import Sequence
@@ -34,13 +34,6 @@ def _head_dim(model: LlamaForCausalLM) -> int:
 def _dtype(model: LlamaForCausalLM) -> torch.dtype:
     # On the CPU scores and sums are the cache's own arithmetic, for which bfloat16 is too coarse.
     return model.dtype if model.device.type == "cuda" else torch.promote_types(model.dtype, torch.float32)
-
-
-def _places(slots: Sequence[int], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slot and position of each token of packed prompts, without the filler behind the last."""
-    lengths = torch.tensor(batch.seqlens[: len(slots)])
-    rows = torch.tensor(slots).repeat_interleave(lengths)
-    return rows.to(batch.input_ids.device), batch.position_ids[0, : len(rows)]
 
 
 class BagCache:
@@ -198,7 +191,8 @@ class StaticCache:
     def prefill(self, slots: Sequence[int], batch: Batch) -> Attend:
         """Attention of packed prompts, that keeps what it sees of them in ``slots``."""
         packed = PackedAttention(batch)
-        rows, positions = _places(slots, batch)
+        rows = torch.tensor(slots).repeat_interleave(torch.tensor(batch.seqlens[: len(slots)])).to(self.slots.device)
+        positions = batch.position_ids[0, : len(rows)]  # without the filler behind the last
 
         def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             self.keys[layer][rows, positions] = key[: len(rows)]

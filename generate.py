@@ -2,8 +2,9 @@
 
 The cache has a fixed number of slots. A problem's prompt is prefilled into a free slot, packed
 with the others that come in at the same time; each step then writes one token in every slot in
-use; a finished completion leaves its slot at once and the next prompt takes it. Each sequence is
-attended to up to its own length only, so a completion does not depend on its neighbours.
+use; a finished completion leaves its slot at once, and as soon as a few are free the next prompts
+take them. Each sequence is attended to up to its own length only, so a completion does not depend
+on its neighbours.
 """
 
 import random
@@ -33,7 +34,8 @@ MOST_SLOTS = {"cpu": 128, "cuda": 256}
 WORTH_PACKING = 8  # prompts from which on a copy of the weights pays; see `linear.packed_weights`
 ARGMAX_PART = 128  # logits; see `argmax`
 FIXED_SHAPES = {"cuda"}  # devices on which each step is one of all slots
-# Prompts wait until one slot in so many is free: to read a few takes almost as long as to read many.
+# Prompts wait until one slot in so many is free, and are then read together: a pass over a few tokens costs more for
+# each than one over many, and a slot that is idle for some steps costs next to nothing.
 ADMITTED_SHARE = 16
 # Of the free memory, what the cache may take: the rest is for the prompts' forward pass.
 CACHE_SHARE = 0.8

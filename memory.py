@@ -1,4 +1,4 @@
-"""Main and device memory: what is free, kept and given back, and what an out-of-memory error looks like."""
+"""Main and device memory: what is free, asked for, kept and given back, and what an out-of-memory error looks like."""
 
 import ctypes
 import gc
