@@ -81,9 +81,9 @@ def forward(
     """
     hidden = model.model.embed_tokens(input_ids)
     cos, sin = model.model.rotary_emb(hidden, position_ids[None])
-    rope = _rope(cos[0, :, None], sin[0, :, None])
     recompute = model.model.gradient_checkpointing and model.training and torch.is_grad_enabled()
-    parts = _parts(model, recompute)
+    prepare_rope, *parts = _parts(model, recompute)
+    rope = prepare_rope(cos[0, :, None], sin[0, :, None])
     *layers, last = model.model.layers
     for layer, positions in [*((layer, None) for layer in layers), (last, wanted)]:
         if recompute:
@@ -99,27 +99,32 @@ def forward_packed(model: LlamaForCausalLM, batch: Batch, wanted: torch.Tensor |
     return forward(model, batch.input_ids[0], batch.position_ids[0], attend, wanted)
 
 
-def _parts(model: LlamaForCausalLM, recompute: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What a layer does before and after its attention.
+def _parts(model: LlamaForCausalLM, recompute: bool) -> tuple[Callable[..., Any], ...]:
+    """What becomes of the rotary embedding's cos and sin, and what a layer does before and after its attention.
 
     As it is, compiled, keeping less for the backward pass, or without one.
     """
     # Not under no_grad: that is also where tensors are made again for a backward pass, bit for bit.
     if torch.is_inference_mode_enabled():
-        return _before_attention_in_decoding, _after_attention_in_decoding
+        return _signed_rope, _before_attention_in_decoding, _after_attention_in_decoding
     if torch.is_grad_enabled() and getattr(model.model, "compiled", False):
-        return _compiled_parts()
+        return _half_rope, *_compiled_parts()
     if torch.is_grad_enabled() and not recompute:
-        return partial(_before_attention, remade=memory.remade), partial(_after_attention, remade=memory.remade)
-    return _before_attention, _after_attention
+        kept_less = (partial(part, remade=memory.remade) for part in (_before_attention, _after_attention))
+        return _half_rope, *kept_less
+    return _half_rope, _before_attention, _after_attention
 
 
-def _rope(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the parts of `_parts` rotate by, from ``[N, 1, head_dim]`` twice; both halves of each are the same."""
+def _half_rope(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For `_rotate`: of ``[N, 1, head_dim]`` one half, since both are the same."""
     half = cos.shape[-1] // 2
-    if torch.is_inference_mode_enabled():
-        return cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
     return cos[..., :half], sin[..., :half]
+
+
+def _signed_rope(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For `_rotate_in_decoding`: sin with the sign that each half takes."""
+    half = cos.shape[-1] // 2
+    return cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
 
 
 @cache
@@ -181,7 +186,7 @@ def _before_attention_in_decoding(
 
 
 def _rotate_in_decoding(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`_rotate` in fewer passes, by what `_rope` makes for it."""
+    """`_rotate` in fewer passes, by what `_signed_rope` gives."""
     return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, dims=-1), sin)
 
 

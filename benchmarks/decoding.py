@@ -231,16 +231,19 @@ def race(arguments: argparse.Namespace) -> None:
     keys = ("folder", "slots", "rounds", "dtype")
     options = [f"--{key}={getattr(arguments, key)}" for key in keys if getattr(arguments, key) is not None]
     contenders = [launch(__file__, name, options) for name in arguments.contenders]
-    slots = arguments.slots or 64  # until our own contender has said how many it takes, in round 0, which is not timed
+    slots, before = arguments.slots or 64, 0.0
     for number in range(arguments.rounds + 1):
         for contender in contenders:
-            before = limit(arguments, slots) if number else 0.0
             contender.step()
             last = contender.reports[-1]
             print(f"round {number} {contender.name}: {last['tokens'] / last['seconds']:.0f} tok/s", file=sys.stderr)
             if number:
-                last["allowed"] = (before + limit(arguments, slots)) / 2
-            slots = last["slots"] or slots
+                after = limit(arguments, slots)
+                last["allowed"], before = (before + after) / 2, after
+            else:  # not timed; our own contender says here how many slots it takes
+                slots = last["slots"] or slots
+        if not number:
+            before = limit(arguments, slots)
     for contender in contenders:
         contender.process.kill()
     print_table(arguments, contenders, slots)
