@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import Tokenizer
 
 # Bounds on text that a model wrote: what is beyond them has no value here, and costs no time.
 LONGEST, DEEPEST, LARGEST = 200, 20, 10**30
@@ -184,10 +184,10 @@ class ForcedResults:
     the model has learned to read them.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+    def __init__(self, tokenizer: "Tokenizer"):
         """Raises UserError where results can't be written in this tokenizer's tokens."""
         self.tokenizer = tokenizer
-        pieces = enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+        pieces = ((index, tokenizer.piece(index)) for index in range(len(tokenizer)))
         self._with_equals = frozenset(index for index, piece in pieces if piece and ("=" in piece or piece == "<0x3D>"))
         example = "She has <<1+2=3>>"
         ids = self._ids(example)
@@ -218,7 +218,7 @@ class ForcedResults:
         return ids if self._text([*token_ids[:-1], *ids]) == wanted else []
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        return self.tokenizer.ids_of([text])[0]
 
     def _text(self, token_ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return self.tokenizer.decode(token_ids)

@@ -24,7 +24,9 @@ from errors import UserError, one_line
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+    from transformers import LlamaForCausalLM
+
+    from tokenizer import Tokenizer
 
 BEST, LAST, PREVIOUS = "best", "last", "previous"  # all checkpoints that a run has
 DESCRIPTION_FILE = "training.json"
@@ -45,7 +47,7 @@ HASH = "xxh3_128"
 def save_checkpoint(
     folder: Path,
     model: "LlamaForCausalLM",
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: "Tokenizer",
     description: Mapping[str, Any],
     state: "Mapping[str, torch.Tensor] | None" = None,
 ) -> None:
@@ -71,7 +73,8 @@ def save_checkpoint(
     try:
         with _Seal(staged) as seal:
             model.save_pretrained(staged, max_shard_size=PART_BYTES)
-            _save_tokenizer(tokenizer, staged)
+            write_both_spellings(staged / "config.json")
+            tokenizer.save(staged)
             seal.written()
             for number, part in enumerate(_parts(state or {}), start=1):
                 save_file(part, staged / STATE_FILES.replace("*", f"{number:05}"))
@@ -88,11 +91,19 @@ def save_checkpoint(
         raise _not_written(folder, error) from error
 
 
-def _save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    try:
-        tokenizer.save_pretrained(folder)
-    except Exception as error:  # tokenizers has no type of its own for a full disk
-        raise OSError(one_line(error)) from error
+def write_both_spellings(file: Path) -> None:
+    """Write the rotary embedding's parameters in a ``config.json`` as Transformers 4 reads them, too.
+
+    Transformers 5 has them in ``rope_parameters`` alone, which 4 (and with it vLLM and lm-eval on
+    many machines) passes over without a word: it takes a theta of 10,000 and no scaling.
+    """
+    content = json.loads(file.read_bytes())
+    rope = content.get("rope_parameters")
+    if rope is not None:
+        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+        content["rope_theta"] = rope["rope_theta"]
+        content["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else scaling
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _not_written(folder: Path, error: Exception) -> UserError:
@@ -420,8 +431,6 @@ def resolve_source(ckpt: str | None, config_file: Path, typed: Mapping[str, str]
         ckpt = str(folder)
     folder = local_path(ckpt)
     if not _is_ours(folder):
-        if folder.is_dir() and not (folder / "config.json").is_file():
-            raise UserError(f"{folder}: is no checkpoint and no Hugging Face model folder: it has no config.json")
         return Source(ckpt, load_config(config_file, typed))
     manifest = _read_manifest(folder)
     check_whole(folder)

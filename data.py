@@ -18,7 +18,7 @@ from config import local_path
 from errors import UserError, one_line
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from tokenizer import Tokenizer
 
 IGNORE = -100  # the label of a token that is not supervised, as in torch's cross_entropy
 
@@ -211,13 +211,13 @@ def answer_separator(prompt: str) -> str:
     return "" if prompt[-1:].isspace() else " "
 
 
-def encode_prompts(tokenizer: "PreTrainedTokenizerBase", problems: Sequence[Problem], prompt: str) -> list[list[int]]:
+def encode_prompts(tokenizer: "Tokenizer", problems: Sequence[Problem], prompt: str) -> list[list[int]]:
     """Token ids of BOS and prompt for each problem, as the model reads them in training and decoding."""
     texts = [prompt.replace("{question}", problem.question) for problem in problems]
-    return [[tokenizer.bos_token_id, *ids] for ids in _token_ids(tokenizer, texts)]
+    return [[tokenizer.bos_token_id, *ids] for ids in tokenizer.encode(texts)]
 
 
-def encode(tokenizer: "PreTrainedTokenizerBase", problems: Sequence[Problem], prompt: str) -> list[Example]:
+def encode(tokenizer: "Tokenizer", problems: Sequence[Problem], prompt: str) -> list[Example]:
     """Token ids and labels of each problem.
 
     Raises:
@@ -226,10 +226,11 @@ def encode(tokenizer: "PreTrainedTokenizerBase", problems: Sequence[Problem], pr
             differ from what is decoded.
     """
     separator = answer_separator(prompt)
-    prompts = encode_prompts(tokenizer, problems, prompt)
-    texts = [f"{prompt.replace('{question}', problem.question)}{separator}{problem.answer}" for problem in problems]
+    beginnings = [prompt.replace("{question}", problem.question) for problem in problems]
+    prompts = [[tokenizer.bos_token_id, *ids] for ids in tokenizer.ids_of(beginnings)]
+    texts = [f"{text}{separator}{problem.answer}" for text, problem in zip(beginnings, problems, strict=True)]
     examples = []
-    for problem, prompt_ids, joint in zip(problems, prompts, _token_ids(tokenizer, texts), strict=True):
+    for problem, prompt_ids, joint in zip(problems, prompts, tokenizer.encode(texts), strict=True):
         input_ids = [tokenizer.bos_token_id, *joint, tokenizer.eos_token_id]
         if input_ids[: len(prompt_ids)] != prompt_ids:
             raise UserError(
@@ -239,11 +240,6 @@ def encode(tokenizer: "PreTrainedTokenizerBase", problems: Sequence[Problem], pr
         labels = [IGNORE] * len(prompt_ids) + input_ids[len(prompt_ids) :]
         examples.append(Example(input_ids, labels, problem.line))
     return examples
-
-
-def _token_ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
-    # split_special_tokens: a "</s>" that stands in a row's text is text, not the end of the sequence.
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids if texts else []
 
 
 def leave_out_long(examples: Sequence[Example], max_length: int, name: str) -> list[Example]:

@@ -37,6 +37,13 @@ def one_line(text: object) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
 
 
+def cause_of(error: BaseException) -> str:
+    """Type and message of what ``error`` came from in the first place, on one line."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return f"{type(error).__name__}: {one_line(error)[:160]}"
+
+
 def run_script(story: Callable[..., None], *arguments: object) -> None:
     """Run ``story(*arguments)`` and end the process with the exit code that interface and shell expect."""
     signal.signal(signal.SIGTERM, _stop)

@@ -81,7 +81,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM
 
 import analysis
 import data
@@ -91,16 +91,7 @@ import verify
 from calculator import ForcedResults
 from checkpoint import Source, check_no_links, replace_file, resolve_source
 from generate import Completion, greedy_decode, sample_decode
-from model import (
-    check_positions,
-    check_vocabulary,
-    eos_token_ids,
-    fetch,
-    load_model,
-    load_tokenizer,
-    pick_device,
-    weights_identity,
-)
+from model import pick_device
 from predictions import (
     IDENTITY_FILE,
     PREDICTIONS_FILE,
@@ -111,6 +102,16 @@ from predictions import (
     read_predictions,
     said_before,
 )
+from pretrained import (
+    check_ids,
+    check_positions,
+    eos_token_ids,
+    fetch,
+    load_model,
+    load_tokenizer,
+    weights_identity,
+)
+from tokenizer import Tokenizer
 from tracking import MetricsLog, start_tracker
 
 VERIFIED_IN_FLOAT32 = 4  # problems, where --verify-batching does not say how many
@@ -137,11 +138,11 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
     problems = all_problems[: arguments.limit]
     prompts = data.encode_prompts(tokenizer, problems, config.prompt)
     model = load_model(folder, getattr(torch, config.dtype), pick_device())
-    check_vocabulary(model, tokenizer, source.path)
+    check_ids(model, prompts, source.path)
     longest = max(map(len, prompts)) + config.max_new_tokens
     check_positions(model, longest, "the longest prompt with max_new_tokens", "set a smaller max_new_tokens")
     output = arguments.output or output_folder(source, arguments.split)
-    identity = identify(source, weights_identity(folder), arguments.split, all_problems)
+    identity = identify(source, weights_identity(folder), tokenizer, arguments.split, all_problems)
     source.check_unchanged()
     work = Work(model, tokenizer, problems, prompts, config)
 
@@ -207,12 +208,15 @@ def output_folder(source: Source, split: str) -> Path:
     return local_path(source.config.output_dir) / name / "eval" / split
 
 
-def identify(source: Source, weights: str, split: str, problems: Sequence[data.Problem]) -> dict[str, Any]:
+def identify(
+    source: Source, weights: str, tokenizer: Tokenizer, split: str, problems: Sequence[data.Problem]
+) -> dict[str, Any]:
     """Everything that a completion depends on: predictions of another identity are never mixed in."""
     config: Config = source.config
     return {
         "checkpoint": hide_home(source.path),
         "weights": weights,
+        "tokenizer": " ".join(tokenizer.describe().values()),
         "split": split,
         "data_sha256": data.fingerprint(problems),
         "prompt": config.prompt,
@@ -230,7 +234,7 @@ class Work:
     """
 
     model: LlamaForCausalLM
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     problems: Sequence[data.Problem]
     prompts: Sequence[list[int]]
     config: Config
@@ -245,7 +249,7 @@ class Work:
         }
 
     def text(self, completion: Completion) -> str:
-        return self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        return self.tokenizer.decode(completion.token_ids)
 
 
 def evaluate_one(

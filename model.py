@@ -1,4 +1,4 @@
-"""The tokenizer and the model, and the forward pass over packed sequences.
+"""The forward pass over packed sequences.
 
 Weights, files and configuration are Transformers' Llama as it is. The forward pass is our own,
 over the same modules, since three things cost others a third of their time and memory: padding,
@@ -7,34 +7,24 @@ to what is a parameter of it (`Attend`): packed sequences in training and valida
 decoding.
 """
 
-import hashlib
-import json
-import os
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-import transformers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import memory
 from attention import PackedAttention
-from checkpoint import STATE_FILES, hash_file, verified_hashes
-from config import local_path
-from data import Batch, Example, collate, is_hub_id
-from errors import UserError, one_line
-from linear import product_plus, product_times, use_fast_products
+from data import Batch, Example, collate
+from errors import UserError, cause_of
+from linear import product_plus, product_times
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 # attend(layer, query, key, value) with [N, heads, head_dim] and [N, kv_heads, head_dim] gives
@@ -47,11 +37,6 @@ Remade = Callable[[torch.Tensor, Callable[[], torch.Tensor]], AbstractContextMan
 
 def _kept(tensor: torch.Tensor, make: Callable[[], torch.Tensor]) -> AbstractContextManager[None]:
     return nullcontext()
-
-
-# Errors end in one line of ours; their warnings on the way, and bars where there is no terminal, are noise.
-transformers.utils.logging.disable_progress_bar()
-transformers.utils.logging.set_verbosity_error()
 
 
 def pick_device() -> torch.device:
@@ -294,183 +279,6 @@ def compile_layers(model: LlamaForCausalLM) -> None:
             forward_packed(model, batch, batch.loss_positions[::2]).sum().backward()
     except Exception as error:  # the compiler's layers raise many types
         raise UserError(
-            f"compile true: torch.compile fails here ({_cause(error)}): install a C++ compiler, or set compile false"
+            f"compile true: torch.compile fails here ({cause_of(error)}): install a C++ compiler, or set compile false"
         ) from None
     model.zero_grad()
-
-
-# ---------------------------------------------------------------- loading
-
-
-def fetch(name: str) -> Path:
-    """The local folder of a model: ``name`` itself, or the hub's files, downloaded where they are not yet.
-
-    Raises:
-        UserError: there is no such folder, or the hub can't be reached, does not know it, or wants a
-            licence accepted first.
-    """
-    folder = local_path(name)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"model {name!r} is a folder without a config.json: name a Hugging Face model folder")
-        return folder
-    if folder.exists():
-        raise UserError(f"model {name!r} is a file: name the Hugging Face model folder around it")
-    if not is_hub_id(name):
-        raise UserError(f"model {name!r} is no folder here and no hub id such as meta-llama/Llama-2-7b-hf")
-    try:
-        # safetensors only: what is pickled in a .bin would be executed, and Llama-2's repository holds both.
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "tokenizer.model"]))
-    except HfHubHTTPError as error:
-        raise _refused(name, error) from None
-    except Exception as error:  # the hub's client and its HTTP library raise many types
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        raise UserError(
-            f"model {name!r} can't be loaded from the hub{offline} ({_cause(error)}): check the network, or name a "
-            "local folder"
-        ) from None
-
-
-def _refused(name: str, error: HfHubHTTPError) -> UserError:
-    status = error.response.status_code
-    log_in = "log in with 'hf auth login' or set HF_TOKEN"
-    if isinstance(error, GatedRepoError) or (status in (401, 403) and not isinstance(error, RepositoryNotFoundError)):
-        return UserError(f"model {name!r} is gated: accept its licence at huggingface.co/{name}, then {log_in}")
-    if isinstance(error, RepositoryNotFoundError):
-        return UserError(f"model {name!r} is not on the hub, or is private: check the id, {log_in}")
-    return UserError(f"model {name!r}: the hub answers {status} ({one_line(error)[:120]}): try again later")
-
-
-def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer in ``folder``, checked to have the BOS and EOS that data.py needs."""
-    _refuse_code(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # tokenizers and sentencepiece raise many types
-        raise _damaged(folder, "tokenizer", error) from None
-    for token in ("bos_token_id", "eos_token_id"):
-        if getattr(tokenizer, token) is None:
-            raise UserError(f"model {folder}: its tokenizer has no {token}: use one of the Llama family")
-    return tokenizer
-
-
-def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
-    """The model in ``folder``, in eval mode.
-
-    Raises:
-        UserError: it can't be read, is no Llama, or its files lack weights (Transformers would
-            fill them at random with no more than a warning).
-    """
-    _refuse_code(folder)
-    kind = _read_json(folder / "config.json").get("model_type")
-    if kind != "llama":
-        raise UserError(f"model {folder} is of type {kind!r}: only 'llama' is supported")
-    if not list(folder.glob("*.safetensors")) and list(folder.glob("*.bin")):
-        raise UserError(f"model {folder}: has pickled weights only (.bin), which are not read: convert to safetensors")
-    try:
-        config = LlamaConfig.from_pretrained(folder)
-        if (folder / "generation_config.json").exists():
-            _read_json(folder / "generation_config.json")  # a damaged one would be passed over, with its EOS tokens
-        model, report = LlamaForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except Exception as error:  # as in load_tokenizer
-        raise _damaged(folder, "weights", error) from None
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise UserError(
-            f"model {folder}: its files lack {len(missing)} weights, the first is {missing[0]}: copy it anew"
-        )
-    if config.hidden_act != "silu":
-        raise UserError(f"model {folder}: its hidden_act is {config.hidden_act!r}: only 'silu' is supported")
-    unknown = sorted(key for key in report["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq"))
-    if unknown:
-        raise UserError(
-            f"model {folder}: its files hold {len(unknown)} weights that its config.json has no place for, the "
-            f"first is {unknown[0]}: the two do not belong together, copy them anew"
-        )
-    # Llama-2's own generation_config carries sampling settings: here decoding is greedy, and an
-    # inconsistent one would make save_pretrained raise after the last epoch.
-    model.generation_config = GenerationConfig(
-        bos_token_id=model.generation_config.bos_token_id,
-        eos_token_id=model.generation_config.eos_token_id,
-        pad_token_id=model.generation_config.pad_token_id,
-        do_sample=False,
-    )
-    use_fast_products(model)
-    return model.to(device).eval()
-
-
-def own_memory(model: LlamaForCausalLM) -> None:
-    """Copy the weights into memory of their own, where they are those of a mapped file.
-
-    For a file that will be removed: it would keep its room on the disk as long as it is mapped.
-    """
-    for parameter in model.parameters():
-        if parameter.device.type == "cpu":
-            parameter.data = parameter.data.clone()
-
-
-def _refuse_code(folder: Path) -> None:
-    """Raises UserError where Transformers would offer to run Python code that comes with the model."""
-    for file in (folder / "config.json", folder / "tokenizer_config.json"):
-        if file.exists() and "auto_map" in _read_json(file):
-            raise UserError(
-                f"model {folder}: its {file.name} asks to run code of its own (auto_map): that is never done"
-            )
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-        if not isinstance(content, dict):
-            raise ValueError("no object")
-        return content
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(file.parent, file.name, error) from None
-
-
-def check_positions(model: LlamaForCausalLM, longest: int, what: str, cure: str) -> None:
-    """Raises UserError where a sequence of ``longest`` tokens is more than the model has positions for."""
-    positions = model.config.max_position_embeddings
-    if longest > positions:
-        raise UserError(f"{what} has {longest} tokens, over the model's {positions} positions: {cure}")
-
-
-def _damaged(folder: Path, what: str, error: BaseException) -> UserError:
-    return UserError(f"model {folder}: its {what} can't be read ({_cause(error)}): damaged or incomplete, copy it anew")
-
-
-def _cause(error: BaseException) -> str:
-    while (cause := error.__cause__ or error.__context__) is not None:
-        error = cause
-    return f"{type(error).__name__}: {one_line(error)[:160]}"
-
-
-def check_vocabulary(model: LlamaForCausalLM, tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
-    """Raises UserError where the tokenizer has ids that the model's embedding does not."""
-    rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        raise UserError(
-            f"model {name!r}: its tokenizer has {len(tokenizer)} tokens and its embedding {rows} rows: "
-            "use the tokenizer that the model was made with"
-        )
-
-
-def eos_token_ids(model: LlamaForCausalLM, tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
-    """The tokens that end a completion: the tokenizer's EOS, and those of the model's generation config."""
-    configured = model.generation_config.eos_token_id
-    listed = configured if isinstance(configured, list) else [configured]
-    return frozenset({tokenizer.eos_token_id, *listed} - {None})
-
-
-def weights_identity(folder: Path) -> str:
-    """What tells the models in two folders apart: a hash over the names and contents of their files."""
-    files = {folder / "config.json", *folder.glob("*.safetensors")} - {*folder.glob(STATE_FILES)}
-    known = verified_hashes(folder)  # of a checkpoint of ours: 13 GB need not be read again
-    hashes = [[file.name, known.get(file.name) or hash_file(file)] for file in sorted(files)]
-    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()

@@ -42,7 +42,8 @@ import data
 import memory
 from checkpoint import resolve_source
 from linear import ONEDNN, add_product, product
-from model import check_positions, check_vocabulary, fetch, forward_packed, load_model, load_tokenizer, pick_device
+from model import forward_packed, pick_device
+from pretrained import check_ids, check_positions, fetch, load_model, load_tokenizer
 
 # Most logits that exist at a time: few enough to need little memory, many enough that the matrix
 # products run near the machine's rate. oneDNN, which copies operands, is as fast with half as many.
@@ -184,7 +185,7 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
     examples = data.leave_out_long(examples, config.max_length, arguments.split)
     model = load_model(folder, getattr(torch, config.dtype), device)
     source.check_unchanged()
-    check_vocabulary(model, tokenizer, source.path)
+    check_ids(model, (example.input_ids for example in examples), source.path)
     longest = max(len(example.input_ids) for example in examples)
     check_positions(model, longest, "the longest row", "set a smaller max_length")
     result = measure(model, examples, config.micro_batch_tokens, device)

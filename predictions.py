@@ -190,7 +190,10 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
         for key in (before | now)
         # weights says which model it is
-        if key not in ("num_problems", "num_samples", "checkpoint") and before.get(key) != now.get(key)
+        if key not in ("num_problems", "num_samples", "checkpoint")
+        and before.get(key) != now.get(key)
+        # An older version did not write it down; it read a lone tokenizer.model otherwise, and all else as now.
+        and not (key == "tokenizer" and key not in before and not str(now[key]).startswith("tokenizer.model"))
     ]
 
 

@@ -22,7 +22,7 @@ import data
 from checkpoint import BEST, LAST, MANIFEST_FILE, METRICS_FILE, check_disk_space
 from config import Config, load_config, local_path, settings_text
 from errors import UserError, one_line, run_script
-from model import load_tokenizer
+from pretrained import load_tokenizer
 from standin import write_jsonl
 from tracking import MetricsLog, NoTracker, start_tracker
 
@@ -144,7 +144,7 @@ def try_disk(run_folder: Path) -> str:
 def try_export(best: Path) -> str:
     """Load ``best`` as any other program would."""
     model = AutoModelForCausalLM.from_pretrained(best)
-    ids = load_tokenizer(best)("How many?", return_tensors="pt").input_ids
+    ids = torch.tensor(load_tokenizer(best).encode(["How many?"]))
     with torch.inference_mode():
         if not model(ids).logits.isfinite().all():
             raise UserError(f"selftest: {best}, loaded by Transformers, gives logits that are not finite")

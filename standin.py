@@ -149,11 +149,13 @@ def make_model(
         vocab_size: rows of the embedding, where there shall be more than the tokenizer has tokens.
     """
     import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
+    from tokenizer import Tokenizer, read_files
+
     disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = Tokenizer(read_files(folder), str(folder))
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(

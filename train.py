@@ -45,7 +45,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM
 
 import data
 import memory
@@ -59,22 +59,13 @@ from checkpoint import (
     set_damaged_aside,
 )
 from generate import greedy_decode
-from model import (
-    check_positions,
-    check_vocabulary,
-    checkpoint_activations,
-    compile_layers,
-    eos_token_ids,
-    fetch,
-    load_model,
-    load_tokenizer,
-    own_memory,
-    pick_device,
-)
+from model import checkpoint_activations, compile_layers, pick_device
 from optimizer import build_optimizer, checkpoint_bytes, scheduled_rate
 from perplexity import Measurement, measure, perplexity_of, summed_loss
+from pretrained import check_ids, check_positions, eos_token_ids, fetch, load_model, load_tokenizer, own_memory
 from resume import check_same_run, claimed, get_random_state, pack_state, set_random_state, unpack_state
 from scoring import correct_openai
+from tokenizer import Tokenizer
 from tracking import MetricsLog, start_tracker
 
 
@@ -156,9 +147,10 @@ def train(config: Config, run_folder: Path, resume_from: Path | None) -> None:
     total_steps = config.epochs * training.steps_per_epoch
 
     model = load_model(base, dtype, device)
-    check_vocabulary(model, tokenizer, config.model)
     prompts = data.encode_prompts(tokenizer, held_out, config.prompt)  # of rows too long to train on as well
-    check_lengths(model, [*training.examples, *validation], prompts, config.max_new_tokens)
+    examples = [*training.examples, *validation]
+    check_ids(model, [*(example.input_ids for example in examples), *prompts], config.model)
+    check_lengths(model, examples, prompts, config.max_new_tokens)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     model.train()
@@ -174,7 +166,7 @@ def train(config: Config, run_folder: Path, resume_from: Path | None) -> None:
         print(f"resuming: {resume_from} at step {progress.step} of {total_steps}")
 
     def save(name: str, result: Measurement | None = None) -> None:
-        description = describe(config, progress, training.steps_per_epoch, data_hashes, result)
+        description = describe(config, progress, training.steps_per_epoch, data_hashes, tokenizer, result)
         tensors = None
         if name == LAST:
             tensors, description["state"] = pack_state(optimizer, asdict(progress))
@@ -270,7 +262,7 @@ def train(config: Config, run_folder: Path, resume_from: Path | None) -> None:
 
 
 def load_data(
-    config: Config, tokenizer: PreTrainedTokenizerBase
+    config: Config, tokenizer: Tokenizer
 ) -> tuple[data.TrainingData, list[data.Example], list[data.Problem], dict[str, str]]:
     """Training and validation examples, the validation problems, and the hashes of the rows."""
     rows = data.load_problems(config.dataset, "train")
@@ -430,12 +422,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: in
 
 
 def complete(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, problems: Sequence[data.Problem], config: Config
+    model: LlamaForCausalLM, tokenizer: Tokenizer, problems: Sequence[data.Problem], config: Config
 ) -> dict[int, tuple[str, str]]:
     """What the model writes for each of ``problems``, by number: text, and why it stopped."""
     model.eval()
     found = {
-        completion.index: (tokenizer.decode(completion.token_ids, skip_special_tokens=True), completion.stop)
+        completion.index: (tokenizer.decode(completion.token_ids), completion.stop)
         for completion in greedy_decode(
             model,
             data.encode_prompts(tokenizer, problems, config.prompt),
@@ -449,7 +441,7 @@ def complete(
 
 
 def measure_exact_match(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, problems: Sequence[data.Problem], config: Config
+    model: LlamaForCausalLM, tokenizer: Tokenizer, problems: Sequence[data.Problem], config: Config
 ) -> float | None:
     """The share of ``problems`` that greedy decoding gets right, as ``evaluate.py --split validation`` has it.
 
@@ -461,9 +453,7 @@ def measure_exact_match(
     return sum(correct_openai(text, problems[number].gold) for number, (text, _) in found.items()) / len(problems)
 
 
-def write_sample(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, problem: data.Problem, config: Config
-) -> str:
+def write_sample(model: LlamaForCausalLM, tokenizer: Tokenizer, problem: data.Problem, config: Config) -> str:
     """What the model writes for one validation problem, next to what the data set says."""
     try:
         text, stop = complete(model, tokenizer, [problem], config)[0]
@@ -477,6 +467,7 @@ def describe(
     progress: Progress,
     steps_per_epoch: int,
     data_hashes: Mapping[str, str],
+    tokenizer: Tokenizer,
     result: Measurement | None,
 ) -> dict[str, Any]:
     """The content of ``training.json``."""
@@ -489,6 +480,7 @@ def describe(
         "validation_exact_match": progress.best_exact_match if result else None,
         "settings": asdict(config),
         "data": dict(data_hashes),
+        "tokenizer": tokenizer.describe(),
         "wandb_run_id": progress.wandb_run_id,
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in packages},

@@ -13,9 +13,8 @@ from model import forward_packed
 from predictions import Key
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from calculator import ForcedResults
+    from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,9 @@ class Difference:
     alone: int | None
     gaps: tuple[float, float] | None
 
-    def describe(self, tokenizer: "PreTrainedTokenizerBase") -> str:
+    def describe(self, tokenizer: "Tokenizer") -> str:
         batched, alone = (
-            "its end" if token is None else f"{tokenizer.convert_ids_to_tokens(token)!r} ({token})"
+            "its end" if token is None else f"{tokenizer.piece(token)!r} ({token})"
             for token in (self.batched, self.alone)
         )
         text = f"token {self.position} is {batched} in the batch and {alone} alone"

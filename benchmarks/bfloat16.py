@@ -108,7 +108,7 @@ def prepare(folder: Path) -> "tuple[LlamaForCausalLM, data.TrainingData, list[da
 
     import data
     import standin
-    from model import load_model, load_tokenizer
+    from pretrained import load_model, load_tokenizer
 
     rows = standin.make_problems(NUM_TRAIN + NUM_VALIDATION, seed=0)
     standin.make_tokenizer([f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows], folder, 512)

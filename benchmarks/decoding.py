@@ -59,14 +59,13 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
 
 def prepare(folder: Path, arguments: argparse.Namespace) -> list[tuple[list[int], int]]:
     """Write model and work into ``folder``; returns prompts and how many tokens each is completed with."""
-    from transformers import AutoTokenizer
-
     import data
+    from pretrained import load_tokenizer
 
     write_model(folder, arguments)
     if os.environ.get("GSM8K_DIR") and os.environ.get("TOKENIZER_DIR"):
         problems = data.load_problems(os.environ["GSM8K_DIR"], "test")[: arguments.problems]
-        examples = data.encode(AutoTokenizer.from_pretrained(folder), problems, PROMPT)
+        examples = data.encode(load_tokenizer(folder), problems, PROMPT)
         prompt_lengths = [example.labels.count(data.IGNORE) for example in examples]
         work = [
             (example.input_ids[:length], len(example.input_ids) - length)
@@ -90,7 +89,8 @@ def our_decoder(arguments: argparse.Namespace) -> Callable[[list[tuple[list[int]
 
     import memory
     from generate import greedy_decode, plan_slots
-    from model import load_model, pick_device
+    from model import pick_device
+    from pretrained import load_model
 
     memory.keep_freed_memory()
     model = load_model(arguments.folder, getattr(torch, arguments.dtype), pick_device())
@@ -208,7 +208,8 @@ def limit(arguments: argparse.Namespace, slots: int) -> float:
 
     import memory
     from linear import packed_weights
-    from model import load_model, pick_device
+    from model import pick_device
+    from pretrained import load_model
 
     device = pick_device()
     model = load_model(arguments.folder, getattr(torch, arguments.dtype), device)

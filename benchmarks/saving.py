@@ -59,17 +59,16 @@ def timed(save: Callable[[], None]) -> tuple[float, int]:
 def main(arguments: argparse.Namespace, folder: Path) -> None:
     import torch
     from training import write_model
-    from transformers import AutoTokenizer
 
     from checkpoint import LAST, fault_of, save_checkpoint, wait_for_removals
-    from model import load_model
     from optimizer import build_optimizer
+    from pretrained import load_model, load_tokenizer
     from resume import pack_state
 
     (folder / "base").mkdir()
     write_model(folder / "base", arguments)
     model = load_model(folder / "base", torch.float32, torch.device("cpu"))
-    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    tokenizer = load_tokenizer(folder / "base")
     optimizer = build_optimizer(
         model.parameters(), learning_rate=1e-5, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0
     )
@@ -84,7 +83,7 @@ def main(arguments: argparse.Namespace, folder: Path) -> None:
 
     def plain() -> None:
         model.save_pretrained(folder / "plain")
-        tokenizer.save_pretrained(folder / "plain")
+        tokenizer.save(folder / "plain")
         torch.save(optimizer.state_dict(), folder / "plain" / "optimizer.pt")
 
     def plain_and_sync() -> None:

@@ -81,7 +81,7 @@ def load(folder: Path, dtype: str) -> None:
     """Load the model and print, as JSON, the size of its weights and what memory grew by at most."""
     import torch
 
-    from model import load_model
+    from pretrained import load_model
 
     before = memory_now()
     samples, done = [before], threading.Event()

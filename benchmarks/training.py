@@ -76,15 +76,14 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
 
 def prepare(folder: Path, arguments: argparse.Namespace) -> list[dict[str, list[int]]]:
     """Write model and rows into ``folder``; returns the rows, ``input_ids`` and unshifted ``labels``."""
-    from transformers import AutoTokenizer
-
     import data
+    from pretrained import load_tokenizer
 
     rows = (arguments.steps + 1) * BATCH
     write_model(folder, arguments)
     if os.environ.get("GSM8K_DIR") and os.environ.get("TOKENIZER_DIR"):
         problems = data.load_problems(os.environ["GSM8K_DIR"], "train")[:rows]
-        encoded = data.encode(AutoTokenizer.from_pretrained(folder), problems, PROMPT)
+        encoded = data.encode(load_tokenizer(folder), problems, PROMPT)
         examples = [{"input_ids": example.input_ids, "labels": example.labels} for example in encoded]
         print(f"rows: the first {rows} of GSM8K's train split, Llama-2's tokenizer")
     else:
@@ -161,8 +160,9 @@ def our_steps(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -
     import data
     import memory
     import train
-    from model import checkpoint_activations, compile_layers, load_model, pick_device
+    from model import checkpoint_activations, compile_layers, pick_device
     from optimizer import build_optimizer
+    from pretrained import load_model
 
     memory.keep_freed_memory()
     device = pick_device()

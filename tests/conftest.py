@@ -14,7 +14,7 @@ os.environ["WANDB_MODE"] = "disabled"
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import checkpoint
@@ -22,7 +22,8 @@ import config
 import standin
 from data import Problem
 from errors import run_script
-from model import load_model
+from pretrained import load_model, load_tokenizer
+from tokenizer import Tokenizer
 
 PROMPT = "Question: {question}\nAnswer:"
 
@@ -53,8 +54,8 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory, problems: list[Pr
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tokenizer_folder: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(tokenizer_folder)
+def tokenizer(tokenizer_folder: Path) -> Tokenizer:
+    return load_tokenizer(tokenizer_folder)
 
 
 @pytest.fixture(scope="session")
@@ -75,13 +76,13 @@ def make_llama() -> Callable[..., LlamaForCausalLM]:
 @pytest.fixture(scope="session")
 def model_folder(
     tmp_path_factory: pytest.TempPathFactory,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     make_llama: Callable[..., LlamaForCausalLM],
 ) -> Path:
     """A base model as a user has it: weights and tokenizer in Hugging Face format."""
     folder = tmp_path_factory.mktemp("model")
     make_llama(len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    tokenizer.save(folder)
     return folder
 
 

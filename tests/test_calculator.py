@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import real_folder
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM
 
 import calculator
 import standin
@@ -17,7 +17,8 @@ import verify
 from calculator import ForcedResults, evaluate, first_false_equation, is_true, write_result
 from errors import UserError
 from generate import Completion, greedy_decode
-from model import load_model
+from pretrained import load_model, load_tokenizer
+from tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize(
@@ -179,12 +180,12 @@ def test_every_result_of_the_real_data_is_written_as_what_stands_there() -> None
 
 
 @pytest.fixture(scope="module")
-def forced(tokenizer: PreTrainedTokenizerBase) -> ForcedResults:
+def forced(tokenizer: Tokenizer) -> ForcedResults:
     return ForcedResults(tokenizer)
 
 
-def up_to_equals(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+def up_to_equals(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.ids_of([text.removeprefix(" ")])[0]
 
 
 @pytest.mark.parametrize(
@@ -254,17 +255,19 @@ def test_an_equals_sign_that_merges_with_its_neighbours(tmp_path: Path) -> None:
     """Guards against a result that is missed, or written twice, where "=-" or ")=" is one token."""
     texts = [f"<<({n}-{n + 3})=-3>>-3 and <<{n}-{n + 3}=-3>>" for n in range(10, 60)] * 3
     standin.make_tokenizer(texts, tmp_path, vocab_size=290)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    merged = [piece for piece in tokenizer.get_vocab() if "=" in piece and len(piece.strip("▁")) > 1]
+    tokenizer = load_tokenizer(tmp_path)
+    merged = [
+        piece for piece in map(tokenizer.piece, range(len(tokenizer))) if "=" in piece and len(piece.strip("▁")) > 1
+    ]
     assert any(piece.startswith("=-") for piece in merged) and any("=" in piece[1:] for piece in merged)
     forced = ForcedResults(tokenizer)
     for text in ("<<(11-14)=-3>>", "<<11-14=-3>>"):
         ids = up_to_equals(tokenizer, text)
-        number = next(n for n, piece in enumerate(tokenizer.convert_ids_to_tokens(ids)) if "=" in piece)
+        number = next(n for n, piece in enumerate(map(tokenizer.piece, ids)) if "=" in piece)
         assert [*ids[:number], *forced.after(ids[: number + 1])] == ids
     # The model begins a negative number where the result is positive: its "=-" is replaced.
     wrong = up_to_equals(tokenizer, "<<14-11=-3>>")
-    number = next(n for n, piece in enumerate(tokenizer.convert_ids_to_tokens(wrong)) if "=" in piece)
+    number = next(n for n, piece in enumerate(map(tokenizer.piece, wrong)) if "=" in piece)
     assert tokenizer.decode([*wrong[:number], *forced.after(wrong[: number + 1])]) == "<<14-11=3>>"
 
 
@@ -279,21 +282,17 @@ def test_tokens_that_would_spell_something_else_are_not_forced(tokenizer, monkey
 
 def test_a_tokenizer_that_cannot_write_results_is_refused(tmp_path: Path) -> None:
     standin.make_tokenizer(["Neither digits nor signs in here, none at all."] * 9, tmp_path, vocab_size=290)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
     ForcedResults(tokenizer)  # bytes will do
-    pieces = {index: tokenizer.convert_ids_to_tokens(index) for index in range(len(tokenizer))}
-
-    def without_equals(ids: list[int]) -> list[str]:
-        return [pieces[index].replace("<0x3D>", "?") for index in ids]
-
-    tokenizer.convert_ids_to_tokens = without_equals
+    pieces = [tokenizer.piece(index).replace("<0x3D>", "?") for index in range(len(tokenizer))]
+    tokenizer.piece = pieces.__getitem__
     with pytest.raises(UserError, match="calculator true: the model's tokenizer can't write"):
         ForcedResults(tokenizer)
 
 
 def test_real_tokenizer_writes_results_as_it_was_trained_to() -> None:
     """Guards against tokens that spell the result, and that the model has never seen in that order."""
-    tokenizer = AutoTokenizer.from_pretrained(real_folder("TOKENIZER_DIR"))
+    tokenizer = load_tokenizer(real_folder("TOKENIZER_DIR"))
     forced, count = ForcedResults(tokenizer), 0
     for line in (real_folder("GSM8K_DIR") / "test.jsonl").read_text(encoding="utf-8").split("\n")[:150]:
         answer = json.loads(line)["answer"]
@@ -302,7 +301,7 @@ def test_real_tokenizer_writes_results_as_it_was_trained_to() -> None:
         ):
             continue
         ids = up_to_equals(tokenizer, f" {answer}")
-        for number, piece in enumerate(tokenizer.convert_ids_to_tokens(ids)):
+        for number, piece in enumerate(map(tokenizer.piece, ids)):
             if "=" in piece and (found := forced.after(ids[: number + 1])):
                 # Up to ">>", which may merge with what follows it in the row.
                 assert ids[number : number + len(found) - 1] == found[:-1]
@@ -317,19 +316,21 @@ SYMBOLS = ["<<", "=", "+", "1", "2", "3", ">>"]
 
 
 @pytest.fixture(scope="module")
-def counting_folder(
-    make_llama: Callable[..., LlamaForCausalLM], tokenizer: PreTrainedTokenizerBase, tmp_path_factory
-) -> Path:
+def counting_folder(make_llama: Callable[..., LlamaForCausalLM], tokenizer: Tokenizer, tmp_path_factory) -> Path:
     """A model that writes nothing but digits, signs and the borders of annotations."""
     folder, model = tmp_path_factory.mktemp("counting"), make_llama(len(tokenizer), seed=7, std=0.4)
     kept = torch.zeros(len(tokenizer), 1)
-    kept[tokenizer.convert_tokens_to_ids(SYMBOLS)] = 1
+    kept[[ids_by_piece(tokenizer)[symbol] for symbol in SYMBOLS]] = 1
     model.lm_head.weight.data.mul_(kept)
     model.save_pretrained(folder)
     return folder
 
 
-def slowly(folder: Path, tokenizer: PreTrainedTokenizerBase, prompt: list[int], limit: int) -> tuple[list[int], int]:
+def ids_by_piece(tokenizer: Tokenizer) -> dict[str | None, int]:
+    return {tokenizer.piece(index): index for index in range(len(tokenizer))}
+
+
+def slowly(folder: Path, tokenizer: Tokenizer, prompt: list[int], limit: int) -> tuple[list[int], int]:
     """One at a time, the whole text through the model for each token, results by the text alone."""
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     written, results = [], 0
@@ -343,14 +344,14 @@ def slowly(folder: Path, tokenizer: PreTrainedTokenizerBase, prompt: list[int], 
             continue
         value = evaluate(expression)
         if value is not None and (result := write_result(value, text[:-1])) is not None:
-            written += tokenizer.convert_tokens_to_ids([*result, ">>"])
+            written += [ids_by_piece(tokenizer)[piece] for piece in (*result, ">>")]
             results += 1
     return written[:limit], results
 
 
 @pytest.mark.parametrize("slots", [1, 3, 16])
 def test_batched_calculator_decoding_equals_a_slow_reference(
-    counting_folder: Path, tokenizer: PreTrainedTokenizerBase, forced: ForcedResults, slots: int
+    counting_folder: Path, tokenizer: Tokenizer, forced: ForcedResults, slots: int
 ) -> None:
     """Guards against a result in a neighbour's text, and one that the cache does not hold."""
     prompts = [[1, *(3 + (7 * n + 11 * number) % 400 for number in range(1 + 5 * n % 40))] for n in range(12)]

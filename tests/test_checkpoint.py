@@ -1,5 +1,6 @@
 """Checkpoints are whole or absent: what is damaged is named, the newest intact one is used, nothing else is touched."""
 
+import errno
 import fcntl
 import json
 import os
@@ -528,14 +529,15 @@ def test_a_rename_that_fails_loses_nothing(
 def test_a_full_disk_under_the_tokenizer_is_one_line(
     call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its library raises a bare Exception."""
-    from transformers import PreTrainedTokenizerBase
+    original = Path.write_bytes
 
-    def save_pretrained(*_: Any, **__: Any) -> None:
-        raise Exception("File too large (os error 27)")
+    def write_bytes(file: Path, content: bytes) -> int:
+        if file.name == "tokenizer.json" and "staged" in file.parent.name:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        return original(file, content)
 
-    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", save_pretrained)
-    call(train, *flags(settings)).assert_user_error("the checkpoint can't be written (File too large (os error 27))")
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    call(train, *flags(settings)).assert_user_error("the checkpoint can't be written ([Errno 27] File too large)")
     assert not list(run_folder(settings).iterdir())
 
 

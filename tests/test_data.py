@@ -8,24 +8,26 @@ from pathlib import Path
 
 import pytest
 from conftest import PROMPT, real_folder, write_rows
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from sentencepiece import SentencePieceProcessor
 
 import data
 from data import Problem
 from errors import UserError
+from pretrained import load_tokenizer
+from tokenizer import Tokenizer
 
 
-def assert_boundary(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], prompt: str) -> None:
-    """Prompt ids + answer ids == ids of the joint text, and only answer and EOS are supervised."""
+def assert_boundary(folder: Path, problems: Sequence[Problem], prompt: str) -> None:
+    """Prompt ids + answer ids == SentencePiece's ids of the joint text, and only answer and EOS are supervised."""
+    tokenizer, reference = load_tokenizer(folder), SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     prompts = data.encode_prompts(tokenizer, problems, prompt)
     examples = data.encode(tokenizer, problems, prompt)
     separator = data.answer_separator(prompt)
     for problem, prompt_ids, example in zip(problems, prompts, examples, strict=True):
         text = prompt.replace("{question}", problem.question)
-        joint = tokenizer(text + separator + problem.answer, add_special_tokens=False, split_special_tokens=True)
-        alone = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-        assert prompt_ids == [tokenizer.bos_token_id, *alone.input_ids]
-        assert example.input_ids == [tokenizer.bos_token_id, *joint.input_ids, tokenizer.eos_token_id]
+        joint, alone = reference.encode(text + separator + problem.answer), reference.encode(text)
+        assert prompt_ids == [tokenizer.bos_token_id, *alone]
+        assert example.input_ids == [tokenizer.bos_token_id, *joint, tokenizer.eos_token_id]
         assert example.input_ids[: len(prompt_ids)] == prompt_ids
         answer_ids = example.input_ids[len(prompt_ids) :]
         assert example.labels == [data.IGNORE] * len(prompt_ids) + answer_ids
@@ -36,41 +38,41 @@ def assert_boundary(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Probl
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, "Q: {question}\n\n### Answer:\n", "{question}"])
-def test_boundary_of_fixture_rows(tokenizer: PreTrainedTokenizerBase, problems: list[Problem], prompt: str) -> None:
+def test_boundary_of_fixture_rows(tokenizer_folder: Path, problems: list[Problem], prompt: str) -> None:
     """Guards against a second BOS, a lost EOS, an answer's first token that decoding would never produce."""
-    assert_boundary(tokenizer, [p for p in problems if not (prompt[-1] == "\n" and p.answer[0] == " ")], prompt)
+    assert_boundary(tokenizer_folder, [p for p in problems if not (prompt[-1] == "\n" and p.answer[0] == " ")], prompt)
 
 
 def test_boundary_of_all_real_rows() -> None:
     folder = real_folder("GSM8K_DIR")
-    tokenizer = AutoTokenizer.from_pretrained(real_folder("TOKENIZER_DIR"))
+    tokenizer = load_tokenizer(real_folder("TOKENIZER_DIR"))
     train, test = (data.load_problems(str(folder), split) for split in ("train", "test"))
     assert (len(train), len(test)) == (7473, 1319)
-    assert_boundary(tokenizer, train + test, PROMPT)
+    assert_boundary(real_folder("TOKENIZER_DIR"), train + test, PROMPT)
     assert max(len(example.input_ids) for example in data.encode(tokenizer, train + test, PROMPT)) == 577
 
 
-def test_a_prompt_that_merges_with_the_answer_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_prompt_that_merges_with_the_answer_is_refused(tokenizer: Tokenizer) -> None:
     """Guards against training on ids that differ from those decoded: '▁' + 'x' became '▁x'."""
     with pytest.raises(UserError, match=r"merges its end .* line 4,"):
         data.encode(tokenizer, [Problem("How many?", "There are 3\n#### 3", line=4)], "Question: {question} Answer: ")
 
 
-def test_special_tokens_in_text_stay_text(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_special_tokens_in_text_stay_text(tokenizer: Tokenizer) -> None:
     """Guards against a question that holds </s>, which would end the sequence there."""
     [example] = data.encode(tokenizer, [Problem("</s><s>", "<unk></s> #1\n#### 1")], PROMPT)
     assert example.input_ids[0] == tokenizer.bos_token_id
     assert not {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id} & set(example.input_ids[1:-1])
 
 
-def test_a_question_with_braces_is_text(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_question_with_braces_is_text(tokenizer: Tokenizer) -> None:
     """Guards against str.format on what a row holds."""
     [ids] = data.encode_prompts(tokenizer, [Problem("{x} {question} {0}", "1\n#### 1")], "{{q}} {question}")
-    assert tokenizer.decode(ids, skip_special_tokens=True) == "{{q}} {x} {question} {0}"
+    assert tokenizer.decode(ids) == "{{q}} {x} {question} {0}"
 
 
 def test_long_rows_are_left_out_counted_and_reported(
-    tokenizer: PreTrainedTokenizerBase, problems: list[Problem], capsys: pytest.CaptureFixture[str]
+    tokenizer: Tokenizer, problems: list[Problem], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Guards against a cut answer, which would teach a wrong ending."""
     examples = data.encode(tokenizer, problems, PROMPT)
@@ -135,9 +137,7 @@ def test_a_test_question_in_train_is_refused(problems: list[Problem]) -> None:
     data.check_disjoint(problems[:20], problems[20:30])
 
 
-def test_windows_cover_each_epoch_once_in_another_order(
-    tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
-) -> None:
+def test_windows_cover_each_epoch_once_in_another_order(tokenizer: Tokenizer, problems: list[Problem]) -> None:
     """Guards against rows that are skipped or repeated, and against the same order in each epoch."""
     examples = data.encode(tokenizer, problems[:50], PROMPT)
     training = data.TrainingData(examples, batch_size=16, seed=3)
@@ -157,9 +157,7 @@ def test_windows_cover_each_epoch_once_in_another_order(
 
 
 @pytest.mark.parametrize("budget", [150, 300, 1000])
-def test_packing_loses_nothing_and_keeps_the_budget(
-    tokenizer: PreTrainedTokenizerBase, problems: list[Problem], budget: int
-) -> None:
+def test_packing_loses_nothing_and_keeps_the_budget(tokenizer: Tokenizer, problems: list[Problem], budget: int) -> None:
     """Guards against padding, cut sequences, positions that run on, and labels of the wrong place."""
     examples = data.encode(tokenizer, problems, PROMPT)
     batches = data.pack(examples, budget)

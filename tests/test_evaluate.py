@@ -21,6 +21,7 @@ import predictions
 import scoring
 import train
 from generate import Completion
+from pretrained import load_tokenizer
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_evaluation_of_a_run(call, settings: dict[str, str], run_folder: Path) -
     assert sorted(row["id"] for row in rows) == list(range(12))
     model = LlamaForCausalLM.from_pretrained(best).eval()
     tokenizer = AutoTokenizer.from_pretrained(best)
-    prompts = data.encode_prompts(tokenizer, problems, PROMPT)
+    prompts = data.encode_prompts(load_tokenizer(best), problems, PROMPT)
     for row in rows:
         problem, ids = problems[row["id"]], torch.tensor([prompts[row["id"]]])
         keys = ["id", "question", "gold", "completion", "answer", "correct", "stop", "num_tokens"]
@@ -76,12 +77,12 @@ def test_exact_match_of_a_model_that_knows_the_answers(
 ) -> None:
     """Guards against predictions that are scored against another problem's gold."""
     problems = data.load_problems(settings["dataset"], "test")
-    tokenizer = AutoTokenizer.from_pretrained(settings["model"])
+    tokenizer = load_tokenizer(Path(settings["model"]))
 
     def oracle(model, prompts, **_):
         for index in reversed(range(len(prompts))):
             answer = problems[index].answer if index % 4 else "#### 123456"
-            ids = tokenizer(f" {answer}", add_special_tokens=False).input_ids
+            ids = tokenizer.ids_of([answer])[0]
             yield Completion(index, len(prompts[index]), ids, "eos")
 
     monkeypatch.setattr(evaluate, "greedy_decode", oracle)
@@ -331,14 +332,14 @@ def test_the_score_with_a_calculator_stands_beside_the_one_without(
 ) -> None:
     """Guards against a headline that a calculator has helped, and a gain that is not paired."""
     problems = data.load_problems(settings["dataset"], "test")
-    tokenizer = AutoTokenizer.from_pretrained(settings["model"])
+    tokenizer = load_tokenizer(Path(settings["model"]))
     original = evaluate.greedy_decode
 
     def oracle(model, prompts, *, calculator, **limits):
         for completion in original(model, prompts, calculator=calculator, **limits):
             right = completion.index % 4 == 0 or (calculator and completion.index % 2 == 0)
             text = problems[completion.index].answer if right else "#### 123456"
-            completion.token_ids = tokenizer(f" {text}", add_special_tokens=False).input_ids
+            completion.token_ids = tokenizer.ids_of([text])[0]
             yield completion
 
     monkeypatch.setattr(evaluate, "greedy_decode", oracle)

@@ -15,7 +15,7 @@ import generate
 import memory
 from errors import UserError
 from generate import Completion, greedy_decode, plan_slots, sample_decode
-from model import load_model
+from pretrained import load_model
 
 NEW_TOKENS = 24
 

@@ -8,23 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROMPT
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM
 
 import data
 import linear
 import perplexity
 import train
 from errors import UserError
-from model import _compiled_parts, checkpoint_activations, compile_layers, load_model
+from model import _compiled_parts, checkpoint_activations, compile_layers
 from optimizer import build_optimizer
 from perplexity import summed_loss
+from pretrained import load_model
+from tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
 EXACT = {"rtol": 0, "atol": 1e-10}
 
 
 @pytest.fixture(scope="module")
-def examples(tokenizer: PreTrainedTokenizerBase, problems: list[data.Problem]) -> list[data.Example]:
+def examples(tokenizer: Tokenizer, problems: list[data.Problem]) -> list[data.Example]:
     ragged = [*problems[:20], *problems[-9:]]
     return data.encode(tokenizer, ragged, PROMPT)
 

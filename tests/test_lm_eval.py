@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from conftest import flags, write_rows
 from test_scoring import TABLE
-from transformers import PreTrainedTokenizerBase
 
 import evaluate
 import scoring
 import train
+from tokenizer import Tokenizer
 
 TASK = """
 include: {gsm8k}
@@ -112,13 +112,13 @@ def test_the_harness_extracts_the_same_from_hard_completions(tmp_path: Path) -> 
 
 
 def test_the_harness_gives_the_same_scores_and_answers(
-    call, settings: dict[str, str], make_llama, tokenizer: PreTrainedTokenizerBase, problems, tmp_path: Path
+    call, settings: dict[str, str], make_llama, tokenizer: Tokenizer, problems, tmp_path: Path
 ) -> None:
     """Guards against another prompt, BOS, stop or filter than the harness has, over the same local rows."""
     gsm8k = published_task()
     base = tmp_path / "base"
     make_llama(len(tokenizer), hidden_size=64, intermediate_size=96, std=0.02).save_pretrained(base)
-    tokenizer.save_pretrained(base)
+    tokenizer.save(base)
     seen, unseen = problems[:24], problems[24:32]
     write_rows(tmp_path / "data" / "train.jsonl", problems[:30] + problems[40:])
     write_rows(tmp_path / "data" / "test.jsonl", problems[30:40])

@@ -15,7 +15,7 @@ import torch
 from conftest import PROMPT, flags
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM
 
 import data
 import memory
@@ -23,12 +23,13 @@ import model as model_module
 import perplexity
 import train
 from errors import UserError
+from tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def examples(tokenizer: PreTrainedTokenizerBase, problems: list[data.Problem]) -> list[data.Example]:
+def examples(tokenizer: Tokenizer, problems: list[data.Problem]) -> list[data.Example]:
     return data.encode(tokenizer, problems[:24], PROMPT)
 
 

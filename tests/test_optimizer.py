@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROMPT
-from transformers import PreTrainedTokenizerBase
 
 import data
 import train
-from model import load_model
 from optimizer import build_optimizer, scheduled_rate
+from pretrained import load_model
+from tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
 SETTINGS = {"betas": (0.9, 0.999), "weight_decay": 0.0}
@@ -37,7 +37,7 @@ def test_bfloat16_updates_do_not_stall() -> None:
 
 
 def test_the_loss_in_bfloat16_falls_as_in_float32(
-    model_folder: Path, tokenizer: PreTrainedTokenizerBase, problems: list[data.Problem]
+    model_folder: Path, tokenizer: Tokenizer, problems: list[data.Problem]
 ) -> None:
     """Guards against an update that stalls in part: the loss would fall, and by too little for anybody to see why."""
     window = data.pack(data.encode(tokenizer, problems[:6], PROMPT), 1024)

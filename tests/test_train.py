@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import PROMPT, flags, make_config, write_rows
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import checkpoint
 import data
@@ -24,6 +24,7 @@ import train
 from data import Problem
 from model import forward_packed
 from perplexity import Measurement
+from pretrained import load_tokenizer
 
 STEPS = 14  # 2 epochs of 7 steps: 100 rows in windows of 16, the last one of 4
 
@@ -356,9 +357,9 @@ def test_transformers_loads_best_and_gives_the_same_logits(
     best = run_folder(settings) / "best"
     loaded = AutoModelForCausalLM.from_pretrained(best)
     assert loaded.dtype == torch.float32
-    tokenizer = AutoTokenizer.from_pretrained(best)
+    tokenizer = load_tokenizer(best)
     examples = data.encode(tokenizer, problems, PROMPT)
-    assert examples == data.encode(AutoTokenizer.from_pretrained(settings["model"]), problems, PROMPT)
+    assert examples == data.encode(load_tokenizer(Path(settings["model"])), problems, PROMPT)
     batch = data.collate(examples[:6])
     with torch.no_grad():
         [trained] = models
@@ -443,7 +444,7 @@ def test_logged_loss_is_the_mean_over_all_tokens_since_the_last_line(settings: d
     train.main(make_config(each))
     train.main(make_config(fourth))
     config = make_config(each)
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    tokenizer = load_tokenizer(Path(config.model))
     training = train.load_data(config, tokenizer)[0]
     count = [data.collate(training.window(step)).num_labels for step in range(STEPS)]
     losses = [line["train/loss"] for line in logged(each) if "train/loss" in line]
@@ -490,7 +491,7 @@ def test_not_finite_names_the_rows_that_caused_it(
     rows = [*problems[12:60], marked[0], *problems[60:], marked[1]]
     write_rows(data_folder / "train.jsonl", rows)
     original = train.summed_loss
-    tokenizer = AutoTokenizer.from_pretrained(settings["model"])
+    tokenizer = load_tokenizer(Path(settings["model"]))
     tokens = [data.encode(tokenizer, [problem], PROMPT)[0].input_ids[:-1] for problem in marked]
 
     def summed_loss(model: Any, batch: data.Batch) -> torch.Tensor:

@@ -7,18 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROMPT, flags
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM
 
 import data
 import evaluate
 import verify
 from generate import Completion, greedy_decode
+from tokenizer import Tokenizer
 
 LIMITS = {"max_new_tokens": 12, "eos_token_ids": frozenset({2})}
 
 
 @pytest.fixture
-def prompts(tokenizer: PreTrainedTokenizerBase, problems: list[data.Problem]) -> dict[int, list[int]]:
+def prompts(tokenizer: Tokenizer, problems: list[data.Problem]) -> dict[int, list[int]]:
     encoded = data.encode_prompts(tokenizer, problems[:5], PROMPT)
     return {10 * number: prompt for number, prompt in enumerate(encoded)}
 

@@ -1,0 +1,199 @@
+"""What is no Llama with full weights is refused by its own cause and cure, and best/ opens in other programs."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import flags
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import evaluate
+import perplexity
+import train
+from pretrained import fetch, load_model, load_tokenizer
+
+
+def edit(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def without_weights(folder: Path, *files: str) -> None:
+    (folder / "model.safetensors").unlink()
+    for name in files:
+        (folder / name).write_text("{}")
+
+
+def quantised(method: str) -> Callable[[Path], None]:
+    return lambda folder: edit(folder / "config.json", quantization_config={"quant_method": method, "bits": 4})
+
+
+def old_gptq(folder: Path) -> None:
+    """As saved before config.json said so."""
+
+    def pack(tensors: dict[str, torch.Tensor]) -> None:
+        name = "model.layers.0.mlp.up_proj"
+        del tensors[f"{name}.weight"]
+        tensors[f"{name}.qweight"] = torch.zeros(4, 48)
+        tensors[f"{name}.scales"] = torch.zeros(1, 48)
+
+    change_weights(folder, pack)
+
+
+def float8(folder: Path) -> None:
+    change_weights(
+        folder,
+        lambda tensors: tensors.update(
+            {name: weight.to(torch.float8_e4m3fn) for name, weight in tensors.items() if "mlp" in name}
+        ),
+    )
+
+
+def more_rows(folder: Path) -> None:
+    def grow(tensors: dict[str, torch.Tensor]) -> None:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = torch.cat([tensors[name], torch.zeros(1, 32)])
+
+    change_weights(folder, grow)
+
+
+def adapter(folder: Path, keep_weights: bool, keep_config: bool) -> None:
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "somewhere"}')
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    if keep_weights:
+        shutil.copyfile(folder / "adapter_model.safetensors", folder / "model.safetensors")
+    if not keep_config:
+        (folder / "config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: without_weights(f), "has no weights in safetensors: copy its *.safetensors too"),
+        (
+            lambda f: without_weights(f, "pytorch_model.bin"),
+            "has pickled weights only (.bin), which are not read: conv",
+        ),
+        (lambda f: without_weights(f, "pytorch_model.bin.index.json"), "has pickled weights only (.bin)"),
+        (lambda f: without_weights(f, "consolidated.00.pth"), "has weights in Meta's own format only (.pth)"),
+        (lambda f: without_weights(f, "llama.Q4_K_M.gguf"), "has weights in GGUF only, which are quantised: name the"),
+        (quantised("bitsandbytes"), "its weights are quantised (its config.json says bitsandbytes)"),
+        (quantised("gptq"), "its weights are quantised (its config.json says gptq)"),
+        (quantised("awq"), "its weights are quantised (its config.json says awq)"),
+        (quantised("fp8"), "its weights are quantised (its config.json says fp8)"),
+        (quantised("compressed-tensors"), "quantised (its config.json says compressed-tensors), and are no weights to"),
+        (old_gptq, "its weights are quantised (they come with model.layers.0.mlp.up_proj.qweight)"),
+        (float8, "its weights are quantised (model.layers.0.mlp.down_proj.weight is stored as F8_E4M3)"),
+        (more_rows, "rows, and its config.json says vocab_size"),
+        (lambda f: edit(f / "config.json", pad_token_id=99999), "pad_token_id 99999 with vocab_size"),
+        (lambda f: adapter(f, True, True), "holds a PEFT adapter (adapter_config.json) beside its weights: merge"),
+        (
+            lambda f: adapter(f, False, True),
+            "holds a PEFT adapter (adapter_config.json) and not the weights themselves",
+        ),
+        (
+            lambda f: adapter(f, False, False),
+            "holds a PEFT adapter (adapter_config.json) and not the weights themselves",
+        ),
+        (lambda f: edit(f / "tokenizer_config.json", bos_token="", eos_token="", unk_token=""), "an empty bos_token"),
+        (lambda f: edit(f / "config.json", hidden_act="gelu"), "its hidden_act is 'gelu': only 'silu'"),
+        (
+            lambda f: edit(f / "config.json", intermediate_size=64),
+            "mlp.down_proj.weight has the shape (32, 48), and its",
+        ),
+    ],
+)
+@pytest.mark.parametrize("script", [train, perplexity])
+def test_each_kind_of_folder_has_its_own_cause_and_cure(
+    call, settings: dict[str, str], tmp_path: Path, script, damage: Callable[[Path], None], words: str
+) -> None:
+    """Guards against "damaged or incomplete, copy it anew" for what is neither."""
+    shutil.copytree(settings["model"], folder := tmp_path / "base")
+    damage(folder)
+    arguments = flags(settings | {"model": str(folder)})
+    outcome = call(script, *([] if script is train else ["--ckpt", str(folder)]), *arguments)
+    outcome.assert_user_error(words)
+    assert "damaged" not in outcome.err
+
+
+def test_a_pad_id_that_the_embedding_has_is_no_fault(settings: dict[str, str], tmp_path: Path) -> None:
+    """-1 stood in the first Llamas, 0 stands in Llama-2's generation_config."""
+    for pad in (-1, 0, 2, None):
+        shutil.copytree(settings["model"], folder := tmp_path / str(pad))
+        edit(folder / "config.json", pad_token_id=pad)
+        load_model(folder, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("value", "said"), [("0", False), ("false", False), ("1", True), ("ON", True)])
+def test_offline_is_said_where_it_is_set(
+    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, value: str, said: bool
+) -> None:
+    """Guards against a variable that is set to 0 being blamed."""
+    from huggingface_hub import constants
+
+    import pretrained
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", value)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", constants._is_true(value))
+    monkeypatch.setattr(pretrained, "snapshot_download", lambda *_, **__: 1 / 0)
+    outcome = call(train, *flags(settings | {"model": "owner/name"}))
+    outcome.assert_user_error("model 'owner/name' can't be loaded from the hub")
+    assert ("(HF_HUB_OFFLINE is set)" in outcome.err) == said
+
+
+# ---------------------------------------------------------------- best/ elsewhere
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("given", "theta", "scaling"),
+    [
+        ({}, 10000.0, None),
+        ({"rope_theta": 500000.0}, 500000.0, None),
+        ({"rope_theta": 500000.0, "rope_scaling": LLAMA3}, 500000.0, LLAMA3),
+        ({"rope_parameters": LLAMA3 | {"rope_theta": 500000.0}}, 500000.0, LLAMA3),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 10000.0, {"rope_type": "linear", "factor": 2.0}),
+    ],
+    ids=["Llama-2", "another theta", "as 4 writes it", "as 5 writes it", "an old name"],
+)
+def test_rope_is_written_as_both_generations_read_it(
+    call, settings: dict[str, str], tmp_path: Path, given: dict[str, object], theta: float, scaling: object
+) -> None:
+    """Transformers 4 passes over rope_parameters without a word, and decodes with a theta of 10,000."""
+    shutil.copytree(settings["model"], folder := tmp_path / "base")
+    content = json.loads((folder / "config.json").read_text())
+    del content["rope_parameters"]
+    (folder / "config.json").write_text(json.dumps(content | given))
+    assert call(train, *flags(settings | {"model": str(folder), "epochs": "1"})).code == 0
+    best = Path(settings["output_dir"]) / "test" / "best"
+    written = json.loads((best / "config.json").read_text())
+    assert written["rope_theta"] == theta
+    read_by_4 = written["rope_scaling"]
+    assert read_by_4 is None if scaling is None else scaling.items() <= read_by_4.items()
+    assert LlamaConfig.from_pretrained(best).rope_parameters == LlamaConfig.from_pretrained(folder).rope_parameters
+
+
+def test_the_loss_is_the_same_in_transformers_own_model(call, settings: dict[str, str]) -> None:
+    assert call(train, *flags(settings | {"epochs": "1"})).code == 0
+    best = Path(settings["output_dir"]) / "test" / "best"
+    ids = torch.tensor([[1, *load_tokenizer(best).encode(["Question: How many?\nAnswer: 3"])[0]]])
+    with torch.no_grad():
+        theirs = LlamaForCausalLM.from_pretrained(best)(ids, labels=ids).loss
+        ours = load_model(best, torch.float32, torch.device("cpu"))(ids, labels=ids).loss
+    assert torch.equal(theirs, ours)
+
+
+def test_a_folder_is_fetched_as_it_is(settings: dict[str, str]) -> None:
+    assert fetch(settings["model"]) == Path(settings["model"])
+    assert evaluate.fetch is fetch

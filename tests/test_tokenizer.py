@@ -1,0 +1,452 @@
+"""The ids are those of the vocabulary file, no text is lost on the way, and other programs read the same ids."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import PROMPT, flags, seal
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentencepiece_model_pb2
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer
+
+import data
+import evaluate
+import perplexity
+import standin
+import train
+from data import Problem
+from errors import UserError
+from pretrained import load_tokenizer
+from tokenizer import PROBES, Tokenizer, made_without_scores, read_files
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    """Random texts full of what tokenizers disagree on: runs of blanks, line ends, digits, peculiar signs."""
+    rng = random.Random(seed)
+    parts = [*(" " * n for n in range(1, 20)), "\n", "\n\n", "\t", "12", "1,450", "<<3+4=7>>", "####", "’", "½", "七"]
+    parts += ["Question:", "Answer:", "How", "many", "apples", "does", "she", "x", ".", "</s>", "<unk>", "e\u0301", "€"]
+    return ["".join(rng.choice(parts) for _ in range(rng.randrange(1, 30))) for _ in range(count)]
+
+
+def edit(file: Path, change: Callable[[dict], object]) -> None:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    change(content)
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+def sentencepiece_folder(folder: Path, corpus: list[str], **settings: object) -> Path:
+    folder.mkdir()
+    asked = {"model_type": "bpe", "vocab_size": 420, "byte_fallback": True, "split_digits": True}
+    asked |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "minloglevel": 2}
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus), model_prefix=str(folder / "tokenizer"), num_threads=1, **(asked | settings)
+    )
+    (folder / "tokenizer.vocab").unlink()
+    return folder
+
+
+@pytest.fixture
+def corpus(problems: list[Problem]) -> list[str]:
+    return [line for p in problems for line in f"{p.question}\n{p.answer}".split("\n") if line]
+
+
+# ---------------------------------------------------------------- whose ids
+
+
+def test_a_tokenizer_model_has_the_ids_of_sentencepiece(tokenizer_folder: Path) -> None:
+    """Guards against merges without the scores of the vocabulary, and a first blank that is swallowed."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    reference = SentencePieceProcessor(model_file=str(tokenizer_folder / "tokenizer.model"))
+    for text in [*texts(500), *PROBES, " x", "  x", "\n", ""]:
+        assert tokenizer.ids_of([text]) == [reference.encode(text)], text
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"add_dummy_prefix": False},
+        {"user_defined_symbols": ["<pre>", "####"]},
+        {"allow_whitespace_only_pieces": True, "vocab_size": 500},
+        {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True},
+    ],
+    ids=["no first blank", "symbols of its own", "runs of blanks", "normalised"],
+)
+def test_other_kinds_of_sentencepiece_models(tmp_path: Path, corpus: list[str], settings: dict[str, object]) -> None:
+    folder = sentencepiece_folder(tmp_path / "other", [*corpus, "a" + " " * 9 + "b"] * 3, **settings)
+    tokenizer = load_tokenizer(folder)
+    reference = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    for text in (f"x{text}" for text in [*corpus[:50], *texts(200)]):
+        assert tokenizer.ids_of([text]) == [reference.encode(text)], text
+
+
+def test_a_unigram_model_is_refused(tmp_path: Path, corpus: list[str]) -> None:
+    """Of two segmentations with one probability the tokenizers library may take the other one."""
+    folder = sentencepiece_folder(tmp_path / "plain", corpus * 3, model_type="unigram", vocab_size=380)
+    with pytest.raises(UserError, match=r"can't write the ids of its tokenizer.model \(not of type BPE"):
+        load_tokenizer(folder)
+
+
+def rewrite_scores(folder: Path, score: Callable[[str, float], float]) -> None:
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString((folder / "tokenizer.model").read_bytes())
+    for piece in proto.pieces:
+        piece.score = score(piece.piece, piece.score)
+    (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
+
+
+def with_blanks_merged_last(folder: Path, corpus: list[str], vocab_size: int = 420) -> Path:
+    """Llama-2's runs of blanks stand early in the vocabulary, and are merged last: a quarter of GSM8K's rows."""
+    standin.make_tokenizer(corpus, folder, vocab_size)
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString((folder / "tokenizer.model").read_bytes())
+    pieces = list(proto.pieces)
+    merged = [number for number, piece in enumerate(pieces) if piece.type == 1 and len(piece.piece) > 1]
+    blanks = pieces.pop(next((number for number in merged if pieces[number].piece == "▁▁"), merged[-1]))
+    blanks.piece, blanks.score = "▁▁", -1e9
+    del proto.pieces[:]
+    proto.pieces.extend([*pieces[:259], blanks, *pieces[259:]])
+    (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
+    return folder
+
+
+def test_scores_that_do_not_follow_the_vocabulary_count(tmp_path: Path, corpus: list[str]) -> None:
+    folder = with_blanks_merged_last(tmp_path / "scored", corpus)
+    reference = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    text = "week.  How many"
+    [ids] = load_tokenizer(folder).ids_of([text])
+    assert ids == reference.encode(text)
+    theirs = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False).input_ids
+    assert ids != theirs, "Transformers reads it right by now: is all of this still needed?"
+
+
+def test_ids_that_cannot_be_had_are_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """Pieces that share one score, as where two vocabularies were joined, are merged from the left."""
+    shutil.copytree(tokenizer_folder, folder := tmp_path / "joined")
+    rewrite_scores(folder, lambda piece, score: 0.0)
+    with pytest.raises(UserError, match=r"the tokenizers library can't write the ids of its tokenizer\.model \("):
+        load_tokenizer(folder).encode(["How many apples does she have?"])
+
+
+def byte_level(folder: Path, corpus: list[str], **config: object) -> Path:
+    """A tokenizer.json like Llama-3's."""
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|begin_of_text|>", "<|end_of_text|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(corpus, trainer)
+    folder.mkdir(exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>"}
+    settings |= {"eos_token": "<|end_of_text|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | config))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "LlamaTokenizer", "LlamaTokenizerFast"])
+def test_a_tokenizer_json_has_its_own_ids(tmp_path: Path, corpus: list[str], kind: str) -> None:
+    """Guards against a class name that makes another tokenizer of the same vocabulary, and so does the export."""
+    folder = byte_level(tmp_path / "bytes", corpus, tokenizer_class=kind)
+    tokenizer, own = load_tokenizer(folder), Backend.from_file(str(folder / "tokenizer.json"))
+    wanted = [own.encode(text, add_special_tokens=False).ids for text in texts(100)]
+    assert tokenizer.ids_of(texts(100)) == tokenizer.encode(texts(100)) == wanted
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "config.json").write_text('{"model_type": "llama"}')
+    tokenizer.save(tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved")(texts(100), add_special_tokens=False).input_ids == wanted
+
+
+def sort_merges(folder: Path) -> None:
+    def sort(content: dict) -> None:
+        merges = content["model"]["merges"]
+        merges.sort()
+
+    edit(folder / "tokenizer.json", sort)
+
+
+def swap_tokens(folder: Path) -> None:
+    def swap(content: dict) -> None:
+        vocabulary = content["model"]["vocab"]
+        one, other = list(vocabulary)[300:302]
+        vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+
+    edit(folder / "tokenizer.json", swap)
+
+
+@pytest.mark.parametrize("damage", [sort_merges, swap_tokens])
+def test_two_vocabulary_files_that_disagree_are_refused(
+    call, settings: dict[str, str], tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    shutil.copytree(settings["model"], folder := tmp_path / "two")
+    assert load_tokenizer(folder)
+    damage(folder)
+    outcome = call(train, *flags(settings | {"model": str(folder)}))
+    outcome.assert_user_error("its tokenizer.json and its tokenizer.model disagree (", "remove the one")
+    for name in ("tokenizer.json", "tokenizer.model"):  # each alone is a tokenizer
+        shutil.copytree(folder, tmp_path / name)
+        (tmp_path / name / name).unlink()
+        load_tokenizer(tmp_path / name)
+
+
+def test_rows_are_compared_too(tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a disagreement that no probe shows."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer.encode(["How many?"])
+    monkeypatch.setattr(tokenizer, "ids_of", lambda texts: [[*ids, *ids] for ids in Tokenizer.ids_of(tokenizer, texts)])
+    with pytest.raises(UserError, match="loses text"):
+        tokenizer.encode(["How many?"])
+
+
+def test_a_checkpoint_keeps_the_ids_that_it_was_trained_on(
+    call, settings: dict[str, str], make_llama, corpus: list[str], tmp_path: Path
+) -> None:
+    """As older versions saved it: Transformers' own merges, in a tokenizer.json that came alone."""
+    tokenizer_folder = with_blanks_merged_last(tmp_path / "base", corpus, 600)
+    make_llama(600).save_pretrained(tokenizer_folder)
+    settings["model"] = str(tokenizer_folder)
+    assert call(train, *flags(settings)).code == 0
+    best = Path(settings["output_dir"]) / "test" / "best"
+    assert "trained" not in call(perplexity, "--ckpt", str(best)).out
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
+        (best / name).unlink()
+    theirs = AutoTokenizer.from_pretrained(tokenizer_folder)
+    theirs.save_pretrained(best)
+    edit(best / "training.json", lambda content: content.pop("tokenizer"))
+    seal(best)
+    assert made_without_scores(read_files(best))
+    outcome = call(perplexity, "--ckpt", str(best))
+    assert (
+        outcome.code == 0 and "was trained, by an older version, on ids that may not be SentencePiece's" in outcome.out
+    )
+    some = [f"x{text}" for text in texts(300)]
+    kept = load_tokenizer(best).ids_of(some)
+    assert kept == theirs(some, add_special_tokens=False, split_special_tokens=True).input_ids
+    assert kept != load_tokenizer(tokenizer_folder).ids_of(some)
+    # And where its base's own file stands beside it.
+    shutil.copyfile(tokenizer_folder / "tokenizer.model", best / "tokenizer.model")
+    seal(best)
+    outcome = call(perplexity, "--ckpt", str(best))
+    assert outcome.code == 0 and "was trained on other ids than its tokenizer.model gives; they are kept" in outcome.out
+    assert load_tokenizer(best).ids_of(some) == kept
+
+
+# ---------------------------------------------------------------- no text is lost
+
+
+def test_a_folder_without_a_vocabulary_is_refused(call, settings: dict[str, str], tmp_path: Path) -> None:
+    """Guards against a tokenizer of three tokens, to which every text is nothing."""
+    shutil.copytree(settings["model"], folder := tmp_path / "bare")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").unlink()
+    words = "has neither tokenizer.json nor tokenizer.model"
+    call(train, *flags(settings | {"model": str(folder)})).assert_user_error(words)
+    for script in (evaluate, perplexity):
+        call(script, "--ckpt", str(folder), *flags(settings)).assert_user_error(words)
+    (folder / "tokenizer_config.json").unlink()
+    call(train, *flags(settings | {"model": str(folder)})).assert_user_error(words)
+
+
+def empty_vocabulary(folder: Path) -> None:
+    def empty(content: dict) -> None:
+        content["model"]["vocab"] = {"<unk>": 0, "<s>": 1, "</s>": 2}
+        content["model"]["merges"] = []
+
+    edit(folder / "tokenizer.json", empty)
+
+
+def lower_case(folder: Path) -> None:
+    edit(
+        folder / "tokenizer.json", lambda content: content["normalizer"]["normalizers"].insert(0, {"type": "Lowercase"})
+    )
+
+
+def no_bytes(folder: Path) -> None:
+    def drop(content: dict) -> None:
+        content["model"]["byte_fallback"] = False
+
+    edit(folder / "tokenizer.json", drop)
+
+
+def text_is_special(folder: Path) -> None:
+    """A question holds "</s>", which becomes EOS; and so does what is decoded."""
+    edit(folder / "tokenizer.json", lambda content: content["added_tokens"][2].update(special=False))
+
+
+@pytest.mark.parametrize("damage", [empty_vocabulary, lower_case, no_bytes, text_is_special])
+def test_a_tokenizer_that_loses_text_is_refused(
+    call, settings: dict[str, str], tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    shutil.copytree(settings["model"], folder := tmp_path / "losing")
+    (folder / "tokenizer.model").unlink()
+    damage(folder)
+    words = "its tokenizer loses text: '"
+    call(train, *flags(settings | {"model": str(folder)})).assert_user_error(words, "losing")
+    rows = ["--ckpt", str(folder), *flags(settings)]
+    call(perplexity, *rows, "--split", "train").assert_user_error(words)
+    if damage is not text_is_special:  # no question that evaluate.py reads here holds one
+        call(evaluate, *rows).assert_user_error(words)
+
+
+def test_blanks_and_peculiar_signs_are_no_loss(tokenizer: Tokenizer, problems: list[Problem]) -> None:
+    tokenizer.encode([text for p in problems for text in (p.question, p.answer, f" {p.question}")])
+
+
+def test_blanks_are_not_cleaned_up(tmp_path: Path, corpus: list[str]) -> None:
+    """Guards against " ." becoming "." in what the model wrote, as Llama-3's settings ask Transformers for."""
+    tokenizer = load_tokenizer(byte_level(tmp_path / "bytes", corpus, clean_up_tokenization_spaces=True))
+    [ids] = tokenizer.encode(["So 18 . Do n't , he 's"])
+    assert tokenizer.decode(ids) == "So 18 . Do n't , he 's"
+
+
+# ---------------------------------------------------------------- special tokens
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"bos_token": ""}, 'has an empty bos_token, as LLaMA-1\'s first copies have: write .* "bos_token": "<s>"'),
+        ({"eos_token": {"content": ""}}, "has an empty eos_token"),
+        ({"unk_token": ""}, "has an empty unk_token"),
+        ({"bos_token": None}, r"its tokenizer has no bos_token \(there is none\)"),
+        ({"eos_token": "<end>"}, r"has no eos_token \(its tokenizer_config.json says '<end>', which it does not hold"),
+    ],
+)
+def test_special_tokens_that_are_none(
+    tmp_path: Path, tokenizer_folder: Path, change: dict[str, object], words: str
+) -> None:
+    shutil.copytree(tokenizer_folder, folder := tmp_path / "special")
+    edit(folder / "tokenizer_config.json", lambda content: content.update(change))
+    with pytest.raises(UserError, match=words):
+        load_tokenizer(folder)
+
+
+def test_special_tokens_of_a_lone_vocabulary_file(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """A tokenizer.model knows its own, and the borders of a text that other programs expect are put there."""
+    tmp_path.joinpath("lone").mkdir()
+    shutil.copyfile(tokenizer_folder / "tokenizer.model", tmp_path / "lone" / "tokenizer.model")
+    tokenizer = load_tokenizer(tmp_path / "lone")
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
+
+
+def test_more_tokens_than_the_embedding_has_rows(call, settings: dict[str, str], tmp_path: Path) -> None:
+    """Mirrors of Llama-2 with a pad token, Code Llama: only what a row needs must be there."""
+    base = Path(settings["model"])
+    for name, files in (("json", ["tokenizer.json"]), ("model", ["tokenizer.model"])):
+        shutil.copytree(base, folder := tmp_path / name)
+        for file in {"tokenizer.json", "tokenizer.model"} - set(files):
+            (folder / file).unlink()
+        size = len(load_tokenizer(folder))
+        pad = {"id": size, "content": "<pad>", "special": True, "single_word": False}
+        pad |= {"lstrip": False, "rstrip": False, "normalized": False}
+        if name == "json":
+            edit(folder / "tokenizer.json", lambda content, pad=pad: content["added_tokens"].append(pad))
+        else:
+            (folder / "added_tokens.json").write_text(json.dumps({"<pad>": size}))
+        assert len(load_tokenizer(folder)) == size + 1
+        outcome = call(train, *flags(settings | {"model": str(folder), "run_name": name, "epochs": "1"}))
+        assert outcome.code == 0, outcome.err
+        assert call(evaluate, "--ckpt", str(Path(settings["output_dir"]) / name / "best")).code == 0
+        losses = [
+            call(perplexity, "--ckpt", str(model), *flags(settings)).out.split("loss ")[1] for model in (base, folder)
+        ]
+        assert losses[0] == losses[1]
+
+
+def test_a_row_that_needs_a_row_that_is_not_there_is_refused(
+    call, settings: dict[str, str], make_llama, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    folder = tmp_path / "short"
+    make_llama(len(tokenizer) - 60).save_pretrained(folder)
+    tokenizer.save(folder)
+    words = f"and its embedding has {len(tokenizer) - 60} rows"
+    call(train, *flags(settings | {"model": str(folder)})).assert_user_error(words)
+    for script in (evaluate, perplexity):
+        call(script, "--ckpt", str(folder), *flags(settings)).assert_user_error(words)
+
+
+def test_an_added_token_with_another_id_is_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
+    shutil.copytree(tokenizer_folder, folder := tmp_path / "added")
+    (folder / "added_tokens.json").write_text(json.dumps({"<pad>": 5000}))
+    with pytest.raises(UserError, match="its added token '<pad>' has the id 5000"):
+        load_tokenizer(folder)
+
+
+# ---------------------------------------------------------------- for other programs
+
+
+def test_a_checkpoint_holds_the_tokenizer_files_of_its_base(
+    call, settings: dict[str, str], tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """And a tokenizer.json where there was none, from which Transformers reads the same ids, BOS first."""
+    shutil.copytree(settings["model"], folder := tmp_path / "base")
+    (folder / "tokenizer.json").unlink()
+    (folder / "special_tokens_map.json").write_text('{"bos_token": "<s>", "pad_token": "</s>"}')
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert call(train, *flags(settings | {"model": str(folder)})).code == 0
+    best = Path(settings["output_dir"]) / "test" / "best"
+    for file in folder.iterdir():
+        if file.name not in ("config.json", "generation_config.json", "model.safetensors"):
+            assert (best / file.name).read_bytes() == file.read_bytes(), file.name
+    reference = SentencePieceProcessor(model_file=str(tokenizer_folder / "tokenizer.model"))
+    theirs = AutoTokenizer.from_pretrained(best)
+    for text in (f"x{text}" for text in texts(300)):
+        ids = theirs(text, split_special_tokens=True).input_ids
+        assert ids == [1, *reference.encode(text)]
+
+
+def test_what_one_generation_of_transformers_cannot_read_is_changed(tmp_path: Path, corpus: list[str]) -> None:
+    """A class that 4 does not know, and a list where it wants a dictionary."""
+    folder = byte_level(
+        tmp_path / "five",
+        corpus,
+        tokenizer_class="TokenizersBackend",
+        extra_special_tokens=["<|end_of_text|>"],
+        model_max_length=77,
+    )
+    (tmp_path / "saved").mkdir()
+    load_tokenizer(folder).save(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast" and saved["model_max_length"] == 77
+    assert "extra_special_tokens" not in saved and saved["additional_special_tokens"] == ["<|end_of_text|>"]
+
+
+def test_damaged_tokenizer_files_are_named(tmp_path: Path, model_folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer.model", "special_tokens_map.json"):
+        shutil.copytree(model_folder, folder := tmp_path / name)
+        (folder / name).write_bytes(b"\x00\x01[")
+        with pytest.raises(UserError, match=rf"its tokenizer can't be read \({name}: "):
+            load_tokenizer(folder)
+
+
+def test_a_tiktoken_file_beside_a_tokenizer_json_is_passed_over(tmp_path: Path, corpus: list[str]) -> None:
+    """Mirrors of Llama-3 hold one, by SentencePiece's name."""
+    folder = byte_level(tmp_path / "three", corpus)
+    (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    assert load_tokenizer(folder).encode(["How many?"])
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"tokenizer can't be read \(tokenizer.model"):
+        load_tokenizer(folder)
+
+
+def test_encode_of_rows(tokenizer: Tokenizer, problems: list[Problem]) -> None:
+    examples = data.encode(tokenizer, problems, PROMPT)
+    assert all(example.input_ids[0] == 1 and example.input_ids[-1] == 2 for example in examples)
+
+
+def test_normalisers_of_every_kind_are_seen(tmp_path: Path, model_folder: Path, problems: list[Problem]) -> None:
+    """NFKC makes other signs of ½ and of a hard blank, which GSM8K holds."""
+    shutil.copytree(model_folder, folder := tmp_path / "nfkc")
+    (folder / "tokenizer.model").unlink()
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), backend.normalizer])
+    backend.save(str(folder / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"loses text: .*\\xa0hard.* becomes "):
+        data.encode(load_tokenizer(folder), problems, PROMPT)

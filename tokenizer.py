@@ -1,0 +1,436 @@
+"""Text to token ids and back, by the vocabulary file that a model folder brings.
+
+What a ``tokenizer.model`` says is what SentencePiece makes of it, what a ``tokenizer.json`` says is
+what the ``tokenizers`` library makes of it, and nothing else counts: Transformers 5 builds a Llama
+tokenizer anew from either, without the scores of the one and without the rules of the other, and
+gives other ids for a quarter of GSM8K's rows. So that other programs read the same ids from a
+checkpoint, it gets the base model's own files, and a ``tokenizer.json`` where there was none.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+
+from errors import UserError, one_line
+
+VOCABULARY_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer.model"
+CONFIG_FILE = "tokenizer_config.json"
+SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE = "special_tokens_map.json", "added_tokens.json"
+# All that tokenizers of the Llama family come in; a checkpoint gets each as it came.
+FILES = (
+    *(VOCABULARY_FILE, SENTENCEPIECE_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE),
+    *("chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt"),
+)
+BLANK = "▁"  # SentencePiece's sign for a blank
+# Where two readings of one vocabulary part, if they do: runs of blanks, line ends, digits, signs that are not ASCII,
+# GSM8K's annotations, and what looks like a special token. No blank at the beginning: see `Tokenizer._disagreement`.
+PROBES = (
+    "Question: How many  are there?\nAnswer: 3 + 4 = <<3+4=7>>7\n#### 7",
+    "week.  How   much    is it,     or      not?\n\n\nNo\n \n  1,450,000.50 and 007 at 12%\t\t$5 -10",
+    "It’s 3 – 2 × €5 − ½, 七加八 é e\u0301 \U0001f600 \u00a0\u200b\u2028 \uff21\uff22 \ufb01 \r\n",
+    "a </s> or <s> or <unk> or <pad> or <0x0A> in [INST] text [/INST]",
+    "x" * 40 + " " * 40 + "x" + "\n" * 20 + "." * 20 + "=" * 20,
+)
+
+
+class Tokenizer:
+    """The tokenizer of one model folder.
+
+    Attributes:
+        name: of the model, for messages.
+        bos_token_id, eos_token_id: what begins and ends a sequence.
+        unk_token_id: what stands for what the vocabulary lacks; None where it lacks nothing.
+    """
+
+    bos_token_id: int
+    eos_token_id: int
+    unk_token_id: int | None
+
+    def __init__(self, files: Mapping[str, bytes], name: str, keep_ids: bool = False):
+        """Read a tokenizer from the contents of its files, by their names (see `FILES`).
+
+        Args:
+            keep_ids: for what a model was trained with already: where its two vocabulary files
+                disagree, the ids of its tokenizer.json are kept, and that is said.
+
+        Raises:
+            UserError: a file is damaged, the two vocabulary files disagree, BOS or EOS are missing,
+                or the ids of the tokenizer.model can't be had.
+        """
+        self.name = name
+        self._files = dict(files)
+        self._vocabulary = VOCABULARY_FILE if VOCABULARY_FILE in files else SENTENCEPIECE_FILE
+        self._exportable = False
+        self._config = self._read_json(CONFIG_FILE)
+        self._reference = self._load_sentencepiece() if SENTENCEPIECE_FILE in files else None
+        if VOCABULARY_FILE in files:
+            self._backend = self._load_vocabulary()
+        elif self._reference is not None:
+            self._backend = self._convert_sentencepiece()
+        else:
+            raise UserError(
+                f"model {name}: has neither {VOCABULARY_FILE} nor {SENTENCEPIECE_FILE}: copy its tokenizer files too"
+            )
+        self._backend.encode_special_tokens = True  # a "</s>" that stands in a row's text is text
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        for token in ("bos", "eos", "unk"):
+            setattr(self, f"{token}_token_id", self._special_id(f"{token}_token"))
+        if self._vocabulary == SENTENCEPIECE_FILE:
+            self._add_borders()
+        self._check_files_agree(keep_ids)
+
+    def __len__(self) -> int:
+        """How many tokens there are; ids are below that, unless the vocabulary has gaps."""
+        return self._backend.get_vocab_size()
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, without BOS and EOS.
+
+        Raises:
+            UserError: a text is not what its ids say, or SentencePiece has other ids for it.
+        """
+        ids = self.ids_of(texts)
+        special = {self.bos_token_id, self.eos_token_id, self.unk_token_id}  # never for text, not even for "</s>"
+        written = self._backend.decode_batch(ids, skip_special_tokens=False)
+        for text, its_ids, decoded in zip(texts, ids, written, strict=True):
+            if decoded.removeprefix(" ") != text.removeprefix(" ") or not special.isdisjoint(its_ids):
+                raise UserError(
+                    f"model {self.name}: its tokenizer loses text: {_first_difference(text, decoded)}; use the "
+                    "tokenizer files that the model was made with, all of them"
+                )
+        if difference := self._disagreement(texts, ids):
+            raise UserError(self._refusal(difference))
+        return ids
+
+    def ids_of(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` for texts that hold no row of data: nothing is checked."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``, without special tokens, every blank as it is."""
+        return self._backend.decode(ids, skip_special_tokens=True)
+
+    def piece(self, token_id: int) -> str | None:
+        """How the vocabulary writes a token; None where it has no such id."""
+        return self._backend.id_to_token(token_id)
+
+    def describe(self) -> dict[str, str]:
+        """What training.json says of it: from which file the ids were read, and its hash."""
+        return {
+            "vocabulary": self._vocabulary,
+            "sha256": hashlib.sha256(self._files[self._vocabulary]).hexdigest(),
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write files from which this program, Transformers 4 and Transformers 5 read the same ids."""
+        if VOCABULARY_FILE not in self._files:
+            self._files[VOCABULARY_FILE] = self._backend.to_str(pretty=True).encode()
+        for name, content in self._files.items():
+            (folder / name).write_bytes(content)
+        if not self._exportable:
+            self._make_exportable(folder)
+
+    # ------------------------------------------------------------ reading
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        if name not in self._files:
+            return {}
+        try:
+            content = json.loads(self._files[name])
+            if not isinstance(content, dict):
+                raise ValueError("no object")
+            return content
+        except (ValueError, RecursionError) as error:
+            raise self._damaged(name, error) from None
+
+    def _damaged(self, name: str, error: Exception) -> UserError:
+        return UserError(
+            f"model {self.name}: its tokenizer can't be read ({name}: {one_line(error)[:160]}): damaged or incomplete, "
+            "copy it anew"
+        )
+
+    def _load_vocabulary(self) -> tokenizers.Tokenizer:
+        try:
+            return tokenizers.Tokenizer.from_str(self._files[VOCABULARY_FILE].decode())
+        except Exception as error:  # tokenizers has no type of its own
+            raise self._damaged(VOCABULARY_FILE, error) from None
+
+    def _special_id(self, token: str) -> int | None:
+        """The id of ``bos_token``, ``eos_token`` or ``unk_token``: as a file says, or as the vocabulary does."""
+        defaults = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        if self._reference is not None:
+            index = getattr(self._reference, f"{token.removesuffix('_token')}_id")()
+            defaults[token] = self._reference.id_to_piece(index) if index >= 0 else None
+        content, said_by = defaults[token], "its vocabulary"
+        for name, said in ((SPECIAL_TOKENS_FILE, self._read_json(SPECIAL_TOKENS_FILE)), (CONFIG_FILE, self._config)):
+            if token in said:
+                content, said_by = said[token], f"its {name}"
+        if isinstance(content, dict):
+            content = content.get("content")
+        if content == "":
+            raise UserError(
+                f"model {self.name}: {said_by} has an empty {token}, as LLaMA-1's first copies have: write the token "
+                f"that the model knows, {json.dumps({token: defaults[token]})[1:-1]}"
+            )
+        index = self._backend.token_to_id(content) if isinstance(content, str) else None
+        if index is None and token != "unk_token":
+            shown = "there is none" if content is None else f"{said_by} says {content!r}, which it does not hold"
+            raise UserError(f"model {self.name}: its tokenizer has no {token} ({shown}): use one of the Llama family")
+        return index
+
+    # ------------------------------------------------------------ SentencePiece
+
+    def _load_sentencepiece(self) -> Any:
+        """A SentencePieceProcessor; None for the file of OpenAI's tiktoken that goes by the same name."""
+        import sentencepiece
+
+        content = self._files[SENTENCEPIECE_FILE]
+        if _is_tiktoken(content) and VOCABULARY_FILE in self._files:
+            return None  # Llama-3's, beside the tokenizer.json that was made of it
+        processor = sentencepiece.SentencePieceProcessor()
+        try:
+            processor.LoadFromSerializedProto(content)
+        except Exception as error:  # sentencepiece raises many types
+            raise self._damaged(SENTENCEPIECE_FILE, error) from None
+        return processor
+
+    def _convert_sentencepiece(self) -> tokenizers.Tokenizer:
+        """The ``tokenizers`` library's form of the tokenizer.model, with the tokens that other files add."""
+        from sentencepiece import sentencepiece_model_pb2
+
+        proto = sentencepiece_model_pb2.ModelProto()
+        proto.ParseFromString(self._files[SENTENCEPIECE_FILE])
+        try:
+            backend = convert_sentencepiece(proto)
+        except Exception as error:  # tokenizers has no type of its own
+            raise UserError(self._refusal(one_line(error)[:160])) from None
+        added = {token: (index, {}) for token, index in self._read_json(ADDED_TOKENS_FILE).items()}
+        for index, said in self._config.get("added_tokens_decoder", {}).items():
+            added[said["content"]] = (int(index), said)
+        for token, (index, said) in sorted(added.items(), key=lambda entry: entry[1][0]):
+            flags = {key: said[key] for key in ("single_word", "lstrip", "rstrip", "normalized") if key in said}
+            kind = AddedToken(token, special=said.get("special", True), **flags)
+            backend.add_special_tokens([kind]) if kind.special else backend.add_tokens([kind])
+            if backend.token_to_id(token) != index:
+                raise UserError(
+                    f"model {self.name}: its added token {token!r} has the id {index}, and is number "
+                    f"{backend.token_to_id(token)} of its {SENTENCEPIECE_FILE}: copy its tokenizer files anew"
+                )
+        return backend
+
+    def _add_borders(self) -> None:
+        """Let a converted tokenizer put BOS before a text, as other programs that call it expect of Llama's."""
+        borders = {"bos": self._config.get("add_bos_token", True), "eos": self._config.get("add_eos_token", False)}
+        ids = {name: getattr(self, f"{name}_token_id") for name, wanted in borders.items() if wanted}
+        tokens = [(self.piece(index), index) for index in ids.values()]
+        first, last = ([self.piece(ids[name])] if name in ids else [] for name in ("bos", "eos"))
+        self._backend.post_processor = processors.TemplateProcessing(
+            single=[*first, "$A", *last],
+            pair=[*first, "$A", *last, *(f"{token}:1" for token in first), "$B:1", *(f"{token}:1" for token in last)],
+            special_tokens=tokens,
+        )
+
+    def _check_files_agree(self, keep_ids: bool) -> None:
+        """Compare what tokenizers makes of its file with what SentencePiece makes of its own."""
+        if self._reference is None:
+            return
+        count = self._reference.get_piece_size()
+        pieces = [self._reference.id_to_piece(index) for index in range(count)]
+        others = [
+            index
+            for index, piece in enumerate(pieces)
+            if self.piece(index) != piece and not self._reference.is_unused(index)
+        ]
+        if others:
+            shown = f"token {others[0]} is {pieces[others[0]]!r} and {self.piece(others[0])!r}"
+            difference = f"{len(others)} of its {count} tokens, the first: {shown}"
+        else:
+            texts = [*PROBES, *_probes_of(pieces)]
+            difference = self._disagreement(texts, self.ids_of(texts))
+        if difference and keep_ids:
+            print(f"model {self.name}: was trained on other ids than its {SENTENCEPIECE_FILE} gives; they are kept")
+            self._reference = None
+        elif difference:
+            raise UserError(self._refusal(difference))
+
+    def _refusal(self, difference: str) -> str:
+        if VOCABULARY_FILE in self._files:
+            cure = "remove the one that the model was not trained with, or copy both anew (one of Llama-2's is right "
+            return (
+                f"model {self.name}: its {VOCABULARY_FILE} and its {SENTENCEPIECE_FILE} disagree ({difference}): {cure}"
+                "in the hub's meta-llama/Llama-2-7b-hf)"
+            )
+        return (
+            f"model {self.name}: the tokenizers library can't write the ids of its {SENTENCEPIECE_FILE} ({difference}):"
+            f" add the {VOCABULARY_FILE} that was made for it"
+        )
+
+    def _disagreement(self, texts: Sequence[str], ids: Sequence[list[int]]) -> str:
+        """Where ``ids`` are not those of SentencePiece; empty where they are.
+
+        Not compared is a text with a token that other files add, of which SentencePiece knows nothing.
+        """
+        if self._reference is None:
+            return ""
+        size = self._reference.get_piece_size()
+        for text, ours, theirs in zip(texts, ids, self._reference.encode(list(texts)), strict=True):
+            if ours != theirs and max(ours, default=0) < size:
+                position = _first_mismatch(ours, theirs)
+                shown = [[self._reference.id_to_piece(index) for index in some] for some in (ours, theirs)]
+                near = [pieces[max(position - 2, 0) : position + 4] for pieces in shown]
+                return f"in {text[:60]!r} one reads {near[0]} and SentencePiece {near[1]}"
+        return ""
+
+    # ------------------------------------------------------------ for other programs
+
+    def _make_exportable(self, folder: Path) -> None:
+        """Change of the tokenizer_config.json what another program can't read, or would read other ids from."""
+        config = dict(self._config)
+        if config.get("tokenizer_class") == "TokenizersBackend":  # Transformers 5 alone knows it
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(config.get("extra_special_tokens"), list):  # Transformers 4 wants a dictionary
+            config.setdefault("additional_special_tokens", config.pop("extra_special_tokens"))
+            config.pop("extra_special_tokens", None)
+        if config.get("tokenizer_class") != "PreTrainedTokenizerFast" and not self._is_read_alike(folder):
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"  # it takes tokenizer.json as it is
+        if config != self._config:
+            self._files[CONFIG_FILE] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+            (folder / CONFIG_FILE).write_bytes(self._files[CONFIG_FILE])
+        self._exportable = True
+
+    def _is_read_alike(self, folder: Path) -> bool:
+        """Whether Transformers' AutoTokenizer has the same ids for the probes."""
+        from transformers import AutoTokenizer
+
+        try:
+            other = AutoTokenizer.from_pretrained(folder)
+            theirs = other(list(PROBES), add_special_tokens=False, split_special_tokens=True).input_ids
+        except Exception:  # it raises many types, and whichever it is, it can't read it
+            return False
+        return theirs == self.ids_of(PROBES)
+
+
+def convert_sentencepiece(proto: Any) -> tokenizers.Tokenizer:
+    """A tokenizer of the ``tokenizers`` library with the ids of a SentencePiece model of type BPE.
+
+    SentencePiece merges the neighbours whose union has the highest score, the leftmost first
+    (bpe_model.cc), which a list of merges ordered by that score comes to.
+
+    Args:
+        proto: the model as sentencepiece_model_pb2's ModelProto.
+    """
+    kinds = {name: number for number, name in enumerate(("", "normal", "unknown", "control", "user", "unused", "byte"))}
+    vocabulary = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+    bpe = 2  # of TrainerSpec.ModelType; unigram's ties are broken otherwise by the tokenizers library
+    if proto.trainer_spec.model_type != bpe:
+        raise ValueError("not of type BPE, as Llama's are")
+    model = models.BPE(
+        vocab=vocabulary,
+        merges=_merges(proto, kinds),
+        unk_token=next(piece.piece for piece in proto.pieces if piece.type == kinds["unknown"]),
+        fuse_unk=True,
+        byte_fallback=proto.trainer_spec.byte_fallback,
+    )
+    backend = tokenizers.Tokenizer(model)
+    spec = proto.normalizer_spec
+    # Tokens that are found in the text before anything else is done to it: a blank put before what follows each of
+    # them would be one too many. Without them it is put by the normalizer, which does so before a blank too.
+    user = [piece.piece for piece in proto.pieces if piece.type == kinds["user"]]
+    steps: list[normalizers.Normalizer] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+    if spec.add_dummy_prefix and user:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(BLANK, prepend_scheme="first", split=False)
+    elif spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(BLANK))
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", BLANK)])
+    first_blank = [decoders.Strip(content=" ", left=1)] if spec.add_dummy_prefix else []
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), *first_blank]
+    )
+    special = (kinds["unknown"], kinds["control"])
+    backend.add_special_tokens(
+        [AddedToken(piece.piece, normalized=False, special=True) for piece in proto.pieces if piece.type in special]
+    )
+    backend.add_tokens([AddedToken(piece, normalized=False, special=False) for piece in user])
+    return backend
+
+
+def _merges(proto: Any, kinds: Mapping[str, int]) -> list[tuple[str, str]]:
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type in (kinds["normal"], kinds["user"])}
+    found = []
+    for piece, score in scores.items():
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in scores and right in scores:
+                found.append((-score, -len(left), -len(right), left, right))
+    found.sort(key=lambda merge: merge[:3])
+    return [(left, right) for *_, left, right in found]
+
+
+def _is_tiktoken(content: bytes) -> bool:
+    """Whether it is lines of a token in base64 and its rank."""
+    token, _, rank = content.partition(b"\n")[0].strip().partition(b" ")
+    try:
+        return bool(base64.b64decode(token, validate=True)) and rank.isdigit()
+    except ValueError:
+        return False
+
+
+def _first_difference(text: str, decoded: str) -> str:
+    if not decoded.strip():
+        return f"{text[:60]!r} becomes {decoded[:60]!r}"
+    text, decoded = text.removeprefix(" "), decoded.removeprefix(" ")
+    place = _first_mismatch(text, decoded)
+    start = max(place - 20, 0)
+    return f"{text[start : place + 20]!r} becomes {decoded[start : place + 20]!r}"
+
+
+def _probes_of(pieces: Sequence[str]) -> list[str]:
+    """Texts in which every piece stands alone, and among eight others, where merges compete.
+
+    Each begins with a sign that keeps a blank from being the text's first: what becomes of that one
+    differs even between files that Transformers itself made of one another.
+    """
+    pieces = [piece.replace(BLANK, " ") for piece in pieces]
+    stride = max(len(pieces) // 8, 1)
+    return [f".{text}" for text in (*pieces, *("".join(pieces[first::stride]) for first in range(stride)))]
+
+
+def _first_mismatch(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """The first position at which the two differ, or at which the shorter has ended."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((position for position, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """The contents of the tokenizer files in ``folder``, by name."""
+    return {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+
+
+def made_without_scores(files: Mapping[str, bytes]) -> bool:
+    """Whether a tokenizer.json is what Transformers 5 makes of a tokenizer.model, whose scores it passes over.
+
+    Its merges then follow the order of the vocabulary alone, each piece's shortest left part first.
+    """
+    if VOCABULARY_FILE not in files or SENTENCEPIECE_FILE in files:
+        return False
+    try:
+        model = json.loads(files[VOCABULARY_FILE])["model"]
+        vocabulary, merges = model["vocab"], model["merges"]
+        if not model["byte_fallback"]:
+            return False
+        order = [(vocabulary["".join(merge)], len(merge[0])) for merge in merges]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+    parts = [number for number, _ in order]
+    return order == sorted(order) and len(set(parts)) < len(parts)
