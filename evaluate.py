@@ -110,6 +110,7 @@ from predictions import (
     read_identity,
     read_predictions,
     said_before,
+    say_contradictions,
 )
 from tracking import MetricsLog, start_tracker
 
@@ -189,7 +190,10 @@ def rescore(file: Path, output: Path | None) -> None:
 def compare(first: Path, second: Path) -> None:
     """Say whether two ``predictions.jsonl`` really differ."""
     names = str(first), str(second)
-    result = analysis.compare(read_predictions(first), read_predictions(second), names)
+    found = [read_predictions(file) for file in (first, second)]
+    for rows, name in zip(found, names, strict=True):
+        say_contradictions(rows, name)
+    result = analysis.compare(*found, names)
     print(analysis.comparison_table(result, names))
 
 
@@ -384,6 +388,7 @@ def verify_batching(
 
 def score_rows(rows: Sequence[dict[str, Any]], identity: dict[str, Any], source: Path) -> dict[str, Any]:
     """All that is said of greedy predictions, or of samples; ``identity`` says how many there must be."""
+    say_contradictions(rows, source)
     if any("sample" in row for row in rows):
         return scoring.score_samples(rows, identity["num_problems"], identity.get("num_samples"), str(source))
     return scoring.score(rows, identity["num_problems"], str(source)) | analysis.analyse(rows)

@@ -161,9 +161,13 @@ def score(predictions: Sequence[dict[str, Any]], num_problems: int, source: str)
     """Score one completion a problem by every rule.
 
     Args:
-        predictions: objects with ``id``, ``gold``, ``completion`` and ``stop``, in any order.
+        predictions: objects with ``id``, ``gold``, ``completion`` and, where it is known, ``stop``, in any order.
         num_problems: how many problems were asked; the ids must be 0 .. num_problems - 1.
         source: what an error message calls the predictions.
+
+    Returns:
+        The content of ``scores.json``; in it ``stopped_by_length`` is None where no prediction says why it
+        stopped, and ``stop_unknown`` how many don't, where some don't.
 
     Raises:
         UserError: an id is missing, double or foreign, or a gold is no number: no score is
@@ -182,8 +186,16 @@ def score(predictions: Sequence[dict[str, Any]], num_problems: int, source: str)
         "num_problems": num_problems,
         "ci95": list(wilson_interval(num_correct, num_problems)),
         "rules": {name: sum(verdict) / num_problems for name, verdict in verdicts.items()},
-        "stopped_by_length": sum(prediction["stop"] == "length" for prediction in predictions),
+        **_count_cut(predictions),
     }
+
+
+def _count_cut(predictions: Sequence[dict[str, Any]]) -> dict[str, int | None]:
+    stops = [prediction["stop"] for prediction in predictions if "stop" in prediction]
+    unknown = len(predictions) - len(stops)
+    return {"stopped_by_length": stops.count("length") if stops else None} | (
+        {"stop_unknown": unknown} if unknown else {}
+    )
 
 
 # ---------------------------------------------------------------- samples
@@ -315,6 +327,13 @@ def score_table(scores: dict[str, Any], title: str) -> str:
         f"  exact match              {scores['exact_match']:8.2%}   {counts}",
         f"  95 % interval (Wilson)   {low:8.2%} to {high:.2%}",
         *(f"    {names[name]:<24}{fraction:8.2%}" for name, fraction in scores["rules"].items()),
-        f"  cut by max_new_tokens    {scores['stopped_by_length']:>8}",
+        _cut_line(scores["stopped_by_length"], scores.get("stop_unknown", 0)),
     ]
     return "\n".join(lines)
+
+
+def _cut_line(stopped_by_length: int | None, unknown: int) -> str:
+    if stopped_by_length is None:
+        return "  cut by max_new_tokens   not known: no prediction says why it stopped"
+    shown = f"   and not known of {unknown}" if unknown else ""
+    return f"  cut by max_new_tokens    {stopped_by_length:>8}{shown}"
