@@ -89,7 +89,7 @@ import memory
 import scoring
 import verify
 from calculator import ForcedResults
-from checkpoint import Source, check_no_links, replace_file, resolve_source
+from checkpoint import LAST, Source, check_no_links, read_description, replace_file, resolve_source
 from generate import Completion, greedy_decode, sample_decode
 from model import (
     check_positions,
@@ -112,7 +112,7 @@ from predictions import (
     said_before,
     say_contradictions,
 )
-from tracking import MetricsLog, start_tracker
+from tracking import MetricsLog, saved_run, start_tracker
 
 VERIFIED_IN_FLOAT32 = 4  # problems, where --verify-batching does not say how many
 CALCULATOR, SAMPLES = "calculator", "samples"  # folders beside the greedy predictions, and names in scores.json
@@ -464,14 +464,21 @@ def track(source: Source, split: str, identity: dict[str, Any], news: dict[str, 
     config, step, epoch = source.config, source.description["step"], source.description["epoch"]
     tracker = start_tracker(
         config.wandb_mode,
-        project=config.wandb_project,
+        run=saved_run(newest_description(source), config.wandb_project, trained.get("wandb_project")),
         name=config.run_name,
-        run_id=source.description["wandb_run_id"],
         folder=source.run_folder,
         settings={},
     )
     with MetricsLog(source.run_folder, tracker) as metrics:
         metrics.write(step, epoch, {prefix + name: value for name, value in news.items()})
+
+
+def newest_description(source: Source) -> dict[str, Any]:
+    """The ``training.json`` that knows best where W&B has the run: a sweep may have moved it since ``best``."""
+    try:
+        return read_description(source.run_folder / LAST)
+    except UserError:  # removed, to have its room
+        return source.description
 
 
 if __name__ == "__main__":
