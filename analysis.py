@@ -8,15 +8,18 @@ from typing import Any
 
 from calculator import NUMBER, evaluate, first_false_equation
 from errors import UserError, one_line
-from scoring import RULES, correct_lm_eval_flexible, correct_openai, cut_at_stop, extract_openai, some
+from scoring import RULES, correct_lm_eval_flexible, correct_openai, cut_at_stop, extract_openai, some, visible
 
 LABELS = ("arithmetic", "reasoning", "format", "cut")
 WORDS = (30, 45, 60)  # borders between lengths of questions
 _NUMBER = re.compile(f"-?{NUMBER}")
 
 
-def mistake(completion: str, gold: str, stop: str) -> tuple[str | None, str | None]:
+def mistake(completion: str, gold: str, stop: str | None) -> tuple[str | None, str | None]:
     """What is wrong with a completion, and the first false equation in it.
+
+    Args:
+        stop: why it stopped; None where that is not known: then it has another label than ``cut``.
 
     Returns:
         ``(None, None)`` where the headline rule finds the gold; else a label and an equation or None:
@@ -57,18 +60,19 @@ def analyse(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Counts of labels, ids on which the rules part, and accuracy by kinds of problems.
 
     Args:
-        predictions: scored rows, with ``steps`` and ``question`` where they are known.
+        predictions: scored rows, with ``stop``, ``steps`` and ``question`` where they are known.
 
     Returns:
-        ``errors``: label to count; ``rules_disagree``: ids; ``by_steps`` and ``by_question_words``: kind of
-        problem to ``num_correct`` and ``num_problems``.
+        ``errors``: label to count, of ``cut`` None where no row has a ``stop``; ``rules_disagree``: ids;
+        ``by_steps`` and ``by_question_words``: kind of problem to ``num_correct`` and ``num_problems``.
     """
-    labels = Counter(mistake(row["completion"], row["gold"], row["stop"])[0] for row in predictions)
+    labels = Counter(mistake(row["completion"], row["gold"], row.get("stop"))[0] for row in predictions)
     verdicts = {row["id"]: {rule(row["completion"], row["gold"]) for rule in RULES.values()} for row in predictions}
-    stepped = [(row["steps"], row) for row in predictions if isinstance(row.get("steps"), int)]
+    stepped = [(row["steps"], row) for row in predictions if type(row.get("steps")) is int and row["steps"] >= 0]
     worded = [(len(row["question"].split()), row) for row in predictions if isinstance(row.get("question"), str)]
+    unknown = {} if any("stop" in row for row in predictions) else {"cut": None}
     return {
-        "errors": {label: labels[label] for label in LABELS},
+        "errors": {label: labels[label] for label in LABELS} | unknown,
         "rules_disagree": sorted(identity for identity, verdict in verdicts.items() if len(verdict) > 1),
         "by_steps": _accuracy((f"{min(steps, 8)}" + "+" * (steps >= 8), row) for steps, row in stepped),
         "by_question_words": _accuracy((_length_class(words), row) for words, row in worded),
@@ -96,7 +100,8 @@ def _accuracy(kinds: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, dict[str
 
 def analysis_table(analysis: dict[str, Any]) -> str:
     """`analyse`'s result as a few lines of text for people."""
-    errors = ", ".join(f"{label} {count}" for label, count in analysis["errors"].items())
+    counts = analysis["errors"].items()
+    errors = ", ".join(f"{label} {'not known' if count is None else count}" for label, count in counts)
     disagree = analysis["rules_disagree"]
     lines = [f"  wrong, by kind           {errors}", f"  rules disagree           {len(disagree):>8}"]
     if disagree:
@@ -148,8 +153,8 @@ def compare(first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]], n
             one, other = (rows[identity].get(key) for rows in by_id)
             if one != other and None not in (one, other):
                 raise UserError(
-                    f"{names[0]} and {names[1]}: id {identity} has the {key} {one_line(str(one))[:60]!r} in one and "
-                    f"{one_line(str(other))[:60]!r} in the other: compare evaluations of the same rows"
+                    f"{names[0]} and {names[1]}: id {identity} has the {key} {_parting(one, other)} in one and "
+                    f"{_parting(other, one)} in the other: compare evaluations of the same rows"
                 )
     if not common:
         raise UserError(f"{names[0]} and {names[1]}: have no problem in common: compare evaluations of the same split")
@@ -167,6 +172,13 @@ def compare(first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]], n
         difference=(len(won) - len(lost)) / len(common),
         interval=(low / len(common), high / len(common)),
     )
+
+
+def _parting(one: object, other: object) -> str:
+    """``one`` from shortly before where it parts from ``other``: such that the difference can be seen."""
+    text, pairs = str(one), zip(str(one), str(other), strict=False)
+    same = next((place for place, (here, there) in enumerate(pairs) if here != there), len(text))
+    return visible(text[max(0, same - 20) :][:60])
 
 
 def _by_id(rows: Sequence[dict[str, Any]], name: str) -> dict[int, dict[str, Any]]:

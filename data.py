@@ -6,6 +6,7 @@ between them; see `Batch`.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ class Problem:
     """One row of GSM8K: ``answer`` holds the reasoning and ends in ``#### NUMBER``.
 
     Attributes:
-        line: where in its file it stands, from 1.
+        line: where it stands, from 1: the line of its file, or the row of an array, of Parquet files or of the hub.
     """
 
     question: str
@@ -48,19 +49,33 @@ def load_problems(dataset: str, split: str) -> list[Problem]:
     """Load and check every row of ``split`` (``train`` or ``test``).
 
     Args:
-        dataset: a local folder with ``train.jsonl`` and ``test.jsonl``, or a hub id.
+        dataset: a local folder that holds each split in one of `FORMS`, or a hub id.
 
     Raises:
         UserError: there is no such data set, or a row is not valid; names the file and the line.
     """
     folder = local_path(dataset)
     if folder.is_dir():
-        return _read_jsonl(folder / f"{split}.jsonl")
-    if folder.exists():
-        raise UserError(f"dataset {dataset!r} is a file: name the folder that holds train.jsonl and test.jsonl")
-    if not is_hub_id(dataset):
+        problems = _read_folder(folder, split)
+    elif folder.exists():
+        raise UserError(f"dataset {dataset!r} is a file: name the folder that holds it; {_forms('train')}")
+    elif not is_hub_id(dataset):
         raise UserError(f"dataset {dataset!r} is no folder here and no hub id such as openai/gsm8k: check the path")
-    return _download(dataset, split)
+    else:
+        problems = _download(dataset, split)
+    _say_odd_golds(problems, f"{dataset}, {split}")
+    return problems
+
+
+def _say_odd_golds(problems: Sequence[Problem], where: str) -> None:
+    """Print one line where golds are spelt so that no rule counts the plain number as right."""
+    odd = [problem for problem in problems if scoring.plain_number(problem.gold) != problem.gold.replace(",", "")]
+    if odd:
+        gold = odd[0].gold
+        print(
+            f"{where}: {len(odd)} of {len(problems)} golds are not spelt plainly, the first in row {odd[0].line}: "
+            f"{gold[:60]}, and a completion must spell it so too: {scoring.plain_number(gold)[:60]} does not count"
+        )
 
 
 def is_hub_id(name: str) -> bool:
@@ -69,16 +84,86 @@ def is_hub_id(name: str) -> bool:
     return bool(slash and owner and rest) and "/" not in rest and not name.startswith((".", "~", "/"))
 
 
-def _read_jsonl(file: Path) -> list[Problem]:
-    try:
-        # Bytes, and split at \n alone: U+2028, which GSM8K holds, would break str.splitlines().
-        lines = file.read_bytes().removesuffix(b"\n").split(b"\n")
-    except OSError as error:
-        raise UserError(
-            f"{file}: can't be read ({error.strerror}): a data set folder holds train.jsonl and test.jsonl"
-        ) from None
+# ---------------------------------------------------------------- rows in files
+
+LFS_POINTER = b"version https://git-lfs"  # how a file begins that git has not fetched
+LINE_FORMS, TABLE_FORM = ("{split}.jsonl", "{split}.json"), "{split}.parquet"
+SHARD = re.compile(r"-[0-9]{5}-of-[0-9]{5}\.parquet")
+
+
+def _forms(split: str) -> str:
+    """What a folder may hold a split as, for people."""
+    return (
+        f"a data set folder holds {split}.jsonl (one object a line), {split}.json (or one array of all), "
+        f"{split}.parquet or {split}-00000-of-00001.parquet (these two also in its folder main), and the same of "
+        f"{'test' if split == 'train' else 'train'}"
+    )
+
+
+def _read_folder(folder: Path, split: str) -> list[Problem]:
+    """The rows of ``split``, in whichever form it is there.
+
+    Raises:
+        UserError: it is there in no form or in several, or a row is not valid.
+    """
+    found = _find_forms(folder, split)
+    if len(found) > 1:
+        names = ", ".join(str(files[0].relative_to(folder)) for files in found)
+        raise UserError(f"{folder}: holds {split} in {len(found)} forms ({names}): leave the one that is meant")
+    files = found[0] if found else [folder / f"{split}.jsonl"]
+    problems: list[Problem] = []
+    for file in files:
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise UserError(f"{file}: can't be read ({error.strerror}): {_forms(split)}") from None
+        if content.startswith(LFS_POINTER):
+            raise UserError(f"{file}: is a pointer to a file that git has not fetched: run git lfs pull in its folder")
+        if file.suffix == ".parquet":
+            problems += _parse_parquet(content, file, len(problems))
+        else:
+            problems += _parse_json(content, file)
+    if not problems:
+        raise UserError(f"{files[0]}: is empty: it needs rows with question and answer")
+    return problems
+
+
+def _find_forms(folder: Path, split: str) -> list[list[Path]]:
+    """The files of each form in which ``split`` is there; those of a form with several in their order."""
+    found: list[list[Path]] = []
+    for place in (folder, folder / "main"):  # main: of a clone of the hub's repository, which holds another beside it
+        try:
+            names = {file.name for file in place.iterdir()} if place.is_dir() else set()
+        except OSError as error:
+            raise UserError(f"{place}: can't be read ({error.strerror}): {_forms(split)}") from None
+        single = [TABLE_FORM] if place != folder else [*LINE_FORMS, TABLE_FORM]
+        found += [[place / name] for form in single if (name := form.format(split=split)) in names]
+        shards = sorted(name for name in names if name.startswith(split) and SHARD.fullmatch(name[len(split) :]))
+        if shards:
+            _check_shards(place, split, shards)
+            found.append([place / name for name in shards])
+    return found
+
+
+def _check_shards(place: Path, split: str, shards: Sequence[str]) -> None:
+    """Raises UserError where they are not all of one whole."""
+    total = int(shards[-1].rpartition("-of-")[2].removesuffix(".parquet"))
+    expected = {f"{split}-{number:05}-of-{total:05}.parquet" for number in range(min(total, 10**5))}
+    missing, foreign = sorted(expected - set(shards)), sorted(set(shards) - expected)
+    if missing or foreign:
+        what = f"lacks {scoring.some(missing)}" if missing else f"holds {scoring.some(foreign)} beside {total} others"
+        raise UserError(f"{place}: {what}: fetch every part of one {split}, and leave no part of another")
+
+
+def _parse_json(content: bytes, file: Path) -> list[Problem]:
+    """Rows from one JSON object a line, or from one array of objects."""
+    content = content.removeprefix(b"\xef\xbb\xbf")
+    if content.lstrip().startswith(b"["):
+        return _parse_array(content, file)
+    # Bytes, and split at \n alone: U+2028, which GSM8K holds, would break str.splitlines().
+    lines = content.removesuffix(b"\n").split(b"\n")
     if lines == [b""]:
-        raise UserError(f"{file}: is empty: it needs one JSON object a line, with question and answer")
+        return []
     return [_parse_line(line, file, number) for number, line in enumerate(lines, start=1)]
 
 
@@ -89,6 +174,42 @@ def _parse_line(line: bytes, file: Path, number: int) -> Problem:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: is no JSON ({one_line(error)[:120]}): write one object a line") from None
     return _check_row(row, where, number)
+
+
+def _parse_array(content: bytes, file: Path) -> list[Problem]:
+    try:
+        rows = json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
+        line = getattr(error, "lineno", 1)
+        if isinstance(error, UnicodeDecodeError):
+            line = content[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"{file}, line {line}: is no JSON ({one_line(error)[:120]}): write one array of objects, or one object a "
+            "line without brackets around them"
+        ) from None
+    return [_check_row(row, f"{file}, row {number}", number) for number, row in enumerate(rows, start=1)]
+
+
+def _parse_parquet(content: bytes, file: Path, rows_before: int) -> list[Problem]:
+    import pyarrow
+    import pyarrow.parquet
+
+    types = pyarrow.types
+    try:
+        table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content), page_checksum_verification=True)
+        for name in ("question", "answer"):
+            if (count := table.schema_arrow.names.count(name)) != 1:
+                raise UserError(f"{file}: has {count} columns {name!r}: it must have one, of text")
+            kind = table.schema_arrow.field(name).type
+            kind = kind.value_type if types.is_dictionary(kind) else kind
+            if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
+                raise UserError(f"{file}: its column {name!r} is of type {one_line(kind)[:60]}: it must be of text")
+        rows = table.read(columns=["question", "answer"]).to_pylist()
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise UserError(
+            f"{file}: is damaged, or no Parquet file ({one_line(error)[:120]}): fetch it again, or name a whole one"
+        ) from None
+    return [_check_row(row, f"{file}, row {n}", rows_before + n) for n, row in enumerate(rows, start=1)]
 
 
 def _check_row(row: Any, where: str, number: int) -> Problem:
@@ -106,7 +227,7 @@ def _check_row(row: Any, where: str, number: int) -> Problem:
     try:
         scoring.gold_answer(row["answer"])
     except ValueError as error:
-        raise UserError(f"{where}: the answer {one_line(row['answer'])[-60:]!r} {error}") from None
+        raise UserError(f"{where}: the answer {error}") from None
     return Problem(row["question"], row["answer"], number)
 
 
@@ -121,9 +242,12 @@ def _download(dataset: str, split: str) -> list[Problem]:
         raise UserError(
             f"dataset {dataset!r}: is no folder here, and can't be loaded from the hub "
             f"({type(error).__name__}: {one_line(error)[:200]}): "
-            "check the id and the network, or name a local folder with train.jsonl and test.jsonl"
+            f"check the id and the network, or name a local folder: {_forms(split)}"
         ) from None
     return [_check_row(row, f"{dataset}, {split} row {number}", number) for number, row in enumerate(rows, start=1)]
+
+
+# ---------------------------------------------------------------- splits
 
 
 def carve_validation(problems: Sequence[Problem], size: int, seed: int) -> tuple[list[Problem], list[Problem]]:
@@ -169,7 +293,7 @@ def check_disjoint(train: Iterable[Problem], test: Iterable[Problem]) -> None:
     shared = {problem.question for problem in train} & {problem.question for problem in test}
     if shared:
         raise UserError(
-            f"{len(shared)} questions stand both in train.jsonl and in test.jsonl, one is "
+            f"{len(shared)} questions stand both in train and in test, one is "
             f"{one_line(min(shared))[:80]!r}: remove them from train"
         )
 

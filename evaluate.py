@@ -89,7 +89,7 @@ import memory
 import scoring
 import verify
 from calculator import ForcedResults
-from checkpoint import Source, check_no_links, replace_file, resolve_source
+from checkpoint import LAST, Source, check_no_links, read_description, replace_file, resolve_source
 from generate import Completion, greedy_decode, sample_decode
 from model import pick_device
 from predictions import (
@@ -101,6 +101,7 @@ from predictions import (
     read_identity,
     read_predictions,
     said_before,
+    say_contradictions,
 )
 from pretrained import (
     check_ids,
@@ -112,7 +113,7 @@ from pretrained import (
     weights_identity,
 )
 from tokenizer import Tokenizer
-from tracking import MetricsLog, start_tracker
+from tracking import MetricsLog, saved_run, start_tracker
 
 VERIFIED_IN_FLOAT32 = 4  # problems, where --verify-batching does not say how many
 CALCULATOR, SAMPLES = "calculator", "samples"  # folders beside the greedy predictions, and names in scores.json
@@ -190,7 +191,10 @@ def rescore(file: Path, output: Path | None) -> None:
 def compare(first: Path, second: Path) -> None:
     """Say whether two ``predictions.jsonl`` really differ."""
     names = str(first), str(second)
-    result = analysis.compare(read_predictions(first), read_predictions(second), names)
+    found = [read_predictions(file) for file in (first, second)]
+    for rows, name in zip(found, names, strict=True):
+        say_contradictions(rows, name)
+    result = analysis.compare(*found, names)
     print(analysis.comparison_table(result, names))
 
 
@@ -388,6 +392,7 @@ def verify_batching(
 
 def score_rows(rows: Sequence[dict[str, Any]], identity: dict[str, Any], source: Path) -> dict[str, Any]:
     """All that is said of greedy predictions, or of samples; ``identity`` says how many there must be."""
+    say_contradictions(rows, source)
     if any("sample" in row for row in rows):
         return scoring.score_samples(rows, identity["num_problems"], identity.get("num_samples"), str(source))
     return scoring.score(rows, identity["num_problems"], str(source)) | analysis.analyse(rows)
@@ -463,14 +468,21 @@ def track(source: Source, split: str, identity: dict[str, Any], news: dict[str, 
     config, step, epoch = source.config, source.description["step"], source.description["epoch"]
     tracker = start_tracker(
         config.wandb_mode,
-        project=config.wandb_project,
+        run=saved_run(newest_description(source), config.wandb_project, trained.get("wandb_project")),
         name=config.run_name,
-        run_id=source.description["wandb_run_id"],
         folder=source.run_folder,
         settings={},
     )
     with MetricsLog(source.run_folder, tracker) as metrics:
         metrics.write(step, epoch, {prefix + name: value for name, value in news.items()})
+
+
+def newest_description(source: Source) -> dict[str, Any]:
+    """The ``training.json`` that knows best where W&B has the run: a sweep may have moved it since ``best``."""
+    try:
+        return read_description(source.run_folder / LAST)
+    except UserError:  # removed, to have its room
+        return source.description
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from errors import UserError, one_line
 SECONDS_BETWEEN_SYNCS = 1.0
 PREDICTIONS_FILE, SCORES_FILE, IDENTITY_FILE = "predictions.jsonl", "scores.json", "evaluation.json"
 FIRST_BYTES = b'{"id": '  # of each line
+KINDS = {"id": int, "gold": str, "completion": str, "stop": str, "correct": bool, "sample": int}
+NEEDED = ("id", "gold", "completion")  # of these in each line
 
 # Which completion a row is: of which problem, and which sample of it; greedy decoding writes one, number 0.
 Key = tuple[int, int]
@@ -53,7 +56,7 @@ class PredictionsFile:
                 raise UserError(f"{folder}: holds {' and '.join(others)} of something else: choose another --output")
         except OSError as error:
             raise UserError(f"{folder}: can't be read ({error.strerror}): choose another --output") from None
-        self.num_correct = sum(row["correct"] for row in self.rows.values())
+        self.num_correct = sum(is_correct(row) for row in self.rows.values())
 
     @property
     def size(self) -> int:
@@ -138,12 +141,29 @@ def key_of(row: dict[str, Any]) -> Key:
     return row["id"], row.get("sample", 0)
 
 
+def is_correct(row: dict[str, Any]) -> bool:
+    """By the headline rule, whatever the row says of itself."""
+    return scoring.correct_openai(row["completion"], row["gold"])
+
+
+def say_contradictions(rows: Iterable[dict[str, Any]], source: object) -> None:
+    """Print one line where rows say of themselves what the headline rule does not."""
+    found = [row["id"] for row in rows if "correct" in row and row["correct"] != is_correct(row)]
+    if found:
+        print(
+            f"{source}: {len(found)} rows have a 'correct' that the headline rule contradicts (ids "
+            f"{scoring.some(found)}): the rule counts"
+        )
+
+
 def _json_line(row: dict[str, Any]) -> str:
     return json.dumps(row) + "\n"  # ASCII: U+2028 in a question must not look like a line's end to anyone
 
 
 def read_predictions(file: Path, drop_cut_line: bool = False) -> list[dict[str, Any]]:
     """The rows of a ``predictions.jsonl``, each checked to have what scoring needs.
+
+    Those of other programs may lack ``stop`` and ``correct``.
 
     Args:
         drop_cut_line: a last line without its end, from a kill, is no error.
@@ -158,15 +178,13 @@ def read_predictions(file: Path, drop_cut_line: bool = False) -> list[dict[str, 
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line.decode("utf-8"))  # of bytes json would guess the encoding
-            for key, kind in (("id", int), ("gold", str), ("completion", str), ("stop", str), ("correct", bool)):
-                if type(row[key]) is not kind:
+            for key, kind in KINDS.items():
+                if (key in row or key in NEEDED) and type(row[key]) is not kind:
                     raise ValueError(f"{key!r} is {row[key]!r}, not of type {kind.__name__}")
-            if type(row.get("sample", 0)) is not int:
-                raise ValueError(f"'sample' is {row['sample']!r}, not of type int")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{file}, line {number}: is no prediction ({type(error).__name__}: {one_line(error)[:120]}): each line "
-                "holds one that evaluate.py wrote; restore it or evaluate again"
+                f"is an object with {', '.join(NEEDED)}, as evaluate.py writes them; restore it or evaluate again"
             ) from None
         rows.append(row)
     return rows

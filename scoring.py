@@ -11,6 +11,7 @@ of github.com/EleutherAI/lm-evaluation-harness.
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -28,21 +29,70 @@ def gold_answer(answer: str) -> str:
     """The number after ``####`` on the last line of a data set's answer, as it is written there.
 
     Raises:
-        ValueError: there is no such number, or more than one ``####``. Without this check "no
-            answer" would equal "no gold", and garbage would score 96 %.
+        ValueError: there is no such number, or more than one ``####``; shows what is there and says what is
+            wrong with it. Without this check "no answer" would equal "no gold", and garbage would score 96 %.
     """
-    last_line = answer.rstrip().rpartition("\n")[2]
-    number = last_line.removeprefix("#### ")
-    if answer.count("####") != 1 or number == last_line:
-        raise ValueError("must end in a line '#### NUMBER', its only '####'")
-    check_gold(number)
-    return number
+    before, mark, after = answer.rpartition("####")
+    what = _wrong_around_mark(before, mark, after.rstrip())
+    number = after.rstrip()[1:]
+    try:
+        if not what:
+            check_gold(number)
+            return number
+    except ValueError as error:
+        what = str(error)
+    shown = visible(answer[max(0, len(before) - 20) :][:60] if mark else answer[-60:])
+    raise ValueError(f"{shown} must end in a line '#### NUMBER', its only '####', but {what}")
+
+
+def _wrong_around_mark(before: str, mark: str, after: str) -> str | None:
+    """What is wrong before and after the last ``####`` of an answer, its number aside; None where nothing is."""
+    line_before, (line, _, more) = before.rpartition("\n")[2], after.partition("\n")
+    if not mark:
+        return "holds none"
+    if mark in before:
+        return f"holds it {before.count(mark) + 1} times"
+    if line_before:
+        return f"{visible(line_before[-20:])} stands before it on its line"
+    if not line.strip():
+        return "no number follows it on its line"
+    if more:
+        return f"{visible(more.strip()[:20])} stands after its line"
+    if line[0] != " " or line[1].isspace():
+        gap = line[: len(line) - len(line.lstrip())] or line[0]
+        return f"{visible(gap[:20])} stands where one space must separate it from the number"
+    return None
 
 
 def check_gold(number: object) -> None:
     """Raises ValueError unless ``number`` is a text such as ``-1,450,000`` or ``0.5``."""
-    if not (isinstance(number, str) and GOLD.fullmatch(number) and any(map(str.isdecimal, number))):
-        raise ValueError(f"the gold {number!r} is no number such as 18, -3, 1,450,000 or 0.5")
+    if isinstance(number, str) and GOLD.fullmatch(number) and any(map(str.isdecimal, number)):
+        return
+    foreign = re.search("[^0-9.,-]", number) if isinstance(number, str) else None
+    held = f" (it holds {visible(foreign[0])}{_name_of(foreign[0])})" if foreign else ""
+    shown = visible(number[:60]) if isinstance(number, str) else repr(number)
+    raise ValueError(f"the gold {shown} is no number such as 18, -3, 1,450,000 or 0.5{held}")
+
+
+def visible(text: str) -> str:
+    """``text`` in quotes, each of its characters to be seen: by itself if it is ASCII, else as an escape sequence.
+
+    A space beside another one is such a sequence too: in the one line of an error two would look like one.
+    """
+    return re.sub("  +", lambda spaces: r"\x20" * len(spaces[0]), ascii(text))
+
+
+def _name_of(letter: str) -> str:
+    name = unicodedata.name(letter, "")
+    return f", {name}" if name and not letter.isascii() else ""
+
+
+def plain_number(gold: str) -> str:
+    """A valid gold as most would write it: without commas, superfluous zeros, and the sign of zero."""
+    whole, _, fraction = gold.replace(",", "").removeprefix("-").partition(".")
+    fraction = fraction.rstrip("0")
+    number = (whole.lstrip("0") or "0") + ("." + fraction if fraction else "")
+    return number if number == "0" else ("-" if gold.startswith("-") else "") + number
 
 
 def extract_openai(completion: str) -> str | None:
@@ -111,9 +161,13 @@ def score(predictions: Sequence[dict[str, Any]], num_problems: int, source: str)
     """Score one completion a problem by every rule.
 
     Args:
-        predictions: objects with ``id``, ``gold``, ``completion`` and ``stop``, in any order.
+        predictions: objects with ``id``, ``gold``, ``completion`` and, where it is known, ``stop``, in any order.
         num_problems: how many problems were asked; the ids must be 0 .. num_problems - 1.
         source: what an error message calls the predictions.
+
+    Returns:
+        The content of ``scores.json``; in it ``stopped_by_length`` is None where no prediction says why it
+        stopped, and ``stop_unknown`` how many don't, where some don't.
 
     Raises:
         UserError: an id is missing, double or foreign, or a gold is no number: no score is
@@ -132,8 +186,16 @@ def score(predictions: Sequence[dict[str, Any]], num_problems: int, source: str)
         "num_problems": num_problems,
         "ci95": list(wilson_interval(num_correct, num_problems)),
         "rules": {name: sum(verdict) / num_problems for name, verdict in verdicts.items()},
-        "stopped_by_length": sum(prediction["stop"] == "length" for prediction in predictions),
+        **_count_cut(predictions),
     }
+
+
+def _count_cut(predictions: Sequence[dict[str, Any]]) -> dict[str, int | None]:
+    stops = [prediction["stop"] for prediction in predictions if "stop" in prediction]
+    unknown = len(predictions) - len(stops)
+    return {"stopped_by_length": stops.count("length") if stops else None} | (
+        {"stop_unknown": unknown} if unknown else {}
+    )
 
 
 # ---------------------------------------------------------------- samples
@@ -265,6 +327,13 @@ def score_table(scores: dict[str, Any], title: str) -> str:
         f"  exact match              {scores['exact_match']:8.2%}   {counts}",
         f"  95 % interval (Wilson)   {low:8.2%} to {high:.2%}",
         *(f"    {names[name]:<24}{fraction:8.2%}" for name, fraction in scores["rules"].items()),
-        f"  cut by max_new_tokens    {scores['stopped_by_length']:>8}",
+        _cut_line(scores["stopped_by_length"], scores.get("stop_unknown", 0)),
     ]
     return "\n".join(lines)
+
+
+def _cut_line(stopped_by_length: int | None, unknown: int) -> str:
+    if stopped_by_length is None:
+        return "  cut by max_new_tokens   not known: no prediction says why it stopped"
+    shown = f"   and not known of {unknown}" if unknown else ""
+    return f"  cut by max_new_tokens    {stopped_by_length:>8}{shown}"

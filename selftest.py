@@ -24,7 +24,7 @@ from config import Config, load_config, local_path, settings_text
 from errors import UserError, one_line, run_script
 from pretrained import load_tokenizer
 from standin import write_jsonl
-from tracking import MetricsLog, NoTracker, start_tracker
+from tracking import MetricsLog, NoTracker, RunPath, start_tracker
 
 ROOT = Path(__file__).parent
 EPOCHS, STEPS_PER_EPOCH = 2, 2  # or fewer steps, where the data set is that small
@@ -155,9 +155,8 @@ def try_tracker(config: Config, folder: Path) -> str:
     """Log one line the way the run will."""
     tracker = start_tracker(
         config.wandb_mode,
-        project=config.wandb_project,
+        run=RunPath(f"selftest-{os.getpid()}", config.wandb_project),
         name="selftest",
-        run_id=f"selftest-{os.getpid()}",
         folder=folder,
         settings={},
     )

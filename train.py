@@ -34,11 +34,10 @@ if __name__ == "__main__":  # before the heavy imports: --help and a mistyped se
 import importlib.metadata
 import math
 import platform
-import secrets
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,6 +53,7 @@ from checkpoint import (
     LAST,
     check_disk_space,
     check_whole,
+    read_description,
     replace_file,
     save_checkpoint,
     set_damaged_aside,
@@ -66,7 +66,7 @@ from pretrained import check_ids, check_positions, eos_token_ids, fetch, load_mo
 from resume import check_same_run, claimed, get_random_state, pack_state, set_random_state, unpack_state
 from scoring import correct_openai
 from tokenizer import Tokenizer
-from tracking import MetricsLog, start_tracker
+from tracking import MetricsLog, RunPath, new_run, saved_run, start_tracker
 
 
 @dataclass
@@ -79,6 +79,7 @@ class Progress:
         best_loss: validation loss of the best epoch so far, in nats a token.
         best_exact_match: its exact match on the validation rows, where that is what chooses.
         fitting: after an out-of-memory error, what micro_batch_tokens was set to and what fits.
+        wandb_run_id, wandb_project, wandb_entity: where W&B has the run.
     """
 
     step: int = 0
@@ -87,7 +88,17 @@ class Progress:
     best_loss: float | None = None
     best_exact_match: float | None = None
     fitting: tuple[int, int] | None = None
-    wandb_run_id: str = field(default_factory=lambda: secrets.token_hex(4))
+    wandb_run_id: str = ""
+    wandb_project: str = ""
+    wandb_entity: str | None = None
+
+    @property
+    def run(self) -> RunPath:
+        return RunPath(self.wandb_run_id, self.wandb_project, self.wandb_entity)
+
+    @run.setter
+    def run(self, run: RunPath) -> None:
+        self.wandb_run_id, self.wandb_project, self.wandb_entity = run.run_id, run.project, run.entity
 
     def count(self, nats: float, num_labels: int) -> None:
         """One more optimizer step is done."""
@@ -164,6 +175,7 @@ def train(config: Config, run_folder: Path, resume_from: Path | None) -> None:
         progress = unpack_state(resume_from, optimizer, Progress)
         check_unfinished(progress.step, total_steps, run_folder)
         print(f"resuming: {resume_from} at step {progress.step} of {total_steps}")
+    progress.run = where_to_log(config.wandb_project, resume_from)
 
     def save(name: str, result: Measurement | None = None) -> None:
         description = describe(config, progress, training.steps_per_epoch, data_hashes, tokenizer, result)
@@ -181,13 +193,9 @@ def train(config: Config, run_folder: Path, resume_from: Path | None) -> None:
             print(f"{run_folder / BEST}: is gone: the best is chosen among the epochs to come")
     replace_file(run_folder / "config.yaml", settings_text(config))
     tracker = start_tracker(
-        config.wandb_mode,
-        project=config.wandb_project,
-        name=config.run_name,
-        run_id=progress.wandb_run_id,
-        folder=run_folder,
-        settings=asdict(config),
+        config.wandb_mode, run=progress.run, name=config.run_name, folder=run_folder, settings=asdict(config)
     )
+    progress.run = tracker.run or progress.run
     print(
         f"training: {len(training.examples)} rows, {total_steps} steps of {config.batch_size} sequences in "
         f"{config.epochs} epochs, on {device.type} in {config.dtype}; validation: {len(validation)} rows"
@@ -279,6 +287,14 @@ def load_data(
     }
     training = data.TrainingData(examples["train"], config.batch_size, config.seed)
     return training, examples["validation"], validation, hashes
+
+
+def where_to_log(project: str, resume_from: Path | None) -> RunPath:
+    """Where a new run goes in W&B, or where the resumed one is already."""
+    if resume_from is None:
+        return new_run(project)
+    before = read_description(resume_from)
+    return saved_run(before, project, before["settings"].get("wandb_project"))
 
 
 def check_unfinished(step: int, total_steps: int, run_folder: Path) -> None:
@@ -482,6 +498,8 @@ def describe(
         "data": dict(data_hashes),
         "tokenizer": tokenizer.describe(),
         "wandb_run_id": progress.wandb_run_id,
+        "wandb_project": progress.wandb_project,
+        "wandb_entity": progress.wandb_entity,
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in packages},
     }

@@ -33,12 +33,13 @@ from errors import UserError
         ("#### 7.", "7", "eos", "format", None),
         ("#### 1,450", "-3", "eos", "reasoning", None),
         ("3 + 4 = 7, and 7 + 1", "9", "length", "cut", None),
+        ("3 + 4 = 7, and 7 + 1", "9", None, "reasoning", None),  # not known why it stopped
         ("3 + 4 = 8, and 8 + 1", "9", "length", "cut", "3 + 4 = 8"),
         ("The answer is 7", "7", "length", "cut", None),
         ("#### 8\n\nQuestion: What is 2 + 2 = 5?", "7", "eos", "reasoning", None),  # another question's equation
     ],
 )
-def test_labels(completion: str, gold: str, stop: str, label: str | None, equation: str | None) -> None:
+def test_labels(completion: str, gold: str, stop: str | None, label: str | None, equation: str | None) -> None:
     assert analysis.mistake(completion, gold, stop) == (label, equation)
 
 
@@ -138,6 +139,10 @@ def test_only_common_problems_are_compared() -> None:
         ([row(0, True)], [row(1, True)], "no problem in common"),
         ([row(0, True)], [row(0, True) | {"gold": "5"}], "id 0 has the gold '1' in one and '5'"),
         ([row(0, True, question="a")], [row(0, True, question="b")], "id 0 has the question 'a' in one and 'b'"),
+        ([row(0, True, question="a  b")], [row(0, True, question="a b")], r"'a\x20\x20b' in one and 'a b'"),
+        ([row(0, True, question="a\xa0b")], [row(0, True, question="a b")], r"'a\xa0b' in one and 'a b'"),
+        ([row(0, True, question="a" * 99)], [row(0, True, question="a" * 98 + "b")], f"'{'a' * 21}' in one"),
+        ([row(0, True, question="a" * 99)], [row(0, True, question="a" * 90)], f"'{'a' * 20}' in the other"),
         ([row(0, True), row(0, False)], [row(0, True)], "a: double ids 0"),
         ([], [], "no problem in common"),
     ],

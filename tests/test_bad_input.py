@@ -227,7 +227,7 @@ TABLE: list[tuple[str, str, Callable[[World], list[str]], str]] = [
         "data: a test question",
         "train",
         lambda w: w.with_line((w.data / "test.jsonl").read_bytes().split(b"\n")[0]),
-        "1 questions stand both in train.jsonl and in test.jsonl",
+        "1 questions stand both in train and in test",
     ),
     (
         "data: split of evaluation",

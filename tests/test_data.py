@@ -3,16 +3,18 @@
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 from conftest import PROMPT, real_folder, write_rows
 from sentencepiece import SentencePieceProcessor
 
 import data
+import scoring
 from data import Problem
-from errors import UserError
+from errors import UserError, one_line
 from pretrained import load_tokenizer
 from tokenizer import Tokenizer
 
@@ -223,8 +225,8 @@ GOOD = json.dumps({"question": "1 + 1?", "answer": "2\n#### 2"})
         ('{"question": "x", "answer": "#### 5\\nreally"}', "must end in"),
         ('{"question": "x", "answer": "#### 4\\n#### 5"}', "its only '####'"),
         ('{"question": "x", "answer": "#### ."}', "'.'"),
-        ('{"question": "x", "answer": "####  18"}', "' 18'"),
-        ('{"question": "x", "answer": "#### ٣"}', "'٣'"),
+        ('{"question": "x", "answer": "####  18"}', r"'####\x20\x2018'"),
+        ('{"question": "x", "answer": "#### ٣"}', r"'\u0663'"),
         ('{"question": "\\ud800", "answer": "#### 5"}', "surrogate"),
         ('{"question": "\udcff", "answer": "#### 5"}', "is no JSON"),
     ],
@@ -237,6 +239,224 @@ def test_bad_rows_name_file_and_line(tmp_path: Path, bad: str, fragment: str) ->
     assert f"{file}, line 2: " in str(error.value) and fragment in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("answer", "shown", "what"),
+    [
+        ("It is 5", "'It is 5'", "but holds none"),
+        ("So #### 5", "'So #### 5'", "but 'So ' stands before it on its line"),
+        (" #### 5", "' #### 5'", "but ' ' stands before it"),
+        ("x\r#### 5", r"'x\r#### 5'", r"but 'x\r' stands before it"),
+        ("x\u2028#### 5", r"'x\u2028#### 5'", r"but 'x\u2028' stands before it"),
+        ("##### 5", "'##### 5'", "but '#' stands before it"),
+        ("#### 4 #### 4", "'#### 4 #### 4'", "but holds it 2 times"),
+        ("x\n####", r"'x\n####'", "but no number follows it on its line"),
+        ("####\n5", r"'####\n5'", "but no number follows it on its line"),
+        ("#### 5\nor  6", r"'#### 5\nor\x20\x206'", r"but 'or\x20\x206' stands after its line"),
+        ("####5", "'####5'", "but '5' stands where one space must"),
+        ("####  5", r"'####\x20\x205'", r"but '\x20\x20' stands where one space must"),
+        ("####\xa05", r"'####\xa05'", r"but '\xa0' stands where one space must"),
+        ("#### \xa05", r"'#### \xa05'", r"but ' \xa0' stands where one space must"),
+        ("####\t5", r"'####\t5'", r"but '\t' stands where"),
+        ("#### 5\u200b", r"'#### 5\u200b'", r"(it holds '\u200b', ZERO WIDTH SPACE)"),
+        ("#### 5\x00", r"'#### 5\x00'", r"(it holds '\x00')"),
+        ("#### 5\r6", r"'#### 5\r6'", r"(it holds '\r')"),
+        ("#### \u22125", r"'#### \u22125'", r"(it holds '\u2212', MINUS SIGN)"),
+        ("#### \uff15", r"'#### \uff15'", r"(it holds '\uff15', FULLWIDTH DIGIT FIVE)"),
+        ("#### 1/2", "'#### 1/2'", "(it holds '/')"),
+        ("#### $5", "'#### $5'", "(it holds '$')"),
+        ("#### 1e3", "'#### 1e3'", "(it holds 'e')"),
+        ("#### 3.", "'#### 3.'", "the gold '3.' is no number"),
+        ("y" * 900 + "\n####  5" + "z" * 900, r"yyy\n####\x20\x205zzz", "stands where one space must"),
+    ],
+)
+def test_a_bad_gold_is_shown_to_the_letter(tmp_path: Path, answer: str, shown: str, what: str) -> None:
+    """Guards against a message that shows a text which looks right, since one_line makes spaces of white space."""
+    row = json.dumps({"question": "x", "answer": answer})
+    (tmp_path / "train.jsonl").write_text(f"{GOOD}\n{row}\n")
+    with pytest.raises(UserError) as error:
+        data.load_problems(str(tmp_path), "train")
+    line = one_line(error.value)
+    assert "line 2: the answer " in line and shown in line and what in line
+    assert line.isascii() and line == str(error.value) and len(line) < 500
+
+
+def test_golds_in_an_unusual_spelling_are_said(
+    tmp_path: Path, problems: list[Problem], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against a 3.0 that no completion with a 3 ever equals, without a word."""
+    odd = {"3.0": "3", "007": "7", "-0": "0", "-0.0": "0", ".5": "0.5", "0.50": "0.5", "-01,450.10": "-1450.1"}
+    plain = ["3", "1,45", "0.5", "-3", "0", "100", "1,450,000", "10.01", "9" * 5000]
+    for gold, spelt in [*odd.items(), *((gold, gold.replace(",", "")) for gold in plain)]:
+        write_rows(tmp_path / "test.jsonl", [*problems[:2], Problem("?", f"x\n#### {gold}")])
+        assert data.load_problems(str(tmp_path), "test")[-1].gold == gold
+        out = capsys.readouterr().out
+        assert scoring.correct_openai(f"#### {spelt}", gold) == (gold in plain)
+        assert (out == "") == (gold in plain)
+        if out:
+            assert f"test: 1 of 3 golds are not spelt plainly, the first in row 3: {gold}," in out
+            assert f": {spelt} does not count" in out and out.count("\n") == 1
+
+
+# ---------------------------------------------------------------- forms of a folder
+
+
+def write_parquet(file: Path, problems: Sequence[Problem], **more: object) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    columns = {"question": [p.question for p in problems], "answer": [p.answer for p in problems]} | more
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+
+
+def write_array(file: Path, problems: Sequence[Problem], indent: int | None = None) -> None:
+    rows = [{"question": p.question, "answer": p.answer} for p in problems]
+    file.write_text(json.dumps(rows, indent=indent, ensure_ascii=False), encoding="utf-8")
+
+
+def write_shards(folder: Path, problems: Sequence[Problem]) -> None:
+    for number, start in enumerate(range(0, len(problems), 50)):
+        write_parquet(folder / f"train-{number:05}-of-00003.parquet", problems[start : start + 50])
+
+
+def write_clone(folder: Path, problems: Sequence[Problem]) -> None:
+    """As git clones the hub's repository, which also holds the rows in another wording."""
+    write_parquet(folder / "main" / "train-00000-of-00001.parquet", problems, source=["x"] * len(problems))
+    write_parquet(folder / "main" / "test-00000-of-00001.parquet", problems[:1])
+    write_parquet(folder / "socratic" / "train-00000-of-00001.parquet", problems[:3])
+    (folder / "README.md").touch()
+
+
+FORMS: dict[str, Callable[[Path, Sequence[Problem]], None]] = {
+    "lines": lambda folder, rows: write_rows(folder / "train.jsonl", list(rows)),
+    "lines, named json": lambda folder, rows: write_rows(folder / "train.json", list(rows)),
+    "array": lambda folder, rows: write_array(folder / "train.json", rows),
+    "array over many lines": lambda folder, rows: write_array(folder / "train.json", rows, indent=2),
+    "array, named jsonl": lambda folder, rows: write_array(folder / "train.jsonl", rows, indent=2),
+    "parquet": lambda folder, rows: write_parquet(folder / "train.parquet", rows),
+    "parquet of categories": lambda folder, rows: write_parquet(
+        folder / "train.parquet", rows, answer=pyarrow.array([p.answer for p in rows]).dictionary_encode()
+    ),
+    "parquet of large text": lambda folder, rows: write_parquet(
+        folder / "train.parquet", rows, question=pyarrow.array([p.question for p in rows], pyarrow.large_string())
+    ),
+    "shards": write_shards,
+    "parquet in main": lambda folder, rows: write_parquet(folder / "main" / "train.parquet", rows),
+    "clone": write_clone,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_rows(
+    tmp_path: Path, problems: list[Problem], form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against rows that are lost, changed, out of order or taken from a neighbour of another name."""
+    FORMS[form](tmp_path, problems)
+    write_rows(tmp_path / "trains.jsonl", problems[:1])  # of no split
+    found = data.load_problems(str(tmp_path), "train")
+    assert found == problems and [problem.line for problem in found] == list(range(1, len(problems) + 1))
+    assert data.fingerprint(found) == data.fingerprint(problems)
+    assert capsys.readouterr().out == ""
+    if form in ("clone", "parquet in main"):
+        assert data.load_problems(str(tmp_path / "main"), "train") == problems
+
+
+def test_real_rows_are_the_same_from_parquet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = data.load_problems(str(real_folder("GSM8K_DIR")), "train")
+    write_clone(tmp_path, rows)
+    assert data.fingerprint(data.load_problems(str(tmp_path), "train")) == data.fingerprint(rows)
+    assert len(rows) == 7473 and capsys.readouterr().out == ""
+
+
+def test_several_forms_of_a_split_are_refused_by_name(tmp_path: Path, problems: list[Problem]) -> None:
+    """Guards against a choice of which nothing is said."""
+    for form, name in (
+        ("array", "train.json"),
+        ("parquet", "train.parquet"),
+        ("shards", "train-00000-of-00003.parquet"),
+        ("clone", "main/train-00000-of-00001.parquet"),
+    ):
+        folder = tmp_path / form
+        FORMS["lines"](folder, [])
+        FORMS[form](folder, problems)
+        with pytest.raises(UserError) as error:
+            data.load_problems(str(folder), "train")
+        assert "train in 2 forms" in str(error.value) and f"(train.jsonl, {name})" in str(error.value)
+        if form == "clone":  # the splits may differ in form
+            assert data.load_problems(str(folder), "test") == problems[:1]
+
+
+ROW = {"question": ["1 + 1?"], "answer": ["2\n#### 2"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "put", "fragment"),
+    [
+        ("train.json", b"[]", "is empty"),
+        ("train.json", b"[1]", "train.json, row 1: is no JSON object"),
+        ("train.json", f"[{GOOD}, {{}}]".encode(), "train.json, row 2: 'question' is missing"),
+        ("train.json", f"[{GOOD}\n,{GOOD}\n{GOOD}]".encode(), "train.json, line 3: is no JSON"),
+        ("train.json", f"[{GOOD},\n".encode(), "train.json, line 2: is no JSON"),
+        ("train.json", b'[\n\n"caf\xe9"]', "train.json, line 3: is no JSON"),
+        ("train.json", b"[" * 100_000, "train.json, line 1: is no JSON"),
+        ("train.json", b"[" + b"9" * 10_000 + b"]", "train.json, line 1: is no JSON"),
+        ("train.json", f'{{"rows": [{GOOD}]}}'.encode(), "train.json, line 1: 'question' is missing"),
+        ("train.json", b"\xef\xbb\xbf", "is empty"),
+        ("train.parquet", b"", "is damaged, or no Parquet file"),
+        ("train.parquet", b"PAR1" * 9, "is damaged, or no Parquet file"),
+        ("train.parquet", {"question": ["x"]}, "has 0 columns 'answer'"),
+        ("train.parquet", ROW | {"answer": [5]}, "its column 'answer' is of type int64"),
+        ("train.parquet", ROW | {"answer": [b"x"]}, "its column 'answer' is of type binary"),
+        ("train.parquet", ROW | {"answer": [None]}, "its column 'answer' is of type null"),
+        ("train.parquet", ROW | {"answer": [["x"]]}, "its column 'answer' is of type list"),
+        ("train.parquet", {name: [*cells, None] for name, cells in ROW.items()}, "parquet, row 2: 'question' is null"),
+        ("train.parquet", ROW | {"answer": ["2\n#### \xa02"]}, r"parquet, row 1: the answer '2\n#### \xa02'"),
+        ("train.parquet", {"question": [], "answer": []}, "its column 'question' is of type null"),
+        ("train-00000-of-00002.parquet", ROW, "lacks train-00001-of-00002.parquet"),
+        ("train-00001-of-00001.parquet", ROW, "lacks train-00000-of-00001.parquet"),
+        ("train-00000-of-00000.parquet", ROW, "holds train-00000-of-00000.parquet beside 0 others"),
+        ("train.arrow", b"x", "train.jsonl: can't be read (No such file or directory): a data set folder holds"),
+    ],
+)
+def test_bad_files_of_every_form_are_one_line(tmp_path: Path, name: str, put: object, fragment: str) -> None:
+    if isinstance(put, bytes):
+        (tmp_path / name).write_bytes(put)
+    else:
+        pyarrow.parquet.write_table(pyarrow.table(put), tmp_path / name)
+    with pytest.raises(UserError) as error:
+        data.load_problems(str(tmp_path), "train")
+    assert fragment in str(error.value) and str(tmp_path) in str(error.value) and len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.json", "train.parquet", "main/train-00000-of-00001.parquet"])
+def test_a_file_that_git_has_not_fetched_is_said(tmp_path: Path, name: str) -> None:
+    (tmp_path / "main").mkdir()
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    (tmp_path / name).write_text(pointer)
+    with pytest.raises(UserError, match=f"{name}: is a pointer .*: run git lfs pull"):
+        data.load_problems(str(tmp_path), "train")
+
+
+def test_parts_of_another_split_in_parts_are_refused(tmp_path: Path, problems: list[Problem]) -> None:
+    """Guards against the same rows twice, from two downloads into one folder."""
+    write_shards(tmp_path, problems)
+    write_parquet(tmp_path / "train-00000-of-00001.parquet", problems)
+    with pytest.raises(UserError, match=r"holds train-00000-of-00001\.parquet beside 3 others"):
+        data.load_problems(str(tmp_path), "train")
+
+
+def test_a_parquet_file_damaged_anywhere_is_read_or_refused(tmp_path: Path, problems: list[Problem]) -> None:
+    """Guards against a traceback, whichever byte it is; where a page has a checksum, no other row is read."""
+    file = tmp_path / "train.parquet"
+    table = pyarrow.table({"question": [p.question for p in problems], "answer": [p.answer for p in problems]})
+    pyarrow.parquet.write_table(table, file, write_page_checksum=True, compression="none")
+    whole, refused = file.read_bytes(), 0
+    for place in range(0, len(whole), 61):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 0x41]) + whole[place + 1 :])
+        try:
+            assert data.load_problems(str(tmp_path), "train") == problems
+        except UserError as error:
+            refused += "train.parquet" in str(error)
+    assert refused > len(whole) / 61 / 2
+
+
 def test_bad_places_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "train.jsonl").touch()
@@ -245,7 +465,7 @@ def test_bad_places_are_refused(tmp_path: Path) -> None:
         (tmp_path, "can't be read"),
         (tmp_path / "empty", "is empty"),
         (tmp_path / "folder", "can't be read"),
-        (tmp_path / "empty" / "train.jsonl", "is a file"),
+        (tmp_path / "empty" / "train.jsonl", "is a file: name the folder that holds it; a data set folder holds"),
         (tmp_path / "nowhere", "is no folder here"),
         ("gsm8k", "is no folder here"),
         ("owner/gsm8k", "can't be loaded from the hub"),

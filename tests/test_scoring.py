@@ -11,6 +11,7 @@ import data
 import evaluate
 import scoring
 from errors import UserError
+from predictions import PredictionsFile
 
 # Where the rules part; run on the code of grade-school-math and lm-evaluation-harness.
 TABLE = [
@@ -129,6 +130,85 @@ def test_rescore_does_not_trust_the_verdicts_in_the_file(call, tmp_path: Path) -
     write(tmp_path / "p.jsonl", [prediction(0, "#### 3") | {"correct": True}])
     assert call(evaluate, "--rescore", str(tmp_path / "p.jsonl")).code == 0
     assert json.loads((tmp_path / "scores.json").read_text())["exact_match"] == 0.0
+
+
+def bare(identity: int, completion: str = "#### 1", **more: object) -> dict[str, object]:
+    """A row as another program may write it."""
+    return {"id": identity, "gold": "1", "completion": completion} | more
+
+
+def test_rescore_of_rows_without_verdict_and_stop(call, tmp_path: Path) -> None:
+    """Guards against a KeyError, and against a 0 where nothing is known of how completions ended."""
+    write(tmp_path / "p.jsonl", [bare(0), bare(1, "#### 2"), bare(2, "It is 1", steps=-1), bare(3)])
+    outcome = call(evaluate, "--rescore", str(tmp_path / "p.jsonl"))
+    assert outcome.code == 0, outcome.err
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert (scores["num_correct"], scores["stopped_by_length"], scores["stop_unknown"]) == (2, None, 4)
+    assert scores["errors"] == {"arithmetic": 0, "reasoning": 1, "format": 1, "cut": None}
+    assert "max_new_tokens   not known" in outcome.out and "cut not known" in outcome.out
+    assert "contradicts" not in outcome.out
+    assert call(evaluate, "--compare", *[str(tmp_path / "p.jsonl")] * 2).code == 0
+
+
+def test_how_completions_ended_is_counted_where_it_is_known(call, tmp_path: Path) -> None:
+    write(tmp_path / "p.jsonl", [bare(0, stop="length"), bare(1, "", stop="length"), bare(2), bare(3, stop="eos")])
+    outcome = call(evaluate, "--rescore", str(tmp_path / "p.jsonl"))
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert (scores["stopped_by_length"], scores["stop_unknown"], scores["errors"]["cut"]) == (2, 1, 1)
+    assert "       2   and not known of 1\n" in outcome.out
+    write(tmp_path / "p.jsonl", [prediction(0)])
+    (tmp_path / "scores.json").unlink()
+    outcome = call(evaluate, "--rescore", str(tmp_path / "p.jsonl"))
+    assert "stop_unknown" not in json.loads((tmp_path / "scores.json").read_text()) and "known" not in outcome.out
+
+
+def test_a_verdict_that_the_rule_contradicts_is_said(call, tmp_path: Path) -> None:
+    """Guards against a file from another grader, whose numbers nobody would miss."""
+    rows = [bare(0, correct=False), bare(1, "#### 2", correct=True), bare(2, correct=True), bare(3)]
+    write(tmp_path / "p.jsonl", rows)
+    write(tmp_path / "agreed.jsonl", rows[2:])
+    said = "p.jsonl: 2 rows have a 'correct' that the headline rule contradicts (ids 0, 1): the rule counts"
+    for arguments in (["--rescore", "p.jsonl"], ["--compare", "agreed.jsonl", "p.jsonl"]):
+        outcome = call(evaluate, arguments[0], *(str(tmp_path / name) for name in arguments[1:]))
+        assert outcome.code == 0 and outcome.out.count("contradicts") == 1 and said in outcome.out, outcome
+    assert json.loads((tmp_path / "scores.json").read_text())["num_correct"] == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "fragment"),
+    [
+        ({"correct": "yes"}, "'correct' is 'yes', not of type bool"),
+        ({"correct": 1}, "'correct' is 1, not of type bool"),
+        ({"correct": None}, "'correct' is None, not of type bool"),
+        ({"stop": 5}, "'stop' is 5, not of type str"),
+        ({"stop": None}, "'stop' is None, not of type str"),
+        ({"sample": "0"}, "'sample' is '0', not of type int"),
+        ({"gold": 1}, "'gold' is 1, not of type str"),
+        ({"completion": None}, "'completion' is None, not of type str"),
+    ],
+)
+def test_what_is_there_must_be_of_its_type(call, tmp_path: Path, more: dict[str, object], fragment: str) -> None:
+    write(tmp_path / "p.jsonl", [bare(0), bare(1, **more) if "completion" not in more else bare(1) | more])
+    for arguments in (["--rescore"], ["--compare", str(tmp_path / "p.jsonl")]):
+        outcome = call(evaluate, *arguments, str(tmp_path / "p.jsonl"))
+        outcome.assert_user_error("line 2: is no prediction", fragment, "an object with id, gold, completion")
+
+
+def test_an_evaluation_goes_on_from_rows_without_verdict(tmp_path: Path) -> None:
+    """Guards against a running score that counts what the file says of itself."""
+    problem = data.Problem("1 - 0?", "1\n#### 1")
+    with PredictionsFile(tmp_path, {}, 4) as file:
+        for index, completion in enumerate(("#### 1", "#### 1", "#### 3")):
+            file.write((index, 0), problem, completion, "eos", 1)
+    rows = [json.loads(line) for line in file.file.read_text().splitlines()]
+    del rows[0]["correct"], rows[0]["stop"]
+    rows[1]["correct"], rows[2]["correct"] = False, True
+    write(file.file, rows)
+    again = PredictionsFile(tmp_path, {}, 4)
+    assert (again.num_correct, again.missing()) == (2, [(3, 0)])
+    with again:
+        again.write((3, 0), problem, "#### 1", "eos", 1)
+    assert again.num_correct == 3
 
 
 @pytest.mark.parametrize("beside", ["evaluation.json", "scores.json"])

@@ -19,6 +19,8 @@ import evaluate
 import tracking
 import train
 
+AGENTS = {"WANDB_SWEEP_ID": "s1", "WANDB_RUN_ID": "agent", "WANDB_PROJECT": "sweeps", "WANDB_ENTITY": "team"}
+
 
 class FakeRun:
     """Remembers what a run is told; ``fail`` makes every call raise."""
@@ -26,8 +28,9 @@ class FakeRun:
     offline = False
     url = "https://wandb.example/run"
 
-    def __init__(self, fail: bool = False):
+    def __init__(self, fail: bool = False, run_id: str = "fake", project: str = "p", entity: str = ""):
         self.fail, self.lines, self.defined, self.finished = fail, [], [], False
+        self.id, self.project, self.entity = run_id, project, entity
 
     def define_metric(self, name: str, step_metric: str | None = None) -> None:
         self.defined.append((name, step_metric))
@@ -45,14 +48,24 @@ class FakeRun:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Any], FakeRun]]:
-    """Takes wandb.init's place; holds the arguments and the run of each call."""
+    """Takes wandb.init's place; holds the arguments and the run of each call.
+
+    Like wandb 0.31 it takes id, project and entity from the environment alone where a sweep's agent has started us.
+    """
     import wandb
 
     calls: list[tuple[dict[str, Any], FakeRun]] = []
 
     def init(**arguments: Any) -> FakeRun:
-        calls.append((arguments, FakeRun()))
+        given = {} if os.environ.get("WANDB_SWEEP_ID") else arguments
+        run_id = given.get("id") or os.environ["WANDB_RUN_ID"]
+        project = given.get("project") or os.environ.get("WANDB_PROJECT", "uncategorized")
+        entity = given.get("entity") or os.environ.get("WANDB_ENTITY", "me")
+        calls.append((arguments, FakeRun(run_id=run_id, project=project, entity=entity)))
         return calls[-1][1]
+
+    for name in AGENTS:
+        monkeypatch.delenv(name, raising=False)
 
     monkeypatch.setattr(wandb, "init", init)
     monkeypatch.setattr(wandb, "login", lambda **arguments: arguments == {"prompt": False, "verify": False})
@@ -116,6 +129,158 @@ def test_a_resumed_run_continues_the_same_wandb_run(
     assert [line["step"] for line in run.lines if "train/loss" in line] == list(range(8, 15))
     lines = lines_of(folder_of(settings))
     assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 15))
+
+
+# ---------------------------------------------------------------- whose run it is
+
+
+def path_in(checkpoint: Path) -> tuple[str, str, str]:
+    description = json.loads((checkpoint / "training.json").read_text())
+    return tuple(description[f"wandb_{name}"] for name in ("run_id", "project", "entity"))
+
+
+def path_of(run: FakeRun) -> tuple[str, str, str]:
+    return run.id, run.project, run.entity
+
+
+def agent(monkeypatch: pytest.MonkeyPatch, **changed: str) -> None:
+    """The environment that a sweep's agent gives to a run."""
+    for name, value in (AGENTS | changed).items():
+        monkeypatch.setenv(name, value)
+
+
+def stop_in_epoch_2(call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, original = iter(range(100)), train.accumulate
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(train, "accumulate", lambda *a: original(*a) if next(calls) < 9 else 1 / 0)
+        call(train, *flags(settings))
+
+
+def test_a_sweeps_run_is_known_by_the_agents_path(call, settings: dict[str, str], fake, monkeypatch) -> None:
+    """Guards against a score that goes to a second run, under an id or in a project of our own."""
+    settings |= {"wandb_mode": "online", "epochs": "1"}
+    with monkeypatch.context() as patch:
+        agent(patch)
+        outcome = call(train, *flags(settings))
+    assert outcome.code == 0 and "not as" not in outcome.out
+    for name in ("best", "last"):
+        assert path_in(folder_of(settings) / name) == ("agent", "sweeps", "team")
+    for typed, project in (([], "sweeps"), (["--wandb_project", "mine"], "mine")):
+        arguments = ["--ckpt", str(folder_of(settings) / "best"), "--verify-batching", "0", *typed]
+        assert call(evaluate, *arguments, "--output", str(folder_of(settings) / project)).code == 0
+        arguments, run = fake[-1]
+        assert (arguments["id"], arguments["project"]) == ("agent", project)
+        assert arguments["entity"] == ("team" if project == "sweeps" else None)
+        assert [line["step"] for line in run.lines if "eval/exact_match" in line] == [7]
+
+
+@pytest.mark.parametrize("sweep", [False, True])
+def test_a_resumed_run_under_another_id(call, settings: dict[str, str], fake, monkeypatch, sweep: bool) -> None:
+    """The saved run goes on; but an agent's id wins, and is the run's from then on, for an earlier best as well."""
+    settings |= {"wandb_mode": "online"}
+    with monkeypatch.context() as patch:
+        patch.setenv("WANDB_RUN_ID", "first")
+        stop_in_epoch_2(call, settings, monkeypatch)
+    assert path_in(folder_of(settings) / "last") == ("first", "llama-2-gsm8k", "me")
+    with monkeypatch.context() as patch:
+        agent(patch, WANDB_RUN_ID="second") if sweep else patch.setenv("WANDB_RUN_ID", "second")
+        patch.setattr(train.Progress, "is_best", lambda *_: False)
+        outcome = call(train, *flags(settings))
+    assert outcome.code == 0, outcome.err
+    kept, other = ("second", "first") if sweep else ("first", "second")
+    assert f"W&B: logged as run {kept}, not as {other}\n" in outcome.out
+    assert path_in(folder_of(settings) / "best")[0] == "first"
+    assert path_in(folder_of(settings) / "last") == path_of(fake[-1][1])
+    assert fake[-1][1].id == kept
+    assert call(evaluate, "--ckpt", str(folder_of(settings) / "best"), "--verify-batching", "0").code == 0
+    assert path_of(fake[-1][1]) == path_in(folder_of(settings) / "last") and fake[-1][1].lines
+
+
+def start(folder: Path, run: tracking.RunPath) -> tracking.Tracker:
+    return tracking.start_tracker("online", run=run, name="x", folder=folder, settings={})
+
+
+def test_what_wandb_gave_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake, capsys) -> None:
+    """Guards against W&B's own reasons for another id, such as SageMaker's."""
+    import wandb
+
+    asked = tracking.RunPath("ours", "mine")
+    assert (
+        start(tmp_path, asked).run == tracking.RunPath("ours", "mine", "me") and "not as" not in capsys.readouterr()[0]
+    )
+    monkeypatch.setattr(wandb, "init", lambda **_: FakeRun(run_id="theirs\x1b[0m", project="other"))
+    assert start(tmp_path, asked).run == tracking.RunPath("theirs\x1b[0m", "other", None)
+    assert r"W&B: logged as run theirs\x1b[0m, not as ours" in capsys.readouterr().out
+    monkeypatch.setattr(wandb, "init", lambda **_: 1 / 0)
+    assert start(tmp_path, asked).run is None
+
+
+def test_where_a_run_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in AGENTS:
+        monkeypatch.delenv(name, raising=False)
+    first, second = tracking.new_run("mine"), tracking.new_run("mine")
+    assert first.run_id != second.run_id and (first.project, first.entity) == ("mine", None)
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")  # without an agent the setting counts
+    monkeypatch.setenv("WANDB_RUN_ID", "a b-1")
+    assert tracking.new_run("mine") == tracking.RunPath("a b-1", "mine")
+    agent(monkeypatch)  # known before W&B has answered: a kill may come before that is saved
+    assert tracking.new_run("mine") == tracking.RunPath("agent", "sweeps", "team")
+    old = {"wandb_run_id": "x", "settings": {"wandb_project": "mine"}}  # of a checkpoint that knows no more
+    assert tracking.saved_run(old, "mine", "mine") == tracking.RunPath("x", "mine")
+    new = old | {"wandb_project": "sweeps", "wandb_entity": "team"}
+    assert tracking.saved_run(new, "mine", "mine") == tracking.RunPath("x", "sweeps", "team")
+    assert tracking.saved_run(new, "another", "mine") == tracking.RunPath("x", "another")
+
+
+@pytest.mark.parametrize("run_id", ["", " ", "a/b", "a:b", "x ", "it's", "?", "a\nb", "x" * 129, "\udcff"])
+def test_an_id_that_wandb_refuses_gets_into_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_id: str
+) -> None:
+    """Guards against a run whose every resumption would have W&B off."""
+    import wandb
+
+    monkeypatch.setenv("WANDB_RUN_ID", run_id)
+    found = tracking.new_run("p").run_id
+    assert len(found) == 8 and wandb.Settings(run_id=found).run_id == found
+
+
+def test_real_wandb_under_a_sweep(call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a fake above that is none of wandb's."""
+    import wandb
+
+    settings |= {"wandb_mode": "offline", "epochs": "1"}
+    wandb.teardown()  # it reads the environment once
+    with monkeypatch.context() as patch:
+        agent(patch)
+        outcome = call(train, *flags(settings))
+    wandb.teardown()
+    assert outcome.code == 0 and "W&B" not in outcome.out, outcome
+    assert path_in(folder_of(settings) / "best") == ("agent", "sweeps", "team")
+    assert call(evaluate, "--ckpt", str(folder_of(settings) / "best"), "--verify-batching", "0").code == 0
+    files = list((folder_of(settings) / "wandb").glob("offline-run-*-agent*/run-agent.wandb"))
+    assert len(files) == len({file.parent for file in files}) == 2
+    for file in files:
+        assert b"sweeps" in file.read_bytes() and b"team" in file.read_bytes()
+    wandb.teardown()
+
+
+@pytest.mark.parametrize(
+    ("value", "off"),
+    [
+        *((value, True) for value in ("true", "1", "YES", "On", " True ")),
+        *((value, False) for value in ("", "false", "0", "no", "maybe")),
+    ],
+)
+def test_wandb_disabled_is_heeded(tmp_path: Path, monkeypatch, fake, capsys, value: str, off: bool) -> None:
+    monkeypatch.setenv("WANDB_DISABLED", value)
+    tracker = start(tmp_path, tracking.RunPath("ours", "mine"))
+    said = [line for line in capsys.readouterr().out.splitlines() if "WANDB_DISABLED" in line]
+    assert isinstance(tracker, tracking.NoTracker) == off == (fake == [])
+    assert len(said) == (off or value == "maybe")
+    assert not off or said[0].startswith(f"W&B: off, as WANDB_DISABLED={value.strip()} says")
+
+
+# ---------------------------------------------------------------- a W&B that fails
 
 
 def test_a_wandb_that_fails_at_every_call_costs_nothing(
