@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 from safetensors import SafetensorError
 
-from config import KEYS, Config, load_config, local_path, make_config, read_settings
+from config import KEYS, PLACES, Config, load_config, local_path, make_config, read_settings
 from errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -407,6 +407,25 @@ class Source:
             raise UserError(f"{self.path}: training has just saved another one in its place: start again")
 
 
+def _places_of_an_older_version(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Where the relative folders of a run are that was saved before they were made absolute.
+
+    They were relative to the folder in which it was started, which is known where its output_dir was
+    relative, too.
+    """
+    run = local_path(str(settings.get("output_dir"))) / str(settings.get("run_name"))
+    run_folder = folder.resolve().parent
+    if run.is_absolute() or run_folder.parts[-len(run.parts) :] != run.parts:
+        return {}
+    start = Path(*run_folder.parts[: -len(run.parts)])
+    relative = {key: local_path(str(settings[key])) for key in PLACES if key in settings}
+    return {
+        key: str(start / place)
+        for key, place in relative.items()
+        if not place.is_absolute() and (start / place).is_dir()
+    }
+
+
 def _read_manifest(folder: Path) -> bytes | None:
     try:
         return (folder / MANIFEST_FILE).read_bytes()
@@ -437,6 +456,7 @@ def resolve_source(ckpt: str | None, config_file: Path, typed: Mapping[str, str]
     description = read_description(folder)
     # A setting that is newer than the checkpoint has its value from the file.
     known = {key: value for key, value in description["settings"].items() if key in KEYS}
+    known |= _places_of_an_older_version(folder, known)
     values = read_settings(config_file)[0] | known | dict(typed)
     config = make_config(values, f"{folder / DESCRIPTION_FILE} and command line")
     print(f"settings: those of {folder / DESCRIPTION_FILE}" + (f", but {', '.join(typed)} as typed" if typed else ""))

@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -99,6 +99,7 @@ class Config:
 KEYS = tuple(field.name for field in fields(Config))
 _TYPES = get_type_hints(Config, include_extras=True)
 _PATHS = ("model", "dataset", "output_dir")
+PLACES = ("model", "dataset")  # each a folder, or else the hub's
 
 
 def make_config(values: Mapping[str, Any], source: str) -> Config:
@@ -283,6 +284,32 @@ def local_path(text: str) -> Path:
         return path
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(f"{text[:80]!r}: is no usable path ({one_line(error)[:120]}): check its spelling") from None
+
+
+def anchored(config: Config, saved: Mapping[str, Any] | None = None) -> Config:
+    """``config`` with the folders of model and data set as absolute paths.
+
+    What is a folder now is that folder wherever the run's next command is typed, and never a hub id
+    of the same letters.
+
+    Args:
+        saved: the settings of the run that is gone on with: where no such folder is here, the one
+            that it had is meant.
+    """
+    places: dict[str, str] = {}
+    for key in PLACES:
+        typed = local_path(getattr(config, key))
+        if typed.is_dir():
+            places[key] = hide_home(str(typed.absolute()))
+        elif saved is not None and is_same_place(getattr(config, key), str(saved.get(key))):
+            places[key] = str(saved[key])
+    return replace(config, **places)
+
+
+def is_same_place(typed: str, saved: str) -> bool:
+    """Whether a relative path is the end of the absolute one that it was once turned into."""
+    short, long = local_path(typed), local_path(saved)
+    return not short.is_absolute() and long.is_absolute() and long.parts[-len(short.parts) :] == short.parts
 
 
 def hide_home(text: str) -> str:

@@ -12,7 +12,7 @@ line. A run that was stopped goes on when the same command is typed again.
 
 import sys
 
-from config import ArgumentParser, Config, load_config, local_path, parse_arguments, settings_text
+from config import ArgumentParser, Config, anchored, load_config, local_path, parse_arguments, settings_text
 from errors import NotFiniteError, Stopped, UserError, run_script
 
 
@@ -144,7 +144,8 @@ def main(config: Config, selftest: bool = False) -> None:
         return
     run_folder = local_path(config.output_dir) / config.run_name
     with claimed(run_folder, config.resume) as resume_from:
-        train(config, run_folder, resume_from)
+        saved = None if resume_from is None else read_description(resume_from)["settings"]
+        train(anchored(config, saved), run_folder, resume_from)
 
 
 def train(config: Config, run_folder: Path, resume_from: Path | None) -> None:
