@@ -70,18 +70,19 @@ def prepare() -> None:
 
 
 def _open_closed(number: int) -> None:
-    """Let descriptor ``number``, if it is closed, lead nowhere: the next file opened, a checkpoint, would get it."""
+    """Let descriptor ``number``, if it is closed, lead nowhere: else the next file, a checkpoint, would get it."""
     try:
         os.fstat(number)
     except OSError:
         null = os.open(os.devnull, os.O_RDWR)
-        os.dup2(null, number)  # that children inherit it
-        if null != number:
+        if null != number:  # a lower one is free
+            os.dup2(null, number)
             os.close(null)
+        os.set_inheritable(number, True)  # children need one as well
 
 
 def _settle() -> None:
-    # The interpreter flushes once more when it ends, and what still can't be written would be an exit code of 120.
+    # What still can't be written when the interpreter ends must go nowhere: Python 3.13 tells of it, with a traceback.
     for stream in (sys.stdout, sys.stderr):
         if not isinstance(stream, Tolerant):
             continue
