@@ -10,12 +10,16 @@ Everything is made anew in the folder demo, which the next demo replaces.
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+from errors import StopSignal, UserError, check_platform, run_script
+
+check_platform()  # before the imports that would fail
+
 from config import ArgumentParser
-from errors import UserError, run_script
 from standin import make_model, make_problems, make_tokenizer, write_jsonl
 
 ROOT = Path(__file__).parent
@@ -55,14 +59,23 @@ def make_stand_in(folder: Path) -> None:
 
 
 def run(*command: str) -> None:
+    """Run a script; a signal is passed on to it, and ends the demo only when the script has saved and ended."""
     print(f"\n$ python {' '.join(command)}", flush=True)
-    result = subprocess.run([sys.executable, *command], cwd=ROOT)
-    if result.returncode:
-        sys.exit(result.returncode)
+    with StopSignal() as stop:
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT)
+        stop.tell(process.send_signal)
+        code = process.wait()
+    if code < 0:
+        print(f"error: {command[0]} was killed by {signal.Signals(-code).name}", file=sys.stderr)
+        code = 128 - code
+    if stop.signal_number is not None:
+        code = 128 + stop.signal_number
+    if code:
+        sys.exit(code)
 
 
 def report(run_folder: Path) -> None:
-    scores = json.loads((run_folder / "eval" / "test" / "scores.json").read_text())
+    scores = json.loads((run_folder / "eval" / "test" / "scores.json").read_text(encoding="utf-8"))
     shown = run_folder.relative_to(ROOT)
     print(f"\nexact match {scores['exact_match']:.1%} on {scores['num_problems']} problems the model never saw")
     for path, what in (

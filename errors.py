@@ -1,12 +1,26 @@
 """How a script ends: one clear line and an exit code instead of a traceback."""
 
+from __future__ import annotations  # that a Python too old to run this can say so
+
 import errno
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 
+import streams
+
 USER_ERROR, NOT_FINITE = 2, 3
+OLDEST_PYTHON = (3, 11)
+
+STOP_SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+    if hasattr(signal, name)
+)
+INSISTING = signal.SIGINT, signal.SIGTERM  # a second one of these, in any order, ends the process at once
+ONE_REQUEST = 0.5  # seconds: `timeout` sends each signal twice, and a terminal and make both send Ctrl-C
 
 
 class UserError(Exception):
@@ -21,7 +35,7 @@ class NotFiniteError(Exception):
 
 
 class Stopped(BaseException):
-    """SIGINT or SIGTERM arrived and the state is saved. Exit code 128 + signal number.
+    """A stop signal arrived and the state is saved. Exit code 128 + signal number.
 
     Like KeyboardInterrupt no Exception: what guards against other people's errors must not swallow it.
     """
@@ -44,27 +58,91 @@ def cause_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {one_line(error)[:160]}"
 
 
+class StopSignal:
+    """The first signal that asks this process to end, from when it listens on.
+
+    Signals after the first one change nothing: a closed terminal sends SIGHUP twice, a scheduler SIGUSR1
+    and later SIGTERM. Only a second Ctrl-C or SIGTERM ends the process at once. What the parent has
+    ignored, as nohup does with SIGHUP, stays ignored.
+
+    Attributes:
+        signal_number: the first signal, or None so far.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self._listener: Callable[[int], None] | None = None
+        self._insisted: float | None = None  # when the first Ctrl-C or SIGTERM came
+        self._before: dict[int, object] = {}
+
+    def tell(self, listener: Callable[[int], None]) -> None:
+        """Call ``listener`` with the first signal, between any two instructions; now, if that has come already."""
+        self._listener = listener
+        if self.signal_number is not None:
+            listener(self.signal_number)
+
+    def listen(self) -> StopSignal:
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: not Python's
+                self._before[number] = signal.signal(number, self._hear)
+        return self
+
+    def __enter__(self) -> StopSignal:
+        return self.listen()
+
+    def __exit__(self, *_: object) -> None:
+        """Goes on listening once a signal has come: the next one must not cut the clean-up."""
+        if self.signal_number is None:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: object) -> None:
+        if number in INSISTING:
+            now = time.monotonic()
+            if self._insisted is not None and now - self._insisted > ONE_REQUEST:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            self._insisted = self._insisted or now
+        if self.signal_number is None:
+            self.signal_number = number
+            if self._listener:
+                self._listener(number)
+
+
+def check_platform() -> None:
+    """End in one line, exit code 2, where these scripts can't run: before the first import that fails there."""
+    if sys.version_info < OLDEST_PYTHON:
+        found = ".".join(map(str, sys.version_info[:3]))
+        fault = f"Python {found} is too old, 3.11 or newer is needed: start this with such a one (python3.11)"
+        sys.exit(_complain(f"error: {fault}", USER_ERROR))
+    try:
+        import fcntl  # noqa: F401
+    except ImportError:
+        fault = f"{sys.platform} has no file locks (fcntl): run this on Linux or macOS, on Windows in WSL2"
+        sys.exit(_complain(f"error: {fault}", USER_ERROR))
+
+
 def run_script(story: Callable[..., None], *arguments: object) -> None:
     """Run ``story(*arguments)`` and end the process with the exit code that interface and shell expect."""
-    signal.signal(signal.SIGTERM, _stop)
+    check_platform()
+    streams.prepare()
+    StopSignal().listen().tell(_stop)
     try:
         story(*arguments)
-        sys.stdout.flush()
     except UserError as error:
         sys.exit(_complain(f"error: {one_line(error)}", USER_ERROR))
     except NotFiniteError as error:
         sys.exit(_complain(f"stopped: {one_line(error)}", NOT_FINITE))
     except Stopped as stop:
         sys.exit(_complain(f"stopped: {one_line(stop)}", 128 + stop.signal_number))
-    except KeyboardInterrupt:
-        sys.exit(_complain("stopped by Ctrl-C", 128 + signal.SIGINT))
+    except KeyboardInterrupt:  # of a library that asks the terminal something
+        sys.exit(_complain("stopped: SIGINT", 128 + signal.SIGINT))
     except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            _leave_the_pipe()
         if error.errno not in _STORAGE_FAULTS:
             raise
         where = f"{error.filename}: " if error.filename else ""
         sys.exit(_complain(f"error: {where}{error.strerror}: make room there or choose another folder", USER_ERROR))
+    StopSignal().listen().tell(_leave)  # for the heavy imports between a script's two stories
 
 
 _STORAGE_FAULTS = {
@@ -73,14 +151,32 @@ _STORAGE_FAULTS = {
 }
 
 
-def _stop(number: int, frame: object) -> None:
-    raise Stopped(number, "SIGTERM; what was finished is saved, and the same command goes on from there")
+def _stop(number: int) -> None:
+    raise Stopped(number, f"{_name(number)}; what was finished is saved, and the same command goes on from there")
 
 
-def _leave_the_pipe() -> None:
-    # The reader of our output (a `| head`) is gone: not a fault, and nobody is left to tell.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(128 + signal.SIGPIPE)
+def _leave(number: int) -> None:
+    sys.exit(_complain(f"stopped: {_name(number)}", 128 + number))
+
+
+def _name(number: int) -> str:
+    return signal.Signals(number).name
+
+
+def check_printed() -> None:
+    """For a script whose result is only what it prints: was it written?
+
+    Raises:
+        UserError: it was not.
+        SystemExit: as by SIGPIPE, where the reader (a `| head`) is gone: not a fault, and nobody is left to tell.
+    """
+    sys.stdout.flush()
+    fault = getattr(sys.stdout, "fault", None)
+    if isinstance(fault, BrokenPipeError):
+        sys.exit(128 + signal.SIGPIPE)
+    if fault is not None:
+        why = getattr(fault, "strerror", None) or fault
+        raise UserError(f"standard output: can't be written ({why}): make room there, or choose another file for it")
 
 
 def _complain(line: str, exit_code: int) -> int:

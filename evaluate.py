@@ -16,6 +16,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from errors import UserError, check_platform, check_printed, one_line, run_script
+
+check_platform()  # before the imports that would fail
+
 from config import (
     ArgumentParser,
     Config,
@@ -26,7 +30,6 @@ from config import (
     positive_float,
     positive_number,
 )
-from errors import UserError, one_line, run_script
 
 TEMPERATURE = 0.7  # of samples, where none is given: the one of gsm8k-ScRel's majority votes
 
@@ -80,7 +83,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 import analysis
@@ -112,6 +114,7 @@ from pretrained import (
     load_tokenizer,
     weights_identity,
 )
+from progress import ProgressBar
 from tokenizer import Tokenizer
 from tracking import MetricsLog, saved_run, start_tracker
 
@@ -196,6 +199,7 @@ def compare(first: Path, second: Path) -> None:
         say_contradictions(rows, name)
     result = analysis.compare(*found, names)
     print(analysis.comparison_table(result, names))
+    check_printed()
 
 
 # ---------------------------------------------------------------- its parts
@@ -308,7 +312,7 @@ def decode(
         print(f"going on: {total - len(waiting)} of {total} {unit}s are in {predictions.file}")
     started, tokens, completions = time.perf_counter(), 0, {}
     title = "sampling" if drawn else "calculating" if calculator else "decoding"
-    with tqdm(total=total, initial=total - len(waiting), desc=title, unit=unit, disable=None) as bar:
+    with ProgressBar(title, total, unit, total - len(waiting)) as bar:
         for completion in generated(work, waiting, calculator, drawn):
             key = waiting[completion.index]
             num_tokens = len(completion.token_ids) + (completion.stop == "eos")
@@ -317,8 +321,7 @@ def decode(
                 completions[key] = completion
             tokens += num_tokens
             rate = tokens / (time.perf_counter() - started)
-            bar.update()
-            bar.set_postfix(exact_match=f"{predictions.num_correct / len(predictions.rows):.1%}", tok_s=f"{rate:.0f}")
+            bar.update(exact_match=f"{predictions.num_correct / len(predictions.rows):.1%}", tok_s=f"{rate:.0f}")
     seconds = time.perf_counter() - started
     if not waiting:
         return {}, {}

@@ -15,8 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from errors import check_platform, check_printed, run_script
+
+check_platform()  # before the imports that would fail
+
 from config import ArgumentParser, Config, parse_arguments, positive_number
-from errors import run_script
 
 
 def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
@@ -35,7 +38,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 import data
@@ -44,6 +46,7 @@ from checkpoint import resolve_source
 from linear import ONEDNN, add_product, product
 from model import forward_packed, pick_device
 from pretrained import check_ids, check_positions, fetch, load_model, load_tokenizer
+from progress import ProgressBar
 
 # Most logits that exist at a time: few enough to need little memory, many enough that the matrix
 # products run near the machine's rate. oneDNN, which copies operands, is as fast with half as many.
@@ -162,8 +165,10 @@ def measure(
     model.eval()
     batches = data.pack(examples, micro_batch_tokens)
     nats = torch.zeros((), dtype=torch.float64, device=device)
-    for batch in tqdm(batches, desc="loss", unit="batch", leave=False, disable=None):
-        nats += summed_loss(model, batch.to(device))
+    with ProgressBar("loss", len(batches), "batch", leave=False) as bar:
+        for batch in batches:
+            nats += summed_loss(model, batch.to(device))
+            bar.update()
     model.train(was_training)
     num_tokens = sum(batch.num_labels for batch in batches)
     loss = nats.item() / num_tokens
@@ -192,6 +197,7 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
     print(f"{source.path} on {arguments.split}: {len(examples)} rows, {result.num_tokens} supervised tokens")
     print(f"loss {result.loss:#.8g}")
     print(f"perplexity {result.perplexity:#.8g}")
+    check_printed()
 
 
 if __name__ == "__main__":

@@ -12,8 +12,11 @@ line. A run that was stopped goes on when the same command is typed again.
 
 import sys
 
+from errors import NotFiniteError, Stopped, StopSignal, UserError, check_platform, run_script
+
+check_platform()  # before the imports that would fail
+
 from config import ArgumentParser, Config, anchored, load_config, local_path, parse_arguments, settings_text
-from errors import NotFiniteError, Stopped, UserError, run_script
 
 
 def read_arguments(argv: list[str]) -> tuple[Config, bool]:
@@ -34,6 +37,7 @@ if __name__ == "__main__":  # before the heavy imports: --help and a mistyped se
 import importlib.metadata
 import math
 import platform
+import shlex
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +47,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 import data
@@ -63,6 +66,7 @@ from model import checkpoint_activations, compile_layers, pick_device
 from optimizer import build_optimizer, checkpoint_bytes, scheduled_rate
 from perplexity import Measurement, measure, perplexity_of, summed_loss
 from pretrained import check_ids, check_positions, eos_token_ids, fetch, load_model, load_tokenizer, own_memory
+from progress import ProgressBar
 from resume import check_same_run, claimed, get_random_state, pack_state, set_random_state, unpack_state
 from scoring import correct_openai
 from tokenizer import Tokenizer
@@ -201,11 +205,8 @@ def train(config: Config, run_folder: Path, resume_from: Path | None) -> None:
         f"training: {len(training.examples)} rows, {total_steps} steps of {config.batch_size} sequences in "
         f"{config.epochs} epochs, on {device.type} in {config.dtype}; validation: {len(validation)} rows"
     )
-    with (
-        MetricsLog(run_folder, tracker, progress.step) as metrics,
-        StopSignal() as stop,
-        tqdm(total=total_steps, initial=progress.step, desc="training", unit="step", disable=None) as bar,
-    ):
+    bar = ProgressBar("training", total_steps, "step", progress.step)
+    with MetricsLog(run_folder, tracker, progress.step) as metrics, StopSignal() as stop, bar:
         speed = Speed()
         while progress.step < total_steps:
             speed.start()
@@ -222,7 +223,6 @@ def train(config: Config, run_folder: Path, resume_from: Path | None) -> None:
             memory.clear_gradients(optimizer, device)
             speed.stop(sum(len(example.input_ids) for example in window))
             progress.count(nats, num_labels)
-            bar.update()
 
             if fitting < budget:
                 progress.fitting = config.micro_batch_tokens, fitting
@@ -230,16 +230,18 @@ def train(config: Config, run_folder: Path, resume_from: Path | None) -> None:
                 metrics.write(step, epoch, {"train/micro_batch_tokens": fitting})
 
             if step % config.log_every == 0 or step == total_steps:
-                loss = progress.read_and_reset_loss()
-                bar.set_postfix(loss=f"{loss:.4f}")
+                loss, tokens_per_second = progress.read_and_reset_loss(), speed.read_and_reset()
                 numbers = {
                     "train/loss": loss,
                     "train/perplexity": perplexity_of(loss),
                     "train/learning_rate": rate,
                     "train/grad_norm": grad_norm,
-                    "train/tokens_per_second": speed.read_and_reset(),
+                    "train/tokens_per_second": tokens_per_second,
                 }
                 metrics.write(step, epoch, numbers)
+                bar.update(loss=f"{loss:.4f}", tok_s=f"{tokens_per_second:.0f}")
+            else:
+                bar.update()
 
             epoch_ends = step % training.steps_per_epoch == 0
             if epoch_ends:
@@ -264,7 +266,7 @@ def train(config: Config, run_folder: Path, resume_from: Path | None) -> None:
                 name, saved = signal.Signals(stopped_by).name, f"saved in {run_folder / LAST}"
                 raise Stopped(stopped_by, f"{name} after step {step}, {saved}: type the same command to go on")
 
-    print(f"done: best validation loss {progress.best_loss:.6f}; next: python evaluate.py --ckpt {run_folder / BEST}")
+    print(f"done: best validation loss {progress.best_loss:.6f}; next: {evaluation_command(run_folder / BEST)}")
 
 
 # ---------------------------------------------------------------- its parts
@@ -470,6 +472,13 @@ def measure_exact_match(
     return sum(correct_openai(text, problems[number].gold) for number, (text, _) in found.items()) / len(problems)
 
 
+def evaluation_command(checkpoint: Path) -> str:
+    """What evaluates ``checkpoint``, as it can be pasted into the shell that this was started from."""
+    script = Path(__file__).resolve().with_name("evaluate.py")
+    shown = script.name if script.parent == Path.cwd() else str(script)
+    return shlex.join(["python", shown, "--ckpt", str(checkpoint)])
+
+
 def write_sample(model: LlamaForCausalLM, tokenizer: Tokenizer, problem: data.Problem, config: Config) -> str:
     """What the model writes for one validation problem, next to what the data set says."""
     try:
@@ -504,24 +513,6 @@ def describe(
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in packages},
     }
-
-
-class StopSignal:
-    """Remembers SIGINT and SIGTERM until the step is done; a second one ends the process at once."""
-
-    def __enter__(self) -> "StopSignal":
-        self.signal_number: int | None = None
-        self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number: int, frame: object) -> None:
-        self.signal_number = number
-        for each in self._before:
-            signal.signal(each, signal.SIG_DFL)
 
 
 class Speed:

@@ -21,7 +21,7 @@ import checkpoint
 import config
 import standin
 from data import Problem
-from errors import run_script
+from errors import STOP_SIGNALS, run_script
 from pretrained import load_model, load_tokenizer
 from tokenizer import Tokenizer
 
@@ -172,7 +172,7 @@ class Outcome:
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Outcome]]:
     """Runs a script in this process just as its last lines do."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def run(script: ModuleType, *argv: str) -> Outcome:
         def story() -> None:

@@ -113,18 +113,18 @@ def test_resume_in_mid_epoch_2_equals_the_run_that_was_not_stopped(
     assert [line["step"] for line in logged(settings) if "val/loss" in line] == [7, 14]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
 def test_signals_finish_the_step_save_and_resume(
-    call, settings: dict[str, str], stop_after, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+    call, settings: dict[str, str], stop_after, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Guards against a step cut in the middle, and against an exit code that says all is done."""
     whole = settings | {"run_name": "whole"}
     assert call(train, *flags(whole)).code == 0
     with monkeypatch.context():
-        original = stop_after(9, number)
+        original = stop_after(9, getattr(signal, name))
         outcome = call(train, *flags(settings))
-    assert outcome.code == code
-    assert "after step 9, saved in" in outcome.err
+    assert outcome.code == 128 + getattr(signal, name)
+    assert outcome.err.startswith(f"stopped: {name} after step 9, saved in ") and outcome.err.count("\n") == 1
     monkeypatch.setattr(train, "accumulate", original)
     outcome = call(train, *flags(settings))
     assert outcome.code == 0 and "last at step 9 of 14" in outcome.out
