@@ -59,10 +59,10 @@ def make_environment(folder: Path) -> Path:
     venv.create(folder, with_pip=True)
     packages = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
     (Path(packages) / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")  # behind those of its own
-    python = folder / "bin" / "python"
-    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", *PACKAGES]
-    subprocess.run(command, check=True)
-    return python
+    interpreter = folder / "bin" / "python"
+    install = [str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    subprocess.run([*install, *PACKAGES], check=True)
+    return interpreter
 
 
 def like_llama_2(folder: Path, texts: list[str]) -> None:

@@ -1,0 +1,149 @@
+"""What was a folder once is that folder for a run for ever, wherever its next command is typed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import flags, seal
+
+import data
+import evaluate
+import perplexity
+import pretrained
+import train
+from data import Problem
+
+
+@pytest.fixture
+def here(settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to start in, with model and data set beside it under names that could be hub ids; no hub is there."""
+    folder = tmp_path / "here"
+    shutil.copytree(settings["model"], folder / "base" / "llama")
+    shutil.copytree(settings["dataset"], folder / "demo" / "data")
+    settings |= {"model": "base/llama", "dataset": "demo/data", "epochs": "1"}
+
+    def hub(*_: object, **__: object) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(data, "_download", hub)
+    monkeypatch.setattr(pretrained, "snapshot_download", hub)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    return folder
+
+
+def best_of(settings: dict[str, str], folder: Path) -> Path:
+    return folder / settings["output_dir"] / "test" / "best"
+
+
+def settings_of(checkpoint: Path) -> dict[str, str]:
+    return json.loads((checkpoint / "training.json").read_text())["settings"]
+
+
+def test_a_relative_folder_is_found_from_everywhere(
+    call, settings: dict[str, str], here: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against half a minute of asking the hub, and another data set's rows if there is one of that name."""
+    settings["output_dir"] = "runs"
+    assert call(train, *flags(settings)).code == 0
+    best = best_of(settings, here)
+    expected = call(perplexity, "--ckpt", str(best)).out.splitlines()[-1]
+    assert settings_of(best)["dataset"] == str(here / "demo" / "data")
+    assert settings_of(best)["model"] == str(here / "base" / "llama")
+    assert f"dataset: {here / 'demo' / 'data'}\n" in (best.parent / "config.yaml").read_text()
+    monkeypatch.chdir(elsewhere)
+    assert call(perplexity, "--ckpt", str(best)).out.splitlines()[-1] == expected
+    assert call(evaluate, "--ckpt", str(best)).code == 0
+    # A folder of that name that is another one changes nothing.
+    (elsewhere / "demo" / "data").mkdir(parents=True)
+    assert call(perplexity, "--ckpt", str(best)).out.splitlines()[-1] == expected
+    # A flag is of the folder in which it is typed.
+    call(perplexity, "--ckpt", str(best), "--dataset", "demo/data").assert_user_error("demo/data", "test.jsonl")
+
+
+def test_the_same_command_goes_on_from_everywhere(
+    call, settings: dict[str, str], here: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings |= {"output_dir": str(here / "runs"), "lr_schedule": "constant", "warmup_ratio": "0"}
+    assert call(train, *flags(settings)).code == 0
+    more = flags(settings | {"epochs": "2"})
+    monkeypatch.chdir(elsewhere)
+    outcome = call(train, *more)
+    assert outcome.code == 0, outcome.err
+    assert "dataset was" not in outcome.out and "model was" not in outcome.out
+    assert settings_of(best_of(settings, here))["dataset"] == str(here / "demo" / "data")
+
+
+def test_another_folder_of_that_name_is_not_taken_for_it(
+    call, settings: dict[str, str], here: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings |= {"output_dir": str(here / "runs"), "lr_schedule": "constant", "warmup_ratio": "0"}
+    assert call(train, *flags(settings)).code == 0
+    more = flags(settings | {"epochs": "2"})
+    monkeypatch.chdir(elsewhere)
+    shutil.copytree(here / "demo", elsewhere / "demo")
+    lines = (elsewhere / "demo" / "data" / "train.jsonl").read_text().splitlines(keepends=True)
+    (elsewhere / "demo" / "data" / "train.jsonl").write_text("".join(lines[:-1]))
+    call(train, *more).assert_user_error("the rows of the data set are not the same")
+    shutil.rmtree(elsewhere / "demo")
+    shutil.copytree(here / "base", elsewhere / "base")
+    call(train, *more).assert_user_error(f"model was '{here / 'base' / 'llama'}' and is")
+
+
+def test_folders_that_were_moved_are_said(
+    call, settings: dict[str, str], here: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows decide which data set it is; of the model a resumed run reads nothing more."""
+    settings |= {"output_dir": str(here / "runs"), "lr_schedule": "constant", "warmup_ratio": "0"}
+    assert call(train, *flags(settings)).code == 0
+    shutil.move(here / "base", elsewhere / "base")
+    shutil.move(here / "demo", elsewhere / "demo")
+    monkeypatch.chdir(elsewhere)
+    outcome = call(train, *flags(settings | {"epochs": "2"}))
+    assert outcome.code == 0, outcome.err
+    assert f"dataset was '{here / 'demo' / 'data'}' and is '{elsewhere / 'demo' / 'data'}'" in outcome.out
+    assert f"model was '{here / 'base' / 'llama'}' and is '{elsewhere / 'base' / 'llama'}'" in outcome.out
+
+
+def make_relative(folder: Path) -> None:
+    """As an older version saved it."""
+    description = json.loads((folder / "training.json").read_text())
+    description["settings"] |= {"model": "base/llama", "dataset": "demo/data", "output_dir": "runs"}
+    (folder / "training.json").write_text(json.dumps(description))
+    seal(folder)
+
+
+def test_a_run_of_an_older_version_is_found(
+    call, settings: dict[str, str], here: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folders were relative to where it was started, and so was its output_dir."""
+    settings |= {"output_dir": "runs", "lr_schedule": "constant", "warmup_ratio": "0"}
+    assert call(train, *flags(settings)).code == 0
+    best = best_of(settings, here)
+    expected = call(perplexity, "--ckpt", str(best)).out.splitlines()[-1]
+    for name in ("best", "last"):
+        make_relative(best.parent / name)
+    outcome = call(train, *flags(settings | {"epochs": "2"}))
+    assert outcome.code == 0 and "model was" not in outcome.out and "dataset was" not in outcome.out, outcome.out
+    make_relative(best)
+    expected = call(perplexity, "--ckpt", str(best)).out.splitlines()[-1]
+    monkeypatch.chdir(elsewhere)
+    assert call(perplexity, "--ckpt", str(best)).out.splitlines()[-1] == expected
+
+
+def test_a_folder_that_is_gone_is_no_hub_id(
+    call, settings: dict[str, str], here: Path, problems: list[Problem], elsewhere: Path
+) -> None:
+    settings["output_dir"] = "runs"
+    assert call(train, *flags(settings)).code == 0
+    shutil.move(here / "demo", elsewhere / "demo")
+    best = best_of(settings, here)
+    call(evaluate, "--ckpt", str(best)).assert_user_error(f"dataset '{here / 'demo' / 'data'}'")
+    assert call(evaluate, "--ckpt", str(best), "--dataset", str(elsewhere / "demo" / "data")).code == 0
