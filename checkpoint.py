@@ -3,11 +3,11 @@
 A checkpoint is a Hugging Face folder with a ``training.json``; ``last`` holds the state of the
 optimizer and of the random number generators beside that. It is written into a hidden sibling
 folder and synced to disk, its ``manifest.json`` with the size and hash of every file at the end,
-and then renamed into place. A run keeps ``best``, ``last`` and, as ``previous``, the last before it.
+and then renamed into place. A run keeps ``best``, ``last`` and, as ``previous``, the last before it;
+once it is finished, the last two can be removed.
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from config import KEYS, PLACES, Config, load_config, local_path, make_config, read_settings
 from errors import UserError, one_line
+from storage import is_no_rename, move, remove, replace_file, sync
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,7 @@ BEST, LAST, PREVIOUS = "best", "last", "previous"  # all checkpoints that a run 
 DESCRIPTION_FILE = "training.json"
 MANIFEST_FILE = "manifest.json"
 METRICS_FILE = "metrics.jsonl"
+FINISHED_FILE = "finished.json"  # of a run whose state was removed at its end
 STATE_FILES = "state-*.safetensors"
 # Tensors are written in files of at most this size: no more of them is copied from a GPU at a time, and each is synced
 # and hashed while the next is written.
@@ -153,12 +155,12 @@ class _Seal:
         if kind is None:
             files = {name: future.result() for name, future in self._files.items()}
             for folder in [path for path in self._folder.rglob("*") if path.is_dir()]:
-                _sync(folder)
+                sync(folder)
             replace_file(self._folder / MANIFEST_FILE, json.dumps({"files": files}, indent=2) + "\n")
 
 
 def _sync_and_hash(file: Path) -> dict[str, Any]:
-    _sync(file)
+    sync(file)
     return {"size": file.stat().st_size, HASH: hash_file(file)}
 
 
@@ -176,13 +178,23 @@ def _put_in_place(staged: Path, folder: Path) -> None:
     previous = folder.with_name(PREVIOUS)
     if folder.name == LAST and folder.exists() and fault_of(folder, read=False) is None:
         if previous.exists():
-            _rename_to_free(previous, f".{PREVIOUS}.removed")
-        folder.rename(previous)
+            _take_away(previous)
+        move(folder, previous, MANIFEST_FILE)
     elif folder.exists():
-        _rename_to_free(folder, f".{folder.name}.removed")
-    staged.rename(folder)
-    _sync(folder.parent)
+        _take_away(folder)
+    move(staged, folder, MANIFEST_FILE)
+    sync(folder.parent)
     _removals.append(_remover.submit(_remove_remains, folder))
+
+
+def _take_away(folder: Path) -> None:
+    """Rename what is not needed any more to what `_remove_remains` removes; where that can't be, remove it."""
+    try:
+        folder.rename(_free_name(folder, f".{folder.name}.removed"))
+    except OSError as error:
+        if not is_no_rename(error):
+            raise
+        remove(folder, MANIFEST_FILE)
 
 
 # What a save replaced is removed while training goes on: tens of gigabytes take seconds.
@@ -196,12 +208,12 @@ def wait_for_removals() -> None:
         _removals.pop().exception()
 
 
-def _rename_to_free(folder: Path, name: str) -> Path:
-    """Rename to ``name``, or where that is taken to ``name-2``, ``name-3``, and so on."""
+def _free_name(folder: Path, name: str) -> Path:
+    """``name`` beside ``folder``, or where that is taken ``name-2``, ``name-3``, and so on."""
     number, target = 1, folder.with_name(name)
     while target.exists():
         number, target = number + 1, folder.with_name(f"{name}-{number + 1}")
-    return folder.rename(target)
+    return target
 
 
 def _remove_remains(folder: Path) -> None:
@@ -212,21 +224,33 @@ def _remove_remains(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def remove_state(run_folder: Path, description: Mapping[str, Any]) -> None:
+    """Remove ``last`` and ``previous`` of a run that is finished. Where that is cut, the next start knows what is what.
+
+    Args:
+        description: the ``training.json`` of its end; ``finished.json`` keeps what is not state.
+
+    Raises:
+        UserError: ``best`` is not whole, and nothing is removed; or they can't be.
+    """
+    best, state = run_folder / BEST, [run_folder / PREVIOUS, run_folder / LAST]
+    wait_for_removals()
+    if fault := fault_of(best):
+        raise UserError(
+            f"{best}: is damaged or gone ({fault}): {LAST} and {PREVIOUS} are not removed (keep_state false)"
+        )
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def replace_file(file: Path, content: str | bytes) -> None:
-    """Write a small file so that a reader, or a kill, sees the old one or the new one, never half of it."""
-    staged = file.with_name(f".{file.name}.staged")
-    staged.write_bytes(content if isinstance(content, bytes) else content.encode())
-    _sync(staged)
-    staged.replace(file)
-    _sync(file.parent)
+        # First: without it, and without last, the next start would take the run for one that never saved.
+        content = {key: value for key, value in description.items() if key != "state"}
+        replace_file(run_folder / FINISHED_FILE, json.dumps(content, indent=2) + "\n")
+        for folder in state:
+            if folder.exists():
+                _take_away(folder)
+        sync(run_folder)
+    except OSError as error:
+        raise UserError(f"{run_folder}: {LAST} and {PREVIOUS} can't be removed ({one_line(error)[:160]})") from error
+    _remove_remains(run_folder / LAST)
+    print(f"removed: {state[1]} and {state[0]}, since {best} is whole (keep_state false)")
 
 
 def check_disk_space(run_folder: Path, weights: int, state: int) -> tuple[int, int]:
@@ -284,10 +308,16 @@ def newest_intact(run_folder: Path) -> Path | None:
 
 
 def _finish_saves(run_folder: Path) -> None:
-    """Put in place what was complete when a kill came, and remove what was not."""
+    """Put in place what was complete when a kill came, and remove what was not, or was being removed."""
+    if (run_folder / FINISHED_FILE).exists() and fault_of(run_folder / LAST, read=False):
+        for folder in (run_folder / PREVIOUS, run_folder / LAST):
+            if folder.exists():
+                _take_away(folder)
     for folder in (run_folder / BEST, run_folder / LAST):
         staged = _hidden(folder, "staged")
-        if staged.exists() and fault_of(staged, read=False) is None:
+        is_whole = staged.exists() and fault_of(staged, read=False) is None
+        # Else it was put in place by copying it, and just not removed: once more would replace the predecessor too.
+        if is_whole and not (fault_of(folder, read=False) is None and _read_manifest(folder) == _read_manifest(staged)):
             _put_in_place(staged, folder)
             wait_for_removals()
         else:
@@ -312,7 +342,8 @@ def set_damaged_aside(run_folder: Path, start: Path) -> None:
     """
     for folder in (run_folder / LAST, run_folder / BEST):
         if folder.exists() and folder != start and (fault := fault_of(folder)):
-            aside = _rename_to_free(folder, f"{folder.name}.damaged")
+            aside = _free_name(folder, f"{folder.name}.damaged")
+            move(folder, aside, MANIFEST_FILE)
             print(f"{folder}: is damaged ({fault}), and set aside as {aside.name}")
 
 
@@ -370,9 +401,9 @@ def fault_of(folder: Path, read: bool = True) -> str | None:
 # ---------------------------------------------------------------- reading
 
 
-def read_description(folder: Path) -> dict[str, Any]:
-    """The ``training.json`` of a checkpoint of ours."""
-    file = folder / DESCRIPTION_FILE
+def read_description(folder: Path, name: str = DESCRIPTION_FILE) -> dict[str, Any]:
+    """The ``training.json`` of a checkpoint of ours, or the ``finished.json`` of a run."""
+    file = folder / name
     try:
         description = json.loads(file.read_bytes())
         for key, kind in (("settings", dict), ("data", dict), ("step", int), ("epoch", float), ("wandb_run_id", str)):

@@ -87,6 +87,7 @@ class Config:
     compile: bool
     log_every: Count
     checkpoint_steps: Count | None
+    keep_state: bool
     best_by: Literal["val_loss", "val_exact_match"]
     resume: Literal["auto", "never"]
     max_new_tokens: Count

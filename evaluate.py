@@ -77,8 +77,10 @@ if __name__ == "__main__":  # before the heavy imports: --help and a mistyped fl
     run_script(lambda: _parsed.extend(read_arguments(sys.argv[1:])))
 
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +93,7 @@ import memory
 import scoring
 import verify
 from calculator import ForcedResults
-from checkpoint import LAST, Source, check_no_links, read_description, replace_file, resolve_source
+from checkpoint import FINISHED_FILE, LAST, Source, check_no_links, read_description, resolve_source
 from generate import Completion, greedy_decode, sample_decode
 from model import pick_device
 from predictions import (
@@ -102,6 +104,7 @@ from predictions import (
     PredictionsFile,
     read_identity,
     read_predictions,
+    read_scores,
     said_before,
     say_contradictions,
 )
@@ -115,6 +118,7 @@ from pretrained import (
     weights_identity,
 )
 from progress import ProgressBar
+from storage import locked, locked_if_free, replace_file
 from tokenizer import Tokenizer
 from tracking import MetricsLog, saved_run, start_tracker
 
@@ -134,6 +138,14 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
         return
     memory.keep_freed_memory()
     source = resolve_source(arguments.ckpt, arguments.config, typed)
+    output = arguments.output or output_folder(source, arguments.split)
+    stages = [CALCULATOR] * source.config.calculator + [SAMPLES] * bool(arguments.samples)
+    with writing_into(output, *(output / name for name in stages)):
+        evaluate(arguments, source, output)
+
+
+def evaluate(arguments: argparse.Namespace, source: Source, output: Path) -> None:
+    """Decode and score what is asked for, into ``output``, into which no other process writes meanwhile."""
     config = source.config
     folder = fetch(source.path)
     tokenizer = load_tokenizer(folder)
@@ -145,7 +157,6 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
     check_ids(model, prompts, source.path)
     longest = max(map(len, prompts)) + config.max_new_tokens
     check_positions(model, longest, "the longest prompt with max_new_tokens", "set a smaller max_new_tokens")
-    output = arguments.output or output_folder(source, arguments.split)
     identity = identify(source, weights_identity(folder), tokenizer, arguments.split, all_problems)
     source.check_unchanged()
     work = Work(model, tokenizer, problems, prompts, config)
@@ -174,6 +185,19 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
 
 def rescore(file: Path, output: Path | None) -> None:
     """Score a ``predictions.jsonl`` again; ``scores.json`` goes beside it, or under ``output``."""
+    if not os.access(file, os.R_OK):  # said before a folder is made for it
+        read_predictions(file)
+    folder = output or file.parent
+    with writing_into(folder):
+        scores = scores_again(file)
+        try:
+            finish(scores, file, folder, str(file))
+        except OSError as error:
+            raise UserError(f"{folder}: can't be written ({error.strerror}): choose another --output") from None
+
+
+def scores_again(file: Path) -> dict[str, Any]:
+    """The scores of a ``predictions.jsonl``, by what stands in it and beside it."""
     rows = read_predictions(file)
     identity = read_identity(file.with_name(IDENTITY_FILE)) or read_identity(file.with_name(SCORES_FILE))
     identity = {key: value for key, value in identity.items() if key not in (CALCULATOR, SAMPLES)}
@@ -182,13 +206,7 @@ def rescore(file: Path, output: Path | None) -> None:
         print(
             f"{file}: nothing beside it says how many problems were asked: taken to be all {identity['num_problems']}"
         )
-    scores = identity | score_rows(rows, identity, file) | said_before(file.parent)
-    folder = output or file.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        finish(scores, file, folder, str(file))
-    except OSError as error:
-        raise UserError(f"{folder}: can't be written ({error.strerror}): choose another --output") from None
+    return identity | score_rows(rows, identity, file) | said_before(file.parent)
 
 
 def compare(first: Path, second: Path) -> None:
@@ -203,6 +221,19 @@ def compare(first: Path, second: Path) -> None:
 
 
 # ---------------------------------------------------------------- its parts
+
+
+@contextmanager
+def writing_into(*folders: Path) -> Iterator[None]:
+    """Make ``folders``, and keep other evaluations out of them. Those that stay empty are removed at the end."""
+    with ExitStack() as stack:
+        for folder in folders:
+            held = f"{folder}: another process is evaluating into it: wait for it, or choose another --output"
+            try:
+                stack.enter_context(locked(folder, held))
+            except OSError as error:
+                raise UserError(f"{folder}: can't be written ({error.strerror}): choose another --output") from None
+        yield
 
 
 def output_folder(source: Source, split: str) -> Path:
@@ -282,7 +313,7 @@ def evaluate_one(
             said = said | verify_batching(count, work, predictions, completions, calculator)
     rows = list(predictions.rows.values())
     scores = predictions.identity | score_rows(rows, predictions.identity, predictions.file) | said
-    before = read_identity(predictions.folder / SCORES_FILE)
+    before = read_scores(predictions.folder)
     beside = {name: before[name] for name in (CALCULATOR, SAMPLES) if name in before}  # until `finish` looks again
     write_scores(predictions.folder, scores | beside)
     return scores, bool(speed)
@@ -476,16 +507,20 @@ def track(source: Source, split: str, identity: dict[str, Any], news: dict[str, 
         folder=source.run_folder,
         settings={},
     )
-    with MetricsLog(source.run_folder, tracker) as metrics:
+    # The run is held until the line is written and no longer: whoever wants to train must not wait for W&B.
+    with ExitStack() as stack, locked_if_free(source.run_folder) as alone:
+        metrics = stack.enter_context(MetricsLog(source.run_folder, tracker, alone=alone))
         metrics.write(step, epoch, {prefix + name: value for name, value in news.items()})
 
 
 def newest_description(source: Source) -> dict[str, Any]:
     """The ``training.json`` that knows best where W&B has the run: a sweep may have moved it since ``best``."""
-    try:
-        return read_description(source.run_folder / LAST)
-    except UserError:  # removed, to have its room
-        return source.description
+    for place in ((source.run_folder / LAST,), (source.run_folder, FINISHED_FILE)):
+        try:
+            return read_description(*place)
+        except UserError:  # removed, to have its room
+            continue
+    return source.description
 
 
 if __name__ == "__main__":

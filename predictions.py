@@ -1,7 +1,6 @@
 """predictions.jsonl: what a model wrote for each problem, as it grows, and read again."""
 
 import json
-import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,9 +8,9 @@ from typing import Any
 
 import analysis
 import scoring
-from checkpoint import replace_file
 from data import Problem
 from errors import UserError, one_line
+from storage import replace_file, sync_open
 
 # A kill loses no line that was written; this is what the loss of power may take. Each sync costs milliseconds.
 SECONDS_BETWEEN_SYNCS = 1.0
@@ -48,6 +47,7 @@ class PredictionsFile:
         self._asked = {"num_problems": num_problems} | ({"num_samples": num_samples} if num_samples else {})
         self.identity = identity | self._asked
         self.rows: dict[Key, dict[str, Any]] = {}
+        self._dropped: list[str] = []
         self._synced = time.monotonic()
         try:
             if self.file.exists():
@@ -76,12 +76,17 @@ class PredictionsFile:
             if content[: len(FIRST_BYTES)] != FIRST_BYTES[: len(content)]:
                 raise UserError(f"{self.file}: is no {PREDICTIONS_FILE} of this program: {cure}")
             return
-        if changed := differences(read_identity(self.folder / IDENTITY_FILE), self.identity):
+        try:
+            before = read_identity(self.folder / IDENTITY_FILE)
+        except UserError as error:
+            raise UserError(f"{str(error).partition(': move')[0]}: {cure}") from None
+        if changed := differences(before, self.identity):
             raise UserError(f"{self.file}: belongs to another evaluation ({'; '.join(changed)}): {cure}")
-        rows = read_predictions(self.file, drop_cut_line=True)
-        self.rows = {key_of(row): row for row in rows}
-        if len(self.rows) < len(rows):
-            raise UserError(f"{self.file}: holds a completion twice: {cure}")
+        self.rows, self._dropped = _mended(self.file)
+        if not self.rows and content[: len(FIRST_BYTES)] != FIRST_BYTES:
+            raise UserError(f"{self.file}: is no {PREDICTIONS_FILE} of this program: {cure}")
+        if not self.rows:
+            return
         held = {"problems": max(index for index, _ in self.rows) + 1, "samples": max(s for _, s in self.rows) + 1}
         for what, count in held.items():
             if count > (asked := self._asked.get(f"num_{what}", 1)):
@@ -122,6 +127,8 @@ class PredictionsFile:
             whole = "".join(_json_line(row) for row in self.rows.values())
             if self.file.exists() and self.file.read_bytes() != whole.encode():
                 replace_file(self.file, whole)  # without the line that a kill cut in the middle
+            if self._dropped:
+                print(f"{self.file}: dropped {' and '.join(self._dropped)}, as two writers at a time leave them")
             self._stream = self.file.open("a", encoding="utf-8")
             replace_file(self.folder / IDENTITY_FILE, json.dumps(self.identity, indent=2) + "\n")
         except OSError as error:
@@ -129,7 +136,7 @@ class PredictionsFile:
         return self
 
     def _sync(self) -> None:
-        os.fsync(self._stream.fileno())
+        sync_open(self._stream.fileno(), self.file)
         self._synced = time.monotonic()
 
     def __exit__(self, *_: object) -> None:
@@ -160,13 +167,27 @@ def _json_line(row: dict[str, Any]) -> str:
     return json.dumps(row) + "\n"  # ASCII: U+2028 in a question must not look like a line's end to anyone
 
 
-def read_predictions(file: Path, drop_cut_line: bool = False) -> list[dict[str, Any]]:
+def _mended(file: Path) -> tuple[dict[Key, dict[str, Any]], list[str]]:
+    """The first row of each completion in a ``predictions.jsonl``, and what had to be left out, in words."""
+    damaged: list[int] = []
+    read = read_predictions(file, drop_cut_line=True, damaged=damaged)
+    possible = [row for row in read if min(key_of(row)) >= 0]
+    rows: dict[Key, dict[str, Any]] = {}
+    for row in possible:
+        rows.setdefault(key_of(row), row)
+    double, unread = len(possible) - len(rows), len(damaged) + len(read) - len(possible)
+    counts = ((double, "that stood there before"), (unread, "that can't be read"))
+    return rows, [f"{count} line{'s' * (count > 1)} {what}" for count, what in counts if count]
+
+
+def read_predictions(file: Path, drop_cut_line: bool = False, damaged: list[int] | None = None) -> list[dict[str, Any]]:
     """The rows of a ``predictions.jsonl``, each checked to have what scoring needs.
 
     Those of other programs may lack ``stop`` and ``correct``.
 
     Args:
         drop_cut_line: a last line without its end, from a kill, is no error.
+        damaged: takes the numbers of lines that are no predictions; None: the first is an error.
     """
     try:
         lines = file.read_bytes().split(b"\n")
@@ -182,6 +203,9 @@ def read_predictions(file: Path, drop_cut_line: bool = False) -> list[dict[str, 
                 if (key in row or key in NEEDED) and type(row[key]) is not kind:
                     raise ValueError(f"{key!r} is {row[key]!r}, not of type {kind.__name__}")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
+            if damaged is not None:
+                damaged.append(number)
+                continue
             raise UserError(
                 f"{file}, line {number}: is no prediction ({type(error).__name__}: {one_line(error)[:120]}): each line "
                 f"is an object with {', '.join(NEEDED)}, as evaluate.py writes them; restore it or evaluate again"
@@ -215,7 +239,15 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
+def read_scores(folder: Path) -> dict[str, Any]:
+    """The ``scores.json`` beside predictions; nothing where it is damaged, since it is written anew from them."""
+    try:
+        return read_identity(folder / SCORES_FILE)
+    except UserError:
+        return {}
+
+
 def said_before(folder: Path) -> dict[str, Any]:
     """What an earlier ``scores.json`` in ``folder`` says of the decoding: its time, and whether it was verified."""
-    before = read_identity(folder / SCORES_FILE)
+    before = read_scores(folder)
     return {key: before[key] for key in ("seconds", "tokens_per_second", "verified_batching") if key in before}

@@ -1,9 +1,7 @@
 """Whose a run's folder is, whether its training may go on, and what that needs beside the weights."""
 
-import fcntl
-import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,25 +11,38 @@ from safetensors.torch import load_file
 
 import memory
 from checkpoint import (
+    FINISHED_FILE,
     LAST,
+    PREVIOUS,
     STATE_FILES,
     check_no_links,
     newest_intact,
     read_description,
-    replace_file,
     wait_for_removals,
 )
 from config import KEYS, Config
 from errors import UserError, one_line
+from storage import locked, replace_file
 
 # What may differ between a run and its resumption, beside epochs where no learning rate depends on them: nothing
 # here changes which gradient a step has.
 FREE_SETTINGS = frozenset(
     {
         *("output_dir", "run_name", "micro_batch_tokens", "gradient_checkpointing", "compile", "log_every"),
-        *("checkpoint_steps", "resume", "max_new_tokens", "decode_slots", "calculator", "wandb_project", "wandb_mode"),
+        *(
+            "checkpoint_steps",
+            "keep_state",
+            "resume",
+            "max_new_tokens",
+            "decode_slots",
+            "calculator",
+            "wandb_project",
+            "wandb_mode",
+        ),
     }
 )
+
+LOCK_SECONDS = 1.0  # for how long a run's folder is asked for
 
 Progress = TypeVar("Progress")
 
@@ -46,30 +57,28 @@ def claimed(folder: Path, resume: str) -> Iterator[Path | None]:
     Raises:
         UserError: the folder is in use and may not be, or can't be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        check_no_links(folder)
-        lock = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"{folder}: can't be written ({error.strerror}): choose another --output_dir") from None
-    try:
+    held = f"{folder}: another process is training this run: wait for it, or choose another --run_name"
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: another process is training this run: wait for it, or choose another --run_name"
-            ) from None
-        except OSError:  # some network file systems know no locks
-            pass
+            folder.mkdir(parents=True, exist_ok=True)
+            check_no_links(folder)
+            # An evaluation that logs its score holds it for a moment.
+            stack.enter_context(locked(folder, held, patience=LOCK_SECONDS))
+        except OSError as error:
+            raise UserError(f"{folder}: can't be written ({error.strerror}): choose another --output_dir") from None
+        stack.callback(wait_for_removals)
         yield _find_start(folder, resume)
-    finally:
-        wait_for_removals()
-        os.close(lock)
 
 
 def _find_start(folder: Path, resume: str) -> Path | None:
     if resume == "auto" and (start := newest_intact(folder)):
+        (folder / FINISHED_FILE).unlink(missing_ok=True)  # of a removal that was cut: there is something to go on from
         return start
+    if (folder / FINISHED_FILE).exists():
+        raise UserError(
+            f"{folder}: this run is finished, and its {LAST} and {PREVIOUS} were removed (keep_state false): evaluate "
+            "it, or train another under a new --run_name"
+        )
     in_use = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     if in_use:
         raise UserError(
@@ -79,7 +88,7 @@ def _find_start(folder: Path, resume: str) -> Path | None:
         )
     try:
         replace_file(folder / ".write_test", "")
-        (folder / ".write_test").unlink()
+        (folder / ".write_test").unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: can't be written ({error.strerror}): choose another --output_dir") from None
     return None
@@ -164,7 +173,9 @@ def check_same_run(folder: Path, config: Config, data_sha256: str) -> None:
     free = FREE_SETTINGS
     if config.lr_schedule == "constant" and config.warmup_ratio == 0:  # no rate depends on the number of steps
         free |= {"epochs"}
-    others = {key: f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in KEYS if before.get(key) != now[key]}
+    # A setting that is newer than the checkpoint was none when it was saved.
+    known = [key for key in KEYS if key in before]
+    others = {key: f"{key} was {before[key]!r} and is {now[key]!r}" for key in known if before[key] != now[key]}
     changed = [what for key, what in others.items() if key not in free]
     if description["data"].get("train_sha256") != data_sha256:
         changed.append("the rows of the data set are not the same")

@@ -96,6 +96,7 @@ def run(config: Config, folder: Path, name: str, kill_in: int | None = None) -> 
         epochs=EPOCHS,
         log_every=1,
         checkpoint_steps=None,
+        keep_state=True,
         best_by="val_loss",
         resume="auto",
         max_new_tokens=min(config.max_new_tokens, 16),

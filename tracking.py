@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from checkpoint import METRICS_FILE, replace_file
+from checkpoint import METRICS_FILE
 from config import hide_home
 from errors import UserError, one_line
+from storage import replace_file, sync_open
 
 INIT_SECONDS = 15  # how long a start may wait for W&B to answer
 FINISH_SECONDS = 60  # how long an end may wait for the last numbers to be uploaded
+LINE_SECONDS = 0.5  # how long another process may take for a line of metrics.jsonl
 
 
 @dataclass(frozen=True)
@@ -203,30 +205,46 @@ def _hide_home(record: logging.LogRecord) -> bool:
 class MetricsLog:
     """``metrics.jsonl`` and the tracker together."""
 
-    def __init__(self, folder: Path, tracker: Tracker, resume_step: float = math.inf):
+    def __init__(self, folder: Path, tracker: Tracker, resume_step: float = math.inf, alone: bool = True):
         """Open the log of a run; a resumed one stands at optimizer step ``resume_step``.
 
         Lines of later steps, from before a kill, are dropped: the resumed run writes them again. Those of
         evaluations stay, since it does not.
+
+        Args:
+            alone: whether no other process writes into it. Else nothing is dropped: a line that is only half
+                there may be one that training is just writing, and in a new file it would miss the next.
         """
         self._tracker = tracker
         file = self._path = folder / METRICS_FILE
         try:
-            lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+            lines = file.read_bytes().splitlines(keepends=True) if alone and file.exists() else []
             kept = [line for line in lines if _is_kept(line, resume_step)]
             if len(kept) < len(lines):
                 replace_file(file, b"".join(kept))
-            self._file = file.open("a", encoding="utf-8")
+            self._file = file.open("a+b", buffering=0)  # each line in one piece, whoever else appends
+            if not alone:
+                self._end_line()
         except OSError as error:
             raise self._not_written(error) from None
+
+    def _end_line(self) -> None:
+        """Put what a kill cut in the middle on a line of its own; what is just being written ends by itself."""
+        until = time.monotonic() + LINE_SECONDS
+        while (size := self._file.seek(0, os.SEEK_END)) and os.pread(self._file.fileno(), 1, size - 1) != b"\n":
+            if time.monotonic() >= until:
+                self._file.write(b"\n")
+            time.sleep(0.01)
 
     def write(self, step: int, epoch: float, numbers: Mapping[str, float]) -> None:
         """Log ``numbers`` at ``step``; ``epoch`` counts passes over the training rows, with fractions."""
         line = {"step": step, "epoch": round(epoch, 6), "time": round(time.time(), 3), **numbers}
+        content = json.dumps(line).encode() + b"\n"
         try:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())  # a checkpoint that is on the disk has all lines before it there too
+            while content:  # a disk that fills up takes a part of it
+                content = content[self._file.write(content) :]
+            # A checkpoint that is on the disk has all lines before it there too.
+            sync_open(self._file.fileno(), self._path)
         except OSError as error:
             raise self._not_written(error) from None
         self._tracker.log(line)

@@ -57,7 +57,7 @@ from checkpoint import (
     check_disk_space,
     check_whole,
     read_description,
-    replace_file,
+    remove_state,
     save_checkpoint,
     set_damaged_aside,
 )
@@ -69,6 +69,7 @@ from pretrained import check_ids, check_positions, eos_token_ids, fetch, load_mo
 from progress import ProgressBar
 from resume import check_same_run, claimed, get_random_state, pack_state, set_random_state, unpack_state
 from scoring import correct_openai
+from storage import replace_file
 from tokenizer import Tokenizer
 from tracking import MetricsLog, RunPath, new_run, saved_run, start_tracker
 
@@ -161,6 +162,11 @@ def train(config: Config, run_folder: Path, resume_from: Path | None) -> None:
     if resume_from is not None:
         check_same_run(resume_from, config, data_hashes["train_sha256"])
     total_steps = config.epochs * training.steps_per_epoch
+    if resume_from is not None and not config.keep_state:
+        description = read_description(resume_from)
+        if description["step"] >= total_steps:
+            remove_state(run_folder, description)
+            return
 
     model = load_model(base, dtype, device)
     prompts = data.encode_prompts(tokenizer, held_out, config.prompt)  # of rows too long to train on as well
@@ -266,6 +272,11 @@ def train(config: Config, run_folder: Path, resume_from: Path | None) -> None:
                 name, saved = signal.Signals(stopped_by).name, f"saved in {run_folder / LAST}"
                 raise Stopped(stopped_by, f"{name} after step {step}, {saved}: type the same command to go on")
 
+    if not config.keep_state:
+        try:
+            remove_state(run_folder, read_description(run_folder / LAST))
+        except UserError as error:  # the run is none the worse
+            print(error)
     print(f"done: best validation loss {progress.best_loss:.6f}; next: {evaluation_command(run_folder / BEST)}")
 
 

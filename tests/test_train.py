@@ -20,6 +20,7 @@ import data
 import evaluate
 import perplexity
 import scoring
+import storage
 import train
 from data import Problem
 from model import forward_packed
@@ -540,15 +541,15 @@ def test_training_learns(settings: dict[str, str]) -> None:
 def test_a_full_disk_is_one_line_and_leaves_the_earlier_checkpoint(
     call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = checkpoint._sync
+    original = storage.sync_open
     calls = iter(range(10_000))
 
-    def sync(path: Path) -> None:
+    def sync(descriptor: int, path: Path) -> None:
         if next(calls) > 30:
             raise OSError(28, "No space left on device")
-        original(path)
+        original(descriptor, path)
 
-    monkeypatch.setattr(checkpoint, "_sync", sync)
+    monkeypatch.setattr(storage, "sync_open", sync)
     outcome = call(train, *flags(settings))
     outcome.assert_user_error("No space left on device", "earlier ones are intact")
     assert checkpoint.newest_intact(run_folder(settings)) is not None

@@ -1,0 +1,573 @@
+"""What a file system may lack, who may write where, and what a finished run leaves."""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import flags
+from test_checkpoint import flip_a_byte, run_folder, stopped, tree  # noqa: F401
+
+import checkpoint
+import evaluate
+import perplexity
+import storage
+import train
+from checkpoint import BEST, FINISHED_FILE, LAST, PREVIOUS
+from config import CONFIG_FILE
+
+ROOT = Path(train.__file__).parent
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EPERM)
+NO_RENAME = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_said", {})
+
+
+@contextmanager
+def held_by_another_process(folder: Path) -> Iterator[None]:
+    code = (
+        "import sys, pathlib, storage\n"
+        "with storage.locked(pathlib.Path(sys.argv[1]), 'held'):\n"
+        "    print('in', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "in\n"
+    yield
+    holder.kill()  # the lock goes with the process
+    holder.communicate()
+
+
+def fail(original: Callable[..., Any], number: int, is_meant: Callable[..., bool]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        if is_meant(*arguments):
+            raise OSError(number, os.strerror(number))
+        return original(*arguments)
+
+    return call
+
+
+def of_folder(descriptor: int, *_: Any) -> bool:
+    return os.path.isdir(f"/proc/self/fd/{descriptor}")
+
+
+# ---------------------------------------------------------------- locks
+
+
+def test_an_evaluation_into_a_folder_of_another_process_is_refused(
+    call, settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against 251 rows for 150 problems; and it is said before the model is loaded."""
+    out = tmp_path / "out"
+    arguments = ["--ckpt", settings["model"], *flags(settings), "--output", str(out)]
+    assert call(evaluate, *arguments, "--calculator", "true", "--samples", "2").code == 0
+    before = tree(out)
+    refusal = "another process is evaluating into it", "wait for it", "--output"
+    with monkeypatch.context() as patch, held_by_another_process(out):
+        patch.setattr(evaluate, "load_model", lambda *_: 1 / 0)
+        call(evaluate, *arguments).assert_user_error(str(out), *refusal)
+        call(evaluate, "--rescore", str(out / "predictions.jsonl")).assert_user_error(str(out), *refusal)
+        assert (
+            call(evaluate, "--rescore", str(out / "predictions.jsonl"), "--output", str(tmp_path / "other")).code == 0
+        )
+    for name, flag in (("calculator", ("--calculator", "true")), ("samples", ("--samples", "2"))):
+        with monkeypatch.context() as patch, held_by_another_process(out / name):
+            patch.setattr(evaluate, "load_model", lambda *_: 1 / 0)
+            call(evaluate, *arguments, *flag).assert_user_error(str(out / name), *refusal)
+            file = out / name / "predictions.jsonl"
+            call(evaluate, "--rescore", str(file)).assert_user_error(str(out / name), *refusal)
+    assert tree(out) == before
+    assert call(evaluate, *arguments).code == 0
+
+
+def test_a_refused_evaluation_leaves_no_folder(call, settings: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    arguments = ["--ckpt", settings["model"], *flags(settings | {"max_new_tokens": "5000"}), "--output", str(out)]
+    call(evaluate, *arguments, "--samples", "2").assert_user_error("1024 positions")
+    call(evaluate, "--rescore", str(tmp_path / "no" / "predictions.jsonl")).assert_user_error("can't be read")
+    assert not out.parent.exists() and not (tmp_path / "no").exists()
+    (tmp_path / "file").touch()
+    call(evaluate, "--rescore", str(tmp_path / "file" / "x")).assert_user_error("can't be read (Not a directory)")
+
+
+@pytest.mark.parametrize("number", [errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
+def test_where_a_folder_can_not_be_locked_a_file_in_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on NFS. The one that is refused, and the one that made the folder, leave nothing in it."""
+    monkeypatch.setattr(fcntl, "flock", fail(fcntl.flock, number, of_folder))
+    folder = tmp_path / "a" / "b"
+    with storage.locked(folder, "held") as is_held:
+        assert is_held and (folder / storage.LOCK_FILE).is_file()
+        with pytest.raises(storage.UserError, match="held"), storage.locked(folder, "held"):
+            pass
+        assert folder.exists()
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_where_nothing_can_be_locked_work_goes_on_and_it_is_said_once(
+    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", fail(fcntl.flock, number, lambda *_: True))
+    outcome = call(train, *flags(settings | {"epochs": "1"}))
+    assert outcome.code == 0 and outcome.out.count("this file system has no locks") == 1
+    storage._said.clear()
+    outcome = call(evaluate, "--ckpt", str(run_folder(settings) / BEST), "--samples", "2", "--limit", "3")
+    assert outcome.code == 0 and outcome.out.count("this file system has no locks") == 1
+
+
+def test_a_lock_is_of_the_folder_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against two processes of which one has locked a folder that the other has removed."""
+    original, folder, seen = fcntl.flock, tmp_path / "out", []
+
+    def flock(*arguments: Any) -> None:
+        if not seen:
+            seen.append(folder.stat().st_ino)
+            folder.rename(tmp_path / "removed")
+        original(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with storage.locked(folder, "held"):
+        monkeypatch.undo()
+        assert folder.stat().st_ino != seen[0]
+        with pytest.raises(storage.UserError, match="held"), storage.locked(folder, "held"):
+            pass
+
+
+def test_two_writers_of_one_small_file_do_not_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a traceback of the one whose staged file the other has renamed; and a kill leaves nothing."""
+    file, original = tmp_path / "scores.json", Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        monkeypatch.undo()
+        storage.replace_file(file, "the other's")  # just before
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    storage.replace_file(file, "mine")
+    assert file.read_text() == "mine" and [path.name for path in tmp_path.iterdir()] == ["scores.json"]
+    for name in (".scores.json.0123abcd.staged", ".mine.staged", ".last.staged"):
+        (tmp_path / name).touch()
+    with storage.locked(tmp_path, "held"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"scores.json", ".mine.staged", ".last.staged"}
+
+
+# ---------------------------------------------------------------- what two writers left
+
+
+def doubled(lines: list[bytes]) -> bytes:
+    return b"".join([*lines, lines[2], lines[0], lines[2].replace(b'"completion": "', b'"completion": "later')])
+
+
+def interleaved(lines: list[bytes]) -> bytes:
+    return b"".join([lines[0], lines[1][:40], lines[3], *lines[2:], lines[1][40:], b"\n", b"\x00" * 50 + b"\n"])
+
+
+def all_cut(lines: list[bytes]) -> bytes:
+    return lines[0][:20] + lines[1][:-20] + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("damage", "said", "kept"),
+    [
+        (doubled, "dropped 3 lines that stood there before,", 12),
+        (interleaved, "dropped 4 lines that can't be read,", 11),
+        (lambda lines: doubled(lines[:-1]) + lines[4][:9], "dropped 3 lines that stood there before,", 11),
+        (lambda lines: interleaved(lines) + lines[5], "1 line that stood there before and 4 lines that can't be", 11),
+        (lambda lines: b"".join(lines) + lines[3].replace(b'"id": ', b'"id": -', 1), "1 line that can't be read", 12),
+        (all_cut, "dropped 1 line that can't be read,", 0),
+    ],
+)
+def test_evaluating_again_mends_what_two_writers_left(
+    call, settings: dict[str, str], tmp_path: Path, damage, said: str, kept: int
+) -> None:
+    """Guards against two commands of which each names the other as the cure."""
+    arguments = ["--ckpt", settings["model"], *flags(settings), "--output", str(tmp_path), "--verify-batching", "0"]
+    assert call(evaluate, *arguments).code == 0
+    file = tmp_path / "predictions.jsonl"
+    whole, scores = file.read_bytes(), json.loads((tmp_path / "scores.json").read_bytes())
+    file.write_bytes(damage(sorted(whole.splitlines(keepends=True))))
+    (tmp_path / "scores.json").write_bytes(b'{"exact_')
+    assert call(evaluate, "--rescore", str(file)).code == 2
+    outcome = call(evaluate, *arguments)
+    assert outcome.code == 0, outcome.err
+    assert said in outcome.out and (f"going on: {kept} of 12" in outcome.out) == (kept > 0)
+    assert sorted(file.read_bytes().splitlines()) == sorted(whole.splitlines())
+    assert call(evaluate, "--rescore", str(file)).code == 0
+    again = json.loads((tmp_path / "scores.json").read_bytes())
+    assert again["num_correct"] == scores["num_correct"] and again["num_problems"] == 12
+    assert "dropped" not in call(evaluate, *arguments).out
+
+
+def test_doubled_samples_are_mended(call, settings: dict[str, str], tmp_path: Path) -> None:
+    arguments = ["--ckpt", settings["model"], *flags(settings), "--output", str(tmp_path), "--samples", "2"]
+    assert call(evaluate, *arguments).code == 0
+    file = tmp_path / "samples" / "predictions.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole + whole[: whole.index(b"\n") + 1])
+    assert "dropped 1 line that stood there before" in call(evaluate, *arguments).out
+    assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize("content", [b"precious\n", b"precious\nlines\n"])
+def test_what_is_not_of_this_evaluation_is_not_mended(
+    call, settings: dict[str, str], tmp_path: Path, content: bytes
+) -> None:
+    arguments = ["--ckpt", settings["model"], *flags(settings), "--output", str(tmp_path)]
+    assert call(evaluate, *arguments).code == 0
+    file = tmp_path / "predictions.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(content)
+    call(evaluate, *arguments).assert_user_error("is no predictions.jsonl of this program", "--output")
+    assert file.read_bytes() == content
+    file.write_bytes(doubled(whole.splitlines(keepends=True)))
+    before = tree(tmp_path)
+    other = [*arguments, "--prompt", "{question}"]
+    call(evaluate, *other).assert_user_error("belongs to another evaluation", "prompt was")
+    call(evaluate, *arguments, "--limit", "5").assert_user_error("holds 12 problems, with 5 asked for now")
+    assert tree(tmp_path) == before
+    (tmp_path / "evaluation.json").write_bytes(b"{")
+    call(evaluate, *arguments).assert_user_error("evaluation.json: is damaged", "choose another --output, or move")
+
+
+# ---------------------------------------------------------------- metrics.jsonl beside a run that trains
+
+
+def test_an_evaluation_only_appends_to_the_metrics_of_a_run_that_trains(
+    call,
+    settings: dict[str, str],
+    stopped: Path,  # noqa: F811
+) -> None:
+    """Guards against a line that is just being written, taken for a cut one: in a new file training's next are lost."""
+    file, best = stopped / "metrics.jsonl", str(stopped / BEST)
+    before = file.read_bytes() + b'{"step": 9, "train/lo'
+    file.write_bytes(before)
+    with file.open("ab") as training, held_by_another_process(stopped):
+        assert call(evaluate, "--ckpt", best).code == 0
+        training.write(b'{"step": 10}\n')
+    lines = file.read_bytes().removeprefix(before + b"\n").splitlines()
+    assert "eval/exact_match" in json.loads(lines[0]) and lines[1:] == [b'{"step": 10}']
+    assert call(evaluate, "--ckpt", best, "--split", "validation").code == 0  # nobody trains: it is mended
+    assert all(json.loads(line) for line in file.read_bytes().splitlines())
+    assert call(train, *flags(settings)).code == 0
+
+
+# ---------------------------------------------------------------- file systems without syncs or renames
+
+
+@pytest.mark.parametrize("number", NO_SYNC)
+def test_a_file_is_replaced_where_nothing_can_be_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, number: int
+) -> None:
+    monkeypatch.setattr(os, "fsync", fail(os.fsync, number, lambda *_: True))
+    for content in ("one", "two"):
+        storage.replace_file(tmp_path / "file", content)
+        assert (tmp_path / "file").read_text() == content
+    assert capsys.readouterr().out.count("this file system can't sync") == 1
+
+
+@pytest.mark.parametrize(("number", "what"), [(errno.EINVAL, "folders"), (errno.EINVAL, "all")])
+def test_where_nothing_can_be_synced_work_goes_on_and_it_is_said_once(
+    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, number: int, what: str
+) -> None:
+    """As on some CIFS and WSL mounts, and of the files under a run as well."""
+    is_meant = of_folder if what == "folders" else lambda *_: True
+    monkeypatch.setattr(os, "fsync", fail(os.fsync, number, is_meant))
+    outcome = call(train, *flags(settings | {"epochs": "1"}))
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("a power cut may lose what was just saved") == 1
+    if what == "all":
+        outcome = call(evaluate, "--ckpt", str(run_folder(settings) / BEST), "--limit", "2")
+        assert outcome.code == 0 and "power cut" not in outcome.out
+
+
+def test_a_folder_that_can_not_be_opened_is_not_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(os, "open", fail(os.open, errno.EACCES, lambda path, *_: Path(path).is_dir()))
+    storage.replace_file(tmp_path / "file", "content")
+    assert (tmp_path / "file").read_text() == "content"
+    assert f"{tmp_path}: this file system can't sync folders (Permission denied)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EROFS])
+def test_a_fault_of_the_disk_is_not_taken_for_what_it_lacks(
+    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(os, "fsync", fail(os.fsync, number, of_folder))
+    call(train, *flags(settings)).assert_user_error(os.strerror(number))
+
+
+@pytest.mark.parametrize("number", NO_RENAME)
+def test_a_folder_that_can_not_be_renamed_is_copied_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    (source / "sub").mkdir(parents=True)
+    (source / "sub" / "file").write_text("content")
+    (source / "manifest.json").write_text("{}")
+    (source / "link").symlink_to("nowhere")
+    os.mkfifo(source / "pipe")
+    before = tree(source)
+    monkeypatch.setattr(Path, "rename", fail(Path.rename, number, lambda *_: True))
+    storage.move(source, target, "manifest.json")
+    assert tree(target) == before and os.readlink(target / "link") == "nowhere" and not source.exists()
+
+
+def test_what_says_that_a_folder_is_whole_is_copied_last_and_removed_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a complete-looking copy of empty files after a loss of power; no kill would show it."""
+    source, target, synced = tmp_path / "source", tmp_path / "target", []
+    (source / "sub").mkdir(parents=True)
+    for name in ("a", "manifest.json", "sub/b", "z"):
+        (source / name).touch()
+    sync, rmtree = storage.sync_open, shutil.rmtree
+
+    def remove(folder: Path) -> None:
+        assert folder == source and {path.name for path in folder.iterdir()} == {"a", "sub", "z"}
+        rmtree(folder)
+
+    monkeypatch.setattr(storage, "sync_open", lambda number, path: (synced.append(path), sync(number, path)))
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    monkeypatch.setattr(Path, "rename", fail(Path.rename, errno.EXDEV, lambda *_: True))
+    storage.move(source, target, "manifest.json")
+    before = [target / "a", target / "sub" / "b", target / "z", target, target / "sub"]
+    assert synced[:5] == before and synced[5].name.startswith(".manifest.json.") and synced[6:] == [target, tmp_path]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_a_fault_is_not_taken_for_a_mount_without_renames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    (tmp_path / "source").mkdir()
+    monkeypatch.setattr(Path, "rename", fail(Path.rename, number, lambda *_: True))
+    with pytest.raises(OSError, match=os.strerror(number)):
+        storage.move(tmp_path / "source", tmp_path / "target", "manifest.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EPERM])
+def test_where_folders_can_not_be_renamed_they_are_copied(
+    call,
+    settings: dict[str, str],
+    stopped: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+) -> None:
+    """As on overlayfs. The run ends as any other, with a damaged last set aside whole."""
+    whole = settings | {"run_name": "whole"}
+    if number == errno.EXDEV:
+        flip_a_byte(stopped / LAST / "model.safetensors")
+        damaged = tree(stopped / LAST)
+    assert call(train, *flags(whole)).code == 0
+    monkeypatch.setattr(Path, "rename", fail(Path.rename, number, lambda self, *_: self.is_dir()))
+    outcome = call(train, *flags(settings))
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("they are copied into place") == 1
+    assert list(stopped.glob(".*")) == []
+    for name in (BEST, LAST, PREVIOUS):
+        assert checkpoint.fault_of(stopped / name) is None
+        for file in (stopped / name).glob("*.safetensors"):
+            assert file.read_bytes() == (run_folder(whole) / name / file.name).read_bytes()
+    if number == errno.EXDEV:
+        assert tree(stopped / "last.damaged") == damaged
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EACCES])
+def test_a_disk_that_fills_up_under_a_copy_leaves_what_was_whole(
+    stopped: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+) -> None:
+    before = tree(stopped / LAST)
+    shutil.copytree(stopped / LAST, staged := checkpoint._hidden(stopped / LAST, "staged"))
+    monkeypatch.setattr(Path, "rename", fail(Path.rename, errno.EXDEV, lambda *_: True))
+    monkeypatch.setattr(shutil, "copyfile", fail(shutil.copyfile, number, lambda file, _: "state" in Path(file).name))
+    with pytest.raises(OSError, match=os.strerror(number)):
+        checkpoint._put_in_place(staged, stopped / LAST)
+    assert tree(stopped / LAST) == before and not (stopped / PREVIOUS).exists()
+
+
+KILLS = """
+import errno, json, os, pathlib, shutil, sys
+
+import checkpoint, storage
+from checkpoint import BEST, FINISHED_FILE, LAST, MANIFEST_FILE, PREVIOUS, fault_of
+
+WATCHED = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.copyfile"}
+os.fsync = lambda _: None  # kills, not power cuts
+place, what, can_rename = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "rename"
+if not can_rename:
+    def rename(self, target):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+    pathlib.Path.rename = rename
+checkpoint._remover.submit = lambda call, *arguments: call(*arguments)  # no thread: processes are forked from here
+checkpoint._removals = type("Nothing", (list,), {"append": lambda *_: None})()
+
+def make(folder, step):
+    (folder / "sub").mkdir(parents=True)
+    for name in ("model.safetensors", "state-00001.safetensors", "sub/file"):
+        (folder / name).write_text(f"{name} of step {step}")
+    (folder / "training.json").write_text(json.dumps({"step": step}))
+    with checkpoint._Seal(folder) as seal:
+        seal.written()
+
+def act(run):
+    if what == "save":
+        checkpoint._put_in_place(checkpoint._hidden(run / LAST, "staged"), run / LAST)
+    else:
+        checkpoint.remove_state(run, {"step": 3})
+
+def step_of(folder):
+    return json.loads((folder / "training.json").read_text())["step"]
+
+def check(run, number):
+    with storage.locked(run, "held"):  # as every start does
+        pass
+    whole = [name for name in (LAST, PREVIOUS, ".last.staged") if fault_of(run / name) is None]
+    if what == "save":
+        assert whole, f"nothing is whole after a kill at {number}"
+        assert checkpoint.newest_intact(run) == run / LAST and fault_of(run / LAST) is None
+        assert (step_of(run / LAST), step_of(run / PREVIOUS)) == (3, 2), number
+    else:
+        assert fault_of(run / BEST) is None
+        assert LAST in whole or (run / FINISHED_FILE).is_file(), f"neither finished nor to be resumed at {number}"
+        if (start := checkpoint.newest_intact(run)):
+            assert start == run / LAST and fault_of(start) is None, number
+            checkpoint.remove_state(run, {"step": 3})
+        assert not (run / LAST).exists() and not (run / PREVIOUS).exists(), number
+    assert not list(run.glob(".*")), (number, list(run.glob(".*")))
+
+number, killed = 0, True
+while killed:
+    run = place / str(number)
+    names = {PREVIOUS: 1, LAST: 2, ".last.staged": 3, BEST: 2} if what == "save" else {PREVIOUS: 2, LAST: 3, BEST: 2}
+    for name, step in names.items():
+        make(run / name, step)
+    if not (process := os.fork()):
+        left = iter(range(number))
+        def audit(event, arguments):
+            if event in WATCHED and next(left, None) is None:
+                os._exit(9)
+        sys.stdout.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.addaudithook(audit)
+        act(run)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    assert code in (0, 9), code
+    killed = code == 9
+    check(run, number)
+    shutil.rmtree(run)
+    number += 1
+print("kills:", number - 1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "how", "kills"), [("save", "copy", 60), ("remove", "copy", 20), ("remove", "rename", 20)]
+)
+def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(
+    tmp_path: Path, what: str, how: str, kills: int
+) -> None:
+    """Of a save on a mount without renames, and of the removal of a finished run's state."""
+    result = subprocess.run(
+        [sys.executable, "-c", KILLS, str(tmp_path), what, how], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert int(result.stdout.split("kills:")[1]) >= kills
+
+
+# ---------------------------------------------------------------- keep_state
+
+
+def test_a_finished_run_gives_its_state_back_when_asked(call, settings: dict[str, str]) -> None:
+    """Not before it is finished, not by default; and the same command again never trains anew."""
+    folder = run_folder(settings)
+    outcome = call(train, *flags(settings | {"keep_state": "false"}))
+    assert outcome.code == 0 and "removed: " in outcome.out
+    assert {path.name for path in folder.iterdir()} == {BEST, "config.yaml", "metrics.jsonl", FINISHED_FILE}
+    description = checkpoint.read_description(folder, FINISHED_FILE)
+    assert description["step"] == 14 and "state" not in description
+    source = checkpoint.resolve_source(str(folder / BEST), CONFIG_FILE, {})
+    assert evaluate.newest_description(source) == description != source.description
+    before = tree(folder)
+    for again in (("--resume", "auto"), ("--resume", "never"), ("--keep_state", "false"), ("--seed", "7")):
+        call(train, *flags(settings), *again).assert_user_error("this run is finished", "--run_name")
+    assert tree(folder) == before
+    assert call(perplexity, "--ckpt", str(folder / BEST), "--limit", "2").code == 0
+    assert call(evaluate, "--ckpt", str(folder / BEST)).code == 0
+    assert "eval/exact_match" in (folder / "metrics.jsonl").read_text()
+
+
+def test_the_state_of_a_run_that_finished_with_it_is_removed_later(call, settings: dict[str, str]) -> None:
+    folder = run_folder(settings)
+    assert call(train, *flags(settings)).code == 0
+    (folder / "last.damaged").mkdir()
+    before = tree(folder)
+    call(train, *flags(settings)).assert_user_error("this run is finished")
+    assert tree(folder) == before
+    outcome = call(train, *flags(settings | {"keep_state": "false"}))
+    assert outcome.code == 0 and f"removed: {folder / LAST} and {folder / PREVIOUS}" in outcome.out
+    gone = {name for name in before if name.startswith((f"{LAST}/", f"{PREVIOUS}/"))}
+    assert tree(folder).keys() == before.keys() - gone | {FINISHED_FILE}
+    assert (folder / "last.damaged").exists()
+
+
+@pytest.mark.parametrize("lost", ["damaged", "gone"])
+def test_the_state_stays_where_best_is_not_whole(
+    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    folder, original = run_folder(settings), train.remove_state
+
+    def remove_state(*arguments: Any) -> None:
+        flip_a_byte(folder / BEST / "model.safetensors") if lost == "damaged" else shutil.rmtree(folder / BEST)
+        original(*arguments)
+
+    monkeypatch.setattr(train, "remove_state", remove_state)
+    outcome = call(train, *flags(settings | {"keep_state": "false"}))
+    assert outcome.code == 0 and f"{folder / BEST}: is damaged or gone" in outcome.out
+    monkeypatch.undo()
+    for name in (LAST, PREVIOUS):
+        assert checkpoint.fault_of(folder / name) is None
+    before = tree(folder)
+    call(train, *flags(settings | {"keep_state": "false"})).assert_user_error("best: is damaged or gone", "not removed")
+    assert tree(folder) == before
+
+
+def test_a_run_that_is_not_finished_keeps_its_state(
+    call,
+    settings: dict[str, str],
+    stopped: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And a setting that is newer than the checkpoint is not said to have changed."""
+    for name in (LAST, PREVIOUS):
+        description = checkpoint.read_description(stopped / name)
+        del description["settings"]["keep_state"]
+        (stopped / name / "training.json").write_text(json.dumps(description))
+        (stopped / name / "manifest.json").unlink()
+        with checkpoint._Seal(stopped / name) as seal:
+            seal.written()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "accumulate", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            call(train, *flags(settings | {"keep_state": "false"}))
+    assert checkpoint.fault_of(stopped / LAST) is None and not (stopped / FINISHED_FILE).exists()
+    outcome = call(train, *flags(settings | {"keep_state": "false"}))
+    assert outcome.code == 0 and "keep_state was" not in outcome.out
+    assert not (stopped / LAST).exists() and checkpoint.fault_of(stopped / BEST) is None
