@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 
 .PHONY: demo test lint
 
@@ -8,7 +9,7 @@ demo: $(VENV)/installed  ## the whole job in miniature, on the CPU
 	$(BIN)/python demo.py
 
 test: $(VENV)/installed  ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(VENV)/installed  ## ruff: rules and format
 	$(BIN)/ruff check .

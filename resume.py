@@ -20,7 +20,7 @@ from checkpoint import (
     read_description,
     wait_for_removals,
 )
-from config import KEYS, Config
+from config import KEYS, PLACES, Config, is_same_place, local_path
 from errors import UserError, one_line
 from storage import locked, replace_file
 
@@ -173,8 +173,12 @@ def check_same_run(folder: Path, config: Config, data_sha256: str) -> None:
     free = FREE_SETTINGS
     if config.lr_schedule == "constant" and config.warmup_ratio == 0:  # no rate depends on the number of steps
         free |= {"epochs"}
-    # A setting that is newer than the checkpoint was none when it was saved.
+    free |= {"dataset"}  # its rows say which one it is
+    if has_moved(str(before.get("model")), config.model):
+        free |= {"model"}
+    # A setting that is newer than the checkpoint was none when it was saved; an older version saved relative folders.
     known = [key for key in KEYS if key in before]
+    known = [key for key in known if key not in PLACES or not is_same_place(str(before[key]), now[key])]
     others = {key: f"{key} was {before[key]!r} and is {now[key]!r}" for key in known if before[key] != now[key]}
     changed = [what for key, what in others.items() if key not in free]
     if description["data"].get("train_sha256") != data_sha256:
@@ -186,3 +190,12 @@ def check_same_run(folder: Path, config: Config, data_sha256: str) -> None:
         )
     if others:
         print(f"resuming: {'; '.join(others.values())}")
+
+
+def has_moved(before: str, now: str) -> bool:
+    """Whether a folder is not where it was, and one of its name is where it is now.
+
+    That is enough for the base model: a run that goes on reads nothing more of it.
+    """
+    old, new = local_path(before), local_path(now)
+    return old.is_absolute() and not old.exists() and new.is_dir() and old.name == new.name

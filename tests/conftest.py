@@ -11,6 +11,8 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the tests need no network, and must not reach for it
 os.environ["WANDB_MODE"] = "disabled"
+# Models so small compute longer with a second thread than without, and two processes test side by side.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -554,8 +554,9 @@ def test_make_says_which_python_it_needs(
     if version:
         fake.write_text(FAKE.format(version=version, ensurepip=ensurepip))
         fake.chmod(0o755)
+    alone = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
     result = subprocess.run(
-        ["make", target, f"PYTHON={fake}"], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+        ["make", target, f"PYTHON={fake}"], cwd=tmp_path, env=alone, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 2 and result.stdout == "", result
     line = result.stderr.splitlines()[0]
