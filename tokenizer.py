@@ -211,19 +211,37 @@ class Tokenizer:
             backend = convert_sentencepiece(proto)
         except Exception as error:  # tokenizers has no type of its own
             raise UserError(self._refusal(one_line(error)[:160])) from None
-        added = {token: (index, {}) for token, index in self._read_json(ADDED_TOKENS_FILE).items()}
-        for index, said in self._config.get("added_tokens_decoder", {}).items():
-            added[said["content"]] = (int(index), said)
-        for token, (index, said) in sorted(added.items(), key=lambda entry: entry[1][0]):
-            flags = {key: said[key] for key in ("single_word", "lstrip", "rstrip", "normalized") if key in said}
-            kind = AddedToken(token, special=said.get("special", True), **flags)
-            backend.add_special_tokens([kind]) if kind.special else backend.add_tokens([kind])
-            if backend.token_to_id(token) != index:
+        for token, index in self._added_tokens():
+            backend.add_special_tokens([token]) if token.special else backend.add_tokens([token])
+            if backend.token_to_id(token.content) != index:
                 raise UserError(
-                    f"model {self.name}: its added token {token!r} has the id {index}, and is number "
-                    f"{backend.token_to_id(token)} of its {SENTENCEPIECE_FILE}: copy its tokenizer files anew"
+                    f"model {self.name}: its added token {token.content!r} has the id {index}, and is number "
+                    f"{backend.token_to_id(token.content)} of its {SENTENCEPIECE_FILE}: copy its tokenizer files anew"
                 )
         return backend
+
+    def _added_tokens(self) -> list[tuple[AddedToken, int]]:
+        """What other files add to a tokenizer.model, with the ids, in their order."""
+        said: dict[int, dict[str, Any]] = {}
+        name = ADDED_TOKENS_FILE
+        try:
+            said |= {int(index): {"content": token} for token, index in self._read_json(name).items()}
+            name = CONFIG_FILE
+            said |= {int(index): flags for index, flags in self._config.get("added_tokens_decoder", {}).items()}
+            kinds = ("single_word", "lstrip", "rstrip", "normalized")
+            return [
+                (
+                    AddedToken(
+                        flags["content"],
+                        special=flags.get("special", True),
+                        **{kind: flags[kind] for kind in kinds if kind in flags},
+                    ),
+                    index,
+                )
+                for index, flags in sorted(said.items())
+            ]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise self._damaged(name, error) from None
 
     def _add_borders(self) -> None:
         """Let a converted tokenizer put BOS before a text, as other programs that call it expect of Llama's."""

@@ -25,9 +25,10 @@ def assert_boundary(folder: Path, problems: Sequence[Problem], prompt: str) -> N
     prompts = data.encode_prompts(tokenizer, problems, prompt)
     examples = data.encode(tokenizer, problems, prompt)
     separator = data.answer_separator(prompt)
-    for problem, prompt_ids, example in zip(problems, prompts, examples, strict=True):
-        text = prompt.replace("{question}", problem.question)
-        joint, alone = reference.encode(text + separator + problem.answer), reference.encode(text)
+    texts = [prompt.replace("{question}", problem.question) for problem in problems]
+    whole = [text + separator + problem.answer for text, problem in zip(texts, problems, strict=True)]
+    theirs = zip(reference.encode(texts), reference.encode(whole), strict=True)
+    for problem, prompt_ids, example, (alone, joint) in zip(problems, prompts, examples, theirs, strict=True):
         assert prompt_ids == [tokenizer.bos_token_id, *alone]
         assert example.input_ids == [tokenizer.bos_token_id, *joint, tokenizer.eos_token_id]
         assert example.input_ids[: len(prompt_ids)] == prompt_ids
@@ -45,12 +46,13 @@ def test_boundary_of_fixture_rows(tokenizer_folder: Path, problems: list[Problem
     assert_boundary(tokenizer_folder, [p for p in problems if not (prompt[-1] == "\n" and p.answer[0] == " ")], prompt)
 
 
-def test_boundary_of_all_real_rows() -> None:
+@pytest.mark.parametrize("layout", ["TOKENIZER_DIR", "TOKENIZER_HUB_DIR"])
+def test_boundary_of_all_real_rows(layout: str) -> None:
     folder = real_folder("GSM8K_DIR")
-    tokenizer = load_tokenizer(real_folder("TOKENIZER_DIR"))
+    tokenizer = load_tokenizer(real_folder(layout))
     train, test = (data.load_problems(str(folder), split) for split in ("train", "test"))
     assert (len(train), len(test)) == (7473, 1319)
-    assert_boundary(real_folder("TOKENIZER_DIR"), train + test, PROMPT)
+    assert_boundary(real_folder(layout), train + test, PROMPT)
     assert max(len(example.input_ids) for example in data.encode(tokenizer, train + test, PROMPT)) == 577
 
 

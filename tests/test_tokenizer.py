@@ -426,6 +426,25 @@ def test_damaged_tokenizer_files_are_named(tmp_path: Path, model_folder: Path) -
             load_tokenizer(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"420": {}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "<pad>"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"420": {"content": 7}}}),
+        ("added_tokens.json", {"<pad>": "many"}),
+    ],
+)
+def test_added_tokens_of_any_form_are_read_or_refused(
+    tmp_path: Path, tokenizer_folder: Path, name: str, content: object
+) -> None:
+    shutil.copytree(tokenizer_folder, folder := tmp_path / "added")
+    (folder / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"its tokenizer can't be read \({name}: "):
+        load_tokenizer(folder)
+
+
 def test_a_tiktoken_file_beside_a_tokenizer_json_is_passed_over(tmp_path: Path, corpus: list[str]) -> None:
     """Mirrors of Llama-3 hold one, by SentencePiece's name."""
     folder = byte_level(tmp_path / "three", corpus)
