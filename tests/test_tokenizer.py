@@ -164,6 +164,22 @@ def test_a_tokenizer_json_has_its_own_ids(tmp_path: Path, corpus: list[str], kin
     assert AutoTokenizer.from_pretrained(tmp_path / "saved")(texts(100), add_special_tokens=False).input_ids == wanted
 
 
+def test_rules_of_a_tokenizer_json_outlive_its_class(tmp_path: Path, model_folder: Path) -> None:
+    """Transformers' LlamaTokenizer takes vocabulary and merges from it, and leaves its other rules out."""
+    shutil.copytree(model_folder, folder := tmp_path / "ruled")
+    (folder / "tokenizer.model").unlink()
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    backend.pre_tokenizer = pre_tokenizers.Punctuation()
+    backend.save(str(folder / "tokenizer.json"))
+    some = [f"x{text}".replace("</s>", "").replace("<unk>", "") for text in texts(100)]
+    wanted = [backend.encode(text, add_special_tokens=False).ids for text in some]
+    assert AutoTokenizer.from_pretrained(folder)(some, add_special_tokens=False).input_ids != wanted
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.ids_of(some) == wanted
+    tokenizer.save(folder)
+    assert AutoTokenizer.from_pretrained(folder)(some, add_special_tokens=False).input_ids == wanted
+
+
 def sort_merges(folder: Path) -> None:
     def sort(content: dict) -> None:
         merges = content["model"]["merges"]
@@ -293,6 +309,15 @@ def test_a_tokenizer_that_loses_text_is_refused(
     call(perplexity, *rows, "--split", "train").assert_user_error(words)
     if damage is not text_is_special:  # no question that evaluate.py reads here holds one
         call(evaluate, *rows).assert_user_error(words)
+
+
+def test_text_never_becomes_a_special_token(tmp_path: Path, corpus: list[str]) -> None:
+    """Where it does, the text is not lost, and the sequence ends in its middle."""
+    folder = byte_level(tmp_path / "bytes", corpus)
+    assert load_tokenizer(folder).encode(["a <|end_of_text|> b"])
+    edit(folder / "tokenizer.json", lambda content: content["added_tokens"][1].update(special=False))
+    with pytest.raises(UserError, match="loses text"):
+        load_tokenizer(folder).encode(["a <|end_of_text|> b"])
 
 
 def test_blanks_and_peculiar_signs_are_no_loss(tokenizer: Tokenizer, problems: list[Problem]) -> None:
