@@ -67,6 +67,7 @@ class Tokenizer:
         self._files = dict(files)
         self._vocabulary = VOCABULARY_FILE if VOCABULARY_FILE in files else SENTENCEPIECE_FILE
         self._exportable = False
+        self._keep_ids = keep_ids
         self._config = self._read_json(CONFIG_FILE)
         self._reference = self._load_sentencepiece() if SENTENCEPIECE_FILE in files else None
         if VOCABULARY_FILE in files:
@@ -84,7 +85,7 @@ class Tokenizer:
             setattr(self, f"{token}_token_id", self._special_id(f"{token}_token"))
         if self._vocabulary == SENTENCEPIECE_FILE:
             self._add_borders()
-        self._check_files_agree(keep_ids)
+        self._check_files_agree()
 
     def __len__(self) -> int:
         """How many tokens there are; ids are below that, unless the vocabulary has gaps."""
@@ -105,8 +106,7 @@ class Tokenizer:
                     f"model {self.name}: its tokenizer loses text: {_first_difference(text, decoded)}; use the "
                     "tokenizer files that the model was made with, all of them"
                 )
-        if difference := self._disagreement(texts, ids):
-            raise UserError(self._refusal(difference))
+        self._refuse_or_keep(self._disagreement(texts, ids))
         return ids
 
     def ids_of(self, texts: Sequence[str]) -> list[list[int]]:
@@ -168,10 +168,10 @@ class Tokenizer:
         if self._reference is not None:
             index = getattr(self._reference, f"{token.removesuffix('_token')}_id")()
             defaults[token] = self._reference.id_to_piece(index) if index >= 0 else None
-        content, said_by = defaults[token], "its vocabulary"
-        for name, said in ((SPECIAL_TOKENS_FILE, self._read_json(SPECIAL_TOKENS_FILE)), (CONFIG_FILE, self._config)):
-            if token in said:
-                content, said_by = said[token], f"its {name}"
+        files = ((CONFIG_FILE, self._config), (SPECIAL_TOKENS_FILE, self._read_json(SPECIAL_TOKENS_FILE)))
+        said = [(content[token], f"its {name}") for name, content in files if token in content]
+        said.sort(key=lambda one: one[0] is None)  # null is for what the other file does not say either
+        content, said_by = said[0] if said else (defaults[token], "its vocabulary")
         if isinstance(content, dict):
             content = content.get("content")
         if content == "":
@@ -255,7 +255,7 @@ class Tokenizer:
             special_tokens=tokens,
         )
 
-    def _check_files_agree(self, keep_ids: bool) -> None:
+    def _check_files_agree(self) -> None:
         """Compare what tokenizers makes of its file with what SentencePiece makes of its own."""
         if self._reference is None:
             return
@@ -272,9 +272,12 @@ class Tokenizer:
         else:
             texts = [*PROBES, *_probes_of(pieces)]
             difference = self._disagreement(texts, self.ids_of(texts))
-        if difference and keep_ids:
+        self._refuse_or_keep(difference)
+
+    def _refuse_or_keep(self, difference: str) -> None:
+        if difference and self._keep_ids:
             print(f"model {self.name}: was trained on other ids than its {SENTENCEPIECE_FILE} gives; they are kept")
-            self._reference = None
+            self._reference = None  # said once
         elif difference:
             raise UserError(self._refusal(difference))
 

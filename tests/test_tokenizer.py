@@ -340,6 +340,7 @@ def test_blanks_are_not_cleaned_up(tmp_path: Path, corpus: list[str]) -> None:
         ({"bos_token": ""}, 'has an empty bos_token, as LLaMA-1\'s first copies have: write .* "bos_token": "<s>"'),
         ({"eos_token": {"content": ""}}, "has an empty eos_token"),
         ({"unk_token": ""}, "has an empty unk_token"),
+        ({"bos_token": ["<s>"]}, "says .*, which it does not hold"),
         ({"bos_token": None}, r"its tokenizer has no bos_token \(there is none\)"),
         ({"eos_token": "<end>"}, r"has no eos_token \(its tokenizer_config.json says '<end>', which it does not hold"),
     ],
