@@ -8,6 +8,7 @@ once it is finished, the last two can be removed.
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 from safetensors import SafetensorError
 
-from config import KEYS, PLACES, Config, load_config, local_path, make_config, read_settings
+from config import KEYS, PLACES, Config, load_config, local_path, make_config, read_settings, with_tilde
 from errors import UserError, one_line
 from storage import is_no_rename, move, remove, replace_file, sync
 
@@ -105,6 +106,8 @@ def write_both_spellings(file: Path) -> None:
         scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
         content["rope_theta"] = rope["rope_theta"]
         content["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else scaling
+        if rope.get("rope_type") == "longrope" and "original_max_position_embeddings" in rope:
+            content["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -424,6 +427,7 @@ class Source:
         description: its ``training.json``; None for a model that is no checkpoint of ours.
         run_folder: the run that it belongs to; None also where the checkpoint was copied out of it.
         manifest: the content of its ``manifest.json``.
+        typed: the settings that were given as flags.
     """
 
     path: str
@@ -431,6 +435,19 @@ class Source:
     description: dict[str, Any] | None = None
     run_folder: Path | None = None
     manifest: bytes | None = None
+    typed: frozenset[str] = frozenset()
+
+    def check_rows(self, split: str, sha256: str) -> None:
+        """Raises UserError where the rows of ``split`` are others than the run's, and no flag asks for others.
+
+        So a hub id that has become a folder's name, or a folder that holds something else by now, is noticed.
+        """
+        known = {} if self.description is None else self.description["data"]
+        if known.get(f"{split}_sha256", sha256) != sha256 and not self.typed & {"dataset", "validation_size", "seed"}:
+            raise UserError(
+                f"{self.path}: the {split} rows of dataset {self.config.dataset!r} are not those that this run knew: "
+                "name its own data set with --dataset, or this one, to take these rows nevertheless"
+            )
 
     def check_unchanged(self) -> None:
         """Raises UserError where training has saved another checkpoint in its place since it was found."""
@@ -438,23 +455,35 @@ class Source:
             raise UserError(f"{self.path}: training has just saved another one in its place: start again")
 
 
-def _places_of_an_older_version(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Where the relative folders of a run are that was saved before they were made absolute.
+def saved_settings(folder: Path, description: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a checkpoint of ours, its folders as absolute paths.
 
-    They were relative to the folder in which it was started, which is known where its output_dir was
-    relative, too.
+    An older version saved them relative to the folder in which the run was started, which is known
+    where its output_dir was relative, too. Where it is not known, model or data set are left out.
     """
+    settings = dict(description["settings"])
+    if not is_of_an_older_version(description):
+        return settings
     run = local_path(str(settings.get("output_dir"))) / str(settings.get("run_name"))
-    run_folder = folder.resolve().parent
-    if run.is_absolute() or run_folder.parts[-len(run.parts) :] != run.parts:
-        return {}
-    start = Path(*run_folder.parts[: -len(run.parts)])
-    relative = {key: local_path(str(settings[key])) for key in PLACES if key in settings}
-    return {
-        key: str(start / place)
-        for key, place in relative.items()
-        if not place.is_absolute() and (start / place).is_dir()
-    }
+    parents = [Path(os.path.abspath(folder)).parent, folder.resolve().parent]
+    starts = [
+        Path(*parent.parts[: -len(run.parts)])
+        for parent in parents
+        if not run.is_absolute() and parent.parts[-len(run.parts) :] == run.parts
+    ]
+    for key in [key for key in PLACES if key in settings]:
+        place = local_path(str(settings[key]))
+        if not place.is_absolute():
+            found = [str(start / place) for start in starts if (start / place).is_dir()]
+            settings |= {key: with_tilde(found[0])} if found else {}
+            if not found:
+                del settings[key]
+    return settings
+
+
+def is_of_an_older_version(description: Mapping[str, Any]) -> bool:
+    """Whether it was saved before folders were made absolute, and ids compared with SentencePiece's."""
+    return "tokenizer" not in description
 
 
 def _read_manifest(folder: Path) -> bytes | None:
@@ -487,10 +516,10 @@ def resolve_source(ckpt: str | None, config_file: Path, typed: Mapping[str, str]
     description = read_description(folder)
     # A setting that is newer than the checkpoint has its value from the file.
     known = {key: value for key, value in description["settings"].items() if key in KEYS}
-    known |= _places_of_an_older_version(folder, known)
+    known |= {key: value for key, value in saved_settings(folder, description).items() if key in PLACES}
     values = read_settings(config_file)[0] | known | dict(typed)
     config = make_config(values, f"{folder / DESCRIPTION_FILE} and command line")
     print(f"settings: those of {folder / DESCRIPTION_FILE}" + (f", but {', '.join(typed)} as typed" if typed else ""))
     parent = folder.resolve().parent
     run_folder = parent if (parent / METRICS_FILE).is_file() else None
-    return Source(str(folder), config, description, run_folder, manifest)
+    return Source(str(folder), config, description, run_folder, manifest, frozenset(typed))

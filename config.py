@@ -117,7 +117,7 @@ def make_config(values: Mapping[str, Any], source: str) -> Config:
             continue
         value = None if values[key] == "null" else values[key]
         if key in _PATHS and isinstance(value, str):
-            value = hide_home(value)
+            value = with_tilde(value)
         try:
             parsed[key] = TypeAdapter(_TYPES[key], config=ConfigDict(allow_inf_nan=False)).validate_python(value)
         except ValidationError as error:
@@ -288,35 +288,58 @@ def local_path(text: str) -> Path:
 
 
 def anchored(config: Config, saved: Mapping[str, Any] | None = None) -> Config:
-    """``config`` with the folders of model and data set as absolute paths.
+    """``config`` with the folders of model and data set as absolute paths, free of symbolic links.
 
     What is a folder now is that folder wherever the run's next command is typed, and never a hub id
     of the same letters.
 
     Args:
-        saved: the settings of the run that is gone on with: where no such folder is here, the one
-            that it had is meant.
+        saved: the settings of the run that is gone on with. What was the hub's there stays the hub's;
+            where no such folder is here, the one that it had is meant.
     """
     places: dict[str, str] = {}
     for key in PLACES:
-        typed = local_path(getattr(config, key))
-        if typed.is_dir():
-            places[key] = hide_home(str(typed.absolute()))
-        elif saved is not None and is_same_place(getattr(config, key), str(saved.get(key))):
-            places[key] = str(saved[key])
+        typed, before = getattr(config, key), None if saved is None else saved.get(key)
+        if typed == before:
+            continue
+        if local_path(typed).is_dir():
+            places[key] = _absolute(key, typed)
+        elif before is not None and is_same_place(typed, before):
+            places[key] = before
     return replace(config, **places)
 
 
-def is_same_place(typed: str, saved: str) -> bool:
+def _absolute(key: str, typed: str) -> str:
+    absolute = os.path.realpath(local_path(typed))
+    try:
+        return with_tilde(_check_text(absolute))
+    except ValueError as error:
+        print(f"{key} {typed!r} stays relative to this folder, whose own path {error}")
+        return typed
+
+
+def is_same_place(relative: str, absolute: str) -> bool:
     """Whether a relative path is the end of the absolute one that it was once turned into."""
-    short, long = local_path(typed), local_path(saved)
+    short, long = local_path(relative), local_path(absolute)
     return not short.is_absolute() and long.is_absolute() and long.parts[-len(short.parts) :] == short.parts
 
 
-def hide_home(text: str) -> str:
-    """``text`` with ``~`` for the user's home, which is nobody's business; `local_path` takes it back from a path."""
+def with_tilde(path: str) -> str:
+    """A path with ``~`` for the user's home, if it lies in there; `local_path` takes it back."""
+    for home in _homes():
+        if path == home or path.startswith(f"{home}/"):
+            return f"~{path[len(home) :]}"
+    return path
+
+
+def _homes() -> set[str]:
     home = os.path.expanduser("~").rstrip("/")
-    for name in {home, os.path.realpath(home)} - {"", "/", "~"}:
+    return {home, os.path.realpath(home)} - {"", "/", "~"}
+
+
+def hide_home(text: str) -> str:
+    """``text`` with ``~`` for the user's home, which is nobody's business."""
+    for name in _homes():
         text = re.sub(rf"(?<![\w.~-]){re.escape(name)}(?![\w.-])", "~", text)
     return text
 

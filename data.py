@@ -338,7 +338,8 @@ def answer_separator(prompt: str) -> str:
 def encode_prompts(tokenizer: "Tokenizer", problems: Sequence[Problem], prompt: str) -> list[list[int]]:
     """Token ids of BOS and prompt for each problem, as the model reads them in training and decoding."""
     texts = [prompt.replace("{question}", problem.question) for problem in problems]
-    return [[tokenizer.bos_token_id, *ids] for ids in tokenizer.encode(texts)]
+    lines = [problem.line for problem in problems]
+    return [[tokenizer.bos_token_id, *ids] for ids in tokenizer.encode(texts, lines)]
 
 
 def encode(tokenizer: "Tokenizer", problems: Sequence[Problem], prompt: str) -> list[Example]:
@@ -353,8 +354,9 @@ def encode(tokenizer: "Tokenizer", problems: Sequence[Problem], prompt: str) -> 
     beginnings = [prompt.replace("{question}", problem.question) for problem in problems]
     prompts = [[tokenizer.bos_token_id, *ids] for ids in tokenizer.ids_of(beginnings)]
     texts = [f"{text}{separator}{problem.answer}" for text, problem in zip(beginnings, problems, strict=True)]
+    lines = [problem.line for problem in problems]
     examples = []
-    for problem, prompt_ids, joint in zip(problems, prompts, tokenizer.encode(texts), strict=True):
+    for problem, prompt_ids, joint in zip(problems, prompts, tokenizer.encode(texts, lines), strict=True):
         input_ids = [tokenizer.bos_token_id, *joint, tokenizer.eos_token_id]
         if input_ids[: len(prompt_ids)] != prompt_ids:
             raise UserError(

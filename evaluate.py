@@ -151,6 +151,7 @@ def evaluate(arguments: argparse.Namespace, source: Source, output: Path) -> Non
     tokenizer = load_tokenizer(folder)
     calculator = ForcedResults(tokenizer) if config.calculator else None
     all_problems = data.load_split(config.dataset, arguments.split, config.validation_size, config.seed)
+    source.check_rows(arguments.split, data.fingerprint(all_problems))
     problems = all_problems[: arguments.limit]
     prompts = data.encode_prompts(tokenizer, problems, config.prompt)
     model = load_model(folder, getattr(torch, config.dtype), pick_device())
@@ -255,7 +256,7 @@ def identify(
     return {
         "checkpoint": hide_home(source.path),
         "weights": weights,
-        "tokenizer": " ".join(tokenizer.describe().values()),
+        "tokenizer": tokenizer.identity,
         "split": split,
         "data_sha256": data.fingerprint(problems),
         "prompt": config.prompt,

@@ -186,6 +186,8 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
     folder = fetch(source.path)
     tokenizer = load_tokenizer(folder)
     problems = data.load_split(config.dataset, arguments.split, config.validation_size, config.seed)
+    if arguments.split != "train":  # of which a run knows the hash with the validation rows among them
+        source.check_rows(arguments.split, data.fingerprint(problems))
     examples = data.encode(tokenizer, problems[: arguments.limit], config.prompt)
     examples = data.leave_out_long(examples, config.max_length, arguments.split)
     model = load_model(folder, getattr(torch, config.dtype), device)

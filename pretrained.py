@@ -14,9 +14,16 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from safetensors import safe_open
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from checkpoint import DESCRIPTION_FILE, STATE_FILES, hash_file, read_description, verified_hashes
+from checkpoint import (
+    DESCRIPTION_FILE,
+    STATE_FILES,
+    hash_file,
+    is_of_an_older_version,
+    read_description,
+    verified_hashes,
+)
 from config import local_path
-from data import is_hub_id
+from data import LFS_POINTER, is_hub_id
 from errors import UserError, cause_of, one_line
 from linear import use_fast_products
 from tokenizer import FILES, Tokenizer, made_without_scores, read_files
@@ -96,14 +103,27 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         files = read_files(folder)
     except OSError as error:
         raise UserError(f"model {folder}: its tokenizer can't be read ({error.strerror}): copy it anew") from None
+    for name, content in files.items():
+        _refuse_pointer(folder / name, content)
     description = read_description(folder) if (folder / DESCRIPTION_FILE).is_file() else None
     tokenizer = Tokenizer(files, str(folder), keep_ids=description is not None)
-    if description is not None and "tokenizer" not in description and made_without_scores(files):
+    if description is None or tokenizer.other_ids:
+        return tokenizer
+    older = is_of_an_older_version(description) and made_without_scores(files)
+    if older or description.get("tokenizer", {}).get("other_ids"):
+        tokenizer.other_ids = True
         print(
             f"model {folder}: was trained, by an older version, on ids that may not be SentencePiece's (it passed over "
             "the scores in its base's tokenizer.model); they are kept"
         )
     return tokenizer
+
+
+def _refuse_pointer(file: Path, content: bytes) -> None:
+    if content.startswith(LFS_POINTER):
+        raise UserError(
+            f"model {file}: is a pointer to a file that git has not fetched: run git lfs pull in its folder"
+        )
 
 
 def refuse_code(folder: Path) -> None:
@@ -129,9 +149,9 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LlamaF
     _refuse_other_kinds(folder, read_json(folder / "config.json"))
     if (folder / "generation_config.json").exists():
         read_json(folder / "generation_config.json")  # a damaged one would be passed over, with its EOS tokens
+    config, shapes = _read_config(folder)
     try:
-        config = LlamaConfig.from_pretrained(folder)
-        _check_shapes(folder, config)
+        _check_shapes(folder, shapes)
         model, report = LlamaForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
@@ -140,6 +160,10 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LlamaF
     except Exception as error:  # Transformers, safetensors and torch raise many types
         raise _damaged(folder, "weights", error) from None
     _check_report(folder, report)
+    if model.config.tie_word_embeddings and model.lm_head.weight is not model.model.embed_tokens.weight:
+        # Transformers 5 keeps a head that is not the embedding; 4, opening what is saved of it, would go by this alone.
+        model.config.tie_word_embeddings = False
+        print(f"model {folder}: has a head of its own, though its config.json says tie_word_embeddings: it is kept")
     # Llama-2's own generation_config carries sampling settings: here decoding is greedy, and an
     # inconsistent one would make save_pretrained raise after the last epoch.
     model.generation_config = GenerationConfig(
@@ -156,13 +180,21 @@ def _refuse_other_kinds(folder: Path, config: dict[str, Any]) -> None:
     """Raises UserError, with its own cause and cure, for each kind of folder that is no Llama with full weights."""
     if config.get("model_type") != "llama":
         raise UserError(f"model {folder} is of type {config.get('model_type')!r}: only 'llama' is supported")
-    if (quantised := config.get("quantization_config")) is not None:
+    if quantised := config.get("quantization_config"):
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
         raise _quantised(folder, f"its config.json says {method}")
     if (folder / "adapter_config.json").is_file():
         raise _adapter(folder)
-    if not list(folder.glob("*.safetensors")):
+    there = sorted(file.name for file in folder.glob("*.safetensors"))
+    if not there:
         raise _no_weights(folder)
+    if not {"model.safetensors", "model.safetensors.index.json"} & {file.name for file in folder.iterdir()}:
+        if "adapter_model.safetensors" in there:
+            raise _adapter(folder)
+        raise UserError(
+            f"model {folder}: has {there[0]}, and neither a model.safetensors nor a model.safetensors.index.json that "
+            "names its parts: copy the index too, or rename the file"
+        )
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"model {folder}: its hidden_act is {config['hidden_act']!r}: only 'silu' is supported")
     pad, rows = config.get("pad_token_id"), config.get("vocab_size")
@@ -199,24 +231,43 @@ def _quantised(folder: Path, why: str) -> UserError:
     )
 
 
-def _check_shapes(folder: Path, config: LlamaConfig) -> None:
-    """Raises UserError where a weight in the files has another shape than ``config`` gives it."""
-    with torch.device("meta"):
-        expected = {name: tuple(weight.shape) for name, weight in LlamaForCausalLM(config).state_dict().items()}
+def _read_config(folder: Path) -> tuple[LlamaConfig, dict[str, tuple[int, ...]]]:
+    """The ``config.json``, and the shape that it gives each weight."""
+    try:
+        config = LlamaConfig.from_pretrained(folder)
+        if not getattr(config, "quantization_config", True):
+            del config.quantization_config  # an empty one
+        with torch.device("meta"):
+            return config, {name: tuple(w.shape) for name, w in LlamaForCausalLM(config).state_dict().items()}
+    except Exception as error:  # Transformers, its validation and torch raise many types
+        raise UserError(
+            f"model {folder}: no Llama can be made of its config.json ({cause_of(error)}): correct that setting, or "
+            "take the config.json that belongs to its weights"
+        ) from None
+
+
+def _check_shapes(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
+    """Raises UserError where a weight in the files has another shape than ``expected``."""
+    rows: dict[str, int] = {}
     for name, shape, dtype in _stored_weights(folder):
         if dtype.startswith("F8") or dtype in ("U8", "I8", "I32"):
             raise _quantised(folder, f"{name} is stored as {dtype}")
-        if name not in expected or shape == expected[name]:
-            continue
         if name in ("model.embed_tokens.weight", "lm_head.weight") and shape[1:] == expected[name][1:]:
-            cure = f"if its tokenizer has up to {shape[0]} tokens, set vocab_size to {shape[0]} there"
+            rows[name] = shape[0]
+        elif name in expected and shape != expected[name]:
             raise UserError(
-                f"model {folder}: its {name} has {shape[0]} rows, and its config.json says vocab_size "
-                f"{expected[name][0]}: {cure}, else copy both anew"
+                f"model {folder}: its {name} has the shape {shape}, and its config.json asks for {expected[name]}: the "
+                "two do not belong together, copy them anew"
             )
+    shown = " and ".join(f"{name} has {count} rows" for name, count in rows.items())
+    vocab_size = expected["lm_head.weight"][0]
+    if len(set(rows.values())) > 1:
+        raise UserError(f"model {folder}: its {shown}: they do not belong together, copy its weights anew")
+    if rows and vocab_size not in rows.values():
+        [count] = set(rows.values())
         raise UserError(
-            f"model {folder}: its {name} has the shape {shape}, and its config.json asks for {expected[name]}: the two "
-            "do not belong together, copy them anew"
+            f"model {folder}: its {shown}, and its config.json says vocab_size {vocab_size}: if its tokenizer has up "
+            f"to {count} tokens, set vocab_size to {count} there, else copy both anew"
         )
 
 
@@ -229,6 +280,8 @@ def _stored_weights(folder: Path) -> Iterable[tuple[str, tuple[int, ...], str]]:
         files = {folder / str(name) for name in read_json(index).get("weight_map", {}).values()}
     for file in sorted(files):
         if file.is_file():  # one that is not there is said when the weights are loaded
+            with file.open("rb") as stream:
+                _refuse_pointer(file, stream.read(len(LFS_POINTER)))
             with safe_open(file, "pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (it is no dictionary)
                     part = tensors.get_slice(name)
@@ -240,6 +293,11 @@ def _check_report(folder: Path, report: dict[str, Any]) -> None:
     unknown = sorted(key for key in report["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq"))
     if odd := [key for key in unknown if any(part in QUANTISED for part in key.split("."))]:
         raise _quantised(folder, f"they come with {odd[0]}")
+    if found := [key for key in unknown if "lora_" in key or key.startswith("base_model.")]:
+        raise UserError(
+            f"model {folder}: its files hold a PEFT adapter among the weights ({found[0]}): merge it into the model, "
+            "and save that"
+        )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(

@@ -16,8 +16,10 @@ from checkpoint import (
     PREVIOUS,
     STATE_FILES,
     check_no_links,
+    is_of_an_older_version,
     newest_intact,
     read_description,
+    saved_settings,
     wait_for_removals,
 )
 from config import KEYS, PLACES, Config, is_same_place, local_path
@@ -169,16 +171,18 @@ def check_same_run(folder: Path, config: Config, data_sha256: str) -> None:
         UserError: with one of them, or with other data, it would be another run.
     """
     description = read_description(folder)
-    before, now = description["settings"], asdict(config)
+    before, now = dict(description["settings"]), asdict(config)
+    older = is_of_an_older_version(description)
     free = FREE_SETTINGS
     if config.lr_schedule == "constant" and config.warmup_ratio == 0:  # no rate depends on the number of steps
         free |= {"epochs"}
     free |= {"dataset"}  # its rows say which one it is
+    before |= saved_settings(folder, description)
     if has_moved(str(before.get("model")), config.model):
         free |= {"model"}
-    # A setting that is newer than the checkpoint was none when it was saved; an older version saved relative folders.
+    # A setting that is newer than the checkpoint was none when it was saved.
     known = [key for key in KEYS if key in before]
-    known = [key for key in known if key not in PLACES or not is_same_place(str(before[key]), now[key])]
+    known = [key for key in known if key not in PLACES or not is_same_folder(str(before[key]), now[key], older)]
     others = {key: f"{key} was {before[key]!r} and is {now[key]!r}" for key in known if before[key] != now[key]}
     changed = [what for key, what in others.items() if key not in free]
     if description["data"].get("train_sha256") != data_sha256:
@@ -190,6 +194,14 @@ def check_same_run(folder: Path, config: Config, data_sha256: str) -> None:
         )
     if others:
         print(f"resuming: {'; '.join(others.values())}")
+
+
+def is_same_folder(before: str, now: str, older: bool) -> bool:
+    """Whether two paths lead to one folder; ``older``: the first may be relative to a folder that is not known."""
+    if older and is_same_place(before, now):
+        return True
+    one, other = local_path(before), local_path(now)
+    return one.is_absolute() and one.is_dir() and other.is_dir() and one.samefile(other)
 
 
 def has_moved(before: str, now: str) -> bool:

@@ -27,6 +27,9 @@ FILES = (
     *(VOCABULARY_FILE, SENTENCEPIECE_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE),
     *("chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt"),
 )
+# Classes that Transformers 4 and 5 both know: the one that takes tokenizer.json as it is, and Llama's.
+GENERIC_CLASS = "PreTrainedTokenizerFast"
+LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
 BLANK = "▁"  # SentencePiece's sign for a blank
 # Where two readings of one vocabulary part, if they do: runs of blanks, line ends, digits, signs that are not ASCII,
 # GSM8K's annotations, and what looks like a special token. No blank at the beginning: see `Tokenizer._disagreement`.
@@ -46,6 +49,8 @@ class Tokenizer:
         name: of the model, for messages.
         bos_token_id, eos_token_id: what begins and ends a sequence.
         unk_token_id: what stands for what the vocabulary lacks; None where it lacks nothing.
+        other_ids: the ids are not, or may not be, those of the base's own vocabulary file, and are
+            kept since the model was trained with them.
     """
 
     bos_token_id: int
@@ -68,6 +73,7 @@ class Tokenizer:
         self._vocabulary = VOCABULARY_FILE if VOCABULARY_FILE in files else SENTENCEPIECE_FILE
         self._exportable = False
         self._keep_ids = keep_ids
+        self.other_ids = False
         self._config = self._read_json(CONFIG_FILE)
         self._reference = self._load_sentencepiece() if SENTENCEPIECE_FILE in files else None
         if VOCABULARY_FILE in files:
@@ -91,20 +97,32 @@ class Tokenizer:
         """How many tokens there are; ids are below that, unless the vocabulary has gaps."""
         return self._backend.get_vocab_size()
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode(self, texts: Sequence[str], lines: Sequence[int] = ()) -> list[list[int]]:
         """The ids of each text, without BOS and EOS.
 
+        Args:
+            lines: where in its file each text stands, for messages.
+
         Raises:
-            UserError: a text is not what its ids say, or SentencePiece has other ids for it.
+            UserError: a text is not what its ids say, holds what becomes a special token, or
+                SentencePiece has other ids for it.
         """
         ids = self.ids_of(texts)
-        special = {self.bos_token_id, self.eos_token_id, self.unk_token_id}  # never for text, not even for "</s>"
+        special = {self.bos_token_id, self.eos_token_id}  # never for text, not even for "</s>"
         written = self._backend.decode_batch(ids, skip_special_tokens=False)
-        for text, its_ids, decoded in zip(texts, ids, written, strict=True):
-            if decoded.removeprefix(" ") != text.removeprefix(" ") or not special.isdisjoint(its_ids):
+        for number, (text, its_ids, decoded) in enumerate(zip(texts, ids, written, strict=True)):
+            where = f" in line {lines[number]}" if lines else ""
+            if found := sorted(special & set(its_ids)):
                 raise UserError(
-                    f"model {self.name}: its tokenizer loses text: {_first_difference(text, decoded)}; use the "
-                    "tokenizer files that the model was made with, all of them"
+                    f"model {self.name}: its tokenizer reads text{where} as its special token {self.piece(found[0])!r} "
+                    f"({text[:60]!r}): use the tokenizer files that the model was made with"
+                )
+            # Apart from the first blank: Llama's tokenizers put one there, or take one away.
+            if self.unk_token_id in its_ids or decoded not in (text, text.removeprefix(" "), f" {text}"):
+                raise UserError(
+                    f"model {self.name}: its tokenizer loses text{where}: {_first_difference(text, decoded)}; use the "
+                    "tokenizer files that the model was made with, all of them, or take what they can't hold out of "
+                    "the row"
                 )
         self._refuse_or_keep(self._disagreement(texts, ids))
         return ids
@@ -121,12 +139,15 @@ class Tokenizer:
         """How the vocabulary writes a token; None where it has no such id."""
         return self._backend.id_to_token(token_id)
 
-    def describe(self) -> dict[str, str]:
-        """What training.json says of it: from which file the ids were read, and its hash."""
-        return {
-            "vocabulary": self._vocabulary,
-            "sha256": hashlib.sha256(self._files[self._vocabulary]).hexdigest(),
-        }
+    @property
+    def identity(self) -> str:
+        """From which file the ids are read, and its hash."""
+        return f"{self._vocabulary} {hashlib.sha256(self._files[self._vocabulary]).hexdigest()}"
+
+    def describe(self) -> dict[str, Any]:
+        """What training.json says of it."""
+        vocabulary, sha256 = self.identity.split()
+        return {"vocabulary": vocabulary, "sha256": sha256, "other_ids": self.other_ids}
 
     def save(self, folder: Path) -> None:
         """Write files from which this program, Transformers 4 and Transformers 5 read the same ids."""
@@ -158,9 +179,15 @@ class Tokenizer:
 
     def _load_vocabulary(self) -> tokenizers.Tokenizer:
         try:
-            return tokenizers.Tokenizer.from_str(self._files[VOCABULARY_FILE].decode())
+            backend = tokenizers.Tokenizer.from_str(self._files[VOCABULARY_FILE].decode())
         except Exception as error:  # tokenizers has no type of its own
             raise self._damaged(VOCABULARY_FILE, error) from None
+        if dropout := getattr(backend.model, "dropout", None):
+            raise UserError(
+                f"model {self.name}: its {VOCABULARY_FILE} has a dropout of {dropout:g}, with which no text has the "
+                "same ids twice: set it to null there"
+            )
+        return backend
 
     def _special_id(self, token: str) -> int | None:
         """The id of ``bos_token``, ``eos_token`` or ``unk_token``: as a file says, or as the vocabulary does."""
@@ -192,8 +219,13 @@ class Tokenizer:
         import sentencepiece
 
         content = self._files[SENTENCEPIECE_FILE]
-        if _is_tiktoken(content) and VOCABULARY_FILE in self._files:
-            return None  # Llama-3's, beside the tokenizer.json that was made of it
+        if _is_tiktoken(content):
+            if VOCABULARY_FILE in self._files:
+                return None  # Llama-3's, beside the tokenizer.json that was made of it
+            raise UserError(
+                f"model {self.name}: its {SENTENCEPIECE_FILE} is tiktoken's, not SentencePiece's: add the "
+                f"{VOCABULARY_FILE} that the model's repository in Hugging Face format has"
+            )
         processor = sentencepiece.SentencePieceProcessor()
         try:
             processor.LoadFromSerializedProto(content)
@@ -227,7 +259,7 @@ class Tokenizer:
         try:
             said |= {int(index): {"content": token} for token, index in self._read_json(name).items()}
             name = CONFIG_FILE
-            said |= {int(index): flags for index, flags in self._config.get("added_tokens_decoder", {}).items()}
+            said |= {int(index): flags for index, flags in (self._config.get("added_tokens_decoder") or {}).items()}
             kinds = ("single_word", "lstrip", "rstrip", "normalized")
             return [
                 (
@@ -277,16 +309,15 @@ class Tokenizer:
     def _refuse_or_keep(self, difference: str) -> None:
         if difference and self._keep_ids:
             print(f"model {self.name}: was trained on other ids than its {SENTENCEPIECE_FILE} gives; they are kept")
-            self._reference = None  # said once
+            self._reference, self.other_ids = None, True  # said once
         elif difference:
             raise UserError(self._refusal(difference))
 
     def _refusal(self, difference: str) -> str:
         if VOCABULARY_FILE in self._files:
-            cure = "remove the one that the model was not trained with, or copy both anew (one of Llama-2's is right "
             return (
-                f"model {self.name}: its {VOCABULARY_FILE} and its {SENTENCEPIECE_FILE} disagree ({difference}): {cure}"
-                "in the hub's meta-llama/Llama-2-7b-hf)"
+                f"model {self.name}: its {VOCABULARY_FILE} and its {SENTENCEPIECE_FILE} disagree ({difference}): "
+                "remove the one that the model was not trained with, or copy both anew"
             )
         return (
             f"model {self.name}: the tokenizers library can't write the ids of its {SENTENCEPIECE_FILE} ({difference}):"
@@ -312,30 +343,53 @@ class Tokenizer:
     # ------------------------------------------------------------ for other programs
 
     def _make_exportable(self, folder: Path) -> None:
-        """Change of the tokenizer_config.json what another program can't read, or would read other ids from."""
+        """Change in the saved files what another program can't read, or would read other ids from."""
         config = dict(self._config)
-        if config.get("tokenizer_class") == "TokenizersBackend":  # Transformers 5 alone knows it
-            config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        if isinstance(config.get("extra_special_tokens"), list):  # Transformers 4 wants a dictionary
-            config.setdefault("additional_special_tokens", config.pop("extra_special_tokens"))
-            config.pop("extra_special_tokens", None)
-        if config.get("tokenizer_class") != "PreTrainedTokenizerFast" and not self._is_read_alike(folder):
-            config["tokenizer_class"] = "PreTrainedTokenizerFast"  # it takes tokenizer.json as it is
+        if isinstance(more := config.get("extra_special_tokens"), list):  # Transformers 4 wants a dictionary
+            config["additional_special_tokens"] = [*config.get("additional_special_tokens", []), *more]
+            del config["extra_special_tokens"]
+        kind = config.get("tokenizer_class")
+        if kind != GENERIC_CLASS and not (kind in LLAMA_CLASSES and self._is_read_alike(folder)):
+            config["tokenizer_class"] = GENERIC_CLASS  # it takes tokenizer.json as it is, and knows no defaults
+            for token in ("bos", "eos", "unk"):
+                if (index := getattr(self, f"{token}_token_id")) is not None:
+                    config.setdefault(f"{token}_token", self.piece(index))
         if config != self._config:
-            self._files[CONFIG_FILE] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-            (folder / CONFIG_FILE).write_bytes(self._files[CONFIG_FILE])
+            self._write(folder, CONFIG_FILE, config)
+        if {"add_bos_token", "add_eos_token"} & config.keys() and not self._has_its_borders(folder):
+            self._add_borders()
+            content = self._read_json(VOCABULARY_FILE)
+            content["post_processor"] = json.loads(self._backend.to_str())["post_processor"]
+            self._write(folder, VOCABULARY_FILE, content)
         self._exportable = True
+
+    def _write(self, folder: Path, name: str, content: Mapping[str, Any]) -> None:
+        self._files[name] = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+        (folder / name).write_bytes(self._files[name])
 
     def _is_read_alike(self, folder: Path) -> bool:
         """Whether Transformers' AutoTokenizer has the same ids for the probes."""
-        from transformers import AutoTokenizer
-
-        try:
-            other = AutoTokenizer.from_pretrained(folder)
-            theirs = other(list(PROBES), add_special_tokens=False, split_special_tokens=True).input_ids
-        except Exception:  # it raises many types, and whichever it is, it can't read it
+        other = _read_by_transformers(folder)
+        if other is None:
             return False
-        return theirs == self.ids_of(PROBES)
+        return other(list(PROBES), add_special_tokens=False, split_special_tokens=True).input_ids == self.ids_of(PROBES)
+
+    def _has_its_borders(self, folder: Path) -> bool:
+        """Whether AutoTokenizer, called with a text, puts BOS and EOS around it as the config says."""
+        other, text = _read_by_transformers(folder), PROBES[0]
+        before = [self.bos_token_id] if self._config.get("add_bos_token", True) else []
+        after = [self.eos_token_id] if self._config.get("add_eos_token", False) else []
+        return other is None or other(text).input_ids == [*before, *self.ids_of([text])[0], *after]
+
+
+def _read_by_transformers(folder: Path) -> Any:
+    """The tokenizer in ``folder`` as other programs get it; None where they can't read it."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception:  # it raises many types
+        return None
 
 
 def convert_sentencepiece(proto: Any) -> tokenizers.Tokenizer:

@@ -59,6 +59,7 @@ from checkpoint import (
     read_description,
     remove_state,
     save_checkpoint,
+    saved_settings,
     set_damaged_aside,
 )
 from generate import greedy_decode
@@ -149,7 +150,7 @@ def main(config: Config, selftest: bool = False) -> None:
         return
     run_folder = local_path(config.output_dir) / config.run_name
     with claimed(run_folder, config.resume) as resume_from:
-        saved = None if resume_from is None else read_description(resume_from)["settings"]
+        saved = None if resume_from is None else saved_settings(resume_from, read_description(resume_from))
         train(anchored(config, saved), run_folder, resume_from)
 
 

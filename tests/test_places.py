@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import flags, seal
+from conftest import flags, seal, write_rows
 
 import data
 import evaluate
@@ -116,6 +116,7 @@ def make_relative(folder: Path) -> None:
     """As an older version saved it."""
     description = json.loads((folder / "training.json").read_text())
     description["settings"] |= {"model": "base/llama", "dataset": "demo/data", "output_dir": "runs"}
+    del description["tokenizer"]
     (folder / "training.json").write_text(json.dumps(description))
     seal(folder)
 
@@ -147,3 +148,96 @@ def test_a_folder_that_is_gone_is_no_hub_id(
     best = best_of(settings, here)
     call(evaluate, "--ckpt", str(best)).assert_user_error(f"dataset '{here / 'demo' / 'data'}'")
     assert call(evaluate, "--ckpt", str(best), "--dataset", str(elsewhere / "demo" / "data")).code == 0
+
+
+def test_a_run_behind_a_link_is_of_the_folder_around_the_link(
+    call, settings: dict[str, str], here: Path, tmp_path: Path, problems: list[Problem]
+) -> None:
+    """As where checkpoints is a link to a larger disk, on which another folder of the data set's name lies."""
+    settings["output_dir"] = "runs"
+    disk = tmp_path / "disk"
+    (disk / "runs").mkdir(parents=True)
+    (here / "runs").symlink_to(disk / "runs")
+    assert call(train, *flags(settings)).code == 0
+    best = here / "runs" / "test" / "best"
+    expected = call(perplexity, "--ckpt", str(best)).out.splitlines()[-1]
+    make_relative(best)
+    write_rows(disk / "demo" / "data" / "test.jsonl", problems[20:27])
+    assert call(perplexity, "--ckpt", str(best)).out.splitlines()[-1] == expected
+    # Found by the link's target alone, it is noticed that those are other rows.
+    outcome = call(perplexity, "--ckpt", str(disk / "runs" / "test" / "best"))
+    outcome.assert_user_error("the test rows of dataset", "are not those that this run knew", "--dataset")
+    assert call(perplexity, "--ckpt", str(disk / "runs" / "test" / "best"), "--dataset", "demo/data").code == 0
+
+
+def test_what_was_the_hubs_stays_the_hubs(
+    call, settings: dict[str, str], here: Path, problems: list[Problem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a folder that has come to have the name of the hub id that a run was made from."""
+    rows = {split: data.load_problems("demo/data", split) for split in ("train", "test")}
+    monkeypatch.setattr(data, "_download", lambda dataset, split: rows[split])
+    monkeypatch.setattr(train, "fetch", lambda name: here / "base" / "llama")
+    settings |= {"model": "owner/name", "dataset": "owner/rows", "lr_schedule": "constant", "warmup_ratio": "0"}
+    assert call(train, *flags(settings)).code == 0
+    best = best_of(settings, here)
+    shutil.copytree(here / "base" / "llama", here / "owner" / "name")
+    assert call(train, *flags(settings | {"epochs": "2"})).code == 0
+    for name in ("best", "last"):
+        assert {settings_of(best.parent / name)[key] for key in ("model", "dataset")} == {"owner/name", "owner/rows"}
+    more = flags(settings | {"epochs": "3", "model": "./owner/name"})
+    call(train, *more).assert_user_error("model was 'owner/name' and is '")
+    write_rows(here / "owner" / "rows" / "test.jsonl", problems[20:27])
+    call(evaluate, "--ckpt", str(best)).assert_user_error("the test rows of dataset 'owner/rows' are not those")
+
+
+def test_one_folder_in_several_spellings_is_one(
+    call, settings: dict[str, str], here: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings |= {"output_dir": str(here / "runs"), "lr_schedule": "constant", "warmup_ratio": "0"}
+    assert call(train, *flags(settings)).code == 0
+    (elsewhere / "link").symlink_to(here)
+    monkeypatch.chdir(elsewhere)
+    for epochs, start in enumerate(("../here", "link", str(elsewhere / "link")), start=2):
+        changed = {"model": f"{start}/base/llama", "dataset": f"{start}/demo/data", "epochs": str(epochs)}
+        outcome = call(train, *flags(settings | changed))
+        assert outcome.code == 0 and "model was" not in outcome.out, outcome.err + outcome.out
+
+
+@pytest.mark.parametrize("name", ["home (copy)", "home+x", "home"])
+def test_a_neighbour_of_the_home_is_not_in_it(
+    call, settings: dict[str, str], here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Guards against "~ (copy)", which leads nowhere."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    shutil.copytree(here, tmp_path / name)
+    monkeypatch.chdir(tmp_path / name)
+    settings["output_dir"] = "runs"
+    assert call(train, *flags(settings)).code == 0
+    best = best_of(settings, tmp_path / name)
+    shown = settings_of(best)["dataset"]
+    assert shown == ("~/demo/data" if name == "home" else str(tmp_path / name / "demo" / "data"))
+    assert call(perplexity, "--ckpt", str(best)).code == 0
+
+
+def test_a_folder_whose_path_can_not_be_kept_stays_relative(
+    call, settings: dict[str, str], here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(here, tmp_path / "a\x01b")
+    monkeypatch.chdir(tmp_path / "a\x01b")
+    settings["output_dir"] = "runs"
+    outcome = call(train, *flags(settings))
+    assert outcome.code == 0 and "dataset 'demo/data' stays relative to this folder" in outcome.out
+    assert call(perplexity, "--ckpt", "runs/test/best").code == 0
+
+
+def test_a_run_of_an_older_version_goes_on_from_everywhere(
+    call, settings: dict[str, str], here: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings |= {"output_dir": "runs", "lr_schedule": "constant", "warmup_ratio": "0"}
+    assert call(train, *flags(settings)).code == 0
+    for name in ("best", "last"):
+        make_relative(here / "runs" / "test" / name)
+    monkeypatch.chdir(elsewhere)
+    more = settings | {"output_dir": str(here / "runs"), "epochs": "2"}
+    assert call(train, *flags(more)).code == 0
+    assert settings_of(here / "runs" / "test" / "last")["dataset"] == str(here / "demo" / "data")

@@ -75,9 +75,60 @@ def adapter(folder: Path, keep_weights: bool, keep_config: bool) -> None:
         (folder / "config.json").unlink()
 
 
+def rename_weights(folder: Path, name: str) -> None:
+    (folder / "model.safetensors").rename(folder / name)
+
+
+def pointer(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n")
+
+
+def lora_inside(folder: Path) -> None:
+    change_weights(
+        folder,
+        lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(4, 32)}),
+    )
+
+
+def adapted_names(folder: Path) -> None:
+    def prefix(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[f"base_model.model.{name}"] = tensors.pop(name)
+
+    change_weights(folder, prefix)
+
+
+def two_vocabularies(folder: Path) -> None:
+    change_weights(
+        folder,
+        lambda tensors: tensors.update(
+            {"lm_head.weight": torch.cat([tensors["lm_head.weight"], torch.zeros(1, 32)])},
+        ),
+    )
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
+        (pointer, "model.safetensors: is a pointer to a file that git has not fetched: run git lfs pull"),
+        (
+            lambda f: rename_weights(f, "consolidated.safetensors"),
+            "has consolidated.safetensors, and neither a model.s",
+        ),
+        (lambda f: rename_weights(f, "model-00001-of-00002.safetensors"), "copy the index too, or rename the file"),
+        (lambda f: rename_weights(f, "adapter_model.safetensors"), "holds a PEFT adapter"),
+        (
+            lora_inside,
+            "its files hold a PEFT adapter among the weights (model.layers.0.self_attn.q_proj.lora_A.weight)",
+        ),
+        (adapted_names, "its files hold a PEFT adapter among the weights (base_model.model.lm_head.weight)"),
+        (two_vocabularies, "rows: they do not belong together, copy its weights anew"),
+        (lambda f: edit(f / "config.json", vocab_size=None), "no Llama can be made of its config.json ("),
+        (
+            lambda f: edit(f / "config.json", rope_parameters={"rope_type": "banana"}),
+            "no Llama can be made of its conf",
+        ),
+        (lambda f: edit(f / "config.json", num_attention_heads=5), "correct that setting"),
         (lambda f: without_weights(f), "has no weights in safetensors: copy its *.safetensors too"),
         (
             lambda f: without_weights(f, "pytorch_model.bin"),
@@ -123,6 +174,24 @@ def test_each_kind_of_folder_has_its_own_cause_and_cure(
     outcome = call(script, *([] if script is train else ["--ckpt", str(folder)]), *arguments)
     outcome.assert_user_error(words)
     assert "damaged" not in outcome.err
+
+
+def test_an_empty_quantization_is_none(settings: dict[str, str], tmp_path: Path) -> None:
+    for value in ({}, None):
+        shutil.copytree(settings["model"], folder := tmp_path / str(value))
+        edit(folder / "config.json", quantization_config=value)
+        load_model(folder, torch.float32, torch.device("cpu"))
+
+
+def test_a_head_of_its_own_is_not_tied_in_what_is_saved(call, settings: dict[str, str], tmp_path: Path) -> None:
+    """Transformers 5 trains it as it is; 4 would go by the config, and use the embedding in its place."""
+    shutil.copytree(settings["model"], folder := tmp_path / "base")
+    edit(folder / "config.json", tie_word_embeddings=True)
+    outcome = call(train, *flags(settings | {"model": str(folder), "epochs": "1"}))
+    assert outcome.code == 0 and "has a head of its own, though its config.json says tie_word_embeddings" in outcome.out
+    best = Path(settings["output_dir"]) / "test" / "best"
+    assert json.loads((best / "config.json").read_text())["tie_word_embeddings"] is False
+    assert "lm_head.weight" in load_file(best / "model.safetensors")
 
 
 def test_a_pad_id_that_the_embedding_has_is_no_fault(settings: dict[str, str], tmp_path: Path) -> None:

@@ -246,6 +246,13 @@ def test_a_checkpoint_keeps_the_ids_that_it_was_trained_on(
     kept = load_tokenizer(best).ids_of(some)
     assert kept == theirs(some, add_special_tokens=False, split_special_tokens=True).input_ids
     assert kept != load_tokenizer(tokenizer_folder).ids_of(some)
+    # A run that begins with it says no less of its own.
+    assert call(train, *flags(settings | {"run_name": "next", "model": str(best)})).code == 0
+    saved = best.parent.with_name("next") / "best"
+    assert json.loads((saved / "training.json").read_text())["tokenizer"]["other_ids"] is True
+    outcome = call(perplexity, "--ckpt", str(saved))
+    assert outcome.code == 0 and "ids that may not be SentencePiece's" in outcome.out
+    assert load_tokenizer(saved).ids_of(some) == kept
     # And where its base's own file stands beside it.
     shutil.copyfile(tokenizer_folder / "tokenizer.model", best / "tokenizer.model")
     seal(best)
@@ -303,7 +310,7 @@ def test_a_tokenizer_that_loses_text_is_refused(
     shutil.copytree(settings["model"], folder := tmp_path / "losing")
     (folder / "tokenizer.model").unlink()
     damage(folder)
-    words = "its tokenizer loses text: '"
+    words = "reads text in line" if damage is text_is_special else "its tokenizer loses text in line "
     call(train, *flags(settings | {"model": str(folder)})).assert_user_error(words, "losing")
     rows = ["--ckpt", str(folder), *flags(settings)]
     call(perplexity, *rows, "--split", "train").assert_user_error(words)
@@ -316,7 +323,7 @@ def test_text_never_becomes_a_special_token(tmp_path: Path, corpus: list[str]) -
     folder = byte_level(tmp_path / "bytes", corpus)
     assert load_tokenizer(folder).encode(["a <|end_of_text|> b"])
     edit(folder / "tokenizer.json", lambda content: content["added_tokens"][1].update(special=False))
-    with pytest.raises(UserError, match="loses text"):
+    with pytest.raises(UserError, match=r"reads text as its special token '<\|end_of_text\|>'"):
         load_tokenizer(folder).encode(["a <|end_of_text|> b"])
 
 
@@ -435,13 +442,77 @@ def test_what_one_generation_of_transformers_cannot_read_is_changed(tmp_path: Pa
         corpus,
         tokenizer_class="TokenizersBackend",
         extra_special_tokens=["<|end_of_text|>"],
+        additional_special_tokens=["<|begin_of_text|>"],
         model_max_length=77,
     )
     (tmp_path / "saved").mkdir()
     load_tokenizer(folder).save(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
     assert saved["tokenizer_class"] == "PreTrainedTokenizerFast" and saved["model_max_length"] == 77
-    assert "extra_special_tokens" not in saved and saved["additional_special_tokens"] == ["<|end_of_text|>"]
+    assert "extra_special_tokens" not in saved and len(saved["additional_special_tokens"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "saved_as"),
+    [
+        ("LLaMATokenizer", "PreTrainedTokenizerFast"),
+        ("LlamaTokenizerFast", "LlamaTokenizerFast"),
+        ("LlamaTokenizer", "LlamaTokenizer"),
+        (None, "PreTrainedTokenizerFast"),
+    ],
+)
+def test_a_class_that_one_generation_does_not_know_is_not_saved(
+    tmp_path: Path, model_folder: Path, kind: str | None, saved_as: str | None
+) -> None:
+    shutil.copytree(model_folder, folder := tmp_path / "old")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind} if kind else {"legacy": False}))
+    wanted = [f"x{text}" for text in texts(100)]
+    tokenizer = load_tokenizer(folder)
+    tokenizer.save(folder)
+    saved = json.loads((folder / "tokenizer_config.json").read_text())
+    assert saved.get("tokenizer_class") == saved_as
+    if saved_as == "PreTrainedTokenizerFast":  # which has no special tokens of its own
+        assert (saved["bos_token"], saved["eos_token"], saved["unk_token"]) == ("<s>", "</s>", "<unk>")
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert theirs(wanted, add_special_tokens=False, split_special_tokens=True).input_ids == tokenizer.ids_of(wanted)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (1, 2)
+
+
+@pytest.mark.parametrize(("bos", "eos"), [(True, False), (True, True), (False, False)])
+def test_borders_that_the_config_asks_for_are_in_what_is_saved(
+    tmp_path: Path, corpus: list[str], bos: bool, eos: bool
+) -> None:
+    """Transformers 4 takes them from the config, 5 from the tokenizer.json: of one without, they would differ."""
+    folder = byte_level(
+        tmp_path / "bytes", corpus, tokenizer_class="LlamaTokenizerFast", add_bos_token=bos, add_eos_token=eos
+    )
+    tokenizer = load_tokenizer(folder)
+    tokenizer.save(folder)
+    [ids] = tokenizer.ids_of([PROBES[0]])
+    assert AutoTokenizer.from_pretrained(folder)(PROBES[0]).input_ids == [0] * bos + ids + [1] * eos
+
+
+def test_dropout_is_refused(tmp_path: Path, model_folder: Path) -> None:
+    shutil.copytree(model_folder, folder := tmp_path / "random")
+    edit(folder / "tokenizer.json", lambda content: content["model"].update(dropout=0.2))
+    with pytest.raises(UserError, match=r"has a dropout of 0.2, with which no text has the same ids twice"):
+        load_tokenizer(folder)
+
+
+def test_what_a_vocabulary_can_not_hold_is_said_with_its_line(tokenizer: Tokenizer) -> None:
+    """SentencePiece's own sign for a blank becomes one."""
+    with pytest.raises(UserError, match=r"loses text in line 7: '.*a▁b.*' becomes '.*a b.*take what they can't hold"):
+        data.encode(tokenizer, [Problem("a▁b", "1\n#### 1", line=7)], PROMPT)
+
+
+def test_a_pointer_of_git_is_said(tmp_path: Path, model_folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer.model"):
+        shutil.copytree(model_folder, folder := tmp_path / name)
+        (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n")
+        with pytest.raises(
+            UserError, match=rf"{name}: is a pointer to a file that git has not fetched: run git lfs pull"
+        ):
+            load_tokenizer(folder)
 
 
 def test_damaged_tokenizer_files_are_named(tmp_path: Path, model_folder: Path) -> None:
@@ -477,7 +548,9 @@ def test_a_tiktoken_file_beside_a_tokenizer_json_is_passed_over(tmp_path: Path, 
     (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
     assert load_tokenizer(folder).encode(["How many?"])
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"tokenizer can't be read \(tokenizer.model"):
+    with pytest.raises(
+        UserError, match=r"its tokenizer.model is tiktoken's, not SentencePiece's: add the tokenizer.json"
+    ):
         load_tokenizer(folder)
 
 
@@ -493,5 +566,5 @@ def test_normalisers_of_every_kind_are_seen(tmp_path: Path, model_folder: Path, 
     backend = Backend.from_file(str(folder / "tokenizer.json"))
     backend.normalizer = normalizers.Sequence([normalizers.NFKC(), backend.normalizer])
     backend.save(str(folder / "tokenizer.json"))
-    with pytest.raises(UserError, match=r"loses text: .*\\xa0hard.* becomes "):
+    with pytest.raises(UserError, match=r"loses text in line 0: .*\\xa0hard.* becomes "):
         data.encode(load_tokenizer(folder), problems, PROMPT)
