@@ -201,6 +201,7 @@ def test_one_folder_in_several_spellings_is_one(
         changed = {"model": f"{start}/base/llama", "dataset": f"{start}/demo/data", "epochs": str(epochs)}
         outcome = call(train, *flags(settings | changed))
         assert outcome.code == 0 and "model was" not in outcome.out, outcome.err + outcome.out
+        assert settings_of(here / "runs" / "test" / "last")["dataset"] == str(here / "demo" / "data")
 
 
 @pytest.mark.parametrize("name", ["home (copy)", "home+x", "home"])
