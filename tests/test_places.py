@@ -112,10 +112,11 @@ def test_folders_that_were_moved_are_said(
     assert f"model was '{here / 'base' / 'llama'}' and is '{elsewhere / 'base' / 'llama'}'" in outcome.out
 
 
-def make_relative(folder: Path) -> None:
-    """As an older version saved it."""
+def make_relative(folder: Path, start: str = "") -> None:
+    """As an older version saved it; or absolute, with ``start``."""
     description = json.loads((folder / "training.json").read_text())
-    description["settings"] |= {"model": "base/llama", "dataset": "demo/data", "output_dir": "runs"}
+    places = {"model": f"{start}base/llama", "dataset": f"{start}demo/data", "output_dir": "runs"}
+    description["settings"] |= places
     del description["tokenizer"]
     (folder / "training.json").write_text(json.dumps(description))
     seal(folder)
@@ -243,3 +244,15 @@ def test_a_run_of_an_older_version_goes_on_from_everywhere(
     more = settings | {"output_dir": str(here / "runs"), "epochs": "2"}
     assert call(train, *flags(more)).code == 0
     assert settings_of(here / "runs" / "test" / "last")["dataset"] == str(here / "demo" / "data")
+
+
+def test_a_link_that_an_older_version_kept_is_its_folder(
+    call, settings: dict[str, str], here: Path, elsewhere: Path
+) -> None:
+    settings |= {"output_dir": "runs", "lr_schedule": "constant", "warmup_ratio": "0"}
+    assert call(train, *flags(settings)).code == 0
+    (elsewhere / "link").symlink_to(here)
+    for name in ("best", "last"):
+        make_relative(here / "runs" / "test" / name, f"{elsewhere}/link/")
+    outcome = call(train, *flags(settings | {"epochs": "2"}))
+    assert outcome.code == 0 and "model was" not in outcome.out and "dataset was" not in outcome.out, outcome.err
