@@ -225,6 +225,10 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 LLAMA3 |= {"original_max_position_embeddings": 64}
 
 
+LONG = {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
+LONG |= {"original_max_position_embeddings": 256}
+
+
 @pytest.mark.parametrize(
     ("given", "theta", "scaling"),
     [
@@ -232,9 +236,10 @@ LLAMA3 |= {"original_max_position_embeddings": 64}
         ({"rope_theta": 500000.0}, 500000.0, None),
         ({"rope_theta": 500000.0, "rope_scaling": LLAMA3}, 500000.0, LLAMA3),
         ({"rope_parameters": LLAMA3 | {"rope_theta": 500000.0}}, 500000.0, LLAMA3),
+        ({"rope_parameters": LONG | {"rope_theta": 10000.0}}, 10000.0, LONG),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 10000.0, {"rope_type": "linear", "factor": 2.0}),
     ],
-    ids=["Llama-2", "another theta", "as 4 writes it", "as 5 writes it", "an old name"],
+    ids=["Llama-2", "another theta", "as 4 writes it", "as 5 writes it", "longrope", "an old name"],
 )
 def test_rope_is_written_as_both_generations_read_it(
     call, settings: dict[str, str], tmp_path: Path, given: dict[str, object], theta: float, scaling: object
@@ -250,6 +255,7 @@ def test_rope_is_written_as_both_generations_read_it(
     assert written["rope_theta"] == theta
     read_by_4 = written["rope_scaling"]
     assert read_by_4 is None if scaling is None else scaling.items() <= read_by_4.items()
+    assert written.get("original_max_position_embeddings") == (256 if scaling is LONG else None)  # 4 looks for it there
     assert LlamaConfig.from_pretrained(best).rope_parameters == LlamaConfig.from_pretrained(folder).rope_parameters
 
 
