@@ -120,7 +120,7 @@ from pretrained import (
 from progress import ProgressBar
 from storage import locked, locked_if_free, replace_file
 from tokenizer import Tokenizer
-from tracking import MetricsLog, saved_run, start_tracker
+from tracking import MetricsLog, is_logged, saved_run, start_tracker
 
 VERIFIED_IN_FLOAT32 = 4  # problems, where --verify-batching does not say how many
 CALCULATOR, SAMPLES = "calculator", "samples"  # folders beside the greedy predictions, and names in scores.json
@@ -171,16 +171,14 @@ def evaluate(arguments: argparse.Namespace, source: Source, output: Path) -> Non
         drawn = {"temperature": arguments.temperature, "seed": config.seed, "with_calculator": config.calculator}
         file = PredictionsFile(output / SAMPLES, identity | drawn, len(problems), arguments.samples)
         stages.append((file, calculator, drawn))
-    found, news = [], {}
+    found: list[tuple[dict[str, Any], bool]] = []
     try:
         for stage in stages:
-            scores, is_new = evaluate_one(work, *stage, arguments.verify_batching)
-            found.append(scores)
-            news |= headlines(scores) if is_new else {}
+            found.append(evaluate_one(work, *stage, arguments.verify_batching))
     finally:  # a stop in one stage takes nothing from the score of those before
-        if news and len(problems) == len(all_problems):
-            track(source, arguments.split, identity, news)
-    finish(found[0], output / PREDICTIONS_FILE, output, f"{source.path} on {arguments.split}")
+        if found and len(problems) == len(all_problems):
+            track(source, arguments.split, identity, found)
+    finish(found[0][0], output / PREDICTIONS_FILE, output, f"{source.path} on {arguments.split}")
     print(f"results: {output}")
 
 
@@ -489,8 +487,13 @@ def print_tables(scores: dict[str, Any], title: str) -> None:
         print(scoring.samples_table(scores[SAMPLES], "  drawn"))
 
 
-def track(source: Source, split: str, identity: dict[str, Any], news: dict[str, float]) -> None:
-    """Log ``news`` into the run that the checkpoint comes from, if data and decoding are the run's own."""
+def track(source: Source, split: str, identity: dict[str, Any], found: Sequence[tuple[dict[str, Any], bool]]) -> None:
+    """Log what is new of ``found`` into the run of the checkpoint, if data and decoding are the run's own.
+
+    Args:
+        found: scores, and whether anything was decoded for them now. Where nothing was, they are new if the run's
+            metrics.jsonl lacks them: an earlier evaluation may have ended between its last completion and this.
+    """
     if source.description is None or source.run_folder is None:
         return
     trained = source.description["settings"]
@@ -501,6 +504,13 @@ def track(source: Source, split: str, identity: dict[str, Any], news: dict[str, 
         return
     prefix = "eval/" if split == "test" else f"eval/{split}_"
     config, step, epoch = source.config, source.description["step"], source.description["epoch"]
+    news: dict[str, float] = {}
+    for scores, is_decoded in found:
+        numbers = {prefix + name: value for name, value in headlines(scores).items()}
+        if is_decoded or not is_logged(source.run_folder, step, numbers):
+            news |= numbers
+    if not news:
+        return
     tracker = start_tracker(
         config.wandb_mode,
         run=saved_run(newest_description(source), config.wandb_project, trained.get("wandb_project")),
@@ -511,7 +521,7 @@ def track(source: Source, split: str, identity: dict[str, Any], news: dict[str, 
     # The run is held until the line is written and no longer: whoever wants to train must not wait for W&B.
     with ExitStack() as stack, locked_if_free(source.run_folder) as alone:
         metrics = stack.enter_context(MetricsLog(source.run_folder, tracker, alone=alone))
-        metrics.write(step, epoch, {prefix + name: value for name, value in news.items()})
+        metrics.write(step, epoch, news)
 
 
 def newest_description(source: Source) -> dict[str, Any]:

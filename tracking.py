@@ -264,6 +264,25 @@ class MetricsLog:
         self._tracker.finish()
 
 
+def is_logged(folder: Path, step: int, numbers: Mapping[str, float]) -> bool:
+    """Whether a line of the run's ``metrics.jsonl`` has all of ``numbers`` at ``step``."""
+    try:
+        lines = (folder / METRICS_FILE).read_bytes().splitlines()
+    except OSError:  # that it can't be written either is said where it is opened
+        return False
+    expected = numbers | {"step": step}
+    return any(expected.items() <= line.items() for line in map(_parsed, lines))
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    """A line of ``metrics.jsonl``; empty where a kill cut it."""
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def _is_kept(line: bytes, resume_step: float) -> bool:
     """Not one that a kill cut in the middle, nor one that is written again."""
     try:

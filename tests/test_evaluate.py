@@ -20,6 +20,7 @@ import evaluate
 import predictions
 import scoring
 import train
+from errors import Stopped, UserError
 from generate import Completion
 from pretrained import load_tokenizer
 
@@ -473,3 +474,33 @@ def test_a_stop_among_the_samples_takes_nothing_from_the_greedy_score(
     assert {"eval/maj_at_1", "eval/maj_at_2"} <= logged().keys() and "eval/exact_match" not in logged()
     assert call(evaluate, *arguments[:2], "--calculator", "true").code == 0
     assert "eval/calculator_exact_match" in logged() and "eval/exact_match" not in logged()
+
+
+def end_by_an_error(*_: object, **__: object) -> None:
+    raise UserError("the disk is full")
+
+
+def end_by_a_signal(*_: object, **__: object) -> None:
+    raise Stopped(15, "SIGTERM")
+
+
+@pytest.mark.parametrize("place", ["verify.differences", "write_scores", "track", "start_tracker"])
+@pytest.mark.parametrize("end", [end_by_an_error, end_by_a_signal])
+def test_what_ends_after_the_last_completion_does_not_cost_the_score(
+    call, run_folder: Path, monkeypatch: pytest.MonkeyPatch, place: str, end
+) -> None:
+    """Whatever ended the first evaluation, the next one, which decodes nothing, logs the score; and once."""
+    best, folder = str(run_folder / "best"), run_folder / "eval" / "test"
+
+    def logged() -> list[float]:
+        lines = map(json.loads, (run_folder / "metrics.jsonl").read_text().splitlines())
+        return [line["eval/exact_match"] for line in lines if "eval/exact_match" in line]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"evaluate.{place}", end)
+        assert call(evaluate, "--ckpt", best).code in (2, 143)
+    assert len((folder / "predictions.jsonl").read_text().splitlines()) == 12 and logged() == []
+    for _ in range(2):
+        outcome = call(evaluate, "--ckpt", best, "--verify-batching", "0")
+        assert outcome.code == 0 and "going on: 12 of 12" in outcome.out
+        assert logged() == [read(folder)[1]["exact_match"]]
