@@ -63,19 +63,8 @@ def load_problems(dataset: str, split: str) -> list[Problem]:
         raise UserError(f"dataset {dataset!r} is no folder here and no hub id such as openai/gsm8k: check the path")
     else:
         problems = _download(dataset, split)
-    _say_odd_golds(problems, f"{dataset}, {split}")
+    scoring.say_odd_golds({f"row {problem.line}": problem.gold for problem in problems}, f"{dataset}, {split}")
     return problems
-
-
-def _say_odd_golds(problems: Sequence[Problem], where: str) -> None:
-    """Print one line where golds are spelt so that no rule counts the plain number as right."""
-    odd = [problem for problem in problems if scoring.plain_number(problem.gold) != problem.gold.replace(",", "")]
-    if odd:
-        gold = odd[0].gold
-        print(
-            f"{where}: {len(odd)} of {len(problems)} golds are not spelt plainly, the first in row {odd[0].line}: "
-            f"{gold[:60]}, and a completion must spell it so too: {scoring.plain_number(gold)[:60]} does not count"
-        )
 
 
 def is_hub_id(name: str) -> bool:

@@ -124,6 +124,7 @@ from tracking import MetricsLog, is_logged, saved_run, start_tracker
 
 VERIFIED_IN_FLOAT32 = 4  # problems, where --verify-batching does not say how many
 CALCULATOR, SAMPLES = "calculator", "samples"  # folders beside the greedy predictions, and names in scores.json
+IDENTITY = "weights", "split", "data_sha256", "prompt", "max_new_tokens", "dtype"  # of an evaluation, in scores.json
 
 
 # ---------------------------------------------------------------- the story
@@ -178,34 +179,47 @@ def evaluate(arguments: argparse.Namespace, source: Source, output: Path) -> Non
     finally:  # a stop in one stage takes nothing from the score of those before
         if found and len(problems) == len(all_problems):
             track(source, arguments.split, identity, found)
-    finish(found[0][0], output / PREDICTIONS_FILE, output, f"{source.path} on {arguments.split}")
+    finish(found[0][0], output / PREDICTIONS_FILE, output / SCORES_FILE, f"{source.path} on {arguments.split}")
     print(f"results: {output}")
 
 
 def rescore(file: Path, output: Path | None) -> None:
-    """Score a ``predictions.jsonl`` again; ``scores.json`` goes beside it, or under ``output``."""
+    """Score predictions again; ``scores.json`` goes beside a ``predictions.jsonl``, or under ``output``.
+
+    Beside a file of another name it is called after that: several such files may share a folder.
+    """
     if not os.access(file, os.R_OK):  # said before a folder is made for it
         read_predictions(file)
     folder = output or file.parent
+    is_named = file.name != PREDICTIONS_FILE
+    target = folder / (f"{file.name.removesuffix('.jsonl')}.{SCORES_FILE}" if is_named and not output else SCORES_FILE)
     with writing_into(folder):
-        scores = scores_again(file)
+        scores = scores_again(file) | ({"predictions": file.name} if target.name != SCORES_FILE else {})
+        if is_named or folder.resolve() != file.parent.resolve():
+            check_replaceable(target, scores | scores_beside(file, scores)[0])
         try:
-            finish(scores, file, folder, str(file))
+            finish(scores, file, target, str(file))
         except OSError as error:
             raise UserError(f"{folder}: can't be written ({error.strerror}): choose another --output") from None
 
 
 def scores_again(file: Path) -> dict[str, Any]:
-    """The scores of a ``predictions.jsonl``, by what stands in it and beside it."""
+    """The scores of predictions, by what stands in their file and, of a ``predictions.jsonl``, beside it."""
     rows = read_predictions(file)
-    identity = read_identity(file.with_name(IDENTITY_FILE)) or read_identity(file.with_name(SCORES_FILE))
-    identity = {key: value for key, value in identity.items() if key not in (CALCULATOR, SAMPLES)}
+    identity, said = {}, {}
+    if file.name == PREDICTIONS_FILE:  # of another name: what stands beside it is of another file
+        identity = read_identity(file.with_name(IDENTITY_FILE)) or read_identity(file.with_name(SCORES_FILE))
+        identity = {key: value for key, value in identity.items() if key not in (CALCULATOR, SAMPLES)}
+        said = said_before(file.parent)
     if "num_problems" not in identity:
         identity["num_problems"] = len({row["id"] for row in rows})
         print(
             f"{file}: nothing beside it says how many problems were asked: taken to be all {identity['num_problems']}"
         )
-    return identity | score_rows(rows, identity, file) | said_before(file.parent)
+    scores = identity | score_rows(rows, identity, file) | said
+    golds = {f"id {row['id']}": row["gold"] for row in rows}
+    scoring.say_odd_golds(golds, str(file))
+    return scores
 
 
 def compare(first: Path, second: Path) -> None:
@@ -312,9 +326,9 @@ def evaluate_one(
             said = said | verify_batching(count, work, predictions, completions, calculator)
     rows = list(predictions.rows.values())
     scores = predictions.identity | score_rows(rows, predictions.identity, predictions.file) | said
-    before = read_scores(predictions.folder)
+    before = read_scores(predictions.folder / SCORES_FILE)
     beside = {name: before[name] for name in (CALCULATOR, SAMPLES) if name in before}  # until `finish` looks again
-    write_scores(predictions.folder, scores | beside)
+    write_scores(predictions.folder / SCORES_FILE, scores | beside)
     return scores, bool(speed)
 
 
@@ -426,9 +440,11 @@ def verify_batching(
 def score_rows(rows: Sequence[dict[str, Any]], identity: dict[str, Any], source: Path) -> dict[str, Any]:
     """All that is said of greedy predictions, or of samples; ``identity`` says how many there must be."""
     say_contradictions(rows, source)
+    can_go_on = "weights" in identity  # those of other programs are none that evaluate.py goes on with
     if any("sample" in row for row in rows):
-        return scoring.score_samples(rows, identity["num_problems"], identity.get("num_samples"), str(source))
-    return scoring.score(rows, identity["num_problems"], str(source)) | analysis.analyse(rows)
+        num_samples = identity.get("num_samples")
+        return scoring.score_samples(rows, identity["num_problems"], num_samples, str(source), can_go_on)
+    return scoring.score(rows, identity["num_problems"], str(source), can_go_on) | analysis.analyse(rows)
 
 
 def scores_beside(greedy: Path, scores: dict[str, Any]) -> tuple[dict[str, Any], list[Path]]:
@@ -442,7 +458,9 @@ def scores_beside(greedy: Path, scores: dict[str, Any]) -> tuple[dict[str, Any],
     """
     found: dict[str, Any] = {}
     left_out: list[Path] = []
-    same = ("weights", "split", "data_sha256", "prompt", "max_new_tokens", "dtype", "num_problems")
+    if greedy.name != PREDICTIONS_FILE:
+        return found, left_out
+    same = (*IDENTITY, "num_problems")
     for name in (CALCULATOR, SAMPLES):
         file = greedy.parent / name / PREDICTIONS_FILE
         if not file.exists():
@@ -462,14 +480,29 @@ def scores_beside(greedy: Path, scores: dict[str, Any]) -> tuple[dict[str, Any],
     return found, left_out
 
 
-def write_scores(folder: Path, scores: dict[str, Any]) -> None:
-    replace_file(folder / SCORES_FILE, json.dumps(scores, indent=2) + "\n")
+def check_replaceable(target: Path, scores: dict[str, Any]) -> None:
+    """Raises UserError where ``scores`` would replace, or stand beside, what is of other predictions."""
+    others = (PREDICTIONS_FILE, IDENTITY_FILE) if target.name == SCORES_FILE else ()
+    held = [name for name in others if target.with_name(name).exists()]
+    if target.exists():
+        before = read_scores(target)
+        same = ("predictions",) if "predictions" in scores else IDENTITY if "weights" in scores else scores.keys()
+        held += [target.name] * any(before.get(key) != scores.get(key) for key in same)
+    if held:
+        raise UserError(
+            f"{target.parent}: holds {' and '.join(held)} of other predictions, which is not replaced: choose another "
+            "--output"
+        )
 
 
-def finish(scores: dict[str, Any], file: Path, folder: Path, title: str) -> None:
-    """Write ``scores``, of ``file``, into ``folder``, with those of what stands beside it, and print all of them."""
+def write_scores(target: Path, scores: dict[str, Any]) -> None:
+    replace_file(target, json.dumps(scores, indent=2) + "\n")
+
+
+def finish(scores: dict[str, Any], file: Path, target: Path, title: str) -> None:
+    """Write ``scores``, of ``file``, to ``target``, with those of what stands beside it, and print all of them."""
     beside, left_out = scores_beside(file, scores)
-    write_scores(folder, scores | beside)
+    write_scores(target, scores | beside)
     for other in left_out:
         print(f"{other}: is not complete, or of another evaluation: left out of {SCORES_FILE}")
     print_tables(scores | beside, title)

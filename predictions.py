@@ -1,5 +1,6 @@
 """predictions.jsonl: what a model wrote for each problem, as it grows, and read again."""
 
+import codecs
 import json
 import time
 from collections.abc import Iterable
@@ -183,14 +184,14 @@ def _mended(file: Path) -> tuple[dict[Key, dict[str, Any]], list[str]]:
 def read_predictions(file: Path, drop_cut_line: bool = False, damaged: list[int] | None = None) -> list[dict[str, Any]]:
     """The rows of a ``predictions.jsonl``, each checked to have what scoring needs.
 
-    Those of other programs may lack ``stop`` and ``correct``.
+    Those of other programs may lack ``stop`` (or have null there) and ``correct``.
 
     Args:
         drop_cut_line: a last line without its end, from a kill, is no error.
         damaged: takes the numbers of lines that are no predictions; None: the first is an error.
     """
     try:
-        lines = file.read_bytes().split(b"\n")
+        lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")  # which editors may add
     except OSError as error:
         raise UserError(f"{file}: can't be read ({error.strerror}): name a predictions.jsonl") from None
     if lines[-1] == b"" or drop_cut_line:
@@ -199,10 +200,12 @@ def read_predictions(file: Path, drop_cut_line: bool = False, damaged: list[int]
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line.decode("utf-8"))  # of bytes json would guess the encoding
+            if row.get("stop", "") is None:  # so some programs write that they don't know
+                del row["stop"]
             for key, kind in KINDS.items():
                 if (key in row or key in NEEDED) and type(row[key]) is not kind:
                     raise ValueError(f"{key!r} is {row[key]!r}, not of type {kind.__name__}")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if damaged is not None:
                 damaged.append(number)
                 continue
@@ -239,15 +242,15 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
-def read_scores(folder: Path) -> dict[str, Any]:
-    """The ``scores.json`` beside predictions; nothing where it is damaged, since it is written anew from them."""
+def read_scores(file: Path) -> dict[str, Any]:
+    """A ``scores.json``; nothing where it is damaged, since it is written anew from the predictions."""
     try:
-        return read_identity(folder / SCORES_FILE)
+        return read_identity(file)
     except UserError:
         return {}
 
 
 def said_before(folder: Path) -> dict[str, Any]:
     """What an earlier ``scores.json`` in ``folder`` says of the decoding: its time, and whether it was verified."""
-    before = read_scores(folder)
+    before = read_scores(folder / SCORES_FILE)
     return {key: before[key] for key in ("seconds", "tokens_per_second", "verified_batching") if key in before}

@@ -13,7 +13,7 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from errors import UserError, one_line
@@ -22,6 +22,7 @@ OPENAI_ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
 LM_EVAL_FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 LM_EVAL_STOPS = ("Question:", "</s>", "<|im_end|>")
 LM_EVAL_IGNORED = (",", r"\$", r"(?s).*#### ", r"\.$")
+GO_ON = "run evaluate.py again, it goes on where it stopped"
 GOLD = re.compile(r"-?([0-9][0-9,]*)?(\.[0-9]+)?")
 
 
@@ -95,6 +96,21 @@ def plain_number(gold: str) -> str:
     return number if number == "0" else ("-" if gold.startswith("-") else "") + number
 
 
+def say_odd_golds(golds: Mapping[str, str], where: str) -> None:
+    """Print one line where golds are spelt so that no rule counts the plain number as right.
+
+    Args:
+        golds: valid ones, by the place at which each stands.
+    """
+    odd = [(place, gold) for place, gold in golds.items() if plain_number(gold) != gold.replace(",", "")]
+    if odd:
+        place, gold = odd[0]
+        print(
+            f"{where}: {len(odd)} of {len(golds)} golds are not spelt plainly, the first in {place}: {gold[:60]}, and "
+            f"a completion must spell it so too: {plain_number(gold)[:60]} does not count"
+        )
+
+
 def extract_openai(completion: str) -> str | None:
     """The first ``#### NUMBER``, without its commas; None where there is none."""
     match = OPENAI_ANSWER.search(completion)
@@ -157,13 +173,16 @@ def wilson_interval(num_correct: int, num_problems: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def score(predictions: Sequence[dict[str, Any]], num_problems: int, source: str) -> dict[str, Any]:
+def score(
+    predictions: Sequence[dict[str, Any]], num_problems: int, source: str, can_go_on: bool = True
+) -> dict[str, Any]:
     """Score one completion a problem by every rule.
 
     Args:
         predictions: objects with ``id``, ``gold``, ``completion`` and, where it is known, ``stop``, in any order.
         num_problems: how many problems were asked; the ids must be 0 .. num_problems - 1.
         source: what an error message calls the predictions.
+        can_go_on: whether they are such as ``evaluate.py`` goes on with, and adds what is missing to.
 
     Returns:
         The content of ``scores.json``; in it ``stopped_by_length`` is None where no prediction says why it
@@ -173,7 +192,7 @@ def score(predictions: Sequence[dict[str, Any]], num_problems: int, source: str)
         UserError: an id is missing, double or foreign, or a gold is no number: no score is
             better than a wrong one.
     """
-    _check_complete([prediction["id"] for prediction in predictions], num_problems, source)
+    _check_complete([prediction["id"] for prediction in predictions], num_problems, source, can_go_on)
     _check_golds(predictions, source)
     verdicts = {
         name: [rule(prediction["completion"], prediction["gold"]) for prediction in predictions]
@@ -202,7 +221,11 @@ def _count_cut(predictions: Sequence[dict[str, Any]]) -> dict[str, int | None]:
 
 
 def score_samples(
-    samples: Sequence[dict[str, Any]], num_problems: int, num_samples: int | None, source: str
+    samples: Sequence[dict[str, Any]],
+    num_problems: int,
+    num_samples: int | None,
+    source: str,
+    can_go_on: bool = True,
 ) -> dict[str, Any]:
     """Score several completions a problem, by the headline rule.
 
@@ -226,9 +249,9 @@ def score_samples(
     if uneven or len(samples) != num_samples * len(by_problem):
         raise UserError(
             f"{source}: there must be exactly one of each sample 0 to {num_samples - 1} a problem (not so in "
-            f"{some(uneven) or 'some'}): run evaluate.py again, it goes on where it stopped"
+            f"{some(uneven) or 'some'}): {GO_ON if can_go_on else 'leave or add rows until there is'}"
         )
-    _check_complete(list(by_problem), num_problems, source)
+    _check_complete(list(by_problem), num_problems, source, can_go_on)
     _check_golds(samples, source)
     counts = sorted({*(2**power for power in range(num_samples.bit_length())), num_samples})
     voted, passed, total = dict.fromkeys(counts, 0), dict.fromkeys(counts, 0.0), 0
@@ -286,10 +309,10 @@ def _check_golds(predictions: Sequence[dict[str, Any]], source: str) -> None:
             ) from None
 
 
-def _check_complete(ids: Sequence[int], num_problems: int, source: str) -> None:
+def _check_complete(ids: Sequence[int], num_problems: int, source: str, can_go_on: bool) -> None:
+    held = f"{source}: holds {len(ids)} predictions for {num_problems} problems"
     if num_problems > 2 * len(ids) + 1000:  # no use in listing them all
-        missing_count = f"holds {len(ids)} predictions for {num_problems} problems"
-        raise UserError(f"{source}: {missing_count}: run evaluate.py again, it goes on where it stopped")
+        raise UserError(f"{held}: {GO_ON if can_go_on else 'add those that are missing'}")
     double = sorted(identity for identity, count in Counter(ids).items() if count > 1)
     missing = sorted(set(range(num_problems)) - set(ids))
     foreign = sorted(set(ids) - set(range(num_problems)))
@@ -301,10 +324,10 @@ def _check_complete(ids: Sequence[int], num_problems: int, source: str) -> None:
     if num_problems < 1:
         faults = ["no problems"]
     if faults:
-        raise UserError(
-            f"{source}: holds {len(ids)} predictions for {num_problems} problems: {', '.join(faults)}; there must be "
-            "exactly one each with ids from 0: run evaluate.py again, it goes on where it stopped"
-        )
+        cure = GO_ON if can_go_on and not foreign else "leave one row of each, and number them from 0 on"
+        if sorted(ids) == list(range(1, num_problems + 1)):
+            cure = f"they are 1 to {num_problems}: take 1 from each"
+        raise UserError(f"{held}: {', '.join(faults)}; there must be exactly one each with ids from 0: {cure}")
 
 
 def some(values: Iterable[int]) -> str:

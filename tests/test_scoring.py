@@ -129,7 +129,7 @@ def test_rescore_writes_scores_beside_the_file_or_elsewhere(call, tmp_path: Path
 def test_rescore_does_not_trust_the_verdicts_in_the_file(call, tmp_path: Path) -> None:
     write(tmp_path / "p.jsonl", [prediction(0, "#### 3") | {"correct": True}])
     assert call(evaluate, "--rescore", str(tmp_path / "p.jsonl")).code == 0
-    assert json.loads((tmp_path / "scores.json").read_text())["exact_match"] == 0.0
+    assert json.loads((tmp_path / "p.scores.json").read_text())["exact_match"] == 0.0
 
 
 def bare(identity: int, completion: str = "#### 1", **more: object) -> dict[str, object]:
@@ -142,7 +142,7 @@ def test_rescore_of_rows_without_verdict_and_stop(call, tmp_path: Path) -> None:
     write(tmp_path / "p.jsonl", [bare(0), bare(1, "#### 2"), bare(2, "It is 1", steps=-1), bare(3)])
     outcome = call(evaluate, "--rescore", str(tmp_path / "p.jsonl"))
     assert outcome.code == 0, outcome.err
-    scores = json.loads((tmp_path / "scores.json").read_text())
+    scores = json.loads((tmp_path / "p.scores.json").read_text())
     assert (scores["num_correct"], scores["stopped_by_length"], scores["stop_unknown"]) == (2, None, 4)
     assert scores["errors"] == {"arithmetic": 0, "reasoning": 1, "format": 1, "cut": None}
     assert "max_new_tokens   not known" in outcome.out and "cut not known" in outcome.out
@@ -153,13 +153,13 @@ def test_rescore_of_rows_without_verdict_and_stop(call, tmp_path: Path) -> None:
 def test_how_completions_ended_is_counted_where_it_is_known(call, tmp_path: Path) -> None:
     write(tmp_path / "p.jsonl", [bare(0, stop="length"), bare(1, "", stop="length"), bare(2), bare(3, stop="eos")])
     outcome = call(evaluate, "--rescore", str(tmp_path / "p.jsonl"))
-    scores = json.loads((tmp_path / "scores.json").read_text())
+    scores = json.loads((tmp_path / "p.scores.json").read_text())
     assert (scores["stopped_by_length"], scores["stop_unknown"], scores["errors"]["cut"]) == (2, 1, 1)
     assert "       2   and not known of 1\n" in outcome.out
     write(tmp_path / "p.jsonl", [prediction(0)])
-    (tmp_path / "scores.json").unlink()
+    (tmp_path / "p.scores.json").unlink()
     outcome = call(evaluate, "--rescore", str(tmp_path / "p.jsonl"))
-    assert "stop_unknown" not in json.loads((tmp_path / "scores.json").read_text()) and "known" not in outcome.out
+    assert "stop_unknown" not in json.loads((tmp_path / "p.scores.json").read_text()) and "known" not in outcome.out
 
 
 def test_a_verdict_that_the_rule_contradicts_is_said(call, tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_verdict_that_the_rule_contradicts_is_said(call, tmp_path: Path) -> No
     for arguments in (["--rescore", "p.jsonl"], ["--compare", "agreed.jsonl", "p.jsonl"]):
         outcome = call(evaluate, arguments[0], *(str(tmp_path / name) for name in arguments[1:]))
         assert outcome.code == 0 and outcome.out.count("contradicts") == 1 and said in outcome.out, outcome
-    assert json.loads((tmp_path / "scores.json").read_text())["num_correct"] == 3
+    assert json.loads((tmp_path / "p.scores.json").read_text())["num_correct"] == 3
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,6 @@ def test_a_verdict_that_the_rule_contradicts_is_said(call, tmp_path: Path) -> No
         ({"correct": 1}, "'correct' is 1, not of type bool"),
         ({"correct": None}, "'correct' is None, not of type bool"),
         ({"stop": 5}, "'stop' is 5, not of type str"),
-        ({"stop": None}, "'stop' is None, not of type str"),
         ({"sample": "0"}, "'sample' is '0', not of type int"),
         ({"gold": 1}, "'gold' is 1, not of type str"),
         ({"completion": None}, "'completion' is None, not of type str"),
@@ -228,6 +227,139 @@ def test_rescore_refuses_what_is_no_predictions_file(call, tmp_path: Path, conte
     (tmp_path / "p.jsonl").write_text(content, encoding="latin-1")
     call(evaluate, "--rescore", str(tmp_path / "p.jsonl")).assert_user_error("p.jsonl")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p.jsonl"]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+OWN = {"weights": "w", "data_sha256": "d", "num_problems": 2, "seconds": 5.0}
+VERIFIED = OWN | {"exact_match": 1.0, "verified_batching": {"problems": 4, "differences": 0}}
+
+
+@pytest.fixture
+def evaluation(tmp_path: Path) -> Path:
+    """A folder as an evaluation leaves it."""
+    folder = tmp_path / "eval"
+    folder.mkdir()
+    write(folder / "predictions.jsonl", [prediction(0), prediction(1)])
+    (folder / "evaluation.json").write_text(json.dumps(OWN))
+    (folder / "scores.json").write_text(json.dumps(VERIFIED))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["fixed.jsonl", "fixed", "predictions.jsonl.old", "predictions.json"])
+def test_a_file_beside_an_evaluation_is_another_one(call, evaluation: Path, name: str) -> None:
+    """Guards against rows that were never verified with the weights, the seconds and the place of those that were."""
+    write(evaluation / name, [bare(0), bare(1, "#### 2"), bare(2)])
+    before = content(evaluation)
+    assert call(evaluate, "--rescore", str(evaluation / name)).code == 0
+    after = content(evaluation)
+    (new,) = after.keys() - before.keys()
+    assert new == name.removesuffix(".jsonl") + ".scores.json" and before.items() <= after.items()
+    scores = json.loads(after[new])
+    assert (scores["num_problems"], scores["num_correct"], scores["predictions"]) == (3, 2, name)
+    assert not {"weights", "seconds", "verified_batching", "data_sha256"} & scores.keys()
+    write(evaluation / name, [bare(0), bare(1)])  # its own are replaced
+    assert call(evaluate, "--rescore", str(evaluation / name)).code == 0
+    assert json.loads((evaluation / new).read_text())["num_problems"] == 2
+    assert call(evaluate, "--rescore", str(evaluation / "predictions.jsonl")).code == 0
+    assert json.loads((evaluation / "scores.json").read_text()).items() >= (VERIFIED | {"num_correct": 2}).items()
+
+
+def test_several_files_share_a_folder(call, tmp_path: Path) -> None:
+    """Of as many rows, and of other many."""
+    for name, rows in (("a", 6), ("b", 4), ("c", 6)):
+        write(
+            tmp_path / f"{name}.jsonl",
+            [bare(index, f"#### {index % 2 if name == 'a' else 1}") for index in range(rows)],
+        )
+    for name in "abc":
+        assert call(evaluate, "--rescore", str(tmp_path / f"{name}.jsonl")).code == 0
+    found = [json.loads((tmp_path / f"{name}.scores.json").read_text()) for name in "abc"]
+    assert [(scores["num_correct"], scores["num_problems"]) for scores in found] == [(3, 6), (4, 4), (6, 6)]
+
+
+@pytest.mark.parametrize("held", ["all", "scores.json", "evaluation.json", "predictions.jsonl"])
+@pytest.mark.parametrize("name", ["a.jsonl", "predictions.jsonl"])
+def test_scores_of_other_predictions_are_not_replaced(call, evaluation: Path, held: str, name: str) -> None:
+    """Of an evaluation, a whole or a begun one, under --output."""
+    for file in list(evaluation.iterdir()):
+        if held not in ("all", file.name):
+            file.unlink()
+    other = evaluation.parent / name
+    write(other, [bare(index) for index in range(6)])
+    before = content(evaluation.parent)
+    outcome = call(evaluate, "--rescore", str(other), "--output", str(evaluation))
+    outcome.assert_user_error(str(evaluation), "of other predictions", "--output")
+    assert content(evaluation.parent) == before
+
+
+def test_scores_elsewhere_are_replaced_by_those_of_the_same(call, evaluation: Path) -> None:
+    new, foreign = evaluation.parent / "new", evaluation.parent / "a.jsonl"
+    for _ in range(2):
+        assert call(evaluate, "--rescore", str(evaluation / "predictions.jsonl"), "--output", str(new)).code == 0
+        (evaluation / "evaluation.json").write_text(json.dumps(OWN | {"num_problems": 3}))  # it went on
+        write(evaluation / "predictions.jsonl", [prediction(0), prediction(1), prediction(2)])
+    assert json.loads((new / "scores.json").read_text())["num_problems"] == 3
+    write(foreign, [bare(0)])
+    for _ in range(2):
+        assert call(evaluate, "--rescore", str(foreign), "--output", str(new / "2")).code == 0
+    before = content(new)
+    write(foreign, [bare(0), bare(1)])
+    outcome = call(evaluate, "--rescore", str(foreign), "--output", str(new / "2"))
+    outcome.assert_user_error("scores.json of other predictions")
+    (foreign.parent / "a.scores.json").write_text("precious")
+    call(evaluate, "--rescore", str(foreign)).assert_user_error("holds a.scores.json of other predictions")
+    assert content(new) == before and (foreign.parent / "a.scores.json").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("ids", "fragment"),
+    [
+        ([1, 2, 3], "with ids from 0: they are 1 to 3: take 1 from each"),
+        ([3, 1, 2], "they are 1 to 3"),
+        ([7, 8], "number them from 0 on"),
+        ([0, 0, 1], "double ids 0"),
+        ([1], "they are 1 to 1"),
+    ],
+)
+def test_the_cure_for_ids_is_one(call, tmp_path: Path, ids: list[int], fragment: str) -> None:
+    """Guards against the advice to run evaluate.py again, which wrote none of these rows."""
+    write(tmp_path / "p.jsonl", [bare(index) for index in ids])
+    outcome = call(evaluate, "--rescore", str(tmp_path / "p.jsonl"))
+    outcome.assert_user_error(fragment)
+    assert "evaluate.py" not in outcome.err
+
+
+def test_going_on_is_the_cure_only_where_it_is_one(call, evaluation: Path) -> None:
+    file = str(evaluation / "predictions.jsonl")
+    write(evaluation / "predictions.jsonl", [prediction(0)])
+    call(evaluate, "--rescore", file).assert_user_error("missing ids 1", "run evaluate.py again")
+    write(evaluation / "predictions.jsonl", [prediction(0), prediction(1), prediction(9)])
+    outcome = call(evaluate, "--rescore", file)
+    outcome.assert_user_error("unknown ids 9")
+    assert "evaluate.py" not in outcome.err
+
+
+def test_rows_as_other_programs_write_them(call, tmp_path: Path) -> None:
+    """A byte order mark, and null for a stop that is not known."""
+    write(tmp_path / "p.jsonl", [bare(0, stop=None), bare(1, stop="length")])
+    (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "p.jsonl").read_bytes())
+    outcome = call(evaluate, "--rescore", str(tmp_path / "p.jsonl"))
+    assert outcome.code == 0, outcome.err
+    scores = json.loads((tmp_path / "p.scores.json").read_text())
+    assert (scores["stopped_by_length"], scores["stop_unknown"]) == (1, 1)
+    assert call(evaluate, "--compare", *[str(tmp_path / "p.jsonl")] * 2).code == 0
+
+
+def test_odd_golds_are_said_when_a_file_is_scored_again(call, tmp_path: Path) -> None:
+    rows = [prediction(0), prediction(1, "#### 3", "3.0"), prediction(2, "#### 7", "007"), prediction(3, "", "1,000")]
+    write(tmp_path / "p.jsonl", rows)
+    outcome = call(evaluate, "--rescore", str(tmp_path / "p.jsonl"))
+    assert "p.jsonl: 2 of 4 golds are not spelt plainly, the first in id 1: 3.0, and" in outcome.out
+    write(tmp_path / "q.jsonl", [rows[0], rows[3]])
+    assert "spelt" not in call(evaluate, "--rescore", str(tmp_path / "q.jsonl")).out
 
 
 def test_rescore_goes_with_no_model_flags(call, tmp_path: Path) -> None:
