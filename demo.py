@@ -21,6 +21,7 @@ check_platform()  # before the imports that would fail
 
 from config import ArgumentParser
 from standin import make_model, make_problems, make_tokenizer, write_jsonl
+from streams import command_line
 
 ROOT = Path(__file__).parent
 FOLDER = ROOT / "demo"
@@ -60,7 +61,7 @@ def make_stand_in(folder: Path) -> None:
 
 def run(*command: str) -> None:
     """Run a script; a signal is passed on to it, and ends the demo only when the script has saved and ended."""
-    print(f"\n$ python {' '.join(command)}", flush=True)
+    print(f"\n$ {command_line(*command)}", flush=True)
     with StopSignal() as stop:
         process = subprocess.Popen([sys.executable, *command], cwd=ROOT)
         stop.tell(process.send_signal)

@@ -3,6 +3,7 @@
 from __future__ import annotations  # that a Python too old to run this can say so
 
 import errno
+import importlib.util
 import os
 import signal
 import sys
@@ -13,6 +14,11 @@ import streams
 
 USER_ERROR, NOT_FINITE = 2, 3
 OLDEST_PYTHON = (3, 11)
+# Without these no script gets anywhere; all of requirements.txt that is imported here but wandb, which is a guest.
+PACKAGES = (
+    *("torch", "transformers", "datasets", "pyarrow", "sentencepiece", "safetensors", "xxhash", "optimi", "pydantic"),
+    *("yaml", "scipy", "tqdm"),
+)
 
 STOP_SIGNALS = tuple(
     getattr(signal, name)
@@ -120,6 +126,17 @@ def check_platform() -> None:
     except ImportError:
         fault = f"{sys.platform} has no file locks (fcntl): run this on Linux or macOS, on Windows in WSL2"
         sys.exit(_complain(f"error: {fault}", USER_ERROR))
+    missing = [name for name in PACKAGES if sys.modules.get(name) is None and importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(_complain(f"error: {sys.executable} lacks {', '.join(missing)}: {_install_cure()}", USER_ERROR))
+
+
+def _install_cure() -> str:
+    root = os.path.dirname(os.path.abspath(__file__))
+    own = os.path.join(root, ".venv", "bin", "python")
+    if os.path.exists(own) and sys.executable != own:
+        return f"start this with {own}"
+    return f"install {os.path.join(root, 'requirements.txt')} into it (pip install -r), or start this with one that has"
 
 
 def run_script(story: Callable[..., None], *arguments: object) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import os
+import shlex
+import shutil
 import sys
 from contextlib import suppress
 from typing import Any
@@ -20,9 +23,9 @@ class Tolerant:
         fault: the last failure, or None.
     """
 
-    def __init__(self, stream: Any):
+    def __init__(self, stream: Any, fault: Exception | None = None):
         self._stream = stream
-        self.fault: Exception | None = None
+        self.fault = fault
 
     def write(self, text: str) -> int:
         try:
@@ -59,12 +62,14 @@ def prepare() -> None:
         stream = getattr(sys, name)
         if isinstance(stream, Tolerant):
             continue
+        fault = None
         if stream is None:  # so Python has it where the parent closed it
             stream = os.fdopen(number, "w", encoding="utf-8", closefd=False)
+            fault = OSError(errno.EBADF, "it is closed")
         if hasattr(stream, "reconfigure"):
             with suppress(*ENDS):
                 stream.reconfigure(errors="backslashreplace", line_buffering=True)
-        setattr(sys, name, Tolerant(stream))
+        setattr(sys, name, Tolerant(stream, fault))
     atexit.unregister(_settle)
     atexit.register(_settle)
 
@@ -79,6 +84,41 @@ def _open_closed(number: int) -> None:
             os.dup2(null, number)
             os.close(null)
         os.set_inheritable(number, True)  # children need one as well
+
+
+def command_line(*words: str) -> str:
+    """Python with ``words``, as it can be pasted into the shell (bash, zsh) that this was started from."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return " ".join(_quoted(word, encoding) for word in (_this_python(), *words))
+
+
+def _this_python() -> str:
+    """``python`` where the shell finds this one under that name, else where it is: the other has not its packages."""
+    found, this = shutil.which("python"), sys.executable
+    # Not where links lead to: the interpreters of two environments are often links to one file.
+    if not this or (found and _folder(found) == _folder(this) and os.path.realpath(found) == os.path.realpath(this)):
+        return "python"
+    short = os.path.relpath(this)
+    return this if short.startswith("..") or os.sep not in short else short
+
+
+def _folder(file: str) -> str:
+    return os.path.realpath(os.path.dirname(file))
+
+
+def _quoted(word: str, encoding: str) -> str:
+    """``word`` for a shell; byte by byte where the stream would show other letters."""
+    try:
+        word.encode(encoding)
+        if word.isprintable():
+            return shlex.quote(word)
+    except UnicodeError:
+        pass
+    return "$'" + "".join(_escaped(byte) for byte in os.fsencode(word)) + "'"
+
+
+def _escaped(byte: int) -> str:
+    return chr(byte) if 32 <= byte < 127 and byte not in b"\\'" else f"\\x{byte:02x}"
 
 
 def _settle() -> None:

@@ -37,7 +37,6 @@ if __name__ == "__main__":  # before the heavy imports: --help and a mistyped se
 import importlib.metadata
 import math
 import platform
-import shlex
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -71,6 +70,7 @@ from progress import ProgressBar
 from resume import check_same_run, claimed, get_random_state, pack_state, set_random_state, unpack_state
 from scoring import correct_openai
 from storage import replace_file
+from streams import command_line
 from tokenizer import Tokenizer
 from tracking import MetricsLog, RunPath, new_run, saved_run, start_tracker
 
@@ -487,8 +487,8 @@ def measure_exact_match(
 def evaluation_command(checkpoint: Path) -> str:
     """What evaluates ``checkpoint``, as it can be pasted into the shell that this was started from."""
     script = Path(__file__).resolve().with_name("evaluate.py")
-    shown = script.name if script.parent == Path.cwd() else str(script)
-    return shlex.join(["python", shown, "--ckpt", str(checkpoint)])
+    shown, folder = script.name if script.parent == Path.cwd() else str(script), str(checkpoint)
+    return command_line(shown, *([f"--ckpt={folder}"] if folder.startswith("-") else ["--ckpt", folder]))
 
 
 def write_sample(model: LlamaForCausalLM, tokenizer: Tokenizer, problem: data.Problem, config: Config) -> str:

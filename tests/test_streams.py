@@ -156,6 +156,18 @@ def test_a_result_that_is_only_printed_is_missed_if_it_was_not(
         assert code_of(story) == code
 
 
+@pytest.mark.parametrize("closed", ["1>&-", "0>&- 1>&-", "1</dev/null"])
+def test_a_result_printed_to_a_closed_output_is_missed(tmp_path: Path, closed: str) -> None:
+    """As `perplexity.py >&-` and `evaluate.py --compare` have it; and a script that has written its result is done."""
+    for last, code in (("errors.check_printed()", 2), ("pass", 0)):
+        story = f"import errors\ndef story():\n    print('result')\n    {last}\n"
+        story += "errors.run_script(lambda: None)\nerrors.run_script(story)\n"  # as scripts do: once for the arguments
+        result = python(story, "bash", "-c", f'exec "$@" {closed}', "sh")
+        assert result.returncode == code, result
+        assert result.stderr.startswith("error: standard output: can't be written (") == bool(code), result.stderr
+        assert result.stderr.count("\n") == bool(code)
+
+
 def test_streams_are_made_tolerant_once(call, capsys: pytest.CaptureFixture[str]) -> None:
     errors.run_script(lambda: print("one"))
     before = sys.stdout, sys.stderr
@@ -492,12 +504,105 @@ def test_the_next_command_can_be_pasted(
         ["bash", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True, check=True
     ).stdout.splitlines()
     assert words == shlex.split(command)
-    assert words[0] == "python" and (Path.cwd() / words[1]).resolve() == ROOT / "evaluate.py"
+    assert (
+        os.path.samefile(shutil.which(words[0]), sys.executable)
+        and (Path.cwd() / words[1]).resolve() == ROOT / "evaluate.py"
+    )
     assert words[2:] == ["--ckpt", str(output / "test" / "best")]
     assert call(evaluate, *words[2:], "--limit", "1").code == 0
 
 
+@pytest.fixture
+def interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The ``python`` of an environment that this process seems to run in, and PATH empty of others."""
+    file = tmp_path / "env" / "bin" / "python"
+    file.parent.mkdir(parents=True)
+    (file.parent / "base").symlink_to(sys.executable)
+    for name in ("python", "python3"):
+        (file.parent / name).symlink_to("base")
+    monkeypatch.setattr(sys, "executable", str(file.with_name("python3")))
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    monkeypatch.chdir(tmp_path)
+    return file
+
+
+def test_the_next_command_names_an_interpreter_that_has_the_packages(
+    interpreter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against the system's python, which lacks them; it may be the very file that the environment links to."""
+    first = lambda: streams.command_line("x").split()[0]  # noqa: E731
+    other = tmp_path / "other" / "python"
+    other.parent.mkdir()
+    other.symlink_to(interpreter.with_name("base"))
+    assert first() == "env/bin/python3"
+    monkeypatch.setenv("PATH", str(other.parent))
+    assert first() == "env/bin/python3"
+    monkeypatch.setenv("PATH", f"{interpreter.parent}:{other.parent}")
+    assert first() == "python"
+    monkeypatch.setenv("PATH", str(other.parent))
+    for place in (other.parent, interpreter.parent):  # there a name alone would be looked for elsewhere
+        monkeypatch.chdir(place)
+        assert first() == str(interpreter.with_name("python3"))
+
+
+ODD = [
+    "it's $HOME; `ls`",
+    "-runs",
+    "caf\u00e9",
+    "\u4e03",
+    "a\nb\tc",
+    "back\\slash'",
+    "\x1b[0m",
+    "caf\udce9",
+    "\u00e9f0",
+    "",
+]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+def test_a_command_for_the_shell_is_the_same_words_again(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+    """Guards against the escape sequences that a stream shows for letters which it lacks: they name another file."""
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, errors="backslashreplace"))
+    print(streams.command_line(*ODD), end="", flush=True)
+    shown = raw.getvalue()
+    assert b"\n" not in shown and b"\x1b" not in shown
+    command = shown.decode(encoding).encode()
+    words = subprocess.run(["bash", "-c", b"printf '%s\\0' " + command], capture_output=True, check=True).stdout
+    assert [os.fsdecode(word) for word in words.split(b"\0")[1:-1]] == ODD
+
+
+def test_the_next_command_of_a_folder_that_looks_like_a_flag() -> None:
+    words = shlex.split(train.evaluation_command(Path("-runs/test/best")))
+    assert evaluate.read_arguments(words[2:])[0].ckpt == "-runs/test/best"
+
+
 # ---------------------------------------------------------------- where it runs
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "perplexity.py", "demo.py"])
+@pytest.mark.parametrize("lacking", ["yaml", "pydantic", "scipy"])
+def test_lacking_packages_are_one_line(script: str, lacking: str) -> None:
+    """As of the system's python, where the environment is not active: those of the first import, and later ones."""
+    code = (
+        f"import runpy, sys\nsys.modules[{lacking!r}] = None\n"
+        f"sys.argv = [{script!r}]\nsys.path.insert(0, '.')\nrunpy.run_path({script!r}, run_name='__main__')\n"
+    )
+    result = python(code)
+    assert result.returncode == 2 and result.stdout == "", result
+    assert result.stderr.startswith(f"error: {sys.executable} lacks {lacking}: ") and result.stderr.count("\n") == 1
+
+
+def test_the_packages_are_those_of_requirements_and_imported() -> None:
+    """Guards against a check that forgets one, or asks for one that nothing needs."""
+    imported = set()
+    for file in ROOT.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [n.name for n in getattr(node, "names", ())]
+            imported |= {name.partition(".")[0] for name in names if isinstance(node, ast.Import | ast.ImportFrom)}
+    own = {file.stem for file in ROOT.glob("*.py")}
+    brought = {"numpy", "huggingface_hub", "tokenizers"}  # by transformers
+    assert imported - own - brought - set(sys.stdlib_module_names) - {"wandb"} == set(errors.PACKAGES)
 
 
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py", "perplexity.py", "demo.py"])
