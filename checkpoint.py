@@ -21,7 +21,7 @@ import xxhash
 from safetensors import SafetensorError
 
 from config import KEYS, PLACES, Config, load_config, local_path, make_config, read_settings, with_tilde
-from errors import UserError, one_line
+from errors import UserError, one_line, storage_cure
 from storage import is_no_rename, move, remove, replace_file, sync
 
 if TYPE_CHECKING:
@@ -112,9 +112,12 @@ def write_both_spellings(file: Path) -> None:
 
 
 def _not_written(folder: Path, error: Exception) -> UserError:
+    intact = (
+        "; earlier ones are intact" if any((folder.parent / name).exists() for name in (BEST, LAST, PREVIOUS)) else ""
+    )
     return UserError(
-        f"{folder}: the checkpoint can't be written ({one_line(error)[:160]}); earlier ones are intact: make room, "
-        "then type the same command again to go on"
+        f"{folder}: the checkpoint can't be written ({one_line(error)[:160]}){intact}: {storage_cure(error)}, "
+        "then type the same command again"
     )
 
 

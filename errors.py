@@ -5,6 +5,7 @@ from __future__ import annotations  # that a Python too old to run this can say 
 import errno
 import importlib.util
 import os
+import re
 import signal
 import sys
 import time
@@ -158,14 +159,33 @@ def run_script(story: Callable[..., None], *arguments: object) -> None:
         if error.errno not in _STORAGE_FAULTS:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        sys.exit(_complain(f"error: {where}{error.strerror}: make room there or choose another folder", USER_ERROR))
+        fault = f"{where}{error.strerror}: {storage_cure(error)}, or choose another folder"
+        sys.exit(_complain(f"error: {one_line(fault)}", USER_ERROR))
     StopSignal().listen().tell(_leave)  # for the heavy imports between a script's two stories
 
 
-_STORAGE_FAULTS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES),
-    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP),  # something is in the way
-}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def _numbers(names: str) -> set[int]:
+    """Those of ``names`` that this system has."""
+    return {getattr(errno, name) for name in names.split() if hasattr(errno, name)}
+
+
+# Of disks and mounts, and never a fault of these programs. Their other OSErrors stay tracebacks.
+_STORAGE_FAULTS = _FULL | _numbers(
+    "EROFS EIO EACCES EPERM EBUSY ETXTBSY ENXIO ENODEV ENOMEDIUM EREMOTEIO EUCLEAN EBADMSG ENOLCK EDEADLK "
+    "ESTALE ENOTCONN ETIMEDOUT EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ECONNRESET ECONNABORTED ECONNREFUSED "
+    "ESHUTDOWN ECOMM EPROTO ENOLINK ENOKEY EKEYEXPIRED EKEYREVOKED EKEYREJECTED EREMCHG "
+    "EISDIR ENOTDIR EEXIST ENOTEMPTY ELOOP EMLINK ENAMETOOLONG"  # something is in the way, or the name is
+)
+
+
+def storage_cure(error: Exception) -> str:
+    """What helps against a fault of the disk."""
+    found = re.search(r"\(os error ([0-9]+)\)", str(error))  # so libraries in Rust have it
+    number = getattr(error, "errno", None) or (int(found[1]) if found else None)
+    return "make room there" if number in _FULL else "check that disk or mount, and your rights there"
 
 
 def _stop(number: int) -> None:

@@ -11,7 +11,7 @@ import analysis
 import scoring
 from data import Problem
 from errors import UserError, one_line
-from storage import replace_file, sync_open
+from storage import naming, replace_file, sync_open
 
 # A kill loses no line that was written; this is what the loss of power may take. Each sync costs milliseconds.
 SECONDS_BETWEEN_SYNCS = 1.0
@@ -110,8 +110,9 @@ class PredictionsFile:
             "false_equation": false_equation,
             "steps": analysis.count_steps(problem.answer),
         }
-        self._stream.write(_json_line(row))
-        self._stream.flush()
+        with naming(self.file):
+            self._stream.write(_json_line(row))
+            self._stream.flush()
         if time.monotonic() - self._synced >= SECONDS_BETWEEN_SYNCS:
             self._sync()
         self.rows[key] = row
@@ -131,7 +132,11 @@ class PredictionsFile:
             if self._dropped:
                 print(f"{self.file}: dropped {' and '.join(self._dropped)}, as two writers at a time leave them")
             self._stream = self.file.open("a", encoding="utf-8")
-            replace_file(self.folder / IDENTITY_FILE, json.dumps(self.identity, indent=2) + "\n")
+            try:
+                replace_file(self.folder / IDENTITY_FILE, json.dumps(self.identity, indent=2) + "\n")
+            except OSError:
+                self._stream.close()
+                raise
         except OSError as error:
             raise UserError(f"{self.folder}: can't be written ({error.strerror}): choose another --output") from None
         return self
@@ -141,8 +146,11 @@ class PredictionsFile:
         self._synced = time.monotonic()
 
     def __exit__(self, *_: object) -> None:
-        self._sync()
-        self._stream.close()
+        try:
+            self._sync()
+        finally:
+            with naming(self.file):
+                self._stream.close()
 
 
 def key_of(row: dict[str, Any]) -> Key:

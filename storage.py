@@ -17,6 +17,7 @@ LOCK_FILE = ".lock"  # made only where a folder itself can't be locked
 # What mounts of the kinds CIFS, WSL, FUSE, 9p and NFS answer to what they have not. A full or broken disk (ENOSPC,
 # EDQUOT, EIO, EROFS) is none of these: it stays an error.
 _NOT_SUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
+_NO_LOCK = _NOT_SUPPORTED | {errno.ENOLCK, errno.EBADF, errno.EISDIR, errno.EACCES}
 _NO_SYNC = _NOT_SUPPORTED | {errno.EBADF, errno.EACCES, errno.EISDIR}
 _NO_RENAME = _NOT_SUPPORTED | {errno.EXDEV}  # overlayfs: a folder of a lower layer
 
@@ -90,6 +91,8 @@ def _take(folder: Path, tries: int = 3) -> tuple[int, bool]:
         except BlockingIOError:
             raise
         except OSError as error:
+            if error.errno not in _NO_LOCK:
+                raise
             reasons.append(error.strerror)
             continue
         # Other where the process that held it until now has removed an empty folder; or always, where a mount makes up
@@ -106,7 +109,8 @@ def _take(folder: Path, tries: int = 3) -> tuple[int, bool]:
 def _lock(path: Path, flags: int) -> int:
     descriptor = os.open(path, flags, 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with naming(path):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return descriptor
     except OSError as error:
         os.close(descriptor)
@@ -144,11 +148,22 @@ def sync(path: Path) -> None:
 def sync_open(descriptor: int, path: Path) -> None:
     """`sync` of what is open."""
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     except OSError as error:
         if error.errno not in _NO_SYNC:
             raise
         _say_no_sync(path, error)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError of what is open say which file it is of: it knows the number alone."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _say_no_sync(path: Path, error: OSError) -> None:
@@ -164,11 +179,13 @@ def replace_file(file: Path, content: str | bytes) -> None:
     # A name of its own: of two processes that write the same file the later one wins, and none trips over the other.
     staged = file.with_name(f".{file.name}.{secrets.token_hex(4)}.staged")
     try:
-        staged.write_bytes(content if isinstance(content, bytes) else content.encode())
-        sync(staged)
-        staged.replace(file)
+        with naming(file):
+            staged.write_bytes(content if isinstance(content, bytes) else content.encode())
+            sync(staged)
+            staged.replace(file)
     finally:
-        staged.unlink(missing_ok=True)
+        with suppress(OSError):  # what it failed of is said
+            staged.unlink(missing_ok=True)
     sync(file.parent)
 
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from checkpoint import METRICS_FILE
 from config import hide_home
-from errors import UserError, one_line
+from errors import UserError, one_line, storage_cure
 from storage import replace_file, sync_open
 
 INIT_SECONDS = 15  # how long a start may wait for W&B to answer
@@ -251,7 +251,7 @@ class MetricsLog:
 
     def _not_written(self, error: OSError) -> UserError:
         return UserError(
-            f"{self._path}: can't be written ({error.strerror}): make room or move it away, then type the same command "
+            f"{self._path}: can't be written ({error.strerror}): {storage_cure(error)}, then type the same command "
             "again to go on from the last save"
         )
 

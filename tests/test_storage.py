@@ -23,6 +23,9 @@ import storage
 import train
 from checkpoint import BEST, FINISHED_FILE, LAST, PREVIOUS
 from config import CONFIG_FILE
+from data import Problem
+from generate import Completion
+from predictions import PredictionsFile
 
 ROOT = Path(train.__file__).parent
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EPERM)
@@ -309,6 +312,105 @@ def test_a_fault_of_the_disk_is_not_taken_for_what_it_lacks(
 ) -> None:
     monkeypatch.setattr(os, "fsync", fail(os.fsync, number, of_folder))
     call(train, *flags(settings)).assert_user_error(os.strerror(number))
+
+
+MOUNT = ["EIO", "EROFS", "EACCES", "EPERM", "EBUSY", "ENXIO", "ENODEV", "EREMOTEIO", "EUCLEAN", "ENAMETOOLONG"]
+NETWORK = ["ESTALE", "ENOTCONN", "ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "ECONNRESET"]
+FULL = ["EDQUOT", "ENOSPC", "EFBIG"]
+
+
+def said_of(outcome, name: str) -> None:
+    outcome.assert_user_error(os.strerror(getattr(errno, name)))
+    assert ("make room" in outcome.err) == (name in FULL), outcome.err
+
+
+@pytest.mark.parametrize("name", [*MOUNT, *NETWORK, *FULL])
+def test_a_fault_of_disk_or_mount_is_one_line(call, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def main(*_: Any) -> None:
+        raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)), "some/file")
+
+    monkeypatch.setattr(train, "main", main)
+    outcome = call(train)
+    said_of(outcome, name)
+    assert outcome.err.startswith("error: some/file: ")
+
+
+@pytest.mark.parametrize("fault", [OSError(number, "x") for number in (errno.EBADF, errno.EINVAL)] + [KeyError("x")])
+def test_a_fault_of_the_program_is_a_traceback(call, monkeypatch: pytest.MonkeyPatch, fault: Exception) -> None:
+    def main(*_: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr(train, "main", main)
+    with pytest.raises(type(fault)):
+        call(train)
+
+
+@pytest.mark.parametrize("name", ["EIO", "ESTALE", "ENOSPC"])
+@pytest.mark.parametrize("file", ["predictions.jsonl", ".scores.json.", ".evaluation.json."])
+def test_a_fault_while_evaluating_names_the_file(
+    call, settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, name: str
+) -> None:
+    """What fsync says has a number alone."""
+    out = tmp_path / "out"
+
+    def is_meant(descriptor: int) -> bool:
+        return os.readlink(f"/proc/self/fd/{descriptor}").startswith(str(out / file))
+
+    monkeypatch.setattr(evaluate, "greedy_decode", lambda model, prompts, **_: [Completion(0, 1, [5], "eos")])
+    monkeypatch.setattr(os, "fsync", fail(os.fsync, getattr(errno, name), is_meant))
+    arguments = ["--limit", "1", "--verify-batching", "0", "--output", str(out)]
+    outcome = call(evaluate, "--ckpt", settings["model"], *flags(settings), *arguments)
+    if "evaluation" in file:  # found out before anything is decoded
+        outcome.assert_user_error(f"{out}: can't be written ({os.strerror(getattr(errno, name))}")
+        return
+    said_of(outcome, name)
+    assert outcome.err.startswith(f"error: {out / file}")
+
+
+def test_a_full_disk_under_a_prediction_names_the_file(tmp_path: Path, call, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OSError, match="No space") as error:
+        file = PredictionsFile(tmp_path, {}, 1)
+        with file:
+            file._stream.close()
+            file._stream = open("/dev/full", "a")  # noqa: SIM115
+            file.write((0, 0), Problem("1?", "#### 1"), "1", "eos", 1)
+    assert error.value.filename == str(tmp_path / "predictions.jsonl")
+
+
+@pytest.mark.parametrize("name", ["EIO", "ESTALE", "EPERM", "ENOSPC"])
+def test_a_save_that_fails_says_what_helps(
+    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """And does not call earlier checkpoints intact where there are none."""
+    number = getattr(errno, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_put_in_place", fail(lambda *_: None, number, lambda *_: True))
+        outcome = call(train, *flags(settings))
+    said_of(outcome, name)
+    assert "intact" not in outcome.err
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail(os.replace, number, lambda _, target: Path(target).name == "config.yaml"))
+        said_of(call(train, *flags(settings)), name)
+
+
+@pytest.mark.parametrize("name", ["EIO", "ENOSPC", "EROFS", "ELOOP", "ESTALE", "EDQUOT"])
+@pytest.mark.parametrize("where", ["folder", "file"])
+def test_a_fault_is_not_taken_for_a_file_system_without_locks(
+    call, settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, where: str
+) -> None:
+    """Of the folder, or of the file that is locked where a folder can't be."""
+    number, original = getattr(errno, name), os.open
+    if where == "folder":
+        monkeypatch.setattr(fcntl, "flock", fail(fcntl.flock, number, lambda *_: True))
+    else:
+        monkeypatch.setattr(fcntl, "flock", fail(fcntl.flock, errno.ENOLCK, of_folder))
+        monkeypatch.setattr(os, "open", fail(original, number, lambda path, *_: Path(path).name == storage.LOCK_FILE))
+    for outcome in (
+        call(train, *flags(settings)),
+        call(evaluate, "--ckpt", settings["model"], *flags(settings), "--output", str(tmp_path / "out")),
+    ):
+        outcome.assert_user_error("can't be written", os.strerror(number))
+        assert "no locks" not in outcome.out
 
 
 @pytest.mark.parametrize("number", NO_RENAME)
