@@ -243,7 +243,8 @@ def remove_state(run_folder: Path, description: Mapping[str, Any]) -> None:
     wait_for_removals()
     if fault := fault_of(best):
         raise UserError(
-            f"{best}: is damaged or gone ({fault}): {LAST} and {PREVIOUS} are not removed (keep_state false)"
+            f"{best}: is damaged or gone ({fault}): {LAST} and {PREVIOUS} are not removed (keep_state false): "
+            f"{cure_without_best(run_folder)}"
         )
     try:
         # First: without it, and without last, the next start would take the run for one that never saved.
@@ -257,6 +258,14 @@ def remove_state(run_folder: Path, description: Mapping[str, Any]) -> None:
         raise UserError(f"{run_folder}: {LAST} and {PREVIOUS} can't be removed ({one_line(error)[:160]})") from error
     _remove_remains(run_folder / LAST)
     print(f"removed: {state[1]} and {state[0]}, since {best} is whole (keep_state false)")
+
+
+def cure_without_best(run_folder: Path) -> str:
+    """What can be done with a finished run whose ``best`` is not whole."""
+    other = (
+        f"evaluate.py --ckpt {run_folder / LAST}" if (run_folder / LAST).exists() else "train under a new --run_name"
+    )
+    return f"restore {BEST} from a copy, or {other}"
 
 
 def check_disk_space(run_folder: Path, weights: int, state: int) -> tuple[int, int]:

@@ -11,11 +11,14 @@ from safetensors.torch import load_file
 
 import memory
 from checkpoint import (
+    BEST,
     FINISHED_FILE,
     LAST,
     PREVIOUS,
     STATE_FILES,
     check_no_links,
+    cure_without_best,
+    fault_of,
     is_of_an_older_version,
     newest_intact,
     read_description,
@@ -77,6 +80,11 @@ def _find_start(folder: Path, resume: str) -> Path | None:
         (folder / FINISHED_FILE).unlink(missing_ok=True)  # of a removal that was cut: there is something to go on from
         return start
     if (folder / FINISHED_FILE).exists():
+        if fault := fault_of(folder / BEST):
+            raise UserError(
+                f"{folder}: this run is finished, and its {BEST} is damaged or gone ({fault}): "
+                f"{cure_without_best(folder)}"
+            )
         raise UserError(
             f"{folder}: this run is finished, and its {LAST} and {PREVIOUS} were removed (keep_state false): evaluate "
             "it, or train another under a new --run_name"

@@ -123,6 +123,7 @@ def start_tracker(mode: str | None, *, run: RunPath, name: str, folder: Path, se
     """
     if mode == "disabled" or _is_disabled():
         return NoTracker()
+    _heed_run_id()
     try:
         import wandb
 
@@ -146,6 +147,19 @@ def start_tracker(mode: str | None, *, run: RunPath, name: str, folder: Path, se
     except Exception as error:  # as above
         print(f"W&B: off ({one_line(error)[:120]}); metrics.jsonl has every number")
         return NoTracker()
+
+
+def _heed_run_id() -> None:
+    """Take a WANDB_RUN_ID that W&B refuses out of the environment: W&B reads it there, whatever id it is given."""
+    asked = os.environ.get("WANDB_RUN_ID")
+    if asked is None or _is_run_id(asked):
+        return
+    del os.environ["WANDB_RUN_ID"]
+    if asked:
+        print(
+            f"W&B: WANDB_RUN_ID={one_line(repr(asked))[:60]} is no id that W&B takes: not heeded (at most 128 letters "
+            "without spaces around them, none of : ; , # ? / ')"
+        )
 
 
 def _is_disabled() -> bool:

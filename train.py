@@ -55,6 +55,8 @@ from checkpoint import (
     LAST,
     check_disk_space,
     check_whole,
+    cure_without_best,
+    fault_of,
     read_description,
     remove_state,
     save_checkpoint,
@@ -314,6 +316,11 @@ def where_to_log(project: str, resume_from: Path | None) -> RunPath:
 
 def check_unfinished(step: int, total_steps: int, run_folder: Path) -> None:
     if step >= total_steps:
+        if fault := fault_of(run_folder / BEST):
+            raise UserError(
+                f"{run_folder}: this run is finished ({total_steps} steps), and its {BEST} is damaged or gone "
+                f"({fault}): {cure_without_best(run_folder)}"
+            )
         raise UserError(
             f"{run_folder}: this run is finished ({total_steps} steps): evaluate it, or train another under a new "
             "--run_name"

@@ -651,6 +651,26 @@ def test_the_state_stays_where_best_is_not_whole(
     assert tree(folder) == before
 
 
+@pytest.mark.parametrize("state", ["kept", "removed"])
+@pytest.mark.parametrize("lost", ["damaged", "gone"])
+def test_a_finished_run_without_best_says_what_can_be_done(
+    call, settings: dict[str, str], state: str, lost: str
+) -> None:
+    """Guards against the advice to evaluate what is not there; the cure that is named is one."""
+    folder, kept = run_folder(settings), {"keep_state": "true" if state == "kept" else "false"}
+    assert call(train, *flags(settings | {"epochs": "1"} | kept)).code == 0
+    flip_a_byte(folder / BEST / "model.safetensors") if lost == "damaged" else shutil.rmtree(folder / BEST)
+    before = tree(folder)
+    for again in ({}, {"keep_state": "false"}):
+        outcome = call(train, *flags(settings | {"epochs": "1"} | again))
+        outcome.assert_user_error("best", "is damaged or gone", "restore best from a copy, or ")
+        assert "evaluate it" not in outcome.err
+        assert (f"evaluate.py --ckpt {folder / LAST}\n" in outcome.err) == (state == "kept")
+    assert tree(folder) == before
+    if state == "kept":
+        assert call(evaluate, "--ckpt", str(folder / LAST), "--limit", "1").code == 0
+
+
 def test_a_run_that_is_not_finished_keeps_its_state(
     call,
     settings: dict[str, str],

@@ -244,6 +244,34 @@ def test_an_id_that_wandb_refuses_gets_into_no_checkpoint(
     assert len(found) == 8 and wandb.Settings(run_id=found).run_id == found
 
 
+@pytest.mark.parametrize("run_id", ["", " ", "bad/id", "x" * 129, "a\x1b[0mb"])
+def test_an_id_that_wandb_refuses_is_said_and_not_heeded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake, capsys, run_id: str
+) -> None:
+    """Guards against W&B off for the whole run, and against a line that names no variable and no cure."""
+    monkeypatch.setenv("WANDB_RUN_ID", run_id)
+    start(tmp_path, tracking.new_run("p"))
+    out = capsys.readouterr().out
+    assert "WANDB_RUN_ID" not in os.environ and "not as" not in out
+    assert ("W&B: WANDB_RUN_ID=" in out) == ("is no id that W&B takes: not heeded" in out) == bool(run_id)
+    assert all(letter.isprintable() or letter == "\n" for letter in out)
+
+
+def test_real_wandb_logs_in_spite_of_an_id_that_it_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    import wandb
+
+    wandb.teardown()  # it reads the environment once
+    monkeypatch.setenv("WANDB_RUN_ID", "bad/id")
+    run = tracking.RunPath("mine", "p")  # as of a checkpoint: an evaluation, or a run that goes on
+    tracker = tracking.start_tracker("offline", run=run, name="n", folder=tmp_path, settings={})
+    tracker.finish()
+    wandb.teardown()
+    assert tracker.run is not None and tracker.run.run_id == "mine"
+    assert "off (" not in capsys.readouterr().out and list((tmp_path / "wandb").glob("offline-run-*-mine"))
+
+
 def test_real_wandb_under_a_sweep(call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a fake above that is none of wandb's."""
     import wandb
