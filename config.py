@@ -35,9 +35,14 @@ def _check_prompt(prompt: str) -> str:
 def _check_text(text: str) -> str:
     if not text.isprintable() and any(ord(letter) < 32 and letter not in "\n\t" for letter in text):
         raise ValueError("must hold no control characters")
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ValueError("must be valid UTF-8")
     return text
+
+
+def _check_unicode(value: Any) -> Any:
+    # Bytes that the locale can't decode come as halves of a letter, of which pydantic says less.
+    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError("must be valid UTF-8, in a locale that reads it (such as LC_ALL=C.UTF-8)")
+    return value
 
 
 def _check_whole(value: Any) -> Any:
@@ -47,7 +52,7 @@ def _check_whole(value: Any) -> Any:
     return value
 
 
-Text = Annotated[str, Field(min_length=1), AfterValidator(_check_text)]
+Text = Annotated[str, Field(min_length=1), AfterValidator(_check_text), BeforeValidator(_check_unicode)]
 Prompt = Annotated[Text, AfterValidator(_check_prompt)]
 Whole = Annotated[int, BeforeValidator(_check_whole)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)]

@@ -84,8 +84,8 @@ def _forms(split: str) -> str:
     """What a folder may hold a split as, for people."""
     return (
         f"a data set folder holds {split}.jsonl (one object a line), {split}.json (or one array of all), "
-        f"{split}.parquet or {split}-00000-of-00001.parquet (these two also in its folder main), and the same of "
-        f"{'test' if split == 'train' else 'train'}"
+        f"{split}.parquet or {split}-00000-of-00001.parquet (these two also in its folder main or data), and the same "
+        f"of {'test' if split == 'train' else 'train'}"
     )
 
 
@@ -120,7 +120,8 @@ def _read_folder(folder: Path, split: str) -> list[Problem]:
 def _find_forms(folder: Path, split: str) -> list[list[Path]]:
     """The files of each form in which ``split`` is there; those of a form with several in their order."""
     found: list[list[Path]] = []
-    for place in (folder, folder / "main"):  # main: of a clone of the hub's repository, which holds another beside it
+    # main or data: of a clone of a hub's repository, which may hold another configuration beside it.
+    for place in (folder, folder / "main", folder / "data"):
         try:
             names = {file.name for file in place.iterdir()} if place.is_dir() else set()
         except OSError as error:
@@ -149,11 +150,27 @@ def _parse_json(content: bytes, file: Path) -> list[Problem]:
     content = content.removeprefix(b"\xef\xbb\xbf")
     if content.lstrip().startswith(b"["):
         return _parse_array(content, file)
+    if keys := _keys_of_arrays(content):
+        raise UserError(
+            f"{file}, line 1: 'question' is missing: the file is one object, and its rows stand under {keys}: write "
+            "that array alone, or one object a line"
+        )
     # Bytes, and split at \n alone: U+2028, which GSM8K holds, would break str.splitlines().
     lines = content.removesuffix(b"\n").split(b"\n")
     if lines == [b""]:
         return []
     return [_parse_line(line, file, number) for number, line in enumerate(lines, start=1)]
+
+
+def _keys_of_arrays(content: bytes) -> str:
+    """Under which keys a file that is one JSON object, and no row, holds arrays; empty where it is none."""
+    try:
+        whole = json.loads(content.decode())
+    except (ValueError, RecursionError):  # as of one object a line
+        return ""
+    if not isinstance(whole, dict) or "question" in whole:
+        return ""
+    return scoring.some(json.dumps(key)[:40] for key, value in whole.items() if isinstance(value, list))
 
 
 def _parse_line(line: bytes, file: Path, number: int) -> Problem:

@@ -330,7 +330,7 @@ def _check_complete(ids: Sequence[int], num_problems: int, source: str, can_go_o
         raise UserError(f"{held}: {', '.join(faults)}; there must be exactly one each with ids from 0: {cure}")
 
 
-def some(values: Iterable[int]) -> str:
+def some(values: Iterable[int | str]) -> str:
     """The first few of ``values``, and how many more there are."""
     values = list(values)
     return ", ".join(map(str, values[:5])) + (f" and {len(values) - 5} more" if len(values) > 5 else "")

@@ -207,3 +207,12 @@ def test_resolved_settings_read_back_unchanged(settings: dict[str, str], tmp_pat
     resolved, _ = train.read_arguments([*flags(settings), "--prompt", "Q: {question}\n\tA: ’#’:"])
     (tmp_path / "config.yaml").write_text(config.settings_text(resolved))
     assert train.read_arguments(["--config", str(tmp_path / "config.yaml")])[0] == resolved
+
+
+@pytest.mark.parametrize("key", ["model", "dataset", "output_dir", "prompt"])
+def test_what_the_locale_cannot_read_says_what_helps(key: str) -> None:
+    """As a path in other letters under LC_ALL=C; pydantic's words name no cure."""
+    with pytest.raises(UserError) as error:
+        config.load_config(config.CONFIG_FILE, {key: "caf\udcc3\udca9{question}"})
+    assert f"{key}: 'caf\\udcc3\\udca9{{question}}' must be valid UTF-8, in a locale" in str(error.value)
+    assert "LC_ALL=C.UTF-8" in str(error.value) and "parse raw data" not in str(error.value)

@@ -427,6 +427,28 @@ def test_bad_files_of_every_form_are_one_line(tmp_path: Path, name: str, put: ob
     assert fragment in str(error.value) and str(tmp_path) in str(error.value) and len(str(error.value)) < 600
 
 
+@pytest.mark.parametrize("shape", [None, 2])
+@pytest.mark.parametrize("name", ["train.json", "train.jsonl"])
+def test_an_object_of_arrays_is_said_as_such(tmp_path: Path, name: str, shape: int | None) -> None:
+    """On one line and on many: the first line alone would only lack a question, or be no JSON."""
+    rows = {"version": "1", "train": [json.loads(GOOD)], "test": []}
+    (tmp_path / name).write_text(json.dumps(rows, indent=shape))
+    with pytest.raises(UserError, match=f'{name}, line 1: .* under "train", "test": write that array alone'):
+        data.load_problems(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("place", ["main", "data"])
+def test_a_clone_of_the_hub_in_either_layout(tmp_path: Path, problems: list[Problem], place: str) -> None:
+    (tmp_path / place).mkdir()
+    for split, rows in (("train", problems[1:]), ("test", problems[:1])):
+        write_parquet(tmp_path / place / f"{split}-00000-of-00001.parquet", rows)
+    assert data.load_problems(str(tmp_path), "train") == problems[1:]
+    assert data.load_problems(str(tmp_path), "test") == problems[:1]
+    write_parquet(tmp_path / "train.parquet", problems)
+    with pytest.raises(UserError, match=rf"in 2 forms \(train.parquet, {place}/train-00000-of-00001.parquet\)"):
+        data.load_problems(str(tmp_path), "train")
+
+
 @pytest.mark.parametrize("name", ["train.jsonl", "train.json", "train.parquet", "main/train-00000-of-00001.parquet"])
 def test_a_file_that_git_has_not_fetched_is_said(tmp_path: Path, name: str) -> None:
     (tmp_path / "main").mkdir()
