@@ -172,7 +172,8 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LlamaF
         pad_token_id=model.generation_config.pad_token_id,
         do_sample=False,
     )
-    use_fast_products(model)
+    if device.type == "cpu":
+        use_fast_products(model)
     return model.to(device).eval()
 
 

@@ -463,19 +463,21 @@ def complete(
     model: LlamaForCausalLM, tokenizer: Tokenizer, problems: Sequence[data.Problem], config: Config
 ) -> dict[int, tuple[str, str]]:
     """What the model writes for each of ``problems``, by number: text, and why it stopped."""
+    prompts = data.encode_prompts(tokenizer, problems, config.prompt)
     model.eval()
-    found = {
-        completion.index: (tokenizer.decode(completion.token_ids), completion.stop)
-        for completion in greedy_decode(
-            model,
-            data.encode_prompts(tokenizer, problems, config.prompt),
-            max_new_tokens=config.max_new_tokens,
-            eos_token_ids=eos_token_ids(model, tokenizer),
-            slots=config.decode_slots,
-        )
-    }
-    model.train()
-    return found
+    try:
+        return {
+            completion.index: (tokenizer.decode(completion.token_ids), completion.stop)
+            for completion in greedy_decode(
+                model,
+                prompts,
+                max_new_tokens=config.max_new_tokens,
+                eos_token_ids=eos_token_ids(model, tokenizer),
+                slots=config.decode_slots,
+            )
+        }
+    finally:  # where memory is short too: in eval mode training would recompute nothing, and drop nothing out
+        model.train()
 
 
 def measure_exact_match(

@@ -1,6 +1,7 @@
 """Products by oneDNN equal PyTorch's own, with their gradients."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import LlamaForCausalLM
 import data
 import linear
 from perplexity import summed_loss
+from pretrained import load_model
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64])
@@ -136,3 +138,11 @@ def test_packed_weights_change_no_product_and_do_not_stay(
             raise KeyboardInterrupt
         assert all(each.packed is None for each in layers)
         torch.testing.assert_close(layer(inputs[7]), plain[7], rtol=0, atol=0)
+
+
+def test_a_model_on_another_device_keeps_its_own_layers(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against layers on a GPU whose class depends on the processor beside it."""
+    monkeypatch.setattr(linear, "ONEDNN", True)
+    for device, kind in (("meta", torch.nn.Linear), ("cpu", linear.Linear)):
+        model = load_model(model_folder, torch.float32, torch.device(device))
+        assert type(model.lm_head) is type(model.model.layers[0].mlp.up_proj) is kind

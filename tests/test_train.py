@@ -23,6 +23,7 @@ import scoring
 import storage
 import train
 from data import Problem
+from errors import UserError
 from model import forward_packed
 from perplexity import Measurement
 from pretrained import load_tokenizer
@@ -324,6 +325,25 @@ def test_exact_match_in_training_is_that_of_evaluation(call, settings: dict[str,
     assert call(evaluate, "--ckpt", str(run_folder(settings) / "best"), "--split", "validation").code == 0
     scores = json.loads((run_folder(settings) / "eval" / "validation" / "scores.json").read_text())
     assert logged == scores["exact_match"] and 0 < logged < 1
+
+
+def test_a_sample_that_is_refused_leaves_the_model_in_training(
+    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against an epoch without recomputation and dropout, after a sample for which there was no memory."""
+    modes: list[bool] = []
+    original = train.accumulate
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise UserError("no memory for one slot")
+
+    monkeypatch.setattr(train, "greedy_decode", refused)
+    monkeypatch.setattr(
+        train, "accumulate", lambda model, *rest: (modes.append(model.training), original(model, *rest))[1]
+    )
+    outcome = call(train, *flags(settings | {"gradient_checkpointing": "true"}))
+    assert outcome.code == 0 and outcome.out.count("no sample: no memory for one slot") == 2
+    assert modes == [True] * STEPS
 
 
 def test_the_test_split_chooses_nothing(call, settings: dict[str, str]) -> None:
