@@ -184,23 +184,34 @@ def evaluate(arguments: argparse.Namespace, source: Source, output: Path) -> Non
 
 
 def rescore(file: Path, output: Path | None) -> None:
-    """Score predictions again; ``scores.json`` goes beside a ``predictions.jsonl``, or under ``output``.
-
-    Beside a file of another name it is called after that: several such files may share a folder.
-    """
+    """Score predictions again; ``scores.json`` goes beside their file, or under ``output``."""
     if not os.access(file, os.R_OK):  # said before a folder is made for it
         read_predictions(file)
     folder = output or file.parent
     is_named = file.name != PREDICTIONS_FILE
-    target = folder / (f"{file.name.removesuffix('.jsonl')}.{SCORES_FILE}" if is_named and not output else SCORES_FILE)
     with writing_into(folder):
-        scores = scores_again(file) | ({"predictions": file.name} if target.name != SCORES_FILE else {})
+        target = folder / SCORES_FILE if output else scores_file_beside(file)
+        scores = scores_again(file) | ({"predictions": file.name} if is_named and not output else {})
         if is_named or folder.resolve() != file.parent.resolve():
             check_replaceable(target, scores | scores_beside(file, scores)[0])
         try:
             finish(scores, file, target, str(file))
         except OSError as error:
             raise UserError(f"{folder}: can't be written ({error.strerror}): choose another --output") from None
+
+
+def scores_file_beside(file: Path) -> Path:
+    """Where the scores of a file of predictions go: into ``scores.json``, unless that is, or will be, of other ones.
+
+    Several files of other names than ``predictions.jsonl`` may share a folder, with an evaluation too.
+    """
+    plain = file.with_name(SCORES_FILE)
+    if file.name == PREDICTIONS_FILE:
+        return plain
+    taken = any(file.with_name(name).exists() for name in (PREDICTIONS_FILE, IDENTITY_FILE))
+    if taken or (plain.exists() and read_scores(plain).get("predictions") != file.name):
+        return file.with_name(f"{file.name.removesuffix('.jsonl')}.{SCORES_FILE}")
+    return plain
 
 
 def scores_again(file: Path) -> dict[str, Any]:
@@ -506,6 +517,8 @@ def finish(scores: dict[str, Any], file: Path, target: Path, title: str) -> None
     for other in left_out:
         print(f"{other}: is not complete, or of another evaluation: left out of {SCORES_FILE}")
     print_tables(scores | beside, title)
+    if target.name != SCORES_FILE:
+        print(f"scores: {target}, since {SCORES_FILE} is that of other predictions")
 
 
 def print_tables(scores: dict[str, Any], title: str) -> None:

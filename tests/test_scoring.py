@@ -129,7 +129,7 @@ def test_rescore_writes_scores_beside_the_file_or_elsewhere(call, tmp_path: Path
 def test_rescore_does_not_trust_the_verdicts_in_the_file(call, tmp_path: Path) -> None:
     write(tmp_path / "p.jsonl", [prediction(0, "#### 3") | {"correct": True}])
     assert call(evaluate, "--rescore", str(tmp_path / "p.jsonl")).code == 0
-    assert json.loads((tmp_path / "p.scores.json").read_text())["exact_match"] == 0.0
+    assert json.loads((tmp_path / "scores.json").read_text())["exact_match"] == 0.0
 
 
 def bare(identity: int, completion: str = "#### 1", **more: object) -> dict[str, object]:
@@ -142,7 +142,7 @@ def test_rescore_of_rows_without_verdict_and_stop(call, tmp_path: Path) -> None:
     write(tmp_path / "p.jsonl", [bare(0), bare(1, "#### 2"), bare(2, "It is 1", steps=-1), bare(3)])
     outcome = call(evaluate, "--rescore", str(tmp_path / "p.jsonl"))
     assert outcome.code == 0, outcome.err
-    scores = json.loads((tmp_path / "p.scores.json").read_text())
+    scores = json.loads((tmp_path / "scores.json").read_text())
     assert (scores["num_correct"], scores["stopped_by_length"], scores["stop_unknown"]) == (2, None, 4)
     assert scores["errors"] == {"arithmetic": 0, "reasoning": 1, "format": 1, "cut": None}
     assert "max_new_tokens   not known" in outcome.out and "cut not known" in outcome.out
@@ -153,13 +153,13 @@ def test_rescore_of_rows_without_verdict_and_stop(call, tmp_path: Path) -> None:
 def test_how_completions_ended_is_counted_where_it_is_known(call, tmp_path: Path) -> None:
     write(tmp_path / "p.jsonl", [bare(0, stop="length"), bare(1, "", stop="length"), bare(2), bare(3, stop="eos")])
     outcome = call(evaluate, "--rescore", str(tmp_path / "p.jsonl"))
-    scores = json.loads((tmp_path / "p.scores.json").read_text())
+    scores = json.loads((tmp_path / "scores.json").read_text())
     assert (scores["stopped_by_length"], scores["stop_unknown"], scores["errors"]["cut"]) == (2, 1, 1)
     assert "       2   and not known of 1\n" in outcome.out
     write(tmp_path / "p.jsonl", [prediction(0)])
-    (tmp_path / "p.scores.json").unlink()
+    (tmp_path / "scores.json").unlink()
     outcome = call(evaluate, "--rescore", str(tmp_path / "p.jsonl"))
-    assert "stop_unknown" not in json.loads((tmp_path / "p.scores.json").read_text()) and "known" not in outcome.out
+    assert "stop_unknown" not in json.loads((tmp_path / "scores.json").read_text()) and "known" not in outcome.out
 
 
 def test_a_verdict_that_the_rule_contradicts_is_said(call, tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_verdict_that_the_rule_contradicts_is_said(call, tmp_path: Path) -> No
     for arguments in (["--rescore", "p.jsonl"], ["--compare", "agreed.jsonl", "p.jsonl"]):
         outcome = call(evaluate, arguments[0], *(str(tmp_path / name) for name in arguments[1:]))
         assert outcome.code == 0 and outcome.out.count("contradicts") == 1 and said in outcome.out, outcome
-    assert json.loads((tmp_path / "p.scores.json").read_text())["num_correct"] == 3
+    assert json.loads((tmp_path / "scores.json").read_text())["num_correct"] == 3
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,11 @@ def test_several_files_share_a_folder(call, tmp_path: Path) -> None:
         )
     for name in "abc":
         assert call(evaluate, "--rescore", str(tmp_path / f"{name}.jsonl")).code == 0
-    found = [json.loads((tmp_path / f"{name}.scores.json").read_text()) for name in "abc"]
+    for name in "ac":  # each into its own again
+        assert call(evaluate, "--rescore", str(tmp_path / f"{name}.jsonl")).code == 0
+    files = ("scores.json", "b.scores.json", "c.scores.json")
+    assert {path.name for path in tmp_path.glob("*.json")} == set(files)
+    found = [json.loads((tmp_path / file).read_text()) for file in files]
     assert [(scores["num_correct"], scores["num_problems"]) for scores in found] == [(3, 6), (4, 4), (6, 6)]
 
 
@@ -309,6 +313,7 @@ def test_scores_elsewhere_are_replaced_by_those_of_the_same(call, evaluation: Pa
     write(foreign, [bare(0), bare(1)])
     outcome = call(evaluate, "--rescore", str(foreign), "--output", str(new / "2"))
     outcome.assert_user_error("scores.json of other predictions")
+    (foreign.parent / "scores.json").write_text('{"predictions": "b.jsonl"}')
     (foreign.parent / "a.scores.json").write_text("precious")
     call(evaluate, "--rescore", str(foreign)).assert_user_error("holds a.scores.json of other predictions")
     assert content(new) == before and (foreign.parent / "a.scores.json").read_text() == "precious"
@@ -348,7 +353,7 @@ def test_rows_as_other_programs_write_them(call, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "p.jsonl").read_bytes())
     outcome = call(evaluate, "--rescore", str(tmp_path / "p.jsonl"))
     assert outcome.code == 0, outcome.err
-    scores = json.loads((tmp_path / "p.scores.json").read_text())
+    scores = json.loads((tmp_path / "scores.json").read_text())
     assert (scores["stopped_by_length"], scores["stop_unknown"]) == (1, 1)
     assert call(evaluate, "--compare", *[str(tmp_path / "p.jsonl")] * 2).code == 0
 
