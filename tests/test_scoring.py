@@ -267,6 +267,17 @@ def test_a_file_beside_an_evaluation_is_another_one(call, evaluation: Path, name
     assert json.loads((evaluation / "scores.json").read_text()).items() >= (VERIFIED | {"num_correct": 2}).items()
 
 
+@pytest.mark.parametrize("held", ["predictions.jsonl", "evaluation.json"])
+def test_the_scores_of_an_evaluation_that_has_begun_have_their_place(call, evaluation: Path, held: str) -> None:
+    for file in list(evaluation.iterdir()):
+        if file.name != held:
+            file.unlink()
+    write(evaluation / "a.jsonl", [bare(0)])
+    outcome = call(evaluate, "--rescore", str(evaluation / "a.jsonl"))
+    assert outcome.code == 0 and f"scores: {evaluation / 'a.scores.json'}, since scores.json is that of" in outcome.out
+    assert {path.name for path in evaluation.iterdir()} == {held, "a.jsonl", "a.scores.json"}
+
+
 def test_several_files_share_a_folder(call, tmp_path: Path) -> None:
     """Of as many rows, and of other many."""
     for name, rows in (("a", 6), ("b", 4), ("c", 6)):
