@@ -34,16 +34,8 @@ from storage import locked, replace_file
 FREE_SETTINGS = frozenset(
     {
         *("output_dir", "run_name", "micro_batch_tokens", "gradient_checkpointing", "compile", "log_every"),
-        *(
-            "checkpoint_steps",
-            "keep_state",
-            "resume",
-            "max_new_tokens",
-            "decode_slots",
-            "calculator",
-            "wandb_project",
-            "wandb_mode",
-        ),
+        *("checkpoint_steps", "keep_state", "resume", "max_new_tokens", "decode_slots", "calculator"),
+        *("wandb_project", "wandb_mode"),
     }
 )
 

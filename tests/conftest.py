@@ -22,6 +22,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import checkpoint
 import config
 import standin
+import train
+from checkpoint import LAST, PREVIOUS
 from data import Problem
 from errors import STOP_SIGNALS, run_script
 from pretrained import load_model, load_tokenizer
@@ -192,6 +194,35 @@ def call(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Outcome]]
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def run_folder(settings: dict[str, str]) -> Path:
+    return Path(settings["output_dir"]) / settings["run_name"]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def flip_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.fixture
+def stopped(call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a run that died in step 9 of 14, with last of step 8 and previous of step 7."""
+    settings["checkpoint_steps"] = "4"
+    original = train.accumulate
+    calls = iter(range(1, 100))
+    monkeypatch.setattr(train, "accumulate", lambda *a: original(*a) if next(calls) < 9 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call(train, *flags(settings))
+    monkeypatch.setattr(train, "accumulate", original)
+    steps = [checkpoint.read_description(run_folder(settings) / name)["step"] for name in (LAST, PREVIOUS)]
+    assert steps == [8, 7]
+    return run_folder(settings)
 
 
 @pytest.fixture

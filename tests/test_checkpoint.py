@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import flags, seal
+from conftest import flags, flip_a_byte, run_folder, seal, tree
 from safetensors.torch import load_file
 
 import checkpoint
@@ -26,35 +26,6 @@ import train
 from checkpoint import BEST, LAST, MANIFEST_FILE, PREVIOUS
 
 ROOT = Path(train.__file__).parent
-
-
-def run_folder(settings: dict[str, str]) -> Path:
-    return Path(settings["output_dir"]) / settings["run_name"]
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def flip_a_byte(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-@pytest.fixture
-def stopped(call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a run that died in step 9 of 14, with last of step 8 and previous of step 7."""
-    settings["checkpoint_steps"] = "4"
-    original = train.accumulate
-    calls = iter(range(1, 100))
-    monkeypatch.setattr(train, "accumulate", lambda *a: original(*a) if next(calls) < 9 else 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        call(train, *flags(settings))
-    monkeypatch.setattr(train, "accumulate", original)
-    steps = [checkpoint.read_description(run_folder(settings) / name)["step"] for name in (LAST, PREVIOUS)]
-    assert steps == [8, 7]
-    return run_folder(settings)
 
 
 # ---------------------------------------------------------------- the manifest

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import flags
-from test_checkpoint import flip_a_byte, run_folder, stopped, tree  # noqa: F401
+from conftest import flags, flip_a_byte, run_folder, tree
 
 import checkpoint
 import evaluate
@@ -254,7 +253,7 @@ def test_what_is_not_of_this_evaluation_is_not_mended(
 def test_an_evaluation_only_appends_to_the_metrics_of_a_run_that_trains(
     call,
     settings: dict[str, str],
-    stopped: Path,  # noqa: F811
+    stopped: Path,
 ) -> None:
     """Guards against a line that is just being written, taken for a cut one: in a new file training's next are lost."""
     file, best = stopped / "metrics.jsonl", str(stopped / BEST)
@@ -466,7 +465,7 @@ def test_a_fault_is_not_taken_for_a_mount_without_renames(
 def test_where_folders_can_not_be_renamed_they_are_copied(
     call,
     settings: dict[str, str],
-    stopped: Path,  # noqa: F811
+    stopped: Path,
     monkeypatch: pytest.MonkeyPatch,
     number: int,
 ) -> None:
@@ -491,7 +490,7 @@ def test_where_folders_can_not_be_renamed_they_are_copied(
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EACCES])
 def test_a_disk_that_fills_up_under_a_copy_leaves_what_was_whole(
-    stopped: Path,  # noqa: F811
+    stopped: Path,
     monkeypatch: pytest.MonkeyPatch,
     number: int,
 ) -> None:
@@ -674,7 +673,7 @@ def test_a_finished_run_without_best_says_what_can_be_done(
 def test_a_run_that_is_not_finished_keeps_its_state(
     call,
     settings: dict[str, str],
-    stopped: Path,  # noqa: F811
+    stopped: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And a setting that is newer than the checkpoint is not said to have changed."""

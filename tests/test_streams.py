@@ -530,7 +530,10 @@ def test_the_next_command_names_an_interpreter_that_has_the_packages(
     interpreter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards against the system's python, which lacks them; it may be the very file that the environment links to."""
-    first = lambda: streams.command_line("x").split()[0]  # noqa: E731
+
+    def first() -> str:
+        return streams.command_line("x").split()[0]
+
     other = tmp_path / "other" / "python"
     other.parent.mkdir()
     other.symlink_to(interpreter.with_name("base"))
