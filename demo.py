@@ -15,13 +15,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from errors import StopSignal, UserError, check_platform, run_script
+from run.errors import UserError
+from run.script import check_platform, run_script
+from run.signals import StopSignal
 
 check_platform()  # before the imports that would fail
 
-from config import ArgumentParser
+from run.arguments import ArgumentParser
+from run.shell import command_line
 from standin import make_model, make_problems, make_tokenizer, write_jsonl
-from streams import command_line
 
 ROOT = Path(__file__).parent
 FOLDER = ROOT / "demo"
@@ -32,7 +34,9 @@ NUM_TRAIN, NUM_TEST = 8000, 200
 def main() -> None:
     prepare_folder(FOLDER)
     make_stand_in(FOLDER)
-    print(f"demo: {NUM_TRAIN} + {NUM_TEST} problems and a model with random weights are in {FOLDER.name}/")
+    print(
+        f"demo: {NUM_TRAIN} + {NUM_TEST} problems and a model with random weights are in {FOLDER.name}/"
+    )
     run("train.py", "--config", "demo.yaml")
     run("evaluate.py", "--ckpt", "demo/run/best")
     report(FOLDER / "run")
@@ -54,7 +58,10 @@ def make_stand_in(folder: Path) -> None:
     (folder / "data").mkdir(exist_ok=True)
     write_jsonl(problems[:NUM_TRAIN], folder / "data" / "train.jsonl")
     write_jsonl(problems[NUM_TRAIN:], folder / "data" / "test.jsonl")
-    texts = [f"Question: {problem['question']}\nAnswer: {problem['answer']}" for problem in problems[:NUM_TRAIN]]
+    texts = [
+        f"Question: {problem['question']}\nAnswer: {problem['answer']}"
+        for problem in problems[:NUM_TRAIN]
+    ]
     make_tokenizer(texts, folder / "model", vocab_size=512)
     make_model(folder / "model", hidden_size=128, intermediate_size=352, layers=4, heads=4)
 
@@ -78,7 +85,9 @@ def run(*command: str) -> None:
 def report(run_folder: Path) -> None:
     scores = json.loads((run_folder / "eval" / "test" / "scores.json").read_text(encoding="utf-8"))
     shown = run_folder.relative_to(ROOT)
-    print(f"\nexact match {scores['exact_match']:.1%} on {scores['num_problems']} problems the model never saw")
+    print(
+        f"\nexact match {scores['exact_match']:.1%} on {scores['num_problems']} problems the model never saw"
+    )
     for path, what in (
         ("best", "the best checkpoint, a Hugging Face folder"),
         ("last", "the last one, with all that resuming needs"),

@@ -16,31 +16,42 @@ import argparse
 import sys
 from pathlib import Path
 
-from errors import UserError, check_platform, check_printed, one_line, run_script
+from run.errors import UserError, one_line
+from run.script import check_platform, check_printed, run_script
 
 check_platform()  # before the imports that would fail
 
-from config import (
+from run.arguments import (
     ArgumentParser,
-    Config,
-    hide_home,
-    local_path,
     not_negative_number,
     parse_arguments,
     positive_float,
     positive_number,
 )
+from run.config import Config
+from run.paths import hide_home, local_path
 
 TEMPERATURE = 0.7  # of samples, where none is given: the one of gsm8k-ScRel's majority votes
 
 
 def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     parser = ArgumentParser(__doc__)
-    parser.add_argument("--ckpt", metavar="DIR", help="checkpoint, model folder or hub id (best of the config's run)")
+    parser.add_argument(
+        "--ckpt",
+        metavar="DIR",
+        help="checkpoint, model folder or hub id (best of the config's run)",
+    )
     parser.add_argument("--split", choices=("test", "validation"), help="which rows (test)")
     parser.add_argument("--limit", type=positive_number, metavar="N", help="only the first N rows")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where results go (eval/SPLIT of the run)")
-    parser.add_argument("--rescore", type=Path, metavar="FILE", help="score a predictions.jsonl again, without a model")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="where results go (eval/SPLIT of the run)"
+    )
+    parser.add_argument(
+        "--rescore",
+        type=Path,
+        metavar="FILE",
+        help="score a predictions.jsonl again, without a model",
+    )
     parser.add_argument(
         "--verify-batching",
         type=not_negative_number,
@@ -48,9 +59,14 @@ def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]
         help="decode N problems again, alone, by Transformers' generate (4 in float32, else 0)",
     )
     parser.add_argument(
-        "--samples", type=positive_number, metavar="K", help="also draw K completions of each problem: maj@k, pass@k"
+        "--samples",
+        type=positive_number,
+        metavar="K",
+        help="also draw K completions of each problem: maj@k, pass@k",
     )
-    parser.add_argument("--temperature", type=positive_float, metavar="T", help="of these samples (0.7)")
+    parser.add_argument(
+        "--temperature", type=positive_float, metavar="T", help="of these samples (0.7)"
+    )
     parser.add_argument(
         "--compare",
         nargs=2,
@@ -60,19 +76,30 @@ def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]
     )
     arguments, typed = parse_arguments(parser, argv)
     model_flags = ("ckpt", "split", "limit", "verify_batching", "samples", "temperature")
-    for mode, others in (("compare", (*model_flags, "output", "rescore")), ("rescore", model_flags)):
-        used = [f"--{name.replace('_', '-')}" for name in others if getattr(arguments, name) is not None]
+    for mode, others in (
+        ("compare", (*model_flags, "output", "rescore")),
+        ("rescore", model_flags),
+    ):
+        used = [
+            f"--{name.replace('_', '-')}" for name in others if getattr(arguments, name) is not None
+        ]
         used += [f"--{key}" for key in typed]
         if getattr(arguments, mode) and used:
-            raise UserError(f"command line: {', '.join(used)} can't go with --{mode}, which reads files and no model")
+            raise UserError(
+                f"command line: {', '.join(used)} can't go with --{mode}, which reads files and no model"
+            )
     if arguments.temperature and not arguments.samples:
-        raise UserError("command line: --temperature is that of samples: say how many with --samples K")
+        raise UserError(
+            "command line: --temperature is that of samples: say how many with --samples K"
+        )
     arguments.split = arguments.split or "test"
     arguments.temperature = arguments.temperature or TEMPERATURE
     return arguments, typed
 
 
-if __name__ == "__main__":  # before the heavy imports: --help and a mistyped flag are answered at once
+if (
+    __name__ == "__main__"
+):  # before the heavy imports: --help and a mistyped flag are answered at once
     _parsed: list = []
     run_script(lambda: _parsed.extend(read_arguments(sys.argv[1:])))
 
@@ -87,16 +114,18 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
-import analysis
 import data
-import memory
-import scoring
-import verify
-from calculator import ForcedResults
-from checkpoint import FINISHED_FILE, LAST, Source, check_no_links, read_description, resolve_source
-from generate import Completion, greedy_decode, sample_decode
-from model import pick_device
-from predictions import (
+from engine import verify
+from engine.cpu import heap
+from engine.decoding import Completion, greedy_decode, sample_decode
+from engine.device import pick_device
+from engine.hub import fetch
+from engine.loading import check_ids, check_positions, eos_token_ids, load_model, load_tokenizer
+from engine.tokenizer import Tokenizer
+from grading import compare as comparing
+from grading import dataset, mistakes, report, rules, score
+from grading.calculator import ForcedResults
+from grading.predictions import (
     IDENTITY_FILE,
     PREDICTIONS_FILE,
     SCORES_FILE,
@@ -108,23 +137,28 @@ from predictions import (
     said_before,
     say_contradictions,
 )
-from pretrained import (
-    check_ids,
-    check_positions,
-    eos_token_ids,
-    fetch,
-    load_model,
-    load_tokenizer,
-    weights_identity,
-)
-from progress import ProgressBar
-from storage import locked, locked_if_free, replace_file
-from tokenizer import Tokenizer
-from tracking import MetricsLog, is_logged, saved_run, start_tracker
+from run.files import replace_file
+from run.locks import locked, locked_if_free
+from run.manifest import FINISHED_FILE, LAST, check_no_links, weights_identity
+from run.metrics_log import MetricsLog, is_logged
+from run.model_source import Source, resolve_source
+from run.progress_bar import ProgressBar
+from run.training_json import read_description
+from run.wandb_run import saved_run, start_tracker
 
 VERIFIED_IN_FLOAT32 = 4  # problems, where --verify-batching does not say how many
-CALCULATOR, SAMPLES = "calculator", "samples"  # folders beside the greedy predictions, and names in scores.json
-IDENTITY = "weights", "split", "data_sha256", "prompt", "max_new_tokens", "dtype"  # of an evaluation, in scores.json
+CALCULATOR, SAMPLES = (
+    "calculator",
+    "samples",
+)  # folders beside the greedy predictions, and names in scores.json
+IDENTITY = (
+    "weights",
+    "split",
+    "data_sha256",
+    "prompt",
+    "max_new_tokens",
+    "dtype",
+)  # of an evaluation, in scores.json
 
 
 # ---------------------------------------------------------------- the story
@@ -137,7 +171,7 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
     if arguments.compare:
         compare(*arguments.compare)
         return
-    memory.keep_freed_memory()
+    heap.keep_freed_memory()
     source = resolve_source(arguments.ckpt, arguments.config, typed)
     output = arguments.output or output_folder(source, arguments.split)
     stages = [CALCULATOR] * source.config.calculator + [SAMPLES] * bool(arguments.samples)
@@ -151,14 +185,18 @@ def evaluate(arguments: argparse.Namespace, source: Source, output: Path) -> Non
     folder = fetch(source.path)
     tokenizer = load_tokenizer(folder)
     calculator = ForcedResults(tokenizer) if config.calculator else None
-    all_problems = data.load_split(config.dataset, arguments.split, config.validation_size, config.seed)
+    all_problems = data.load_split(
+        config.dataset, arguments.split, config.validation_size, config.seed
+    )
     source.check_rows(arguments.split, data.fingerprint(all_problems))
     problems = all_problems[: arguments.limit]
     prompts = data.encode_prompts(tokenizer, problems, config.prompt)
     model = load_model(folder, getattr(torch, config.dtype), pick_device())
     check_ids(model, prompts, source.path)
     longest = max(map(len, prompts)) + config.max_new_tokens
-    check_positions(model, longest, "the longest prompt with max_new_tokens", "set a smaller max_new_tokens")
+    check_positions(
+        model, longest, "the longest prompt with max_new_tokens", "set a smaller max_new_tokens"
+    )
     identity = identify(source, weights_identity(folder), tokenizer, arguments.split, all_problems)
     source.check_unchanged()
     work = Work(model, tokenizer, problems, prompts, config)
@@ -166,10 +204,16 @@ def evaluate(arguments: argparse.Namespace, source: Source, output: Path) -> Non
     # All of them before the first is decoded: what can't go on is refused at once, and not after the others.
     stages = [(PredictionsFile(output, identity, len(problems)), None, None)]
     if calculator:
-        file = PredictionsFile(output / CALCULATOR, identity | {"with_calculator": True}, len(problems))
+        file = PredictionsFile(
+            output / CALCULATOR, identity | {"with_calculator": True}, len(problems)
+        )
         stages.append((file, calculator, None))
     if arguments.samples:
-        drawn = {"temperature": arguments.temperature, "seed": config.seed, "with_calculator": config.calculator}
+        drawn = {
+            "temperature": arguments.temperature,
+            "seed": config.seed,
+            "with_calculator": config.calculator,
+        }
         file = PredictionsFile(output / SAMPLES, identity | drawn, len(problems), arguments.samples)
         stages.append((file, calculator, drawn))
     found: list[tuple[dict[str, Any], bool]] = []
@@ -179,7 +223,12 @@ def evaluate(arguments: argparse.Namespace, source: Source, output: Path) -> Non
     finally:  # a stop in one stage takes nothing from the score of those before
         if found and len(problems) == len(all_problems):
             track(source, arguments.split, identity, found)
-    finish(found[0][0], output / PREDICTIONS_FILE, output / SCORES_FILE, f"{source.path} on {arguments.split}")
+    finish(
+        found[0][0],
+        output / PREDICTIONS_FILE,
+        output / SCORES_FILE,
+        f"{source.path} on {arguments.split}",
+    )
     print(f"results: {output}")
 
 
@@ -191,13 +240,17 @@ def rescore(file: Path, output: Path | None) -> None:
     is_named = file.name != PREDICTIONS_FILE
     with writing_into(folder):
         target = folder / SCORES_FILE if output else scores_file_beside(file)
-        scores = scores_again(file) | ({"predictions": file.name} if is_named and not output else {})
+        scores = scores_again(file) | (
+            {"predictions": file.name} if is_named and not output else {}
+        )
         if is_named or folder.resolve() != file.parent.resolve():
             check_replaceable(target, scores | scores_beside(file, scores)[0])
         try:
             finish(scores, file, target, str(file))
         except OSError as error:
-            raise UserError(f"{folder}: can't be written ({error.strerror}): choose another --output") from None
+            raise UserError(
+                f"{folder}: can't be written ({error.strerror}): choose another --output"
+            ) from None
 
 
 def scores_file_beside(file: Path) -> Path:
@@ -219,8 +272,12 @@ def scores_again(file: Path) -> dict[str, Any]:
     rows = read_predictions(file)
     identity, said = {}, {}
     if file.name == PREDICTIONS_FILE:  # of another name: what stands beside it is of another file
-        identity = read_identity(file.with_name(IDENTITY_FILE)) or read_identity(file.with_name(SCORES_FILE))
-        identity = {key: value for key, value in identity.items() if key not in (CALCULATOR, SAMPLES)}
+        identity = read_identity(file.with_name(IDENTITY_FILE)) or read_identity(
+            file.with_name(SCORES_FILE)
+        )
+        identity = {
+            key: value for key, value in identity.items() if key not in (CALCULATOR, SAMPLES)
+        }
         said = said_before(file.parent)
     if "num_problems" not in identity:
         identity["num_problems"] = len({row["id"] for row in rows})
@@ -229,7 +286,7 @@ def scores_again(file: Path) -> dict[str, Any]:
         )
     scores = identity | score_rows(rows, identity, file) | said
     golds = {f"id {row['id']}": row["gold"] for row in rows}
-    scoring.say_odd_golds(golds, str(file))
+    rules.say_odd_golds(golds, str(file))
     return scores
 
 
@@ -239,8 +296,8 @@ def compare(first: Path, second: Path) -> None:
     found = [read_predictions(file) for file in (first, second)]
     for rows, name in zip(found, names, strict=True):
         say_contradictions(rows, name)
-    result = analysis.compare(*found, names)
-    print(analysis.comparison_table(result, names))
+    result = comparing.compare(*found, names)
+    print(report.comparison_table(result, names))
     check_printed()
 
 
@@ -256,7 +313,9 @@ def writing_into(*folders: Path) -> Iterator[None]:
             try:
                 stack.enter_context(locked(folder, held))
             except OSError as error:
-                raise UserError(f"{folder}: can't be written ({error.strerror}): choose another --output") from None
+                raise UserError(
+                    f"{folder}: can't be written ({error.strerror}): choose another --output"
+                ) from None
         yield
 
 
@@ -266,13 +325,25 @@ def output_folder(source: Source, split: str) -> Path:
         for folder in (source.run_folder, source.run_folder / "eval"):
             check_no_links(folder)
         checkpoint = Path(source.path).name
-        return source.run_folder / "eval" / (split if checkpoint == "best" else f"{checkpoint}-{split}")
-    name = source.path.replace("/", "--") if not Path(source.path).exists() else Path(source.path).resolve().name
+        return (
+            source.run_folder
+            / "eval"
+            / (split if checkpoint == "best" else f"{checkpoint}-{split}")
+        )
+    name = (
+        source.path.replace("/", "--")
+        if not Path(source.path).exists()
+        else Path(source.path).resolve().name
+    )
     return local_path(source.config.output_dir) / name / "eval" / split
 
 
 def identify(
-    source: Source, weights: str, tokenizer: Tokenizer, split: str, problems: Sequence[data.Problem]
+    source: Source,
+    weights: str,
+    tokenizer: Tokenizer,
+    split: str,
+    problems: Sequence[dataset.Problem],
 ) -> dict[str, Any]:
     """Everything that a completion depends on: predictions of another identity are never mixed in."""
     config: Config = source.config
@@ -298,7 +369,7 @@ class Work:
 
     model: LlamaForCausalLM
     tokenizer: Tokenizer
-    problems: Sequence[data.Problem]
+    problems: Sequence[dataset.Problem]
     prompts: Sequence[list[int]]
     config: Config
 
@@ -338,7 +409,9 @@ def evaluate_one(
     rows = list(predictions.rows.values())
     scores = predictions.identity | score_rows(rows, predictions.identity, predictions.file) | said
     before = read_scores(predictions.folder / SCORES_FILE)
-    beside = {name: before[name] for name in (CALCULATOR, SAMPLES) if name in before}  # until `finish` looks again
+    beside = {
+        name: before[name] for name in (CALCULATOR, SAMPLES) if name in before
+    }  # until `finish` looks again
     write_scores(predictions.folder / SCORES_FILE, scores | beside)
     return scores, bool(speed)
 
@@ -347,11 +420,18 @@ def headlines(scores: dict[str, Any]) -> dict[str, float]:
     """The numbers of a stage that W&B and metrics.jsonl get."""
     if "maj_at" in scores:
         return {f"maj_at_{k}": share for k, share in scores["maj_at"].items()}
-    return {"calculator_exact_match" if scores.get("with_calculator") else "exact_match": scores["exact_match"]}
+    return {
+        "calculator_exact_match" if scores.get("with_calculator") else "exact_match": scores[
+            "exact_match"
+        ]
+    }
 
 
 def decode(
-    work: Work, predictions: PredictionsFile, calculator: ForcedResults | None, drawn: dict[str, Any] | None
+    work: Work,
+    predictions: PredictionsFile,
+    calculator: ForcedResults | None,
+    drawn: dict[str, Any] | None,
 ) -> tuple[dict[str, Any], dict[Key, Completion]]:
     """Write every completion that ``predictions`` does not hold yet, each as soon as it is finished.
 
@@ -371,16 +451,24 @@ def decode(
         for completion in generated(work, waiting, calculator, drawn):
             key = waiting[completion.index]
             num_tokens = len(completion.token_ids) + (completion.stop == "eos")
-            predictions.write(key, work.problems[key[0]], work.text(completion), completion.stop, num_tokens)
+            predictions.write(
+                key, work.problems[key[0]], work.text(completion), completion.stop, num_tokens
+            )
             if drawn is None:  # to be verified; samples are many
                 completions[key] = completion
             tokens += num_tokens
             rate = tokens / (time.perf_counter() - started)
-            bar.update(exact_match=f"{predictions.num_correct / len(predictions.rows):.1%}", tok_s=f"{rate:.0f}")
+            bar.update(
+                exact_match=f"{predictions.num_correct / len(predictions.rows):.1%}",
+                tok_s=f"{rate:.0f}",
+            )
     seconds = time.perf_counter() - started
     if not waiting:
         return {}, {}
-    return {"seconds": round(seconds, 3), "tokens_per_second": round(tokens / max(seconds, 1e-9), 1)}, completions
+    return {
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+    }, completions
 
 
 def generated(
@@ -392,7 +480,9 @@ def generated(
         return greedy_decode(work.model, prompts, **work.settings(calculator))
     # Of a problem's own text, so that other rows in the data set change no sample.
     seeds = [f"{drawn['seed']}/{sample}/{work.problems[index].question}" for index, sample in keys]
-    return sample_decode(work.model, prompts, seeds, temperature=drawn["temperature"], **work.settings(calculator))
+    return sample_decode(
+        work.model, prompts, seeds, temperature=drawn["temperature"], **work.settings(calculator)
+    )
 
 
 def verify_batching(
@@ -416,7 +506,9 @@ def verify_batching(
         UserError: one differs, in float32.
     """
     exact = work.config.dtype == "float32"
-    chosen = verify.sample(sorted(predictions.rows), VERIFIED_IN_FLOAT32 * exact if count is None else count)
+    chosen = verify.sample(
+        sorted(predictions.rows), VERIFIED_IN_FLOAT32 * exact if count is None else count
+    )
     if not chosen:
         return {}
     again = [key for key in chosen if key not in completions]
@@ -448,14 +540,22 @@ def verify_batching(
 # ---------------------------------------------------------------- scores
 
 
-def score_rows(rows: Sequence[dict[str, Any]], identity: dict[str, Any], source: Path) -> dict[str, Any]:
+def score_rows(
+    rows: Sequence[dict[str, Any]], identity: dict[str, Any], source: Path
+) -> dict[str, Any]:
     """All that is said of greedy predictions, or of samples; ``identity`` says how many there must be."""
     say_contradictions(rows, source)
-    can_go_on = "weights" in identity  # those of other programs are none that evaluate.py goes on with
+    can_go_on = (
+        "weights" in identity
+    )  # those of other programs are none that evaluate.py goes on with
     if any("sample" in row for row in rows):
         num_samples = identity.get("num_samples")
-        return scoring.score_samples(rows, identity["num_problems"], num_samples, str(source), can_go_on)
-    return scoring.score(rows, identity["num_problems"], str(source), can_go_on) | analysis.analyse(rows)
+        return score.score_samples(
+            rows, identity["num_problems"], num_samples, str(source), can_go_on
+        )
+    return score.score(rows, identity["num_problems"], str(source), can_go_on) | mistakes.analyse(
+        rows
+    )
 
 
 def scores_beside(greedy: Path, scores: dict[str, Any]) -> tuple[dict[str, Any], list[Path]]:
@@ -482,7 +582,7 @@ def scores_beside(greedy: Path, scores: dict[str, Any]) -> tuple[dict[str, Any],
                 raise UserError(f"{file}: of another evaluation")
             rows = read_predictions(file, drop_cut_line=True)
             one = score_rows(rows, identity, file)
-            one |= analysis.gain(read_predictions(greedy), rows) if name == CALCULATOR else {}
+            one |= comparing.gain(read_predictions(greedy), rows) if name == CALCULATOR else {}
         except UserError:  # whatever is wrong there, it takes nothing from the greedy score
             left_out.append(file)
             continue
@@ -497,7 +597,13 @@ def check_replaceable(target: Path, scores: dict[str, Any]) -> None:
     held = [name for name in others if target.with_name(name).exists()]
     if target.exists():
         before = read_scores(target)
-        same = ("predictions",) if "predictions" in scores else IDENTITY if "weights" in scores else scores.keys()
+        same = (
+            ("predictions",)
+            if "predictions" in scores
+            else IDENTITY
+            if "weights" in scores
+            else scores.keys()
+        )
         held += [target.name] * any(before.get(key) != scores.get(key) for key in same)
     if held:
         raise UserError(
@@ -523,17 +629,22 @@ def finish(scores: dict[str, Any], file: Path, target: Path, title: str) -> None
 
 def print_tables(scores: dict[str, Any], title: str) -> None:
     if "maj_at" in scores:
-        print(scoring.samples_table(scores, one_line(title)))
+        print(report.samples_table(scores, one_line(title)))
         return
-    print(scoring.score_table(scores, title))
-    print(analysis.analysis_table(scores))
+    print(report.score_table(scores, title))
+    print(report.analysis_table(scores))
     if CALCULATOR in scores:
-        print(analysis.gain_line(scores[CALCULATOR]))
+        print(report.gain_line(scores[CALCULATOR]))
     if SAMPLES in scores:
-        print(scoring.samples_table(scores[SAMPLES], "  drawn"))
+        print(report.samples_table(scores[SAMPLES], "  drawn"))
 
 
-def track(source: Source, split: str, identity: dict[str, Any], found: Sequence[tuple[dict[str, Any], bool]]) -> None:
+def track(
+    source: Source,
+    split: str,
+    identity: dict[str, Any],
+    found: Sequence[tuple[dict[str, Any], bool]],
+) -> None:
     """Log what is new of ``found`` into the run of the checkpoint, if data and decoding are the run's own.
 
     Args:
@@ -559,7 +670,9 @@ def track(source: Source, split: str, identity: dict[str, Any], found: Sequence[
         return
     tracker = start_tracker(
         config.wandb_mode,
-        run=saved_run(newest_description(source), config.wandb_project, trained.get("wandb_project")),
+        run=saved_run(
+            newest_description(source), config.wandb_project, trained.get("wandb_project")
+        ),
         name=config.run_name,
         folder=source.run_folder,
         settings={},

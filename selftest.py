@@ -18,13 +18,17 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-import data
-from checkpoint import BEST, LAST, MANIFEST_FILE, METRICS_FILE, check_disk_space
-from config import Config, load_config, local_path, settings_text
-from errors import UserError, one_line, run_script
-from pretrained import load_tokenizer
+from engine.loading import load_tokenizer
+from grading import dataset
+from run.config import Config, load_config, settings_text
+from run.errors import UserError, one_line
+from run.manifest import BEST, LAST, MANIFEST_FILE, METRICS_FILE
+from run.metrics_log import MetricsLog
+from run.paths import local_path
+from run.retention import check_disk_space
+from run.script import run_script
+from run.wandb_run import NoTracker, RunPath, start_tracker
 from standin import write_jsonl
-from tracking import MetricsLog, NoTracker, RunPath, start_tracker
 
 ROOT = Path(__file__).parent
 EPOCHS, STEPS_PER_EPOCH = 2, 2  # or fewer steps, where the data set is that small
@@ -44,10 +48,14 @@ def run_selftest(config: Config) -> None:
         # On the disk that the run's checkpoints will go to.
         folder = Path(tempfile.mkdtemp(prefix="selftest-", dir=output))
     except OSError as error:
-        raise UserError(f"{output}: can't be written ({error.strerror}): choose another --output_dir") from None
+        raise UserError(
+            f"{output}: can't be written ({error.strerror}): choose another --output_dir"
+        ) from None
     try:
         write_data(config, folder / "data")
-        print(f"selftest: {EPOCHS} epochs of {STEPS_PER_EPOCH} steps in {folder}, which is removed at the end")
+        print(
+            f"selftest: {EPOCHS} epochs of {STEPS_PER_EPOCH} steps in {folder}, which is removed at the end"
+        )
         whole = run(config, folder, WHOLE)
         last_step, validation_loss = whole["losses"][-1]
         print(f"  trained:   {last_step} steps, validation loss {validation_loss:.6f}")
@@ -74,10 +82,18 @@ def run_selftest(config: Config) -> None:
 def write_data(config: Config, folder: Path) -> None:
     """The first rows of the user's own data set, as many as the few steps take."""
     folder.mkdir()
-    for split, count in (("train", STEPS_PER_EPOCH * config.batch_size + VALIDATION_ROWS), ("test", VALIDATION_ROWS)):
+    for split, count in (
+        ("train", STEPS_PER_EPOCH * config.batch_size + VALIDATION_ROWS),
+        ("test", VALIDATION_ROWS),
+    ):
         # One row of each question: several must not fall on both sides of the validation split.
-        problems = {problem.question: problem for problem in data.load_problems(config.dataset, split)}
-        rows = [{"question": problem.question, "answer": problem.answer} for problem in problems.values()]
+        problems = {
+            problem.question: problem for problem in dataset.load_problems(config.dataset, split)
+        }
+        rows = [
+            {"question": problem.question, "answer": problem.answer}
+            for problem in problems.values()
+        ]
         write_jsonl(rows[:count], folder / f"{split}.jsonl")
 
 
@@ -104,12 +120,21 @@ def run(config: Config, folder: Path, name: str, kill_in: int | None = None) -> 
     )
     file = folder / f"{name}.yaml"
     file.write_text(settings_text(settings), encoding="utf-8")
-    command = ["train.py", "--config", str(file)] if kill_in is None else ["selftest.py", str(file), str(kill_in)]
+    command = (
+        ["train.py", "--config", str(file)]
+        if kill_in is None
+        else ["selftest.py", str(file), str(kill_in)]
+    )
     result = subprocess.run(
-        [sys.executable, str(ROOT / command[0]), *command[1:]], capture_output=True, text=True, errors="replace"
+        [sys.executable, str(ROOT / command[0]), *command[1:]],
+        capture_output=True,
+        text=True,
+        errors="replace",
     )
     if result.returncode != (0 if kill_in is None else -signal.SIGKILL):
-        said = [line for line in result.stderr.splitlines() if line.strip()] or [f"exit code {result.returncode}"]
+        said = [line for line in result.stderr.splitlines() if line.strip()] or [
+            f"exit code {result.returncode}"
+        ]
         raise UserError(f"selftest: training does not work here: {one_line(said[-1])}")
     if kill_in is not None:
         return {}
@@ -137,7 +162,9 @@ def first_difference(one: Any, other: Any) -> str:
 
 
 def try_disk(run_folder: Path) -> str:
-    best, last = (sum(file.stat().st_size for file in (run_folder / name).iterdir()) for name in (BEST, LAST))
+    best, last = (
+        sum(file.stat().st_size for file in (run_folder / name).iterdir()) for name in (BEST, LAST)
+    )
     needed, room = check_disk_space(run_folder, best, last - best)
     return f"a run's checkpoints take {needed / 1e9:.1f} GB, {room / 1e9:.1f} GB can be had"
 
@@ -148,7 +175,9 @@ def try_export(best: Path) -> str:
     ids = torch.tensor(load_tokenizer(best).encode(["How many?"]))
     with torch.inference_mode():
         if not model(ids).logits.isfinite().all():
-            raise UserError(f"selftest: {best}, loaded by Transformers, gives logits that are not finite")
+            raise UserError(
+                f"selftest: {best}, loaded by Transformers, gives logits that are not finite"
+            )
     return "best loads in Transformers, and gives finite logits"
 
 
@@ -165,7 +194,9 @@ def try_tracker(config: Config, folder: Path) -> str:
         metrics.write(1, 1.0, {"selftest": 1.0})
     if isinstance(tracker, NoTracker):
         return "off"
-    return "one line logged online, as run selftest" if tracker.online else "offline: nothing was sent"
+    return (
+        "one line logged online, as run selftest" if tracker.online else "offline: nothing was sent"
+    )
 
 
 def train_until_killed(file: Path, last_step: int) -> None:

@@ -14,7 +14,20 @@ NAMES = {
     "she": ("Ann", "Mia", "Sara", "Lily", "Emma", "Nora", "Ruth", "Zoe"),
     "he": ("Tom", "Ben", "Sam", "Leo", "Max", "Paul", "Carl", "Jack"),
 }
-THINGS = ("apples", "books", "coins", "stamps", "pens", "cards", "shells", "eggs", "cups", "toys", "balls", "nuts")
+THINGS = (
+    "apples",
+    "books",
+    "coins",
+    "stamps",
+    "pens",
+    "cards",
+    "shells",
+    "eggs",
+    "cups",
+    "toys",
+    "balls",
+    "nuts",
+)
 BOXES = ("boxes", "bags", "jars", "crates")
 
 
@@ -75,7 +88,12 @@ def _fills(rng: random.Random) -> tuple[str, str]:
 
 def _fills_and_adds(rng: random.Random) -> tuple[str, str]:
     name, pronoun, things = _people(rng)
-    box, count, each, more = rng.choice(BOXES), rng.randint(2, 5), rng.randint(2, 9), rng.randint(2, 20)
+    box, count, each, more = (
+        rng.choice(BOXES),
+        rng.randint(2, 5),
+        rng.randint(2, 9),
+        rng.randint(2, 20),
+    )
     product, first = _step(count, "*", each)
     total, second = _step(product, "+", more)
     return (
@@ -141,7 +159,13 @@ def make_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> None:
 
 
 def make_model(
-    folder: Path, *, hidden_size: int, intermediate_size: int, layers: int, heads: int, vocab_size: int | None = None
+    folder: Path,
+    *,
+    hidden_size: int,
+    intermediate_size: int,
+    layers: int,
+    heads: int,
+    vocab_size: int | None = None,
 ) -> None:
     """Write a Llama with random weights for the tokenizer in ``folder``.
 
@@ -152,7 +176,7 @@ def make_model(
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    from tokenizer import Tokenizer, read_files
+    from engine.tokenizer import Tokenizer, read_files
 
     disable_progress_bar()
     tokenizer = Tokenizer(read_files(folder), str(folder))

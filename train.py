@@ -12,11 +12,15 @@ line. A run that was stopped goes on when the same command is typed again.
 
 import sys
 
-from errors import NotFiniteError, Stopped, StopSignal, UserError, check_platform, run_script
+from run.errors import NotFiniteError, Stopped, UserError
+from run.script import check_platform, run_script
+from run.signals import StopSignal
 
 check_platform()  # before the imports that would fail
 
-from config import ArgumentParser, Config, anchored, load_config, local_path, parse_arguments, settings_text
+from run.arguments import ArgumentParser, parse_arguments
+from run.config import Config, anchored, load_config, settings_text
+from run.paths import local_path
 
 
 def read_arguments(argv: list[str]) -> tuple[Config, bool]:
@@ -30,116 +34,54 @@ def read_arguments(argv: list[str]) -> tuple[Config, bool]:
     return load_config(arguments.config, typed), arguments.selftest
 
 
-if __name__ == "__main__":  # before the heavy imports: --help and a mistyped setting are answered at once
+if (
+    __name__ == "__main__"
+):  # before the heavy imports: --help and a mistyped setting are answered at once
     _parsed: list[Config | bool] = []
     run_script(lambda: _parsed.extend(read_arguments(sys.argv[1:])))
 
-import importlib.metadata
 import math
-import platform
 import signal
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import LlamaForCausalLM
 
 import data
-import memory
-from checkpoint import (
-    BEST,
-    LAST,
-    check_disk_space,
-    check_whole,
-    cure_without_best,
-    fault_of,
-    read_description,
-    remove_state,
-    save_checkpoint,
-    saved_settings,
-    set_damaged_aside,
+from engine import memory, packing
+from engine.cpu import heap
+from engine.decoding import greedy_decode
+from engine.device import pick_device
+from engine.hub import fetch
+from engine.llama import checkpoint_activations, compile_layers
+from engine.loading import (
+    check_ids,
+    check_lengths,
+    eos_token_ids,
+    load_model,
+    load_tokenizer,
+    own_memory,
 )
-from generate import greedy_decode
-from model import checkpoint_activations, compile_layers, pick_device
-from optimizer import build_optimizer, checkpoint_bytes, scheduled_rate
-from perplexity import Measurement, measure, perplexity_of, summed_loss
-from pretrained import check_ids, check_positions, eos_token_ids, fetch, load_model, load_tokenizer, own_memory
-from progress import ProgressBar
-from resume import check_same_run, claimed, get_random_state, pack_state, set_random_state, unpack_state
-from scoring import correct_openai
-from storage import replace_file
-from streams import command_line
-from tokenizer import Tokenizer
-from tracking import MetricsLog, RunPath, new_run, saved_run, start_tracker
-
-
-@dataclass
-class Progress:
-    """Where a run stands; saved with ``last``, so that a resumed run logs what the unstopped one would.
-
-    Attributes:
-        step: optimizer steps done.
-        nats, num_labels: summed loss, and supervised tokens, since the last logged line.
-        best_loss: validation loss of the best epoch so far, in nats a token.
-        best_exact_match: its exact match on the validation rows, where that is what chooses.
-        fitting: after an out-of-memory error, what micro_batch_tokens was set to and what fits.
-        wandb_run_id, wandb_project, wandb_entity: where W&B has the run.
-    """
-
-    step: int = 0
-    nats: float = 0.0
-    num_labels: int = 0
-    best_loss: float | None = None
-    best_exact_match: float | None = None
-    fitting: tuple[int, int] | None = None
-    wandb_run_id: str = ""
-    wandb_project: str = ""
-    wandb_entity: str | None = None
-
-    @property
-    def run(self) -> RunPath:
-        return RunPath(self.wandb_run_id, self.wandb_project, self.wandb_entity)
-
-    @run.setter
-    def run(self, run: RunPath) -> None:
-        self.wandb_run_id, self.wandb_project, self.wandb_entity = run.run_id, run.project, run.entity
-
-    def count(self, nats: float, num_labels: int) -> None:
-        """One more optimizer step is done."""
-        self.step += 1
-        self.nats += nats
-        self.num_labels += num_labels
-
-    def budget(self, configured: int) -> int:
-        """``configured`` micro_batch_tokens, or what was found to fit of just that many."""
-        return self.fitting[1] if self.fitting and self.fitting[0] == configured else configured
-
-    def is_best(self, loss: float, exact_match: float | None) -> bool:
-        """Whether an epoch is the best so far, by exact match where there is one, then by loss; it is remembered."""
-        if self.best_loss is not None:
-            before = self.best_exact_match or 0.0, -self.best_loss
-            if (exact_match or 0.0, -loss) <= before:
-                return False
-        self.best_loss, self.best_exact_match = loss, exact_match
-        return True
-
-    def forget_best_without(self, folder: Path) -> bool:
-        """Whether there was a best epoch whose checkpoint is not there any more; then it is none."""
-        if self.best_loss is None or folder.exists():
-            return False
-        self.best_loss = self.best_exact_match = None
-        return True
-
-    def read_and_reset_loss(self) -> float:
-        """Mean loss in nats over all supervised tokens since the last call."""
-        loss = self.nats / self.num_labels
-        self.nats, self.num_labels = 0.0, 0
-        return loss
-
+from engine.loss import Measurement, measure, perplexity_of, summed_loss
+from engine.optimizer import build_optimizer, checkpoint_bytes, scheduled_rate
+from engine.state import get_random_state, pack_state, set_random_state, unpack_state
+from engine.tokenizer import Tokenizer
+from grading import dataset
+from grading.rules import correct_openai
+from run.checkpoint import save_checkpoint, set_damaged_aside
+from run.files import replace_file
+from run.folder import check_same_run, check_unfinished, claimed
+from run.manifest import BEST, LAST, check_whole
+from run.metrics_log import MetricsLog
+from run.progress import Progress, Speed
+from run.progress_bar import ProgressBar
+from run.retention import check_disk_space, remove_state
+from run.shell import evaluation_command
+from run.training_json import describe, read_description, saved_settings
+from run.wandb_run import RunPath, new_run, saved_run, start_tracker
 
 # ---------------------------------------------------------------- the story
 
@@ -152,12 +94,16 @@ def main(config: Config, selftest: bool = False) -> None:
         return
     run_folder = local_path(config.output_dir) / config.run_name
     with claimed(run_folder, config.resume) as resume_from:
-        saved = None if resume_from is None else saved_settings(resume_from, read_description(resume_from))
+        saved = (
+            None
+            if resume_from is None
+            else saved_settings(resume_from, read_description(resume_from))
+        )
         train(anchored(config, saved), run_folder, resume_from)
 
 
 def train(config: Config, run_folder: Path, resume_from: Path | None) -> None:
-    memory.keep_freed_memory()
+    heap.keep_freed_memory()
     device, dtype = pick_device(), getattr(torch, config.dtype)
     base = resume_from or check_whole(fetch(config.model))
     tokenizer = load_tokenizer(base)
@@ -172,7 +118,9 @@ def train(config: Config, run_folder: Path, resume_from: Path | None) -> None:
             return
 
     model = load_model(base, dtype, device)
-    prompts = data.encode_prompts(tokenizer, held_out, config.prompt)  # of rows too long to train on as well
+    prompts = data.encode_prompts(
+        tokenizer, held_out, config.prompt
+    )  # of rows too long to train on as well
     examples = [*training.examples, *validation]
     check_ids(model, [*(example.input_ids for example in examples), *prompts], config.model)
     check_lengths(model, examples, prompts, config.max_new_tokens)
@@ -192,7 +140,9 @@ def train(config: Config, run_folder: Path, resume_from: Path | None) -> None:
     progress.run = where_to_log(config.wandb_project, resume_from)
 
     def save(name: str, result: Measurement | None = None) -> None:
-        description = describe(config, progress, training.steps_per_epoch, data_hashes, tokenizer, result)
+        description = describe(
+            config, progress, training.steps_per_epoch, data_hashes, tokenizer, result
+        )
         tensors = None
         if name == LAST:
             tensors, description["state"] = pack_state(optimizer, asdict(progress))
@@ -200,14 +150,20 @@ def train(config: Config, run_folder: Path, resume_from: Path | None) -> None:
 
     check_disk_space(run_folder, *checkpoint_bytes(model.parameters()))
     if resume_from is None:
-        save(LAST)  # a disk or a folder that can't hold a checkpoint is found out now, not after an epoch
+        save(
+            LAST
+        )  # a disk or a folder that can't hold a checkpoint is found out now, not after an epoch
     else:
         set_damaged_aside(run_folder, resume_from)
         if progress.forget_best_without(run_folder / BEST):
             print(f"{run_folder / BEST}: is gone: the best is chosen among the epochs to come")
     replace_file(run_folder / "config.yaml", settings_text(config))
     tracker = start_tracker(
-        config.wandb_mode, run=progress.run, name=config.run_name, folder=run_folder, settings=asdict(config)
+        config.wandb_mode,
+        run=progress.run,
+        name=config.run_name,
+        folder=run_folder,
+        settings=asdict(config),
     )
     progress.run = tracker.run or progress.run
     print(
@@ -227,7 +183,9 @@ def train(config: Config, run_folder: Path, resume_from: Path | None) -> None:
                 model, window, budget, device, config.max_grad_norm
             )
             numbers = {"train/loss": nats / num_labels, "train/grad_norm": grad_norm}
-            check_finite(metrics, step, epoch, numbers, run_folder, partial(at_fault, model, window))
+            check_finite(
+                metrics, step, epoch, numbers, run_folder, partial(at_fault, model, window)
+            )
             optimizer.step()
             memory.clear_gradients(optimizer, device)
             speed.stop(sum(len(example.input_ids) for example in window))
@@ -235,7 +193,9 @@ def train(config: Config, run_folder: Path, resume_from: Path | None) -> None:
 
             if fitting < budget:
                 progress.fitting = config.micro_batch_tokens, fitting
-                bar.write(f"step {step}: out of memory; micro_batch_tokens is {fitting} from here on")
+                bar.write(
+                    f"step {step}: out of memory; micro_batch_tokens is {fitting} from here on"
+                )
                 metrics.write(step, epoch, {"train/micro_batch_tokens": fitting})
 
             if step % config.log_every == 0 or step == total_steps:
@@ -256,10 +216,20 @@ def train(config: Config, run_folder: Path, resume_from: Path | None) -> None:
             if epoch_ends:
                 result = measure(model, validation, config.micro_batch_tokens, device)
                 numbers = {"val/loss": result.loss, "val/perplexity": result.perplexity}
-                check_finite(metrics, step, epoch, numbers, run_folder, lambda: "the validation rows")
+                check_finite(
+                    metrics, step, epoch, numbers, run_folder, lambda: "the validation rows"
+                )
                 exact_match = measure_exact_match(model, tokenizer, held_out, config)
-                metrics.write(step, epoch, numbers | ({} if exact_match is None else {"val/exact_match": exact_match}))
-                shown = "" if exact_match is None else f", exact match {exact_match:.2%} of {len(held_out)}"
+                metrics.write(
+                    step,
+                    epoch,
+                    numbers | ({} if exact_match is None else {"val/exact_match": exact_match}),
+                )
+                shown = (
+                    ""
+                    if exact_match is None
+                    else f", exact match {exact_match:.2%} of {len(held_out)}"
+                )
                 bar.write(f"epoch {epoch:.0f} of {config.epochs}: validation {result}{shown}")
                 # best before last: after a kill between the two, the epoch is trained again and best saved again.
                 if progress.is_best(result.loss, exact_match):
@@ -273,14 +243,18 @@ def train(config: Config, run_folder: Path, resume_from: Path | None) -> None:
                 bar.write(write_sample(model, tokenizer, held_out[0], config))
             if stopped_by is not None and step < total_steps:
                 name, saved = signal.Signals(stopped_by).name, f"saved in {run_folder / LAST}"
-                raise Stopped(stopped_by, f"{name} after step {step}, {saved}: type the same command to go on")
+                raise Stopped(
+                    stopped_by, f"{name} after step {step}, {saved}: type the same command to go on"
+                )
 
     if not config.keep_state:
         try:
             remove_state(run_folder, read_description(run_folder / LAST))
         except UserError as error:  # the run is none the worse
             print(error)
-    print(f"done: best validation loss {progress.best_loss:.6f}; next: {evaluation_command(run_folder / BEST)}")
+    print(
+        f"done: best validation loss {progress.best_loss:.6f}; next: {evaluation_command(run_folder / BEST)}"
+    )
 
 
 # ---------------------------------------------------------------- its parts
@@ -288,14 +262,16 @@ def train(config: Config, run_folder: Path, resume_from: Path | None) -> None:
 
 def load_data(
     config: Config, tokenizer: Tokenizer
-) -> tuple[data.TrainingData, list[data.Example], list[data.Problem], dict[str, str]]:
+) -> tuple[data.TrainingData, list[packing.Example], list[dataset.Problem], dict[str, str]]:
     """Training and validation examples, the validation problems, and the hashes of the rows."""
-    rows = data.load_problems(config.dataset, "train")
-    test = data.load_problems(config.dataset, "test")
+    rows = dataset.load_problems(config.dataset, "train")
+    test = dataset.load_problems(config.dataset, "test")
     data.check_disjoint(rows, test)
     train, validation = data.carve_validation(rows, config.validation_size, config.seed)
     examples = {
-        name: data.leave_out_long(data.encode(tokenizer, problems, config.prompt), config.max_length, name)
+        name: data.leave_out_long(
+            data.encode(tokenizer, problems, config.prompt), config.max_length, name
+        )
         for name, problems in (("train", train), ("validation", validation))
     }
     hashes = {
@@ -314,31 +290,11 @@ def where_to_log(project: str, resume_from: Path | None) -> RunPath:
     return saved_run(before, project, before["settings"].get("wandb_project"))
 
 
-def check_unfinished(step: int, total_steps: int, run_folder: Path) -> None:
-    if step >= total_steps:
-        if fault := fault_of(run_folder / BEST):
-            raise UserError(
-                f"{run_folder}: this run is finished ({total_steps} steps), and its {BEST} is damaged or gone "
-                f"({fault}): {cure_without_best(run_folder)}"
-            )
-        raise UserError(
-            f"{run_folder}: this run is finished ({total_steps} steps): evaluate it, or train another under a new "
-            "--run_name"
-        )
-
-
-def check_lengths(
-    model: LlamaForCausalLM, examples: Sequence[data.Example], prompts: Sequence[list[int]], max_new_tokens: int
-) -> None:
-    """Raises UserError where a row, or a prompt and its completion, has more tokens than the model positions."""
-    longest = max(len(example.input_ids) for example in examples)
-    check_positions(model, longest, "the longest row", "set a smaller max_length")
-    prompt = max(*(example.labels.count(data.IGNORE) for example in examples), *map(len, prompts))
-    check_positions(model, prompt + max_new_tokens, "a prompt with max_new_tokens", "set a smaller max_new_tokens")
-
-
 def accumulate(
-    model: LlamaForCausalLM, window: Sequence[data.Batch], device: torch.device, max_grad_norm: float | None
+    model: LlamaForCausalLM,
+    window: Sequence[packing.Batch],
+    device: torch.device,
+    max_grad_norm: float | None,
 ) -> tuple[float, int, float]:
     """Add up the gradient of one optimizer step over its micro-batches, and clip it.
 
@@ -360,7 +316,7 @@ def accumulate(
 
 def accumulate_in_memory(
     model: LlamaForCausalLM,
-    examples: Sequence[data.Example],
+    examples: Sequence[packing.Example],
     micro_batch_tokens: int,
     device: torch.device,
     max_grad_norm: float | None,
@@ -378,7 +334,7 @@ def accumulate_in_memory(
     """
     random_state = get_random_state()
     while True:
-        window = data.pack(examples, micro_batch_tokens)
+        window = packing.pack(examples, micro_batch_tokens)
         try:
             return *accumulate(model, window, device, max_grad_norm), micro_batch_tokens
         except Exception as error:
@@ -420,12 +376,12 @@ def check_finite(
     )
 
 
-def at_fault(model: LlamaForCausalLM, examples: Sequence[data.Example]) -> str:
+def at_fault(model: LlamaForCausalLM, examples: Sequence[packing.Example]) -> str:
     """Which of the sequences of a step give, each alone, a loss or gradient that is not finite."""
     lines = []
     for example in examples:
         model.zero_grad()
-        nats, _, grad_norm = accumulate(model, [data.collate([example])], model.device, None)
+        nats, _, grad_norm = accumulate(model, [packing.collate([example])], model.device, None)
         if not (math.isfinite(nats) and math.isfinite(grad_norm)):
             lines.append(example.line)
     model.zero_grad()
@@ -445,7 +401,9 @@ def configured_optimizer(model: LlamaForCausalLM, config: Config) -> torch.optim
     )
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: int, total_steps: int) -> float:
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, config: Config, step: int, total_steps: int
+) -> float:
     rate = scheduled_rate(
         step,
         total_steps,
@@ -460,7 +418,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: in
 
 
 def complete(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, problems: Sequence[data.Problem], config: Config
+    model: LlamaForCausalLM,
+    tokenizer: Tokenizer,
+    problems: Sequence[dataset.Problem],
+    config: Config,
 ) -> dict[int, tuple[str, str]]:
     """What the model writes for each of ``problems``, by number: text, and why it stopped."""
     prompts = data.encode_prompts(tokenizer, problems, config.prompt)
@@ -481,7 +442,10 @@ def complete(
 
 
 def measure_exact_match(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, problems: Sequence[data.Problem], config: Config
+    model: LlamaForCausalLM,
+    tokenizer: Tokenizer,
+    problems: Sequence[dataset.Problem],
+    config: Config,
 ) -> float | None:
     """The share of ``problems`` that greedy decoding gets right, as ``evaluate.py --split validation`` has it.
 
@@ -490,69 +454,20 @@ def measure_exact_match(
     if config.best_by != "val_exact_match":
         return None
     found = complete(model, tokenizer, problems, config)
-    return sum(correct_openai(text, problems[number].gold) for number, (text, _) in found.items()) / len(problems)
+    return sum(
+        correct_openai(text, problems[number].gold) for number, (text, _) in found.items()
+    ) / len(problems)
 
 
-def evaluation_command(checkpoint: Path) -> str:
-    """What evaluates ``checkpoint``, as it can be pasted into the shell that this was started from."""
-    script = Path(__file__).resolve().with_name("evaluate.py")
-    shown, folder = script.name if script.parent == Path.cwd() else str(script), str(checkpoint)
-    return command_line(shown, *([f"--ckpt={folder}"] if folder.startswith("-") else ["--ckpt", folder]))
-
-
-def write_sample(model: LlamaForCausalLM, tokenizer: Tokenizer, problem: data.Problem, config: Config) -> str:
+def write_sample(
+    model: LlamaForCausalLM, tokenizer: Tokenizer, problem: dataset.Problem, config: Config
+) -> str:
     """What the model writes for one validation problem, next to what the data set says."""
     try:
         text, stop = complete(model, tokenizer, [problem], config)[0]
     except UserError as error:  # no memory for it: not worth a run
         return f"  no sample: {error}"
     return f"  question: {problem.question!r}\n  model:    {text!r} ({stop})\n  gold:     {problem.answer!r}"
-
-
-def describe(
-    config: Config,
-    progress: Progress,
-    steps_per_epoch: int,
-    data_hashes: Mapping[str, str],
-    tokenizer: Tokenizer,
-    result: Measurement | None,
-) -> dict[str, Any]:
-    """The content of ``training.json``."""
-    packages = ("torch", "transformers", "tokenizers", "safetensors", "torch-optimi")
-    return {
-        "step": progress.step,
-        "epoch": progress.step / steps_per_epoch,
-        "validation_loss": result.loss if result else None,
-        "validation_perplexity": result.perplexity if result else None,
-        "validation_exact_match": progress.best_exact_match if result else None,
-        "settings": asdict(config),
-        "data": dict(data_hashes),
-        "tokenizer": tokenizer.describe(),
-        "wandb_run_id": progress.wandb_run_id,
-        "wandb_project": progress.wandb_project,
-        "wandb_entity": progress.wandb_entity,
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in packages},
-    }
-
-
-class Speed:
-    """Tokens a second over the optimizer steps alone, without validation and saving."""
-
-    def __init__(self) -> None:
-        self._tokens, self._seconds, self._started = 0, 0.0, 0.0
-
-    def start(self) -> None:
-        self._started = time.perf_counter()
-
-    def stop(self, tokens: int) -> None:
-        self._tokens += tokens
-        self._seconds += time.perf_counter() - self._started
-
-    def read_and_reset(self) -> float:
-        rate = self._tokens / self._seconds
-        self._tokens, self._seconds = 0, 0.0
-        return rate
 
 
 if __name__ == "__main__":

@@ -41,9 +41,14 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--updates", nargs="+", choices=tuple(UPDATES), default=[name for name in UPDATES if name != "stochastic"]
+        "--updates",
+        nargs="+",
+        choices=tuple(UPDATES),
+        default=[name for name in UPDATES if name != "stochastic"],
     )
     parser.add_argument("--pretrain", type=int, default=300, help="steps in float32 beforehand")
     parser.add_argument("--steps", type=int, default=1000, help="steps of each contender")
@@ -56,21 +61,27 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def _ours(parameters: "list[torch.nn.Parameter]", rate: float) -> Callable[[], None]:
-    from optimizer import build_optimizer
+    from engine.optimizer import build_optimizer
 
-    return build_optimizer(parameters, learning_rate=rate, betas=BETAS, epsilon=EPSILON, weight_decay=0.0).step
+    return build_optimizer(
+        parameters, learning_rate=rate, betas=BETAS, epsilon=EPSILON, weight_decay=0.0
+    ).step
 
 
 def _stochastic(parameters: "list[torch.nn.Parameter]", rate: float) -> Callable[[], None]:
     from torchao.optim import _AdamW
 
-    return _AdamW(parameters, lr=rate, betas=BETAS, eps=EPSILON, weight_decay=0.0, bf16_stochastic_round=True).step
+    return _AdamW(
+        parameters, lr=rate, betas=BETAS, eps=EPSILON, weight_decay=0.0, bf16_stochastic_round=True
+    ).step
 
 
 def _nearest(parameters: "list[torch.nn.Parameter]", rate: float) -> Callable[[], None]:
     import torch
 
-    return torch.optim.AdamW(parameters, lr=rate, betas=BETAS, eps=EPSILON, weight_decay=0.0, fused=True).step
+    return torch.optim.AdamW(
+        parameters, lr=rate, betas=BETAS, eps=EPSILON, weight_decay=0.0, fused=True
+    ).step
 
 
 def _masters(parameters: "list[torch.nn.Parameter]", rate: float) -> Callable[[], None]:
@@ -108,24 +119,30 @@ def prepare(folder: Path) -> "tuple[LlamaForCausalLM, data.TrainingData, list[da
 
     import data
     import standin
-    from pretrained import load_model, load_tokenizer
+    from engine.loading import load_model, load_tokenizer
+    from grading import dataset
 
     rows = standin.make_problems(NUM_TRAIN + NUM_VALIDATION, seed=0)
-    standin.make_tokenizer([f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows], folder, 512)
+    standin.make_tokenizer(
+        [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows], folder, 512
+    )
     standin.make_model(folder, hidden_size=128, intermediate_size=352, layers=4, heads=4)
-    examples = data.encode(load_tokenizer(folder), [data.Problem(**row) for row in rows], PROMPT)
+    examples = data.encode(load_tokenizer(folder), [dataset.Problem(**row) for row in rows], PROMPT)
     model = load_model(folder, torch.float32, torch.device("cpu")).train()
     return model, data.TrainingData(examples[:NUM_TRAIN], BATCH, seed=0), examples[NUM_TRAIN:]
 
 
 def train_on(
-    model: "LlamaForCausalLM", training: "data.TrainingData", step: Callable[[], None], numbers: Iterable[int]
+    model: "LlamaForCausalLM",
+    training: "data.TrainingData",
+    step: Callable[[], None],
+    numbers: Iterable[int],
 ) -> None:
-    import data
     import train
+    from engine import packing
 
     for number in numbers:
-        window = data.pack(training.window(number), MICRO_BATCH_TOKENS)
+        window = packing.pack(training.window(number), MICRO_BATCH_TOKENS)
         train.accumulate(model, window, model.device, 1.0)
         step()
         model.zero_grad()
@@ -134,7 +151,7 @@ def train_on(
 def main(arguments: argparse.Namespace) -> None:
     import torch
 
-    from perplexity import measure
+    from engine.loss import measure
 
     with tempfile.TemporaryDirectory() as folder:
         base, training, validation = prepare(Path(folder))

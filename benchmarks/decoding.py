@@ -34,21 +34,38 @@ from pathlib import Path
 from typing import Any
 
 # The other benchmark lies beside this one, and shows the way to the product.
-from training import LENGTHS, PROMPT, Contender, launch, peak_memory, report, wait_for_turn, write_model
+from training import (
+    LENGTHS,
+    PROMPT,
+    Contender,
+    launch,
+    peak_memory,
+    report,
+    wait_for_turn,
+    write_model,
+)
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--contenders", nargs="+", choices=tuple(WORKERS), default=list(WORKERS))
     parser.add_argument("--problems", type=int, default=384)
-    parser.add_argument("--slots", type=int, default=None, help="of our own contender; default: it chooses")
-    parser.add_argument("--rounds", type=int, default=2, help="timed ones, after a short one that is not")
+    parser.add_argument(
+        "--slots", type=int, default=None, help="of our own contender; default: it chooses"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="timed ones, after a short one that is not"
+    )
     parser.add_argument("--hidden_size", type=int, default=512)
     parser.add_argument("--intermediate_size", type=int, default=1376)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--profile", action="store_true", help="instead of the race, a profile of our own contender")
+    parser.add_argument(
+        "--profile", action="store_true", help="instead of the race, a profile of our own contender"
+    )
     parser.add_argument("--worker", choices=tuple(WORKERS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -60,13 +77,15 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
 def prepare(folder: Path, arguments: argparse.Namespace) -> list[tuple[list[int], int]]:
     """Write model and work into ``folder``; returns prompts and how many tokens each is completed with."""
     import data
-    from pretrained import load_tokenizer
+    from engine import packing
+    from engine.loading import load_tokenizer
+    from grading import dataset
 
     write_model(folder, arguments)
     if os.environ.get("GSM8K_DIR") and os.environ.get("TOKENIZER_DIR"):
-        problems = data.load_problems(os.environ["GSM8K_DIR"], "test")[: arguments.problems]
+        problems = dataset.load_problems(os.environ["GSM8K_DIR"], "test")[: arguments.problems]
         examples = data.encode(load_tokenizer(folder), problems, PROMPT)
-        prompt_lengths = [example.labels.count(data.IGNORE) for example in examples]
+        prompt_lengths = [example.labels.count(packing.IGNORE) for example in examples]
         work = [
             (example.input_ids[:length], len(example.input_ids) - length)
             for example, length in zip(examples, prompt_lengths, strict=True)
@@ -75,7 +94,10 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> list[tuple[list[int]
     else:
         rng = random.Random(0)
         drawn = [rng.choice(LENGTHS) for _ in range(arguments.problems)]
-        work = [([1, *(rng.randrange(3, 32_000) for _ in range(prompt - 1))], answer) for prompt, answer in drawn]
+        work = [
+            ([1, *(rng.randrange(3, 32_000) for _ in range(prompt - 1))], answer)
+            for prompt, answer in drawn
+        ]
         print(f"prompts: {len(work)} of random tokens with GSM8K's lengths")
     (folder / "work.json").write_text(json.dumps(work))
     return work
@@ -87,12 +109,12 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> list[tuple[list[int]
 def our_decoder(arguments: argparse.Namespace) -> Callable[[list[tuple[list[int], int]]], int]:
     import torch
 
-    import memory
-    from generate import greedy_decode, plan_slots
-    from model import pick_device
-    from pretrained import load_model
+    from engine.cpu import heap
+    from engine.decoding import greedy_decode, plan_slots
+    from engine.device import pick_device
+    from engine.loading import load_model
 
-    memory.keep_freed_memory()
+    heap.keep_freed_memory()
     model = load_model(arguments.folder, getattr(torch, arguments.dtype), pick_device())
     everything = json.loads((arguments.folder / "work.json").read_text())
     longest = max(len(prompt) + length for prompt, length in everything)
@@ -101,7 +123,11 @@ def our_decoder(arguments: argparse.Namespace) -> Callable[[list[tuple[list[int]
     def decode(work: list[tuple[list[int], int]]) -> int:
         prompts, lengths = zip(*work, strict=True)
         completions = greedy_decode(
-            model, prompts, max_new_tokens=lengths, eos_token_ids=frozenset(), slots=arguments.slots_taken
+            model,
+            prompts,
+            max_new_tokens=lengths,
+            eos_token_ids=frozenset(),
+            slots=arguments.slots_taken,
         )
         return sum(len(completion.token_ids) for completion in completions)
 
@@ -112,22 +138,28 @@ def transformers_model(arguments: argparse.Namespace) -> Any:
     import torch
     from transformers import LlamaForCausalLM
 
-    from model import pick_device
+    from engine.device import pick_device
 
     dtype = getattr(torch, arguments.dtype)
     return LlamaForCausalLM.from_pretrained(arguments.folder, dtype=dtype).to(pick_device()).eval()
 
 
-def padded_decoder(batch: int) -> Callable[[argparse.Namespace], Callable[[list[tuple[list[int], int]]], int]]:
+def padded_decoder(
+    batch: int,
+) -> Callable[[argparse.Namespace], Callable[[list[tuple[list[int], int]]], int]]:
     def make(arguments: argparse.Namespace) -> Callable[[list[tuple[list[int], int]]], int]:
         import torch
         from transformers import StoppingCriteria
 
         class AtItsLength(StoppingCriteria):
             def __init__(self, prompt: int, lengths: list[int]):
-                self.ends = torch.tensor([prompt + length for length in lengths], device=model.device)
+                self.ends = torch.tensor(
+                    [prompt + length for length in lengths], device=model.device
+                )
 
-            def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+            def __call__(
+                self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any
+            ) -> torch.Tensor:
                 return input_ids.shape[1] >= self.ends
 
         model = transformers_model(arguments)
@@ -157,16 +189,24 @@ def padded_decoder(batch: int) -> Callable[[argparse.Namespace], Callable[[list[
     return make
 
 
-def continuous_decoder(arguments: argparse.Namespace) -> Callable[[list[tuple[list[int], int]]], int]:
+def continuous_decoder(
+    arguments: argparse.Namespace,
+) -> Callable[[list[tuple[list[int], int]]], int]:
     from transformers import GenerationConfig
 
     model = transformers_model(arguments)
 
     def decode(work: list[tuple[list[int], int]]) -> int:
-        settings = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=1024)
+        settings = GenerationConfig(
+            do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=1024
+        )
         tokens = 0
-        with model.continuous_batching_context_manager(generation_config=settings, block=True) as manager:
-            waiting = {manager.add_request(prompt, max_new_tokens=length) for prompt, length in work}
+        with model.continuous_batching_context_manager(
+            generation_config=settings, block=True
+        ) as manager:
+            waiting = {
+                manager.add_request(prompt, max_new_tokens=length) for prompt, length in work
+            }
             while waiting:
                 result = manager.get_result(timeout=1)
                 if result is not None and result.is_finished():
@@ -195,8 +235,15 @@ def work_in_turns(arguments: argparse.Namespace) -> None:
         tokens = decode(each)
         seconds = time.perf_counter() - started
         if tokens != sum(length for _, length in each):
-            sys.exit(f"{arguments.worker} wrote {tokens} tokens, not {sum(length for _, length in each)}")
-        report(seconds=seconds, tokens=tokens, peak=peak_memory(), slots=getattr(arguments, "slots_taken", None))
+            sys.exit(
+                f"{arguments.worker} wrote {tokens} tokens, not {sum(length for _, length in each)}"
+            )
+        report(
+            seconds=seconds,
+            tokens=tokens,
+            peak=peak_memory(),
+            slots=getattr(arguments, "slots_taken", None),
+        )
 
 
 # ---------------------------------------------------------------- the race
@@ -206,15 +253,18 @@ def limit(arguments: argparse.Namespace, slots: int) -> float:
     """Tokens a second if a decoding step were its matrix products alone, for all slots in use."""
     import torch
 
-    import memory
-    from linear import packed_weights
-    from model import pick_device
-    from pretrained import load_model
+    from engine import memory
+    from engine.cpu.onednn import packed_weights
+    from engine.device import pick_device
+    from engine.loading import load_model
 
     device = pick_device()
     model = load_model(arguments.folder, getattr(torch, arguments.dtype), device)
     layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
-    inputs = {layer.in_features: torch.randn(slots, layer.in_features).to(device, model.dtype) for layer in layers}
+    inputs = {
+        layer.in_features: torch.randn(slots, layer.in_features).to(device, model.dtype)
+        for layer in layers
+    }
     seconds = []
     with torch.inference_mode(), packed_weights(model):
         for _ in range(42):
@@ -230,14 +280,19 @@ def limit(arguments: argparse.Namespace, slots: int) -> float:
 
 def race(arguments: argparse.Namespace) -> None:
     keys = ("folder", "slots", "rounds", "dtype")
-    options = [f"--{key}={getattr(arguments, key)}" for key in keys if getattr(arguments, key) is not None]
+    options = [
+        f"--{key}={getattr(arguments, key)}" for key in keys if getattr(arguments, key) is not None
+    ]
     contenders = [launch(__file__, name, options) for name in arguments.contenders]
     slots, before = arguments.slots or 64, 0.0
     for number in range(arguments.rounds + 1):
         for contender in contenders:
             contender.step()
             last = contender.reports[-1]
-            print(f"round {number} {contender.name}: {last['tokens'] / last['seconds']:.0f} tok/s", file=sys.stderr)
+            print(
+                f"round {number} {contender.name}: {last['tokens'] / last['seconds']:.0f} tok/s",
+                file=sys.stderr,
+            )
             if number:
                 after = limit(arguments, slots)
                 last["allowed"], before = (before + after) / 2, after
@@ -262,7 +317,9 @@ def print_table(arguments: argparse.Namespace, contenders: list[Contender], slot
     for contender in contenders:
         timed = contender.reports[1:]
         speed = statistics.median(entry["tokens"] / entry["seconds"] for entry in timed)
-        share = statistics.median(entry["tokens"] / entry["seconds"] / entry["allowed"] for entry in timed)
+        share = statistics.median(
+            entry["tokens"] / entry["seconds"] / entry["allowed"] for entry in timed
+        )
         seconds, peak = statistics.median(entry["seconds"] for entry in timed), timed[-1]["peak"]
         print(f"| {contender.name} | {speed:.0f} | {seconds:.1f} | {peak:.2f} | {share:.0%} |")
         speeds[contender.name] = speed
@@ -284,9 +341,9 @@ def profile(arguments: argparse.Namespace, work: list[tuple[list[int], int]]) ->
 
 
 def main(arguments: argparse.Namespace) -> None:
-    import memory
+    from engine.cpu import heap
 
-    memory.keep_freed_memory()
+    heap.keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         arguments.folder = Path(folder)
         work = prepare(arguments.folder, arguments)

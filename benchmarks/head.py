@@ -29,7 +29,9 @@ CONTENDERS = ("ours", "logits", "fused", "chunked")
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=1024, help="supervised tokens")
     parser.add_argument("--hidden_size", type=int, default=512)
     parser.add_argument("--vocab_size", type=int, default=32_000)
@@ -39,16 +41,20 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def loss_function(name: str) -> "Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]":
+def loss_function(
+    name: str,
+) -> "Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]":
     import torch
     import torch.nn.functional as F
 
-    from perplexity import LinearCrossEntropy
+    from engine.loss import LinearCrossEntropy
 
     if name == "ours":
         return lambda hidden, weight, labels: LinearCrossEntropy.apply(hidden, weight, labels, True)
     if name == "logits":
-        return lambda hidden, weight, labels: F.cross_entropy(F.linear(hidden, weight), labels, reduction="sum")
+        return lambda hidden, weight, labels: F.cross_entropy(
+            F.linear(hidden, weight), labels, reduction="sum"
+        )
     options = torch.nn.LinearCrossEntropyOptions() if name == "chunked" else None
     return lambda hidden, weight, labels: F.linear_cross_entropy(
         hidden, weight, labels, reduction="sum", options=options
@@ -59,14 +65,18 @@ def work(arguments: argparse.Namespace) -> None:
     """Compute once at every turn, and report seconds, loss and memory."""
     import torch
 
-    import memory
-    from model import pick_device
+    from engine.cpu import heap
+    from engine.device import pick_device
 
-    memory.keep_freed_memory()
+    heap.keep_freed_memory()
     torch.manual_seed(0)
     settings = {"dtype": getattr(torch, arguments.dtype), "device": pick_device()}
     hidden = torch.randn(arguments.rows, arguments.hidden_size, **settings).requires_grad_()
-    weight = torch.randn(arguments.vocab_size, arguments.hidden_size, **settings).mul_(0.02).requires_grad_()
+    weight = (
+        torch.randn(arguments.vocab_size, arguments.hidden_size, **settings)
+        .mul_(0.02)
+        .requires_grad_()
+    )
     labels = torch.randint(arguments.vocab_size, (arguments.rows,), device=settings["device"])
     compute, before = loss_function(arguments.worker), peak_memory()
     while True:
@@ -81,7 +91,10 @@ def work(arguments: argparse.Namespace) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    options = [f"--{key}={getattr(arguments, key)}" for key in ("rows", "hidden_size", "vocab_size", "dtype")]
+    options = [
+        f"--{key}={getattr(arguments, key)}"
+        for key in ("rows", "hidden_size", "vocab_size", "dtype")
+    ]
     contenders = [launch(__file__, name, options) for name in CONTENDERS]
     for _ in range(arguments.rounds + 1):
         for contender in contenders:
@@ -91,7 +104,9 @@ def main(arguments: argparse.Namespace) -> None:
         contender.process.kill()
         seconds = statistics.median(entry["seconds"] for entry in contender.reports[1:])
         last = contender.reports[-1]
-        print(f"| {contender.name} | {seconds * 1e3:.0f} | {last['memory'] * 1e3:.0f} | {last['loss']:.3f} |")
+        print(
+            f"| {contender.name} | {seconds * 1e3:.0f} | {last['memory'] * 1e3:.0f} | {last['loss']:.3f} |"
+        )
 
 
 if __name__ == "__main__":

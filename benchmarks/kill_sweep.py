@@ -36,10 +36,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import safetensors.torch
 
-import checkpoint
 import train
-from config import CONFIG_FILE, Config, load_config
-from errors import run_script
+from run import manifest, training_json
+from run.config import CONFIG_FILE, Config, load_config
+from run.script import run_script
 from standin import make_model, make_problems, make_tokenizer, write_jsonl
 
 WATCHED = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
@@ -48,8 +48,12 @@ STEPS = 6
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--points", type=int, help="how many of the points, evenly spread; default: all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--points", type=int, help="how many of the points, evenly spread; default: all"
+    )
     parser.add_argument("--random", type=int, default=50, help="how many kills at random moments")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     return parser.parse_args(argv)
@@ -68,15 +72,34 @@ def prepare(folder: Path) -> None:
     write_jsonl(problems[:26], folder / "train.jsonl")
     write_jsonl(problems[26:], folder / "test.jsonl")
     (folder / "model").mkdir()
-    make_tokenizer([f"Question: {p['question']}\nAnswer: {p['answer']}" for p in problems], folder / "model", 420)
+    make_tokenizer(
+        [f"Question: {p['question']}\nAnswer: {p['answer']}" for p in problems],
+        folder / "model",
+        420,
+    )
     make_model(folder / "model", hidden_size=32, intermediate_size=48, layers=2, heads=2)
     os._exit(0)
 
 
 def settings(folder: Path, name: str) -> Config:
-    values = {"model": str(folder / "model"), "dataset": str(folder), "output_dir": str(folder / "runs")}
-    values |= {"validation_size": "2", "epochs": "2", "batch_size": "8", "checkpoint_steps": "2", "dtype": "float32"}
-    values |= {"max_length": "256", "micro_batch_tokens": "1024", "max_new_tokens": "2", "wandb_mode": "disabled"}
+    values = {
+        "model": str(folder / "model"),
+        "dataset": str(folder),
+        "output_dir": str(folder / "runs"),
+    }
+    values |= {
+        "validation_size": "2",
+        "epochs": "2",
+        "batch_size": "8",
+        "checkpoint_steps": "2",
+        "dtype": "float32",
+    }
+    values |= {
+        "max_length": "256",
+        "micro_batch_tokens": "1024",
+        "max_new_tokens": "2",
+        "wandb_mode": "disabled",
+    }
     return load_config(CONFIG_FILE, values | {"run_name": name})
 
 
@@ -105,17 +128,23 @@ def watch(folder: str, on_point: Callable[[str], None]) -> None:
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
         path = str(arguments[0]) if event in WATCHED else ""
-        in_removed_folder = event in ("os.remove", "os.rmdir") and arguments[1] != -1  # shutil.rmtree's are relative
+        in_removed_folder = (
+            event in ("os.remove", "os.rmdir") and arguments[1] != -1
+        )  # shutil.rmtree's are relative
         if path.startswith(folder) or in_removed_folder:
             on_point(f"{event} {path.removeprefix(folder)}")
 
     sys.addaudithook(audit)
     # What Python's own hooks do not see: safetensors writes from Rust, and fsync has no event.
-    safetensors.torch.serialize_file = watched(safetensors.torch.serialize_file, "safetensors", on_point)
+    safetensors.torch.serialize_file = watched(
+        safetensors.torch.serialize_file, "safetensors", on_point
+    )
     os.fsync = watched(os.fsync, "os.fsync", on_point)
 
 
-def watched(original: Callable[..., Any], name: str, on_point: Callable[[str], None]) -> Callable[..., Any]:
+def watched(
+    original: Callable[..., Any], name: str, on_point: Callable[[str], None]
+) -> Callable[..., Any]:
     def call(*arguments: Any, **keywords: Any) -> Any:
         on_point(f"{name} begins")
         result = original(*arguments, **keywords)
@@ -138,22 +167,28 @@ def outcome(folder: Path) -> dict[str, Any]:
     """What a finished run has: all that must not depend on kills."""
     found: dict[str, Any] = {"files": {path.name for path in folder.iterdir()}}
     for name in ("best", "last"):
-        found[f"fault of {name}"] = checkpoint.fault_of(folder / name)
-        files = json.loads((folder / name / checkpoint.MANIFEST_FILE).read_text())["files"]
-        found[name] = {file: entry for file, entry in files.items() if file.endswith(".safetensors")}
-        found[f"step of {name}"] = checkpoint.read_description(folder / name)["step"]
-    lines = [json.loads(line) for line in (folder / checkpoint.METRICS_FILE).read_text().splitlines()]
+        found[f"fault of {name}"] = manifest.fault_of(folder / name)
+        files = json.loads((folder / name / manifest.MANIFEST_FILE).read_text())["files"]
+        found[name] = {
+            file: entry for file, entry in files.items() if file.endswith(".safetensors")
+        }
+        found[f"step of {name}"] = training_json.read_description(folder / name)["step"]
+    lines = [json.loads(line) for line in (folder / manifest.METRICS_FILE).read_text().splitlines()]
     clock = ("time", "train/tokens_per_second")
-    found["metrics"] = [{key: value for key, value in line.items() if key not in clock} for line in lines]
+    found["metrics"] = [
+        {key: value for key, value in line.items() if key not in clock} for line in lines
+    ]
     return found
 
 
 def check_after_kill(folder: Path) -> None:
     """Some whole checkpoint must be there as soon as the first was."""
     names = ("last", "previous", ".last.staged")
-    began = any((folder / name).exists() for name in ("last", "previous", checkpoint.METRICS_FILE))
-    if began and all(checkpoint.fault_of(folder / name) for name in names):
-        sys.exit(f"LOST: no whole checkpoint in {folder}: {[checkpoint.fault_of(folder / name) for name in names]}")
+    began = any((folder / name).exists() for name in ("last", "previous", manifest.METRICS_FILE))
+    if began and all(manifest.fault_of(folder / name) for name in names):
+        sys.exit(
+            f"LOST: no whole checkpoint in {folder}: {[manifest.fault_of(folder / name) for name in names]}"
+        )
 
 
 def resume_and_compare(config: Config, log: Path, expected: dict[str, Any], what: str) -> None:
@@ -166,7 +201,9 @@ def resume_and_compare(config: Config, log: Path, expected: dict[str, Any], what
     found = outcome(folder)
     for key, value in expected.items():
         if found[key] != value:
-            sys.exit(f"LOST after a kill at {what}: {key} is {found[key]}, without the kill {value} ({folder})")
+            sys.exit(
+                f"LOST after a kill at {what}: {key} is {found[key]}, without the kill {value} ({folder})"
+            )
 
 
 # ---------------------------------------------------------------- the sweep
@@ -183,7 +220,9 @@ def list_points(config: Config, folder: Path) -> list[str]:
 
         code, _ = end_of(start(config, folder / "whole.log", write))
     if code:
-        sys.exit(f"the run without a kill ended with {code}: {(folder / 'whole.log').read_text()[-500:]}")
+        sys.exit(
+            f"the run without a kill ended with {code}: {(folder / 'whole.log').read_text()[-500:]}"
+        )
     return file.read_text().splitlines()
 
 
@@ -198,7 +237,9 @@ def kill_at(number: int) -> Callable[[str], None]:
     return on_point
 
 
-def sweep_points(points: list[str], count: int, folder: Path, expected: dict[str, Any]) -> Counter[str]:
+def sweep_points(
+    points: list[str], count: int, folder: Path, expected: dict[str, Any]
+) -> Counter[str]:
     """Kill at ``count`` of ``points``; gives how often at which kind."""
     killed: Counter[str] = Counter()
     for position in range(count):
@@ -207,13 +248,19 @@ def sweep_points(points: list[str], count: int, folder: Path, expected: dict[str
         code, was_killed = end_of(start(config, folder / "log", kill_at(number)))
         if was_killed:
             killed[points[number].split()[0]] += 1
-        elif code:  # 0: threads take turns differently each time, and the last point may come to nothing
+        elif (
+            code
+        ):  # 0: threads take turns differently each time, and the last point may come to nothing
             sys.exit(f"the run that was to be killed at point {number} ended with {code}")
-        resume_and_compare(config, folder / f"log-{number}", expected, f"point {number} ({points[number]})")
+        resume_and_compare(
+            config, folder / f"log-{number}", expected, f"point {number} ({points[number]})"
+        )
     return killed
 
 
-def sweep_moments(count: int, seed: int, seconds: float, folder: Path, expected: dict[str, Any]) -> int:
+def sweep_moments(
+    count: int, seed: int, seconds: float, folder: Path, expected: dict[str, Any]
+) -> int:
     """Kill ``count`` times within the ``seconds`` that a run takes; gives how often it was not over yet."""
     moments, killed = random.Random(seed), 0
     for number in range(count):
@@ -236,12 +283,16 @@ def main(arguments: argparse.Namespace, folder: Path) -> None:
     if expected["files"] != KEPT or logged != list(range(1, STEPS + 1)):
         sys.exit(f"the run without a kill has {expected['files']}, and logged steps {logged}")
     count = min(arguments.points or len(points), len(points))
-    print(f"{len(points)} points in {STEPS} steps; killing at {count} of them, and {arguments.random} times at random")
+    print(
+        f"{len(points)} points in {STEPS} steps; killing at {count} of them, and {arguments.random} times at random"
+    )
     at_points = sweep_points(points, count, folder, expected)
     at_random = sweep_moments(arguments.random, arguments.seed, seconds, folder, expected)
     kinds = ", ".join(f"{number} at {kind}" for kind, number in sorted(at_points.items()))
     print(f"{at_points.total() + at_random} kills: {kinds}; {at_random} at random moments")
-    print("each time a whole checkpoint, and the resumed run equal to the one that was not killed: 0 losses")
+    print(
+        "each time a whole checkpoint, and the resumed run equal to the one that was not killed: 0 losses"
+    )
 
 
 if __name__ == "__main__":

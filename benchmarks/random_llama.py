@@ -11,16 +11,26 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from errors import UserError, run_script
+from run.errors import UserError
+from run.script import run_script
 from standin import make_model
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with a tokenizer in Hugging Face format")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        required=True,
+        help="folder with a tokenizer in Hugging Face format",
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--hidden_size", type=int, default=128)
-    parser.add_argument("--intermediate_size", type=int, default=None, help="default: 2.6875 times hidden_size")
+    parser.add_argument(
+        "--intermediate_size", type=int, default=None, help="default: 2.6875 times hidden_size"
+    )
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=4)
     return parser.parse_args(argv)

@@ -27,9 +27,13 @@ from startup import memory_now
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5, help="timed ones, after one that is not")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure"
+    )
     parser.add_argument("--hidden_size", type=int, default=1024)
     parser.add_argument("--intermediate_size", type=int, default=2752)
     parser.add_argument("--layers", type=int, default=16)
@@ -60,10 +64,11 @@ def main(arguments: argparse.Namespace, folder: Path) -> None:
     import torch
     from training import write_model
 
-    from checkpoint import LAST, fault_of, save_checkpoint, wait_for_removals
-    from optimizer import build_optimizer
-    from pretrained import load_model, load_tokenizer
-    from resume import pack_state
+    from engine.loading import load_model, load_tokenizer
+    from engine.optimizer import build_optimizer
+    from engine.state import pack_state
+    from run.checkpoint import save_checkpoint, wait_for_removals
+    from run.manifest import LAST, fault_of
 
     (folder / "base").mkdir()
     write_model(folder / "base", arguments)
@@ -79,7 +84,9 @@ def main(arguments: argparse.Namespace, folder: Path) -> None:
 
     def ours() -> None:
         tensors, plain = pack_state(optimizer, {})
-        save_checkpoint(folder / "run" / LAST, model, tokenizer, {"step": 1, "state": plain}, tensors)
+        save_checkpoint(
+            folder / "run" / LAST, model, tokenizer, {"step": 1, "state": plain}, tensors
+        )
 
     def plain() -> None:
         model.save_pretrained(folder / "plain")
@@ -94,7 +101,11 @@ def main(arguments: argparse.Namespace, folder: Path) -> None:
 
     found: dict[str, list[tuple[float, int]]] = {}
     for number in range(arguments.rounds + 1):
-        for name, save in (("ours", ours), ("plain", plain), ("plain, then synced", plain_and_sync)):
+        for name, save in (
+            ("ours", ours),
+            ("plain", plain),
+            ("plain, then synced", plain_and_sync),
+        ):
             shutil.rmtree(folder / "plain", ignore_errors=True)
             wait_for_removals()  # ours goes on removing what it replaced
             taken = timed(save)
@@ -105,9 +116,13 @@ def main(arguments: argparse.Namespace, folder: Path) -> None:
     assert fault_of(folder / "run" / LAST) is None
     verified = time.perf_counter() - started
     size = sum(file.stat().st_size for file in (folder / "run" / LAST).iterdir())
-    median = {name: statistics.median(seconds for seconds, _ in taken) for name, taken in found.items()}
+    median = {
+        name: statistics.median(seconds for seconds, _ in taken) for name, taken in found.items()
+    }
     print(f"{size / 1e9:.2f} GB of weights and optimizer state; verified in {verified:.2f} s")
-    print("| save | seconds | least and most | GB a second | most memory of its own, GB | ours takes |")
+    print(
+        "| save | seconds | least and most | GB a second | most memory of its own, GB | ours takes |"
+    )
     print("| --- | --- | --- | --- | --- | --- |")
     for name, taken in found.items():
         seconds = [each for each, _ in taken]

@@ -23,12 +23,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-CASES = (("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("bfloat16", "float32"))
+CASES = (
+    ("float32", "float32"),
+    ("float32", "bfloat16"),
+    ("bfloat16", "bfloat16"),
+    ("bfloat16", "float32"),
+)
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=3, help="of the demo's start; the median counts")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--runs", type=int, default=3, help="of the demo's start; the median counts"
+    )
     parser.add_argument("--hidden_size", type=int, default=1024)
     parser.add_argument("--intermediate_size", type=int, default=2752)
     parser.add_argument("--layers", type=int, default=16)
@@ -46,7 +55,13 @@ def seconds_to_first_step(folder: Path, run_name: str) -> float:
     flags |= {"run_name": run_name, "log_every": 1}
     started = time.time()
     process = subprocess.Popen(
-        [sys.executable, "train.py", "--config", "demo.yaml", *(f"--{key}={value}" for key, value in flags.items())],
+        [
+            sys.executable,
+            "train.py",
+            "--config",
+            "demo.yaml",
+            *(f"--{key}={value}" for key, value in flags.items()),
+        ],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -74,14 +89,17 @@ def seconds_to_import() -> float:
 def memory_now() -> dict[str, int]:
     """Resident bytes of this process: its own, and mapped from files."""
     fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return {name: int(fields[field].split()[0]) * 1024 for name, field in (("own", "RssAnon"), ("mapped", "RssFile"))}
+    return {
+        name: int(fields[field].split()[0]) * 1024
+        for name, field in (("own", "RssAnon"), ("mapped", "RssFile"))
+    }
 
 
 def load(folder: Path, dtype: str) -> None:
     """Load the model and print, as JSON, the size of its weights and what memory grew by at most."""
     import torch
 
-    from pretrained import load_model
+    from engine.loading import load_model
 
     before = memory_now()
     samples, done = [before], threading.Event()
@@ -129,7 +147,9 @@ def main(arguments: argparse.Namespace) -> None:
         (folder / "float32").mkdir()
         write_model(folder / "float32", arguments)
         in_dtype(folder / "float32", folder / "bfloat16", "bfloat16")
-        print("| file | loaded as | weights, GB | most own memory, GB | most mapped, GB | seconds |")
+        print(
+            "| file | loaded as | weights, GB | most own memory, GB | most mapped, GB | seconds |"
+        )
         print("| --- | --- | --- | --- | --- | --- |")
         for stored, loaded in CASES:
             result = subprocess.run(

@@ -44,20 +44,92 @@ BATCH, ROWS, ACCUMULATION = 32, 8, 4
 PROMPT = "Question: {question}\nAnswer:"
 # Prompt and answer tokens of 64 rows of GSM8K's train split, at equal steps of the sorted total length.
 LENGTHS = (
-    *((33, 58), (41, 60), (43, 63), (36, 75), (53, 62), (37, 82), (45, 77), (59, 66), (79, 49), (56, 75), (51, 83)),
-    *((50, 87), (50, 89), (74, 68), (56, 88), (61, 85), (44, 105), (59, 92), (66, 88), (63, 94), (80, 79), (76, 86)),
-    *((73, 92), (52, 115), (63, 106), (62, 110), (55, 119), (74, 103), (70, 109), (72, 110), (83, 101), (51, 137)),
-    *((42, 148), (58, 135), (58, 138), (57, 142), (90, 112), (58, 147), (55, 153), (47, 164), (63, 152), (77, 142)),
-    *((73, 149), (99, 127), (108, 122), (60, 173), (86, 152), (96, 146), (75, 170), (66, 183), (79, 175), (88, 171)),
-    *((77, 188), (135, 136), (95, 182), (84, 200), (70, 222), (93, 209), (75, 236), (66, 258), (144, 194), (103, 252)),
+    *(
+        (33, 58),
+        (41, 60),
+        (43, 63),
+        (36, 75),
+        (53, 62),
+        (37, 82),
+        (45, 77),
+        (59, 66),
+        (79, 49),
+        (56, 75),
+        (51, 83),
+    ),
+    *(
+        (50, 87),
+        (50, 89),
+        (74, 68),
+        (56, 88),
+        (61, 85),
+        (44, 105),
+        (59, 92),
+        (66, 88),
+        (63, 94),
+        (80, 79),
+        (76, 86),
+    ),
+    *(
+        (73, 92),
+        (52, 115),
+        (63, 106),
+        (62, 110),
+        (55, 119),
+        (74, 103),
+        (70, 109),
+        (72, 110),
+        (83, 101),
+        (51, 137),
+    ),
+    *(
+        (42, 148),
+        (58, 135),
+        (58, 138),
+        (57, 142),
+        (90, 112),
+        (58, 147),
+        (55, 153),
+        (47, 164),
+        (63, 152),
+        (77, 142),
+    ),
+    *(
+        (73, 149),
+        (99, 127),
+        (108, 122),
+        (60, 173),
+        (86, 152),
+        (96, 146),
+        (75, 170),
+        (66, 183),
+        (79, 175),
+        (88, 171),
+    ),
+    *(
+        (77, 188),
+        (135, 136),
+        (95, 182),
+        (84, 200),
+        (70, 222),
+        (93, 209),
+        (75, 236),
+        (66, 258),
+        (144, 194),
+        (103, 252),
+    ),
     *((108, 270), (72, 368)),
 )
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--contenders", nargs="+", choices=tuple(WORKERS), default=list(WORKERS))
-    parser.add_argument("--steps", type=int, default=4, help="timed optimizer steps, after one that is not")
+    parser.add_argument(
+        "--steps", type=int, default=4, help="timed optimizer steps, after one that is not"
+    )
     parser.add_argument("--hidden_size", type=int, default=512)
     parser.add_argument("--intermediate_size", type=int, default=1376)
     parser.add_argument("--layers", type=int, default=8)
@@ -65,7 +137,9 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--micro_batch_tokens", type=int, default=1536, help="of our own contender")
     parser.add_argument("--compile", action="store_true", help="our own contender's layers")
-    parser.add_argument("--profile", action="store_true", help="instead of the race, a profile of our last step")
+    parser.add_argument(
+        "--profile", action="store_true", help="instead of the race, a profile of our last step"
+    )
     parser.add_argument("--worker", choices=tuple(WORKERS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -77,14 +151,18 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
 def prepare(folder: Path, arguments: argparse.Namespace) -> list[dict[str, list[int]]]:
     """Write model and rows into ``folder``; returns the rows, ``input_ids`` and unshifted ``labels``."""
     import data
-    from pretrained import load_tokenizer
+    from engine import packing
+    from engine.loading import load_tokenizer
+    from grading import dataset
 
     rows = (arguments.steps + 1) * BATCH
     write_model(folder, arguments)
     if os.environ.get("GSM8K_DIR") and os.environ.get("TOKENIZER_DIR"):
-        problems = data.load_problems(os.environ["GSM8K_DIR"], "train")[:rows]
+        problems = dataset.load_problems(os.environ["GSM8K_DIR"], "train")[:rows]
         encoded = data.encode(load_tokenizer(folder), problems, PROMPT)
-        examples = [{"input_ids": example.input_ids, "labels": example.labels} for example in encoded]
+        examples = [
+            {"input_ids": example.input_ids, "labels": example.labels} for example in encoded
+        ]
         print(f"rows: the first {rows} of GSM8K's train split, Llama-2's tokenizer")
     else:
         rng = random.Random(0)
@@ -92,7 +170,7 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> list[dict[str, list[
         for _ in range(rows):
             prompt, answer = rng.choice(LENGTHS)
             ids = [1, *(rng.randrange(3, 32_000) for _ in range(prompt + answer - 2)), 2]
-            examples.append({"input_ids": ids, "labels": [data.IGNORE] * prompt + ids[prompt:]})
+            examples.append({"input_ids": ids, "labels": [packing.IGNORE] * prompt + ids[prompt:]})
         print(f"rows: {rows} of random tokens with GSM8K's lengths")
     (folder / "rows.json").write_text(json.dumps(examples))
     return examples
@@ -108,7 +186,9 @@ def write_model(folder: Path, arguments: argparse.Namespace) -> None:
         for file in Path(os.environ["TOKENIZER_DIR"]).glob("tokenizer*"):
             shutil.copyfile(file, folder / file.name)
     else:
-        texts = [f"{row['question']}\n{row['answer']}" for row in standin.make_problems(2000, seed=0)]
+        texts = [
+            f"{row['question']}\n{row['answer']}" for row in standin.make_problems(2000, seed=0)
+        ]
         standin.make_tokenizer(texts, folder, vocab_size=512)
     standin.make_model(
         folder,
@@ -153,20 +233,23 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def our_steps(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -> Iterator[dict[str, float]]:
+def our_steps(
+    arguments: argparse.Namespace, rows: list[dict[str, list[int]]]
+) -> Iterator[dict[str, float]]:
     """Makes an optimizer step when it is asked for: seconds, those of them that packing took, and loss."""
     import torch
 
-    import data
-    import memory
     import train
-    from model import checkpoint_activations, compile_layers, pick_device
-    from optimizer import build_optimizer
-    from pretrained import load_model
+    from engine import memory, packing
+    from engine.cpu import heap
+    from engine.device import pick_device
+    from engine.llama import checkpoint_activations, compile_layers
+    from engine.loading import load_model
+    from engine.optimizer import build_optimizer
 
-    memory.keep_freed_memory()
+    heap.keep_freed_memory()
     device = pick_device()
-    examples = [data.Example(**row) for row in rows]
+    examples = [packing.Example(**row) for row in rows]
     model = load_model(arguments.folder, getattr(torch, arguments.dtype), device).train()
     if device.type == "cuda":
         checkpoint_activations(model)
@@ -178,14 +261,18 @@ def our_steps(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -
     yield {}  # all is loaded
     for first in range(0, len(examples), BATCH):
         started = time.perf_counter()
-        window = data.pack(examples[first : first + BATCH], arguments.micro_batch_tokens)
+        window = packing.pack(examples[first : first + BATCH], arguments.micro_batch_tokens)
         packed = time.perf_counter()
         nats, num_labels, _ = train.accumulate(model, window, device, 1.0)
         optimizer.step()
         memory.clear_gradients(optimizer, device)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        yield {"seconds": time.perf_counter() - started, "packing": packed - started, "loss": nats / num_labels}
+        yield {
+            "seconds": time.perf_counter() - started,
+            "packing": packed - started,
+            "loss": nats / num_labels,
+        }
 
 
 def work_ours(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -> None:
@@ -272,7 +359,9 @@ def work_trainer(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]
     settings = _training_settings(arguments) | {"gradient_checkpointing": torch.cuda.is_available()}
     _paced_trainer(
         Trainer,
-        model=LlamaForCausalLM.from_pretrained(arguments.folder, dtype=getattr(torch, arguments.dtype)),
+        model=LlamaForCausalLM.from_pretrained(
+            arguments.folder, dtype=getattr(torch, arguments.dtype)
+        ),
         args=TrainingArguments(**settings),
         train_dataset=rows,
         data_collator=collate,
@@ -287,14 +376,19 @@ def work_trl(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) ->
 
     # What SFTTrainer makes of prompt and completion: ids of both, and a mask of the completion.
     masked = [
-        {"input_ids": row["input_ids"], "completion_mask": [int(label != -100) for label in row["labels"]]}
+        {
+            "input_ids": row["input_ids"],
+            "completion_mask": [int(label != -100) for label in row["labels"]],
+        }
         for row in rows
     ]
     tokenizer = AutoTokenizer.from_pretrained(arguments.folder)
     tokenizer.pad_token = tokenizer.unk_token
     _paced_trainer(
         SFTTrainer,
-        model=LlamaForCausalLM.from_pretrained(arguments.folder, dtype=getattr(torch, arguments.dtype)),
+        model=LlamaForCausalLM.from_pretrained(
+            arguments.folder, dtype=getattr(torch, arguments.dtype)
+        ),
         args=SFTConfig(**_training_settings(arguments), completion_only_loss=True),
         train_dataset=Dataset.from_list(masked),
         processing_class=tokenizer,
@@ -332,15 +426,19 @@ class Contender:
 def launch(script: str, name: str, options: list[str]) -> Contender:
     """The worker ``name`` of a benchmark, a process that waits for its turns."""
     command = [sys.executable, script, "--worker", name, *options]
-    return Contender(name, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True), [])
+    return Contender(
+        name,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True),
+        [],
+    )
 
 
 def matrix_rate(dtype: str) -> float:
     """FLOP/s of a 2048^3 matrix product by the faster library, the median of several."""
     import torch
 
-    from linear import product
-    from model import pick_device
+    from engine.cpu.onednn import product
+    from engine.device import pick_device
 
     device = pick_device()
     a, b = (torch.randn(2048, 2048, dtype=getattr(torch, dtype), device=device) for _ in range(2))
@@ -361,22 +459,32 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def race(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -> None:
-    options = [f"--{key}={getattr(arguments, key)}" for key in ("folder", "dtype", "micro_batch_tokens")]
+    options = [
+        f"--{key}={getattr(arguments, key)}" for key in ("folder", "dtype", "micro_batch_tokens")
+    ]
     options += ["--compile"] * arguments.compile
     contenders = [launch(__file__, name, options) for name in arguments.contenders]
     rates = []
     for step in range(arguments.steps + 1):
         for contender in contenders:
             contender.step()
-            print(f"step {step} {contender.name}: {contender.reports[-1]['seconds']:.2f} s", file=sys.stderr)
-        rates.append(matrix_rate(arguments.dtype))  # not before: while the others start, they take the processor
+            print(
+                f"step {step} {contender.name}: {contender.reports[-1]['seconds']:.2f} s",
+                file=sys.stderr,
+            )
+        rates.append(
+            matrix_rate(arguments.dtype)
+        )  # not before: while the others start, they take the processor
     for contender in contenders:
         contender.process.kill()
     print_table(arguments, rows, contenders, statistics.median(rates))
 
 
 def print_table(
-    arguments: argparse.Namespace, rows: list[dict[str, list[int]]], contenders: list[Contender], rate: float
+    arguments: argparse.Namespace,
+    rows: list[dict[str, list[int]]],
+    contenders: list[Contender],
+    rate: float,
 ) -> None:
     windows = [rows[first : first + BATCH] for first in range(0, len(rows), BATCH)][1:]
     tokens = [sum(len(row["input_ids"]) for row in window) for window in windows]
@@ -384,12 +492,16 @@ def print_table(
     compiled = "compiled layers" if arguments.compile else "layers not compiled"
     print(f"ours: micro-batches of {arguments.micro_batch_tokens} tokens, {compiled}")
     print(f"matrix products: {rate / 1e9:.0f} GFLOP/s in {arguments.dtype}")
-    print("| contender | tokens a second | s a step | peak memory, GB | share of the matrix rate | first loss |")
+    print(
+        "| contender | tokens a second | s a step | peak memory, GB | share of the matrix rate | first loss |"
+    )
     print("| --- | --- | --- | --- | --- | --- |")
     speeds = {}
     for contender in contenders:
         timed = [entry["seconds"] for entry in contender.reports[1:]]
-        speeds[contender.name] = statistics.median(t / s for t, s in zip(tokens, timed, strict=True))
+        speeds[contender.name] = statistics.median(
+            t / s for t, s in zip(tokens, timed, strict=True)
+        )
         share = statistics.median(w / s for w, s in zip(work, timed, strict=True)) / rate
         peak, loss = contender.reports[-1]["peak"], contender.reports[0]["loss"]
         print(
@@ -398,16 +510,22 @@ def print_table(
         )
     for contender in contenders:
         if "packing" in contender.reports[0]:
-            packing = statistics.median(entry["packing"] / entry["seconds"] for entry in contender.reports[1:])
+            packing = statistics.median(
+                entry["packing"] / entry["seconds"] for entry in contender.reports[1:]
+            )
             print(f"{contender.name}: {packing:.2%} of a step goes into packing")
     for contender in contenders[1:]:
         memory = contenders[0].reports[-1]["peak"] / contender.reports[-1]["peak"]
         speed = speeds[contenders[0].name] / speeds[contender.name]
-        print(f"{contenders[0].name} against {contender.name}: {speed:.2f} x the speed, {memory:.2f} x the memory")
+        print(
+            f"{contenders[0].name} against {contender.name}: {speed:.2f} x the speed, {memory:.2f} x the memory"
+        )
     losses = [contender.reports[0]["loss"] for contender in contenders]
     tolerance = 1e-4 if arguments.dtype == "float32" else 3e-2
     if max(losses) - min(losses) > tolerance:
-        sys.exit(f"the first losses differ by {max(losses) - min(losses):.6f}, over {tolerance}: not the same work")
+        sys.exit(
+            f"the first losses differ by {max(losses) - min(losses):.6f}, over {tolerance}: not the same work"
+        )
 
 
 if __name__ == "__main__":

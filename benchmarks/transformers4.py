@@ -18,7 +18,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from errors import UserError, run_script
+from run.errors import UserError
+from run.script import run_script
 from standin import make_problems, make_tokenizer
 
 PACKAGES = ("transformers==4.57.6", "huggingface_hub==0.36.2", "tokenizers==0.22.2")
@@ -39,7 +40,9 @@ print(json.dumps({"ids": ids, "losses": losses, "written": tokenizer.batch_decod
 
 
 def main() -> None:
-    texts = [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in make_problems(40, seed=3)]
+    texts = [
+        f"Question: {row['question']}\nAnswer: {row['answer']}" for row in make_problems(40, seed=3)
+    ]
     texts += ["Question: It’s  3 – 2 × €5,  七?\n\nAnswer: ½", "week.  How   much\n#### 1,450"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -49,7 +52,9 @@ def main() -> None:
             ours = save(folder / kind, folder / f"{kind}-run" / "best", texts)
             for generation, python in ((5, sys.executable), (4, str(old))):
                 compare(
-                    f"{kind} in Transformers {generation}", ours, read(python, folder / f"{kind}-run" / "best", texts)
+                    f"{kind} in Transformers {generation}",
+                    ours,
+                    read(python, folder / f"{kind}-run" / "best", texts),
                 )
     print("Transformers 4 and 5 read the same ids and losses from both")
 
@@ -58,9 +63,19 @@ def make_environment(folder: Path) -> Path:
     """A virtual environment with Transformers 4, and for all else the packages of this one; its python."""
     venv.create(folder, with_pip=True)
     packages = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
-    (Path(packages) / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")  # behind those of its own
+    (Path(packages) / "others.pth").write_text(
+        sysconfig.get_path("purelib") + "\n"
+    )  # behind those of its own
     interpreter = folder / "bin" / "python"
-    install = [str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    install = [
+        str(interpreter),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+    ]
     subprocess.run([*install, *PACKAGES], check=True)
     return interpreter
 
@@ -69,7 +84,9 @@ def like_llama_2(folder: Path, texts: list[str]) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     make_tokenizer(texts, folder, vocab_size=450)
-    LlamaForCausalLM(LlamaConfig(vocab_size=450, bos_token_id=1, eos_token_id=2, **shape())).save_pretrained(folder)
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=450, bos_token_id=1, eos_token_id=2, **shape())
+    ).save_pretrained(folder)
 
 
 def like_llama_3(folder: Path, texts: list[str]) -> None:
@@ -83,26 +100,41 @@ def like_llama_3(folder: Path, texts: list[str]) -> None:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=450, special_tokens=special, initial_alphabet=alphabet)
     backend.train_from_iterator(texts, trainer)
-    backend.post_processor = processors.TemplateProcessing(single=f"{special[0]} $A", special_tokens=[(special[0], 0)])
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{special[0]} $A", special_tokens=[(special[0], 0)]
+    )
     folder.mkdir()
     backend.save(str(folder / "tokenizer.json"))
     # As Transformers 5 writes it: a class and a list that 4 can't read.
-    settings = {"tokenizer_class": "TokenizersBackend", "bos_token": special[0], "eos_token": special[1]}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"extra_special_tokens": [special[1]]}))
-    config = LlamaConfig(vocab_size=450, bos_token_id=0, eos_token_id=1, rope_parameters=ROPE, **shape())
+    settings = {
+        "tokenizer_class": "TokenizersBackend",
+        "bos_token": special[0],
+        "eos_token": special[1],
+    }
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"extra_special_tokens": [special[1]]})
+    )
+    config = LlamaConfig(
+        vocab_size=450, bos_token_id=0, eos_token_id=1, rope_parameters=ROPE, **shape()
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def shape() -> dict[str, int]:
-    return {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
 
 
 def save(base: Path, best: Path, texts: list[str]) -> dict[str, Any]:
     """Save ``base`` as a checkpoint; gives what it is to be read as."""
     import torch
 
-    from checkpoint import save_checkpoint
-    from pretrained import load_model, load_tokenizer
+    from engine.loading import load_model, load_tokenizer
+    from run.checkpoint import save_checkpoint
 
     tokenizer, model = load_tokenizer(base), load_model(base, torch.float32, torch.device("cpu"))
     save_checkpoint(best, model, tokenizer, {})
@@ -113,16 +145,22 @@ def save(base: Path, best: Path, texts: list[str]) -> dict[str, Any]:
 
 
 def read(python: str, folder: Path, texts: list[str]) -> dict[str, Any]:
-    result = subprocess.run([python, "-c", READ, str(folder), json.dumps(texts)], capture_output=True, text=True)
+    result = subprocess.run(
+        [python, "-c", READ, str(folder), json.dumps(texts)], capture_output=True, text=True
+    )
     if result.returncode:
-        raise UserError(f"{folder.parent.name}: can't be read: {result.stderr.strip().splitlines()[-1]}")
+        raise UserError(
+            f"{folder.parent.name}: can't be read: {result.stderr.strip().splitlines()[-1]}"
+        )
     return json.loads(result.stdout.splitlines()[-1])
 
 
 def compare(title: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     if ours["ids"] != theirs["ids"]:
         raise UserError(f"{title}: other ids")
-    largest = max(abs(one - other) for one, other in zip(ours["losses"], theirs["losses"], strict=True))
+    largest = max(
+        abs(one - other) for one, other in zip(ours["losses"], theirs["losses"], strict=True)
+    )
     if largest > 1e-5:
         raise UserError(f"{title}: a loss is {largest:.3g} off")
     if ours["written"] != theirs["written"]:

@@ -19,15 +19,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-import checkpoint
-import config
 import standin
 import train
-from checkpoint import LAST, PREVIOUS
-from data import Problem
-from errors import STOP_SIGNALS, run_script
-from pretrained import load_model, load_tokenizer
-from tokenizer import Tokenizer
+from engine.loading import load_model, load_tokenizer
+from engine.tokenizer import Tokenizer
+from grading.dataset import Problem
+from run import checkpoint, config, manifest, training_json
+from run.manifest import LAST, PREVIOUS
+from run.script import run_script
+from run.signals import STOP_SIGNALS
 
 PROMPT = "Question: {question}\nAnswer:"
 
@@ -53,7 +53,9 @@ def problems() -> list[Problem]:
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory, problems: list[Problem]) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
-    standin.make_tokenizer([f"Question: {p.question}\nAnswer: {p.answer}" for p in problems], folder, vocab_size=420)
+    standin.make_tokenizer(
+        [f"Question: {p.question}\nAnswer: {p.answer}" for p in problems], folder, vocab_size=420
+    )
     return folder
 
 
@@ -66,10 +68,21 @@ def tokenizer(tokenizer_folder: Path) -> Tokenizer:
 def make_llama() -> Callable[..., LlamaForCausalLM]:
     """Makes a Llama of two layers with random weights, in Transformers' own attention."""
 
-    def make(vocab_size: int, *, seed: int = 0, std: float = 0.1, **settings: Any) -> LlamaForCausalLM:
+    def make(
+        vocab_size: int, *, seed: int = 0, std: float = 0.1, **settings: Any
+    ) -> LlamaForCausalLM:
         torch.manual_seed(seed)
-        shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-        shape |= {"num_key_value_heads": 2, "max_position_embeddings": 1024, "initializer_range": std}
+        shape = {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        }
+        shape |= {
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 1024,
+            "initializer_range": std,
+        }
         return LlamaForCausalLM(
             LlamaConfig(vocab_size=vocab_size, bos_token_id=1, eos_token_id=2, **(shape | settings))
         ).eval()
@@ -104,7 +117,11 @@ def model64(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> LlamaForCaus
     """
 
     def forward(norm: LlamaRMSNorm, hidden: torch.Tensor) -> torch.Tensor:
-        return norm.weight * hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+        return (
+            norm.weight
+            * hidden
+            * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+        )
 
     monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
     return load_model(model_folder, torch.float64, torch.device("cpu"))
@@ -113,7 +130,9 @@ def model64(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> LlamaForCaus
 def write_rows(file: Path, problems: list[Problem]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = ({"question": problem.question, "answer": problem.answer} for problem in problems)
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    file.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -156,7 +175,7 @@ def make_config(settings: dict[str, str]) -> config.Config:
 def seal(folder: Path) -> None:
     """Write the manifest of a checkpoint anew, so that whatever is in it now counts as what was saved."""
     with checkpoint._Seal(folder) as seal:
-        (folder / checkpoint.MANIFEST_FILE).unlink(missing_ok=True)
+        (folder / manifest.MANIFEST_FILE).unlink(missing_ok=True)
         seal.written()
 
 
@@ -201,7 +220,11 @@ def run_folder(settings: dict[str, str]) -> Path:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def flip_a_byte(file: Path) -> None:
@@ -220,7 +243,10 @@ def stopped(call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ZeroDivisionError):
         call(train, *flags(settings))
     monkeypatch.setattr(train, "accumulate", original)
-    steps = [checkpoint.read_description(run_folder(settings) / name)["step"] for name in (LAST, PREVIOUS)]
+    steps = [
+        training_json.read_description(run_folder(settings) / name)["step"]
+        for name in (LAST, PREVIOUS)
+    ]
     assert steps == [8, 7]
     return run_folder(settings)
 

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 from conftest import real_folder
 
-import analysis
-import data
 import evaluate
-from errors import UserError
+from grading import compare, dataset, mistakes, report
+from run.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -36,16 +35,30 @@ from errors import UserError
         ("3 + 4 = 7, and 7 + 1", "9", None, "reasoning", None),  # not known why it stopped
         ("3 + 4 = 8, and 8 + 1", "9", "length", "cut", "3 + 4 = 8"),
         ("The answer is 7", "7", "length", "cut", None),
-        ("#### 8\n\nQuestion: What is 2 + 2 = 5?", "7", "eos", "reasoning", None),  # another question's equation
+        (
+            "#### 8\n\nQuestion: What is 2 + 2 = 5?",
+            "7",
+            "eos",
+            "reasoning",
+            None,
+        ),  # another question's equation
     ],
 )
-def test_labels(completion: str, gold: str, stop: str | None, label: str | None, equation: str | None) -> None:
-    assert analysis.mistake(completion, gold, stop) == (label, equation)
+def test_labels(
+    completion: str, gold: str, stop: str | None, label: str | None, equation: str | None
+) -> None:
+    assert mistakes.mistake(completion, gold, stop) == (label, equation)
 
 
 def row(identity: int, right: bool, **more: Any) -> dict[str, Any]:
     completion = "#### 1" if right else "#### 2"
-    return {"id": identity, "gold": "1", "completion": completion, "stop": "eos", "correct": right} | more
+    return {
+        "id": identity,
+        "gold": "1",
+        "completion": completion,
+        "stop": "eos",
+        "correct": right,
+    } | more
 
 
 def test_counts() -> None:
@@ -57,7 +70,7 @@ def test_counts() -> None:
         row(4, False) | {"completion": "the answer is 1"},  # from a file without steps
         row(5, False, steps=2, question="word " * 45) | {"stop": "length"},
     ]
-    assert analysis.analyse(rows) == {
+    assert mistakes.analyse(rows) == {
         "errors": {"arithmetic": 1, "reasoning": 1, "format": 1, "cut": 1},
         "rules_disagree": [4],
         "by_steps": {
@@ -71,22 +84,28 @@ def test_counts() -> None:
             "61+": {"num_correct": 1, "num_problems": 1},
         },
     }
-    table = analysis.analysis_table(analysis.analyse(rows))
-    assert "arithmetic 1, reasoning 1, format 1, cut 1" in table and "ids 4" in table and "8+: 50%" in table
+    table = report.analysis_table(mistakes.analyse(rows))
+    assert (
+        "arithmetic 1, reasoning 1, format 1, cut 1" in table
+        and "ids 4" in table
+        and "8+: 50%" in table
+    )
 
 
 def test_steps_of_an_answer() -> None:
-    assert analysis.count_steps("a\nb\n#### 1") == 2
-    assert analysis.count_steps("#### 1") == 0
-    assert analysis.count_steps("a\n\n \nb\u2028c\n#### 1\n") == 2
+    assert mistakes.count_steps("a\nb\n#### 1") == 2
+    assert mistakes.count_steps("#### 1") == 0
+    assert mistakes.count_steps("a\n\n \nb\u2028c\n#### 1\n") == 2
 
 
 def test_real_answers_are_without_mistakes() -> None:
     """Two of the 1,319 published answers hold a false equation; a rule that finds more finds what is not there."""
     false = {}
-    for number, problem in enumerate(data.load_problems(str(real_folder("GSM8K_DIR")), "test")):
-        assert analysis.mistake(problem.answer, problem.gold, "eos") == (None, None)
-        label, equation = analysis.mistake(problem.answer.replace("####", "####x"), "123454321", "eos")
+    for number, problem in enumerate(dataset.load_problems(str(real_folder("GSM8K_DIR")), "test")):
+        assert mistakes.mistake(problem.answer, problem.gold, "eos") == (None, None)
+        label, equation = mistakes.mistake(
+            problem.answer.replace("####", "####x"), "123454321", "eos"
+        )
         if label == "arithmetic":
             false[number] = equation
     assert false == {501: "364 / 4 = 273", 1024: "32 -  20 = 300"}
@@ -95,9 +114,18 @@ def test_real_answers_are_without_mistakes() -> None:
 # ---------------------------------------------------------------- --compare
 
 
-def runs(both: int, lost: int, won: int, neither: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    kinds = [(True, True)] * both + [(True, False)] * lost + [(False, True)] * won + [(False, False)] * neither
-    return [row(i, one) for i, (one, _) in enumerate(kinds)], [row(i, other) for i, (_, other) in enumerate(kinds)]
+def runs(
+    both: int, lost: int, won: int, neither: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    kinds = (
+        [(True, True)] * both
+        + [(True, False)] * lost
+        + [(False, True)] * won
+        + [(False, False)] * neither
+    )
+    return [row(i, one) for i, (one, _) in enumerate(kinds)], [
+        row(i, other) for i, (_, other) in enumerate(kinds)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -108,13 +136,21 @@ def runs(both: int, lost: int, won: int, neither: int) -> tuple[list[dict[str, A
         (1, 7, 2 * (1 + 8) / 2**8, None, None),
         (7, 1, 2 * (1 + 8) / 2**8, None, None),
         (2, 8, 2 * (1 + 10 + 45) / 2**10, None, None),
-        (0, 6, 2 / 2**6, 6 * (2 * 0.025 ** (1 / 6) - 1), 6),  # Clopper and Pearson's bound for all of n
+        (
+            0,
+            6,
+            2 / 2**6,
+            6 * (2 * 0.025 ** (1 / 6) - 1),
+            6,
+        ),  # Clopper and Pearson's bound for all of n
         (6, 0, 2 / 2**6, -6, -6 * (2 * 0.025 ** (1 / 6) - 1)),
     ],
 )
-def test_comparison_by_hand(lost: int, won: int, p_value: float, low: float | None, high: float | None) -> None:
+def test_comparison_by_hand(
+    lost: int, won: int, p_value: float, low: float | None, high: float | None
+) -> None:
     first, second = runs(20, lost, won, 14)
-    result = analysis.compare(first, second[::-1], ("a", "b"))
+    result = compare.compare(first, second[::-1], ("a", "b"))
     total = 34 + lost + won
     assert result.num_problems == total and result.num_correct == (20 + lost, 20 + won)
     assert (len(result.lost), len(result.won)) == (lost, won)
@@ -128,9 +164,17 @@ def test_comparison_by_hand(lost: int, won: int, p_value: float, low: float | No
 
 
 def test_only_common_problems_are_compared() -> None:
-    first, second = [row(0, True), row(1, True), row(2, False)], [row(1, False), row(2, True), row(9, True)]
-    result = analysis.compare(first, second, ("a", "b"))
-    assert (result.num_problems, result.num_correct, result.lost, result.won) == (2, (1, 1), [1], [2])
+    first, second = (
+        [row(0, True), row(1, True), row(2, False)],
+        [row(1, False), row(2, True), row(9, True)],
+    )
+    result = compare.compare(first, second, ("a", "b"))
+    assert (result.num_problems, result.num_correct, result.lost, result.won) == (
+        2,
+        (1, 1),
+        [1],
+        [2],
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,11 +182,31 @@ def test_only_common_problems_are_compared() -> None:
     [
         ([row(0, True)], [row(1, True)], "no problem in common"),
         ([row(0, True)], [row(0, True) | {"gold": "5"}], "id 0 has the gold '1' in one and '5'"),
-        ([row(0, True, question="a")], [row(0, True, question="b")], "id 0 has the question 'a' in one and 'b'"),
-        ([row(0, True, question="a  b")], [row(0, True, question="a b")], r"'a\x20\x20b' in one and 'a b'"),
-        ([row(0, True, question="a\xa0b")], [row(0, True, question="a b")], r"'a\xa0b' in one and 'a b'"),
-        ([row(0, True, question="a" * 99)], [row(0, True, question="a" * 98 + "b")], f"'{'a' * 21}' in one"),
-        ([row(0, True, question="a" * 99)], [row(0, True, question="a" * 90)], f"'{'a' * 20}' in the other"),
+        (
+            [row(0, True, question="a")],
+            [row(0, True, question="b")],
+            "id 0 has the question 'a' in one and 'b'",
+        ),
+        (
+            [row(0, True, question="a  b")],
+            [row(0, True, question="a b")],
+            r"'a\x20\x20b' in one and 'a b'",
+        ),
+        (
+            [row(0, True, question="a\xa0b")],
+            [row(0, True, question="a b")],
+            r"'a\xa0b' in one and 'a b'",
+        ),
+        (
+            [row(0, True, question="a" * 99)],
+            [row(0, True, question="a" * 98 + "b")],
+            f"'{'a' * 21}' in one",
+        ),
+        (
+            [row(0, True, question="a" * 99)],
+            [row(0, True, question="a" * 90)],
+            f"'{'a' * 20}' in the other",
+        ),
         ([row(0, True), row(0, False)], [row(0, True)], "a: double ids 0"),
         ([], [], "no problem in common"),
     ],
@@ -150,7 +214,7 @@ def test_only_common_problems_are_compared() -> None:
 def test_what_can_not_be_compared(first: list[dict], second: list[dict], fragment: str) -> None:
     """Guards against a p-value over problems that only share their numbers."""
     with pytest.raises(UserError) as error:
-        analysis.compare(first, second, ("a", "b"))
+        compare.compare(first, second, ("a", "b"))
     assert fragment in str(error.value)
 
 
@@ -162,10 +226,24 @@ def test_compare_from_the_command_line(call, tmp_path: Path) -> None:
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     outcome = call(evaluate, "--compare", a, b)
     assert outcome.code == 0, outcome.err
-    for fragment in ("12 problems in common", "41.67%", "91.67%", "+50.00%", "0.03125", "won 6: ids 5, 6", "lost 0"):
+    for fragment in (
+        "12 problems in common",
+        "41.67%",
+        "91.67%",
+        "+50.00%",
+        "0.03125",
+        "won 6: ids 5, 6",
+        "lost 0",
+    ):
         assert fragment in outcome.out, fragment
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
-    call(evaluate, "--compare", a, b, "--ckpt", "x").assert_user_error("--ckpt can't go with --compare")
-    call(evaluate, "--compare", a, b, "--rescore", a).assert_user_error("--rescore can't go with --compare")
-    call(evaluate, "--compare", a, b, "--dtype", "float32").assert_user_error("--dtype can't go with --compare")
+    call(evaluate, "--compare", a, b, "--ckpt", "x").assert_user_error(
+        "--ckpt can't go with --compare"
+    )
+    call(evaluate, "--compare", a, b, "--rescore", a).assert_user_error(
+        "--rescore can't go with --compare"
+    )
+    call(evaluate, "--compare", a, b, "--dtype", "float32").assert_user_error(
+        "--dtype can't go with --compare"
+    )
     call(evaluate, "--compare", a, str(tmp_path / "none")).assert_user_error("none: can't be read")

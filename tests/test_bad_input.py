@@ -23,7 +23,9 @@ class World:
         self.root, self.settings = root, settings
         self.data = Path(settings["dataset"])
         self.run = Path(settings["output_dir"]) / settings["run_name"]
-        self.best, self.last, self.previous = (self.run / name for name in ("best", "last", "previous"))
+        self.best, self.last, self.previous = (
+            self.run / name for name in ("best", "last", "previous")
+        )
         self.predictions = self.run / "eval" / "test" / "predictions.jsonl"
 
     def config(self, content: str | bytes) -> list[str]:
@@ -67,11 +69,16 @@ class World:
 
     def row(self, **changed: object) -> str:
         row = json.loads(self.predictions.read_text().splitlines()[0])
-        return json.dumps({key: value for key, value in (row | changed).items() if value != "ABSENT"}) + "\n"
+        return (
+            json.dumps({key: value for key, value in (row | changed).items() if value != "ABSENT"})
+            + "\n"
+        )
 
     def rows(self, **changed: object) -> str:
         """All predictions, the first one changed."""
-        return self.row(**changed) + "".join(self.predictions.read_text().splitlines(keepends=True)[1:])
+        return self.row(**changed) + "".join(
+            self.predictions.read_text().splitlines(keepends=True)[1:]
+        )
 
     def evaluate(self, folder: Path | None = None) -> list[str]:
         return ["--ckpt", str(folder or self.best)]
@@ -93,7 +100,9 @@ def loop(file: Path) -> None:
 
 
 def unreadable(file: Path) -> None:
-    file.symlink_to("/proc/self/mem")  # reading it is an error even for root, whom no permissions stop
+    file.symlink_to(
+        "/proc/self/mem"
+    )  # reading it is an error even for root, whom no permissions stop
 
 
 def done(arguments: list[str], *_: object) -> list[str]:
@@ -107,14 +116,44 @@ LONG = "x" * 5_000_000
 TABLE: list[tuple[str, str, Callable[[World], list[str]], str]] = [
     # settings files
     ("settings: empty", "train", lambda w: w.config(""), "settings.yaml: holds no settings"),
-    ("settings: a list", "train", lambda w: w.config("- model\n- dataset\n"), "settings.yaml: holds no settings"),
-    ("settings: one word", "train", lambda w: w.config("settings"), "settings.yaml: holds no settings"),
+    (
+        "settings: a list",
+        "train",
+        lambda w: w.config("- model\n- dataset\n"),
+        "settings.yaml: holds no settings",
+    ),
+    (
+        "settings: one word",
+        "train",
+        lambda w: w.config("settings"),
+        "settings.yaml: holds no settings",
+    ),
     ("settings: no YAML", "train", lambda w: w.config("model: {"), "settings.yaml: is no YAML"),
     ("settings: Latin-1", "train", lambda w: w.config(b"model: caf\xe9\n"), "is no UTF-8 text"),
-    ("settings: UTF-16", "train", lambda w: w.config("model: x\n".encode("utf-16")), "is no UTF-8 text"),
-    ("settings: a null byte", "train", lambda w: w.config("model: a\0b\n"), "settings.yaml: is no YAML"),
-    ("settings: no file", "evaluate", lambda w: ["--config", str(w.root / "no.yaml")], "no.yaml: can't be read"),
-    ("settings: a folder", "perplexity", lambda w: ["--config", str(w.root)], "can't be read (Is a directory)"),
+    (
+        "settings: UTF-16",
+        "train",
+        lambda w: w.config("model: x\n".encode("utf-16")),
+        "is no UTF-8 text",
+    ),
+    (
+        "settings: a null byte",
+        "train",
+        lambda w: w.config("model: a\0b\n"),
+        "settings.yaml: is no YAML",
+    ),
+    (
+        "settings: no file",
+        "evaluate",
+        lambda w: ["--config", str(w.root / "no.yaml")],
+        "no.yaml: can't be read",
+    ),
+    (
+        "settings: a folder",
+        "perplexity",
+        lambda w: ["--config", str(w.root)],
+        "can't be read (Is a directory)",
+    ),
     (
         "settings: endless link",
         "train",
@@ -127,61 +166,211 @@ TABLE: list[tuple[str, str, Callable[[World], list[str]], str]] = [
         lambda w: w.changed_config("seed: 0 ", "seed: !!python/object/apply:os.abort []"),
         "one value",
     ),
-    ("settings: nested", "train", lambda w: w.changed_config("seed: 0 ", "seed: {a: 1} "), "not a list or a mapping"),
-    ("settings: twice", "train", lambda w: w.changed_config("seed: 0 ", "epochs: 3\nseed: 0 "), "epochs is set twice"),
-    ("settings: unknown", "train", lambda w: w.changed_config("epochs: 3 ", "epoch: 3 "), "did you mean 'epochs'?"),
-    ("settings: missing", "train", lambda w: w.changed_config("epochs: 3 ", "#"), "epochs is missing: add it"),
-    ("settings: huge", "train", lambda w: w.changed_config("epochs: 3 ", f"epochs: {LONG} "), "must be a whole number"),
-    ("settings: deep", "train", lambda w: w.config("a: " + "[" * 50_000), "settings.yaml: is no YAML"),
+    (
+        "settings: nested",
+        "train",
+        lambda w: w.changed_config("seed: 0 ", "seed: {a: 1} "),
+        "not a list or a mapping",
+    ),
+    (
+        "settings: twice",
+        "train",
+        lambda w: w.changed_config("seed: 0 ", "epochs: 3\nseed: 0 "),
+        "epochs is set twice",
+    ),
+    (
+        "settings: unknown",
+        "train",
+        lambda w: w.changed_config("epochs: 3 ", "epoch: 3 "),
+        "did you mean 'epochs'?",
+    ),
+    (
+        "settings: missing",
+        "train",
+        lambda w: w.changed_config("epochs: 3 ", "#"),
+        "epochs is missing: add it",
+    ),
+    (
+        "settings: huge",
+        "train",
+        lambda w: w.changed_config("epochs: 3 ", f"epochs: {LONG} "),
+        "must be a whole number",
+    ),
+    (
+        "settings: deep",
+        "train",
+        lambda w: w.config("a: " + "[" * 50_000),
+        "settings.yaml: is no YAML",
+    ),
     # flags
-    ("--epochs 0", "train", lambda w: w.train(epochs="0"), "epochs: '0' must be greater than or equal to 1"),
-    ("--epochs 1.5", "train", lambda w: w.train(epochs="1.5"), "epochs: '1.5' must be a whole number"),
-    ("--epochs word", "evaluate", lambda w: w.resume(epochs="three"), "epochs: 'three' must be a whole number"),
+    (
+        "--epochs 0",
+        "train",
+        lambda w: w.train(epochs="0"),
+        "epochs: '0' must be greater than or equal to 1",
+    ),
+    (
+        "--epochs 1.5",
+        "train",
+        lambda w: w.train(epochs="1.5"),
+        "epochs: '1.5' must be a whole number",
+    ),
+    (
+        "--epochs word",
+        "evaluate",
+        lambda w: w.resume(epochs="three"),
+        "epochs: 'three' must be a whole number",
+    ),
     ("--epochs ٣", "train", lambda w: w.train(epochs="٣"), "epochs: '٣' must be a whole number"),
-    ("--learning_rate nan", "train", lambda w: w.train(learning_rate="nan"), "learning_rate: 'nan' must be a finite"),
-    ("--learning_rate inf", "train", lambda w: w.train(learning_rate="1e999"), "learning_rate: '1e999' must be a fin"),
+    (
+        "--learning_rate nan",
+        "train",
+        lambda w: w.train(learning_rate="nan"),
+        "learning_rate: 'nan' must be a finite",
+    ),
+    (
+        "--learning_rate inf",
+        "train",
+        lambda w: w.train(learning_rate="1e999"),
+        "learning_rate: '1e999' must be a fin",
+    ),
     (
         "--learning_rate -1",
         "train",
         lambda w: w.train(learning_rate="-1"),
         "learning_rate: '-1' must be greater than 0",
     ),
-    ("--dtype", "train", lambda w: w.train(dtype="float16"), "dtype: 'float16' must be 'bfloat16' or 'float32'"),
-    ("--compile", "train", lambda w: w.train(compile="maybe"), "compile: 'maybe' must be a valid boolean"),
+    (
+        "--dtype",
+        "train",
+        lambda w: w.train(dtype="float16"),
+        "dtype: 'float16' must be 'bfloat16' or 'float32'",
+    ),
+    (
+        "--compile",
+        "train",
+        lambda w: w.train(compile="maybe"),
+        "compile: 'maybe' must be a valid boolean",
+    ),
     ("--seed 2^32", "train", lambda w: w.train(seed=str(2**32)), "must be less than 4294967296"),
-    ("--run_name ..", "train", lambda w: w.train(run_name=".."), "run_name: '..' must be letters, digits"),
-    ("--run_name ../x", "train", lambda w: w.train(run_name="../x"), "run_name: '../x' must be letters, digits"),
-    ("--run_name /x", "train", lambda w: w.train(run_name="/x"), "run_name: '/x' must be letters, digits"),
-    ("--run_name nothing", "train", lambda w: w.train(run_name=""), "run_name: '' must be letters, digits"),
+    (
+        "--run_name ..",
+        "train",
+        lambda w: w.train(run_name=".."),
+        "run_name: '..' must be letters, digits",
+    ),
+    (
+        "--run_name ../x",
+        "train",
+        lambda w: w.train(run_name="../x"),
+        "run_name: '../x' must be letters, digits",
+    ),
+    (
+        "--run_name /x",
+        "train",
+        lambda w: w.train(run_name="/x"),
+        "run_name: '/x' must be letters, digits",
+    ),
+    (
+        "--run_name nothing",
+        "train",
+        lambda w: w.train(run_name=""),
+        "run_name: '' must be letters, digits",
+    ),
     ("--run_name long", "train", lambda w: w.train(run_name=LONG[:200]), "at most 128"),
-    ("--prompt without", "train", lambda w: w.train(prompt="Q: {q}"), "prompt: 'Q: {q}' must hold {question} exactly"),
-    ("--model nothing", "train", lambda w: w.train(model=""), "model: '' must have at least 1 character"),
+    (
+        "--prompt without",
+        "train",
+        lambda w: w.train(prompt="Q: {q}"),
+        "prompt: 'Q: {q}' must hold {question} exactly",
+    ),
+    (
+        "--model nothing",
+        "train",
+        lambda w: w.train(model=""),
+        "model: '' must have at least 1 character",
+    ),
     (
         "--micro_batch_tokens",
         "train",
         lambda w: w.train(micro_batch_tokens="8"),
         "must be no less than max_length (256)",
     ),
-    ("--validation_size", "train", lambda w: w.train(validation_size="5000"), "leaves nothing of the 117 train rows"),
+    (
+        "--validation_size",
+        "train",
+        lambda w: w.train(validation_size="5000"),
+        "leaves nothing of the 117 train rows",
+    ),
     ("an unknown flag", "train", lambda w: ["--epoch", "3"], "unrecognized arguments: --epoch 3"),
     ("a flag twice", "train", lambda w: ["--epochs", "3", "--epochs=4"], "--epochs is given twice"),
-    ("a flag without value", "perplexity", lambda w: ["--epochs"], "argument --epochs: expected one argument"),
-    ("--limit 0", "evaluate", lambda w: [*w.evaluate(), "--limit", "0"], "'0' must be a whole number from 1 on"),
-    ("--split train", "evaluate", lambda w: ["--split", "train"], "argument --split: invalid choice: 'train'"),
-    ("--temperature 0", "evaluate", lambda w: ["--temperature", "0"], "'0' must be a number above 0"),
-    ("--rescore --ckpt", "evaluate", lambda w: ["--rescore", "x", *w.evaluate()], "--ckpt can't go with --rescore"),
+    (
+        "a flag without value",
+        "perplexity",
+        lambda w: ["--epochs"],
+        "argument --epochs: expected one argument",
+    ),
+    (
+        "--limit 0",
+        "evaluate",
+        lambda w: [*w.evaluate(), "--limit", "0"],
+        "'0' must be a whole number from 1 on",
+    ),
+    (
+        "--split train",
+        "evaluate",
+        lambda w: ["--split", "train"],
+        "argument --split: invalid choice: 'train'",
+    ),
+    (
+        "--temperature 0",
+        "evaluate",
+        lambda w: ["--temperature", "0"],
+        "'0' must be a number above 0",
+    ),
+    (
+        "--rescore --ckpt",
+        "evaluate",
+        lambda w: ["--rescore", "x", *w.evaluate()],
+        "--ckpt can't go with --rescore",
+    ),
     # data
-    ("data: nowhere", "train", lambda w: w.train(dataset="nowhere"), "is no folder here and no hub id"),
-    ("data: a file", "train", lambda w: w.train(dataset=str(w.data / "train.jsonl")), "is a file: name the folder"),
+    (
+        "data: nowhere",
+        "train",
+        lambda w: w.train(dataset="nowhere"),
+        "is no folder here and no hub id",
+    ),
+    (
+        "data: a file",
+        "train",
+        lambda w: w.train(dataset=str(w.data / "train.jsonl")),
+        "is a file: name the folder",
+    ),
     (
         "data: no train.jsonl",
         "train",
         lambda w: w.instead_of_data(lambda f: None),
         "train.jsonl: can't be read (No such",
     ),
-    ("data: a folder", "train", lambda w: w.instead_of_data(Path.mkdir), "train.jsonl: can't be read (Is a directory)"),
-    ("data: endless link", "train", lambda w: w.instead_of_data(loop), "can't be read (Too many levels of symbolic"),
-    ("data: unreadable", "train", lambda w: w.instead_of_data(unreadable), "can't be read (Input/output error)"),
+    (
+        "data: a folder",
+        "train",
+        lambda w: w.instead_of_data(Path.mkdir),
+        "train.jsonl: can't be read (Is a directory)",
+    ),
+    (
+        "data: endless link",
+        "train",
+        lambda w: w.instead_of_data(loop),
+        "can't be read (Too many levels of symbolic",
+    ),
+    (
+        "data: unreadable",
+        "train",
+        lambda w: w.instead_of_data(unreadable),
+        "can't be read (Input/output error)",
+    ),
     ("data: empty", "train", lambda w: w.with_data(b""), "train.jsonl: is empty"),
     (
         "data: UTF-16",
@@ -189,28 +378,68 @@ TABLE: list[tuple[str, str, Callable[[World], list[str]], str]] = [
         lambda w: w.with_data('{"question": "a", "answer": "#### 1"}\n'.encode("utf-16")),
         "line 1: is no JSON",
     ),
-    ("data: a byte order mark alone", "train", lambda w: w.with_line(b"\xef\xbb\xbf"), "line 3: is no JSON"),
+    (
+        "data: a byte order mark alone",
+        "train",
+        lambda w: w.with_line(b"\xef\xbb\xbf"),
+        "line 3: is no JSON",
+    ),
     (
         "data: Latin-1",
         "train",
         lambda w: w.with_line(b'{"question": "caf\xe9?", "answer": "#### 1"}'),
         "line 3: is no JSON",
     ),
-    ("data: no JSON", "train", lambda w: w.with_line("question, answer"), "train.jsonl, line 3: is no JSON"),
+    (
+        "data: no JSON",
+        "train",
+        lambda w: w.with_line("question, answer"),
+        "train.jsonl, line 3: is no JSON",
+    ),
     ("data: a huge line", "train", lambda w: w.with_line(LONG), "train.jsonl, line 3: is no JSON"),
-    ("data: a deep line", "train", lambda w: w.with_line("[" * 100_000), "train.jsonl, line 3: is no JSON"),
+    (
+        "data: a deep line",
+        "train",
+        lambda w: w.with_line("[" * 100_000),
+        "train.jsonl, line 3: is no JSON",
+    ),
     ("data: an empty line", "train", lambda w: w.with_line(""), "train.jsonl, line 3: is no JSON"),
-    ("data: a cut line", "train", lambda w: w.with_line('{"question": "How ma'), "train.jsonl, line 3: is no JSON"),
-    ("data: a list", "train", lambda w: w.with_line('["How many?", "#### 1"]'), "line 3: is no JSON object"),
-    ("data: no answer", "train", lambda w: w.with_line('{"question": "?"}'), "line 3: 'answer' is missing"),
-    ("data: a number", "train", lambda w: w.with_line('{"question": "?", "answer": 4}'), "line 3: 'answer' is 4"),
+    (
+        "data: a cut line",
+        "train",
+        lambda w: w.with_line('{"question": "How ma'),
+        "train.jsonl, line 3: is no JSON",
+    ),
+    (
+        "data: a list",
+        "train",
+        lambda w: w.with_line('["How many?", "#### 1"]'),
+        "line 3: is no JSON object",
+    ),
+    (
+        "data: no answer",
+        "train",
+        lambda w: w.with_line('{"question": "?"}'),
+        "line 3: 'answer' is missing",
+    ),
+    (
+        "data: a number",
+        "train",
+        lambda w: w.with_line('{"question": "?", "answer": 4}'),
+        "line 3: 'answer' is 4",
+    ),
     (
         "data: white space",
         "train",
         lambda w: w.with_line('{"question": " ", "answer": "#### 1"}'),
         "'question' is \" \"",
     ),
-    ("data: no ####", "train", lambda w: w.with_line('{"question": "?", "answer": "4"}'), "line 3: the answer '4'"),
+    (
+        "data: no ####",
+        "train",
+        lambda w: w.with_line('{"question": "?", "answer": "4"}'),
+        "line 3: the answer '4'",
+    ),
     (
         "data: no number",
         "train",
@@ -236,7 +465,12 @@ TABLE: list[tuple[str, str, Callable[[World], list[str]], str]] = [
         "test.jsonl: can't",
     ),
     # models and checkpoints
-    ("model: nowhere", "train", lambda w: w.train(model="./nowhere"), "model './nowhere' is no folder here"),
+    (
+        "model: nowhere",
+        "train",
+        lambda w: w.train(model="./nowhere"),
+        "model './nowhere' is no folder here",
+    ),
     ("ckpt: nowhere", "evaluate", lambda w: w.evaluate(w.root / "nowhere"), "nowhere"),
     ("ckpt: a file", "perplexity", lambda w: w.evaluate(w.best / "config.json"), "is a file"),
     ("ckpt: a folder of none", "evaluate", lambda w: w.evaluate(w.root), "has no config.json"),
@@ -279,19 +513,25 @@ TABLE: list[tuple[str, str, Callable[[World], list[str]], str]] = [
     (
         "ckpt: weights of zeros, sealed",
         "perplexity",
-        lambda w: done(w.evaluate(), (w.best / "model.safetensors").write_bytes(b"\0" * 99), seal(w.best)),
+        lambda w: done(
+            w.evaluate(), (w.best / "model.safetensors").write_bytes(b"\0" * 99), seal(w.best)
+        ),
         "its weights can't be read",
     ),
     (
         "ckpt: settings of another kind, sealed",
         "evaluate",
-        lambda w: done(w.evaluate(), (w.best / "training.json").write_text('{"settings": []}'), seal(w.best)),
+        lambda w: done(
+            w.evaluate(), (w.best / "training.json").write_text('{"settings": []}'), seal(w.best)
+        ),
         "training.json: is damaged",
     ),
     (
         "resume: both damaged",
         "train",
-        lambda w: done(w.resume(), flipped(w.last / "model.safetensors"), flipped(w.previous / "training.json")),
+        lambda w: done(
+            w.resume(), flipped(w.last / "model.safetensors"), flipped(w.previous / "training.json")
+        ),
         "previous: is damaged",
     ),
     ("resume: another seed", "train", lambda w: w.resume(seed="7"), "seed was 0 and is 7"),
@@ -315,8 +555,18 @@ TABLE: list[tuple[str, str, Callable[[World], list[str]], str]] = [
         "can't be written",
     ),
     # predictions
-    ("rescore: no file", "evaluate", lambda w: ["--rescore", str(w.root / "no")], "no: can't be read (No such file"),
-    ("rescore: a folder", "evaluate", lambda w: ["--rescore", str(w.root)], "can't be read (Is a directory)"),
+    (
+        "rescore: no file",
+        "evaluate",
+        lambda w: ["--rescore", str(w.root / "no")],
+        "no: can't be read (No such file",
+    ),
+    (
+        "rescore: a folder",
+        "evaluate",
+        lambda w: ["--rescore", str(w.root)],
+        "can't be read (Is a directory)",
+    ),
     ("rescore: empty", "evaluate", lambda w: w.rescore(""), "predictions.jsonl"),
     (
         "rescore: no JSON",
@@ -324,10 +574,30 @@ TABLE: list[tuple[str, str, Callable[[World], list[str]], str]] = [
         lambda w: w.rescore(w.row() + "nonsense\n"),
         "predictions.jsonl, line 2: is no prediction",
     ),
-    ("rescore: UTF-16", "evaluate", lambda w: w.rescore(w.row().encode("utf-16")), "line 1: is no prediction"),
-    ("rescore: a cut line", "evaluate", lambda w: w.rescore(w.row() + w.row(id=1)[:50]), "line 2: is no prediction"),
-    ("rescore: a huge line", "evaluate", lambda w: w.rescore(LONG + "\n"), "line 1: is no prediction"),
-    ("rescore: a deep line", "evaluate", lambda w: w.rescore("[" * 100_000 + "\n"), "line 1: is no prediction"),
+    (
+        "rescore: UTF-16",
+        "evaluate",
+        lambda w: w.rescore(w.row().encode("utf-16")),
+        "line 1: is no prediction",
+    ),
+    (
+        "rescore: a cut line",
+        "evaluate",
+        lambda w: w.rescore(w.row() + w.row(id=1)[:50]),
+        "line 2: is no prediction",
+    ),
+    (
+        "rescore: a huge line",
+        "evaluate",
+        lambda w: w.rescore(LONG + "\n"),
+        "line 1: is no prediction",
+    ),
+    (
+        "rescore: a deep line",
+        "evaluate",
+        lambda w: w.rescore("[" * 100_000 + "\n"),
+        "line 1: is no prediction",
+    ),
     (
         "rescore: no gold",
         "evaluate",
@@ -340,17 +610,37 @@ TABLE: list[tuple[str, str, Callable[[World], list[str]], str]] = [
         lambda w: w.rescore(w.rows(gold="four")),
         "the gold 'four' is no number",
     ),
-    ("rescore: an id as text", "evaluate", lambda w: w.rescore(w.row(id="0")), "'id' is '0', not of type int"),
-    ("rescore: an id as truth", "evaluate", lambda w: w.rescore(w.row(id=True)), "'id' is True, not of type int"),
+    (
+        "rescore: an id as text",
+        "evaluate",
+        lambda w: w.rescore(w.row(id="0")),
+        "'id' is '0', not of type int",
+    ),
+    (
+        "rescore: an id as truth",
+        "evaluate",
+        lambda w: w.rescore(w.row(id=True)),
+        "'id' is True, not of type int",
+    ),
     (
         "rescore: a double id",
         "evaluate",
         lambda w: w.rescore(w.row() + w.rows()),
         "holds 13 predictions for 12 problems: double ids",
     ),
-    ("rescore: too few", "evaluate", lambda w: w.rescore(w.row()), "holds 1 predictions for 12 problems: missing ids"),
+    (
+        "rescore: too few",
+        "evaluate",
+        lambda w: w.rescore(w.row()),
+        "holds 1 predictions for 12 problems: missing ids",
+    ),
     ("rescore: a foreign id", "evaluate", lambda w: w.rescore(w.rows(id=99)), "unknown ids 99"),
-    ("compare: nothing in common", "evaluate", lambda w: compare(w, w.row(question="?", id=50)), "no"),
+    (
+        "compare: nothing in common",
+        "evaluate",
+        lambda w: compare(w, w.row(question="?", id=50)),
+        "no",
+    ),
     ("compare: one damaged", "evaluate", lambda w: compare(w, "{"), "line 1: is no prediction"),
     (
         "evaluation: of other weights",
@@ -374,27 +664,40 @@ def compare(world: World, other: str) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, data_folder: Path) -> Path:
+def template(
+    tmp_path_factory: pytest.TempPathFactory, model_folder: Path, data_folder: Path
+) -> Path:
     """A run of one epoch that is not finished, evaluated; model and data beside it."""
     return tmp_path_factory.mktemp("template")
 
 
 @pytest.fixture
-def world(call, template: Path, settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+def world(
+    call, template: Path, settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> World:
     if not (template / "runs").exists():
         shutil.copytree(settings["dataset"], template / "data")
         made = settings | {"dataset": str(template / "data"), "output_dir": str(template / "runs")}
         with monkeypatch.context() as patch:
             calls, original = iter(range(1, 100)), train.accumulate
-            patch.setattr(train, "accumulate", lambda *a: original(*a) if next(calls) < 9 else 1 / 0)
+            patch.setattr(
+                train, "accumulate", lambda *a: original(*a) if next(calls) < 9 else 1 / 0
+            )
             with pytest.raises(ZeroDivisionError):
                 call(train, *flags(made | {"checkpoint_steps": "4"}))
-        outcome = call(evaluate, "--ckpt", str(template / "runs" / "test" / "best"), "--verify-batching", "0")
+        outcome = call(
+            evaluate, "--ckpt", str(template / "runs" / "test" / "best"), "--verify-batching", "0"
+        )
         assert outcome.code == 0, outcome.err
     shutil.copytree(template, tmp_path / "world")
     monkeypatch.chdir(tmp_path)
-    changed = {"dataset": str(tmp_path / "world" / "data"), "output_dir": str(tmp_path / "world" / "runs")}
-    for file in (tmp_path / "world" / "runs" / "test").glob("*/training.json"):  # the copy knows its own data
+    changed = {
+        "dataset": str(tmp_path / "world" / "data"),
+        "output_dir": str(tmp_path / "world" / "runs"),
+    }
+    for file in (tmp_path / "world" / "runs" / "test").glob(
+        "*/training.json"
+    ):  # the copy knows its own data
         file.write_text(file.read_text().replace(str(template), str(tmp_path / "world")))
         seal(file.parent)
     return World(tmp_path / "world", settings | changed)
@@ -410,8 +713,12 @@ def everything(folder: Path) -> dict[str, bytes | str]:
     return found
 
 
-@pytest.mark.parametrize(("script", "arrange", "fragment"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
-def test_bad_input(call, world: World, script: str, arrange: Callable[[World], list[str]], fragment: str) -> None:
+@pytest.mark.parametrize(
+    ("script", "arrange", "fragment"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE]
+)
+def test_bad_input(
+    call, world: World, script: str, arrange: Callable[[World], list[str]], fragment: str
+) -> None:
     """Guards against a traceback, a message of pages, and a file that is written over on the way to an error."""
     arguments = arrange(world)
     before = everything(world.root)

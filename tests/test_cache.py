@@ -7,21 +7,27 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
-from cache import BLOCK, BagCache, StaticCache
-from data import IGNORE, Example, collate
+from engine.cache import StaticCache
+from engine.cpu.cache import BLOCK, BagCache
+from engine.packing import IGNORE, Example, collate
 
 HEADS, KV_HEADS, HEAD_DIM, LENGTH = 4, 2, 8, 3 * BLOCK
 SLOTS, PROMPTS = [5, 0, 3, 1], [1, BLOCK - 1, BLOCK, 2 * BLOCK + 3]
 STEPS = 4
 
 
-def random_tensor(generator: torch.Generator, dtype: torch.dtype, rows: int, heads: int) -> torch.Tensor:
+def random_tensor(
+    generator: torch.Generator, dtype: torch.dtype, rows: int, heads: int
+) -> torch.Tensor:
     return torch.randn(rows, heads, HEAD_DIM, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def exactly(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Attention of one query ``[H, D]`` to ``[length, kv_heads, D]``, in float64."""
-    keys, values = (each.double().repeat_interleave(HEADS // KV_HEADS, 1).transpose(0, 1) for each in (keys, values))
+    keys, values = (
+        each.double().repeat_interleave(HEADS // KV_HEADS, 1).transpose(0, 1)
+        for each in (keys, values)
+    )
     return F.scaled_dot_product_attention(query.double()[:, None], keys, values)[:, 0]
 
 
@@ -47,7 +53,9 @@ def test_steps_attend_to_all_of_their_own_sequence_and_nothing_else(
     query, key, value = rows(HEADS, total), rows(KV_HEADS, total), rows(KV_HEADS, total)
     seen = [
         list(pair)
-        for pair in zip(key[: sum(PROMPTS)].split(PROMPTS), value[: sum(PROMPTS)].split(PROMPTS), strict=True)
+        for pair in zip(
+            key[: sum(PROMPTS)].split(PROMPTS), value[: sum(PROMPTS)].split(PROMPTS), strict=True
+        )
     ]
     attend = cache.prefill(SLOTS, batch)
     outputs = [attend(layer, query, key, value) for layer in range(2)]
@@ -55,7 +63,9 @@ def test_steps_attend_to_all_of_their_own_sequence_and_nothing_else(
     last = [sum(PROMPTS[: number + 1]) - 1 for number in range(len(PROMPTS))]
     for number, row in enumerate(last):
         expected = exactly(query[row], *seen[number])
-        torch.testing.assert_close(outputs[0][row].double(), expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            outputs[0][row].double(), expected, rtol=tolerance, atol=tolerance
+        )
     for step in range(STEPS):
         lengths = [length + step for length in PROMPTS]
         query, key, value = rows(HEADS, 4), rows(KV_HEADS, 4), rows(KV_HEADS, 4)
@@ -65,17 +75,23 @@ def test_steps_attend_to_all_of_their_own_sequence_and_nothing_else(
         else:  # of all slots, the idle ones at position 0
             positions = torch.zeros(6, dtype=torch.long)
             positions[SLOTS] = torch.tensor(lengths)
-            attend, everywhere = cache.step(positions), [rows(heads, 6) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+            attend, everywhere = (
+                cache.step(positions),
+                [rows(heads, 6) for heads in (HEADS, KV_HEADS, KV_HEADS)],
+            )
             for all_rows, own in zip(everywhere, (query, key, value), strict=True):
                 all_rows[SLOTS] = own
             found = [attend(layer, *everywhere)[SLOTS] for layer in range(2)]
         assert torch.equal(*found)
         for number in range(len(SLOTS)):
             seen[number] = [
-                torch.cat([old, new[number, None]]) for old, new in zip(seen[number], (key, value), strict=True)
+                torch.cat([old, new[number, None]])
+                for old, new in zip(seen[number], (key, value), strict=True)
             ]
             expected = exactly(query[number], *seen[number])
-            torch.testing.assert_close(found[0][number].double(), expected, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(
+                found[0][number].double(), expected, rtol=tolerance, atol=tolerance
+            )
 
 
 def test_blocks_are_used_again_and_stay_dense(make_llama: Callable[..., LlamaForCausalLM]) -> None:
@@ -88,13 +104,19 @@ def test_blocks_are_used_again_and_stay_dense(make_llama: Callable[..., LlamaFor
     def rows(heads: int, count: int) -> torch.Tensor:
         return random_tensor(generator, torch.float64, count, heads)
 
-    def read(slots: list[int], lengths: list[int], poisoned: bool = False) -> dict[int, list[torch.Tensor]]:
-        batch = collate([Example([7] * (length + 1), [IGNORE] * length + [7]) for length in lengths], 16)
+    def read(
+        slots: list[int], lengths: list[int], poisoned: bool = False
+    ) -> dict[int, list[torch.Tensor]]:
+        batch = collate(
+            [Example([7] * (length + 1), [IGNORE] * length + [7]) for length in lengths], 16
+        )
         key, value = rows(KV_HEADS, batch.num_tokens), rows(KV_HEADS, batch.num_tokens)
         if poisoned:
             key, value = key * torch.nan, value * torch.nan
         cache.prefill(slots, batch)(0, rows(HEADS, batch.num_tokens), key, value)
-        parts = zip(key[: sum(lengths)].split(lengths), value[: sum(lengths)].split(lengths), strict=True)
+        parts = zip(
+            key[: sum(lengths)].split(lengths), value[: sum(lengths)].split(lengths), strict=True
+        )
         return {slot: list(part) for slot, part in zip(slots, parts, strict=True)}
 
     seen = read([0, 1], [BLOCK + 5, 3])
@@ -108,8 +130,12 @@ def test_blocks_are_used_again_and_stay_dense(make_llama: Callable[..., LlamaFor
         for row, slot in enumerate(slots):
             new = key[row, None], value[row, None]
             seen[slot] = [torch.cat(pair) for pair in zip(seen[slot], new, strict=True)]
-            torch.testing.assert_close(found[row], exactly(query[row], *seen[slot]), rtol=1e-12, atol=1e-12)
-        held = [block for slot in range(8) for block in cache.blocks[slot, : cache.used[slot]].tolist()]
+            torch.testing.assert_close(
+                found[row], exactly(query[row], *seen[slot]), rtol=1e-12, atol=1e-12
+            )
+        held = [
+            block for slot in range(8) for block in cache.blocks[slot, : cache.used[slot]].tolist()
+        ]
         assert sorted(held + cache.stock) == stock
         # Two of slot 0, one of slot 1, three of slot 2, one of slots 3 and 4; a step opened none beyond these.
         assert max(held) < 8

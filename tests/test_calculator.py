@@ -11,14 +11,15 @@ import torch
 from conftest import real_folder
 from transformers import LlamaForCausalLM
 
-import calculator
 import standin
-import verify
-from calculator import ForcedResults, evaluate, first_false_equation, is_true, write_result
-from errors import UserError
-from generate import Completion, greedy_decode
-from pretrained import load_model, load_tokenizer
-from tokenizer import Tokenizer
+from engine import verify
+from engine.decoding import Completion, greedy_decode
+from engine.loading import load_model, load_tokenizer
+from engine.tokenizer import Tokenizer
+from grading import arithmetic
+from grading.arithmetic import evaluate, first_false_equation, is_true
+from grading.calculator import ForcedResults, write_result
+from run.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,23 @@ def test_values(expression: str, value: Fraction) -> None:
 @pytest.mark.parametrize(
     "expression",
     [
-        *("", " ", "()", "(", ")", "1+", "*2", "1 2", "2**3", "9**9**9", "1/0", "1/(2-2)", "1//0", "abs(1)", "1e5"),
+        *(
+            "",
+            " ",
+            "()",
+            "(",
+            ")",
+            "1+",
+            "*2",
+            "1 2",
+            "2**3",
+            "9**9**9",
+            "1/0",
+            "1/(2-2)",
+            "1//0",
+            "abs(1)",
+            "1e5",
+        ),
         *(
             "0x10",
             "1_000",
@@ -68,7 +85,14 @@ def test_values(expression: str, value: Fraction) -> None:
             "1,,2",
             ",1",
         ),
-        *("9" * 5000, "+".join("1" * 500), "(" * 5000, "(" * 60 + "1" + ")" * 60, "-" * 150 + "1", "9" * 40),
+        *(
+            "9" * 5000,
+            "+".join("1" * 500),
+            "(" * 5000,
+            "(" * 60 + "1" + ")" * 60,
+            "-" * 150 + "1",
+            "9" * 40,
+        ),
         "*".join(["9999999999"] * 15),
     ],
 )
@@ -120,7 +144,13 @@ def test_the_first_false_equation(text: str, found: str | None) -> None:
             "1+" * 50_000 + "=1",
             "1+1=" * 30_000,
         ),
-        *("<<" + "9" * 100_000 + "=1>>", "=1 " * 50_000, "1=" + " " * 100_000, "1," * 50_000 + "=2", "3 x" * 40_000),
+        *(
+            "<<" + "9" * 100_000 + "=1>>",
+            "=1 " * 50_000,
+            "1=" + " " * 100_000,
+            "1," * 50_000 + "=2",
+            "3 x" * 40_000,
+        ),
     ],
 )
 def test_long_hostile_text_is_read_through(text: str) -> None:
@@ -132,9 +162,11 @@ def test_every_annotation_of_the_real_data_is_true() -> None:
     folder = real_folder("GSM8K_DIR")
     for split, count in (("train", 23_716), ("test", 4_282)):
         rows = [
-            json.loads(line) for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").split("\n") if line
+            json.loads(line)
+            for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").split("\n")
+            if line
         ]
-        found = [match for row in rows for match in calculator.ANNOTATION.finditer(row["answer"])]
+        found = [match for row in rows for match in arithmetic.ANNOTATION.finditer(row["answer"])]
         assert len(found) == count
         assert [match[0] for match in found if is_true(match[1], match[2]) is not True] == []
 
@@ -161,7 +193,9 @@ def test_every_annotation_of_the_real_data_is_true() -> None:
         ("10/3", "<<10/3", None),
     ],
 )
-def test_results_are_written_as_gsm8k_writes_them(value: str, text: str, written: str | None) -> None:
+def test_results_are_written_as_gsm8k_writes_them(
+    value: str, text: str, written: str | None
+) -> None:
     assert write_result(Fraction(value), text) == written
 
 
@@ -171,12 +205,14 @@ def test_every_result_of_the_real_data_is_written_as_what_stands_there() -> None
     for split in ("train", "test"):
         for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]:
             answer = json.loads(line)["answer"]
-            for match in calculator.ANNOTATION.finditer(answer):
+            for match in arithmetic.ANNOTATION.finditer(answer):
                 written = write_result(evaluate(match[1]), answer[: match.end(1)])
                 assert evaluate(written) == evaluate(match[2]), match[0]
                 same, count = same + (written == match[2]), count + 1
     assert count == 23_716 + 4_282
-    assert same == 27_247  # the others have zeros behind their decimals, or both 0.5 and .5 in one row
+    assert (
+        same == 27_247
+    )  # the others have zeros behind their decimals, or both 0.5 and .5 in one row
 
 
 @pytest.fixture(scope="module")
@@ -223,9 +259,30 @@ def test_results_are_forced(forced: ForcedResults, tokenizer, text: str, result:
             "<<2+=",
             "<<٣=",
         ),
-        *("<<9**9=", "<<9**9**9=", "<<1/0=", "<<1/(2-2)=", "<<10/3=", "<<" * 300 + "=", "<<" + "9" * 3000 + "="),
-        *("<<" + "(" * 500 + "1" + ")" * 500 + "=", "<<" + "-" * 500 + "1=", "<<__import__('os')=", "<<1;2=", "<<1_0="),
-        *("<<" + "*".join(["9999999999"] * 15) + "=", "<<½=", "<<0x10=", "<<1e5=", "<<2+3\n<=", "<</s>="),
+        *(
+            "<<9**9=",
+            "<<9**9**9=",
+            "<<1/0=",
+            "<<1/(2-2)=",
+            "<<10/3=",
+            "<<" * 300 + "=",
+            "<<" + "9" * 3000 + "=",
+        ),
+        *(
+            "<<" + "(" * 500 + "1" + ")" * 500 + "=",
+            "<<" + "-" * 500 + "1=",
+            "<<__import__('os')=",
+            "<<1;2=",
+            "<<1_0=",
+        ),
+        *(
+            "<<" + "*".join(["9999999999"] * 15) + "=",
+            "<<½=",
+            "<<0x10=",
+            "<<1e5=",
+            "<<2+3\n<=",
+            "<</s>=",
+        ),
     ],
 )
 def test_hostile_text_forces_nothing(forced: ForcedResults, tokenizer, text: str) -> None:
@@ -245,7 +302,9 @@ def test_random_text_never_raises(forced: ForcedResults, tokenizer) -> None:
         results += bool(found)
         if found:
             written = tokenizer.decode([*ids[:-1], *found])
-            assert written.endswith(">>") and calculator.ANNOTATION.search(written[written.rindex("<<") :])
+            assert written.endswith(">>") and arithmetic.ANNOTATION.search(
+                written[written.rindex("<<") :]
+            )
     assert results > 10
     for ids in ([rng.randrange(len(tokenizer)) for _ in range(20)] for _ in range(300)):
         forced.after(ids)
@@ -257,9 +316,13 @@ def test_an_equals_sign_that_merges_with_its_neighbours(tmp_path: Path) -> None:
     standin.make_tokenizer(texts, tmp_path, vocab_size=290)
     tokenizer = load_tokenizer(tmp_path)
     merged = [
-        piece for piece in map(tokenizer.piece, range(len(tokenizer))) if "=" in piece and len(piece.strip("▁")) > 1
+        piece
+        for piece in map(tokenizer.piece, range(len(tokenizer)))
+        if "=" in piece and len(piece.strip("▁")) > 1
     ]
-    assert any(piece.startswith("=-") for piece in merged) and any("=" in piece[1:] for piece in merged)
+    assert any(piece.startswith("=-") for piece in merged) and any(
+        "=" in piece[1:] for piece in merged
+    )
     forced = ForcedResults(tokenizer)
     for text in ("<<(11-14)=-3>>", "<<11-14=-3>>"):
         ids = up_to_equals(tokenizer, text)
@@ -271,7 +334,9 @@ def test_an_equals_sign_that_merges_with_its_neighbours(tmp_path: Path) -> None:
     assert tokenizer.decode([*wrong[:number], *forced.after(wrong[: number + 1])]) == "<<14-11=3>>"
 
 
-def test_tokens_that_would_spell_something_else_are_not_forced(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_that_would_spell_something_else_are_not_forced(
+    tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Guards against a half result, from a tokenizer that merges where none is known to."""
     forced, ids = ForcedResults(tokenizer), up_to_equals(tokenizer, " <<2+3=")
     assert forced.after(ids)
@@ -281,7 +346,9 @@ def test_tokens_that_would_spell_something_else_are_not_forced(tokenizer, monkey
 
 
 def test_a_tokenizer_that_cannot_write_results_is_refused(tmp_path: Path) -> None:
-    standin.make_tokenizer(["Neither digits nor signs in here, none at all."] * 9, tmp_path, vocab_size=290)
+    standin.make_tokenizer(
+        ["Neither digits nor signs in here, none at all."] * 9, tmp_path, vocab_size=290
+    )
     tokenizer = load_tokenizer(tmp_path)
     ForcedResults(tokenizer)  # bytes will do
     pieces = [tokenizer.piece(index).replace("<0x3D>", "?") for index in range(len(tokenizer))]
@@ -294,10 +361,13 @@ def test_real_tokenizer_writes_results_as_it_was_trained_to() -> None:
     """Guards against tokens that spell the result, and that the model has never seen in that order."""
     tokenizer = load_tokenizer(real_folder("TOKENIZER_DIR"))
     forced, count = ForcedResults(tokenizer), 0
-    for line in (real_folder("GSM8K_DIR") / "test.jsonl").read_text(encoding="utf-8").split("\n")[:150]:
+    for line in (
+        (real_folder("GSM8K_DIR") / "test.jsonl").read_text(encoding="utf-8").split("\n")[:150]
+    ):
         answer = json.loads(line)["answer"]
         if any(
-            write_result(evaluate(m[1]), answer[: m.end(1)]) != m[2] for m in calculator.ANNOTATION.finditer(answer)
+            write_result(evaluate(m[1]), answer[: m.end(1)]) != m[2]
+            for m in arithmetic.ANNOTATION.finditer(answer)
         ):
             continue
         ids = up_to_equals(tokenizer, f" {answer}")
@@ -306,7 +376,7 @@ def test_real_tokenizer_writes_results_as_it_was_trained_to() -> None:
                 # Up to ">>", which may merge with what follows it in the row.
                 assert ids[number : number + len(found) - 1] == found[:-1]
                 count += 1
-        assert sum(1 for _ in calculator.ANNOTATION.finditer(answer)) <= count
+        assert sum(1 for _ in arithmetic.ANNOTATION.finditer(answer)) <= count
     assert count > 300
 
 
@@ -316,7 +386,9 @@ SYMBOLS = ["<<", "=", "+", "1", "2", "3", ">>"]
 
 
 @pytest.fixture(scope="module")
-def counting_folder(make_llama: Callable[..., LlamaForCausalLM], tokenizer: Tokenizer, tmp_path_factory) -> Path:
+def counting_folder(
+    make_llama: Callable[..., LlamaForCausalLM], tokenizer: Tokenizer, tmp_path_factory
+) -> Path:
     """A model that writes nothing but digits, signs and the borders of annotations."""
     folder, model = tmp_path_factory.mktemp("counting"), make_llama(len(tokenizer), seed=7, std=0.4)
     kept = torch.zeros(len(tokenizer), 1)
@@ -330,7 +402,9 @@ def ids_by_piece(tokenizer: Tokenizer) -> dict[str | None, int]:
     return {tokenizer.piece(index): index for index in range(len(tokenizer))}
 
 
-def slowly(folder: Path, tokenizer: Tokenizer, prompt: list[int], limit: int) -> tuple[list[int], int]:
+def slowly(
+    folder: Path, tokenizer: Tokenizer, prompt: list[int], limit: int
+) -> tuple[list[int], int]:
     """One at a time, the whole text through the model for each token, results by the text alone."""
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     written, results = [], 0
@@ -340,7 +414,12 @@ def slowly(folder: Path, tokenizer: Tokenizer, prompt: list[int], limit: int) ->
         text = tokenizer.decode(written)
         opened = text.rfind("<<")
         expression = text[opened + 2 : -1]
-        if len(written) == limit or opened < 0 or not text.endswith("=") or set(expression) & set("<>="):
+        if (
+            len(written) == limit
+            or opened < 0
+            or not text.endswith("=")
+            or set(expression) & set("<>=")
+        ):
             continue
         value = evaluate(expression)
         if value is not None and (result := write_result(value, text[:-1])) is not None:
@@ -354,16 +433,28 @@ def test_batched_calculator_decoding_equals_a_slow_reference(
     counting_folder: Path, tokenizer: Tokenizer, forced: ForcedResults, slots: int
 ) -> None:
     """Guards against a result in a neighbour's text, and one that the cache does not hold."""
-    prompts = [[1, *(3 + (7 * n + 11 * number) % 400 for number in range(1 + 5 * n % 40))] for n in range(12)]
+    prompts = [
+        [1, *(3 + (7 * n + 11 * number) % 400 for number in range(1 + 5 * n % 40))]
+        for n in range(12)
+    ]
     model = load_model(counting_folder, torch.float32, torch.device("cpu"))
     limits = {"max_new_tokens": 40, "eos_token_ids": frozenset({2})}
     found = list(greedy_decode(model, prompts, slots=slots, calculator=forced, **limits))
     plain = list(greedy_decode(model, prompts, slots=slots, **limits))
     expected = [slowly(counting_folder, tokenizer, prompt, 40) for prompt in prompts]
     assert sum(results for _, results in expected) >= 10
-    assert {one.index: one.token_ids for one in found} == dict(enumerate(ids for ids, _ in expected))
-    assert {one.index: one.token_ids for one in found} != {one.index: one.token_ids for one in plain}
+    assert {one.index: one.token_ids for one in found} == dict(
+        enumerate(ids for ids, _ in expected)
+    )
+    assert {one.index: one.token_ids for one in found} != {
+        one.index: one.token_ids for one in plain
+    }
     by_index = {one.index: one for one in found}
-    assert verify.differences(model, dict(enumerate(prompts)), by_index, calculator=forced, **limits) == {}
+    assert (
+        verify.differences(model, dict(enumerate(prompts)), by_index, calculator=forced, **limits)
+        == {}
+    )
     by_index[3] = Completion(3, len(prompts[3]), [*by_index[3].token_ids[:-1], 5], "length")
-    assert list(verify.differences(model, dict(enumerate(prompts)), by_index, calculator=forced, **limits)) == [3]
+    assert list(
+        verify.differences(model, dict(enumerate(prompts)), by_index, calculator=forced, **limits)
+    ) == [3]

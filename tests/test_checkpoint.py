@@ -17,13 +17,12 @@ import torch
 from conftest import flags, flip_a_byte, run_folder, seal, tree
 from safetensors.torch import load_file
 
-import checkpoint
 import evaluate
-import optimizer
 import perplexity
-import storage
 import train
-from checkpoint import BEST, LAST, MANIFEST_FILE, PREVIOUS
+from engine import optimizer
+from run import checkpoint, files, manifest, training_json
+from run.manifest import BEST, LAST, MANIFEST_FILE, PREVIOUS
 
 ROOT = Path(train.__file__).parent
 
@@ -37,38 +36,74 @@ def test_the_manifest_names_every_file_with_size_and_hash(stopped: Path) -> None
         files = json.loads((folder / MANIFEST_FILE).read_text())["files"]
         assert files.keys() == {path.name for path in folder.iterdir()} - {MANIFEST_FILE}
         for file, entry in files.items():
-            assert entry == {"size": (folder / file).stat().st_size, "xxh3_128": checkpoint.hash_file(folder / file)}
-        assert checkpoint.fault_of(folder) is None
+            assert entry == {
+                "size": (folder / file).stat().st_size,
+                "xxh3_128": manifest.hash_file(folder / file),
+            }
+        assert manifest.fault_of(folder) is None
 
 
 def test_the_hash_is_xxh3(tmp_path: Path) -> None:
     """Published: the XXH3 128 bits hash of nothing, and of what is longer than a chunk as of the whole."""
     (tmp_path / "empty").touch()
-    assert checkpoint.hash_file(tmp_path / "empty") == "99aa06d3014798d86001c324468d497f"
+    assert manifest.hash_file(tmp_path / "empty") == "99aa06d3014798d86001c324468d497f"
     import xxhash
 
     content = os.urandom(2**24 + 5)
     (tmp_path / "long").write_bytes(content)
-    assert checkpoint.hash_file(tmp_path / "long") == xxhash.xxh3_128_hexdigest(content)
+    assert manifest.hash_file(tmp_path / "long") == xxhash.xxh3_128_hexdigest(content)
 
 
 @pytest.mark.parametrize(
     ("damage", "fault"),
     [
-        (lambda f: flip_a_byte(f / "model.safetensors"), "the content of model.safetensors is not what was saved"),
-        (lambda f: flip_a_byte(f / "state-00001.safetensors"), "the content of state-00001.safetensors is not what"),
-        (lambda f: flip_a_byte(f / "training.json"), "the content of training.json is not what was saved"),
-        (lambda f: os.truncate(f / "model.safetensors", 999), "model.safetensors has 999 bytes, and manifest.json"),
-        (lambda f: (f / "tokenizer.json").unlink(), "'tokenizer.json' can't be read: [Errno 2] No such file"),
+        (
+            lambda f: flip_a_byte(f / "model.safetensors"),
+            "the content of model.safetensors is not what was saved",
+        ),
+        (
+            lambda f: flip_a_byte(f / "state-00001.safetensors"),
+            "the content of state-00001.safetensors is not what",
+        ),
+        (
+            lambda f: flip_a_byte(f / "training.json"),
+            "the content of training.json is not what was saved",
+        ),
+        (
+            lambda f: os.truncate(f / "model.safetensors", 999),
+            "model.safetensors has 999 bytes, and manifest.json",
+        ),
+        (
+            lambda f: (f / "tokenizer.json").unlink(),
+            "'tokenizer.json' can't be read: [Errno 2] No such file",
+        ),
         (lambda f: be_a_pipe(f / "tokenizer.json"), "tokenizer.json is no file"),
-        (lambda f: (f / MANIFEST_FILE).unlink(), "it has no manifest.json, which a save writes last"),
+        (
+            lambda f: (f / MANIFEST_FILE).unlink(),
+            "it has no manifest.json, which a save writes last",
+        ),
         (lambda f: (f / MANIFEST_FILE).write_text("{"), "its manifest.json can't be read"),
         (lambda f: (f / MANIFEST_FILE).write_bytes(b"\xff\xfe"), "its manifest.json can't be read"),
-        (lambda f: (f / MANIFEST_FILE).write_text("[" * 100_000), "its manifest.json can't be read"),
-        (lambda f: (f / MANIFEST_FILE).write_text('{"files": {}}'), "its manifest.json does not name training.json"),
-        (lambda f: (f / MANIFEST_FILE).write_text('{"files": 7}'), "its manifest.json can't be read"),
-        (lambda f: add_to_manifest(f, "../outside"), "its manifest.json names '../outside', which is not in it"),
-        (lambda f: add_to_manifest(f, "/etc/passwd"), "its manifest.json names '/etc/passwd', which is not in it"),
+        (
+            lambda f: (f / MANIFEST_FILE).write_text("[" * 100_000),
+            "its manifest.json can't be read",
+        ),
+        (
+            lambda f: (f / MANIFEST_FILE).write_text('{"files": {}}'),
+            "its manifest.json does not name training.json",
+        ),
+        (
+            lambda f: (f / MANIFEST_FILE).write_text('{"files": 7}'),
+            "its manifest.json can't be read",
+        ),
+        (
+            lambda f: add_to_manifest(f, "../outside"),
+            "its manifest.json names '../outside', which is not in it",
+        ),
+        (
+            lambda f: add_to_manifest(f, "/etc/passwd"),
+            "its manifest.json names '/etc/passwd', which is not in it",
+        ),
     ],
 )
 def test_a_damaged_last_is_named_and_its_predecessor_used(
@@ -86,7 +121,7 @@ def test_a_damaged_last_is_named_and_its_predecessor_used(
     assert "set aside as last.damaged" in outcome.out
     assert tree(stopped / "last.damaged") == damaged
     for name in (BEST, LAST, PREVIOUS):
-        assert checkpoint.fault_of(stopped / name) is None
+        assert manifest.fault_of(stopped / name) is None
         for file in (stopped / name).glob("*.safetensors"):
             assert file.read_bytes() == (run_folder(whole) / name / file.name).read_bytes()
 
@@ -102,21 +137,31 @@ def add_to_manifest(folder: Path, name: str) -> None:
     (folder / MANIFEST_FILE).write_text(json.dumps(content))
 
 
-def test_nothing_is_changed_where_both_are_damaged(call, settings: dict[str, str], stopped: Path) -> None:
+def test_nothing_is_changed_where_both_are_damaged(
+    call, settings: dict[str, str], stopped: Path
+) -> None:
     """Guards against a run that starts anew over the remains of another."""
     flip_a_byte(stopped / LAST / "model.safetensors")
     flip_a_byte(stopped / PREVIOUS / "state-00001.safetensors")
     before = tree(stopped)
     outcome = call(train, *flags(settings))
-    outcome.assert_user_error("last: is damaged", "previous: is damaged", "state-00001", "--run_name")
+    outcome.assert_user_error(
+        "last: is damaged", "previous: is damaged", "state-00001", "--run_name"
+    )
     assert tree(stopped) == before
 
 
-def test_damaged_folders_are_set_aside_one_beside_the_other(call, settings: dict[str, str], stopped: Path) -> None:
+def test_damaged_folders_are_set_aside_one_beside_the_other(
+    call, settings: dict[str, str], stopped: Path
+) -> None:
     (stopped / "last.damaged").mkdir()
     flip_a_byte(stopped / LAST / "model.safetensors")
     assert call(train, *flags(settings)).code == 0
-    assert {path.name for path in stopped.glob("last*")} == {"last", "last.damaged", "last.damaged-2"}
+    assert {path.name for path in stopped.glob("last*")} == {
+        "last",
+        "last.damaged",
+        "last.damaged-2",
+    }
 
 
 @pytest.mark.parametrize("script", [evaluate, perplexity])
@@ -125,10 +170,14 @@ def test_a_damaged_checkpoint_is_not_evaluated(call, stopped: Path, script) -> N
     flip_a_byte(stopped / BEST / "model.safetensors")
     before = tree(stopped)
     outcome = call(script, "--ckpt", str(stopped / BEST))
-    outcome.assert_user_error("best: is damaged (the content of model.safetensors is not what was saved)")
+    outcome.assert_user_error(
+        "best: is damaged (the content of model.safetensors is not what was saved)"
+    )
     (stopped / BEST / MANIFEST_FILE).unlink()
     before.pop(f"best/{MANIFEST_FILE}")
-    call(script, "--ckpt", str(stopped / BEST)).assert_user_error("best: is damaged (it has no manifest.json")
+    call(script, "--ckpt", str(stopped / BEST)).assert_user_error(
+        "best: is damaged (it has no manifest.json"
+    )
     assert tree(stopped) == before
 
 
@@ -148,7 +197,9 @@ def test_large_states_are_written_in_parts_and_read_back(
     assert call(train, *flags(whole)).code == 0
     monkeypatch.setattr(checkpoint, "PART_BYTES", 50_000)
     assert call(train, *flags(settings)).code == 0
-    parts, weights = (sorted((stopped / LAST).glob(name)) for name in (checkpoint.STATE_FILES, "model*.safetensors"))
+    parts, weights = (
+        sorted((stopped / LAST).glob(name)) for name in (manifest.STATE_FILES, "model*.safetensors")
+    )
     assert len(parts) > 2 and len(weights) > 1
     for file in parts:
         tensors = load_file(file)
@@ -166,28 +217,44 @@ def test_everything_is_on_the_disk_before_it_is_renamed_into_place(
 ) -> None:
     """Guards against a complete-looking checkpoint of empty files after a loss of power; no kill would show it."""
     events: list[tuple[str, Path]] = []
-    sync, rename = storage.sync_open, Path.rename
-    monkeypatch.setattr(storage, "sync_open", lambda number, path: (events.append(("sync", path)), sync(number, path)))
-    monkeypatch.setattr(Path, "rename", lambda self, to: (events.append(("rename", self)), rename(self, to))[1])
+    sync, rename = files.sync_open, Path.rename
+    monkeypatch.setattr(
+        files, "sync_open", lambda number, path: (events.append(("sync", path)), sync(number, path))
+    )
+    monkeypatch.setattr(
+        Path, "rename", lambda self, to: (events.append(("rename", self)), rename(self, to))[1]
+    )
     assert call(train, *flags(settings)).code == 0
-    saves = [number for number, (what, path) in enumerate(events) if what == "rename" and path.suffix == ".staged"]
+    saves = [
+        number
+        for number, (what, path) in enumerate(events)
+        if what == "rename" and path.suffix == ".staged"
+    ]
     assert len(saves) == 5  # last at steps 0, 7 and 14, best at 7 and 14
     for first, number in zip([0, *saves], saves, strict=False):
         staged = events[number][1]
         synced = [path for what, path in events[first:number] if what == "sync"]
-        names = json.loads((staged.with_name(staged.stem.removeprefix(".")) / MANIFEST_FILE).read_text())["files"]
+        names = json.loads(
+            (staged.with_name(staged.stem.removeprefix(".")) / MANIFEST_FILE).read_text()
+        )["files"]
         assert {staged / name for name in names} <= set(synced)
         assert synced[-1] == staged and set(synced[:-2]) >= {staged / name for name in names}
-        assert re.fullmatch(rf"\.{MANIFEST_FILE}\.[0-9a-f]+\.staged", synced[-2].name)  # last, then the folder
+        assert re.fullmatch(
+            rf"\.{MANIFEST_FILE}\.[0-9a-f]+\.staged", synced[-2].name
+        )  # last, then the folder
         assert events[number + 1] == ("sync", staged.parent)
 
 
-@pytest.mark.parametrize("when", ["before the first rename", "after it", "between the two", "after the last"])
+@pytest.mark.parametrize(
+    "when", ["before the first rename", "after it", "between the two", "after the last"]
+)
 def test_a_save_that_was_cut_among_its_renames_is_ended(
     call, settings: dict[str, str], stopped: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     """What was complete is not thrown away: the run goes on from the newest one, and nothing half is left."""
-    renames = ["before the first rename", "after it", "between the two", "after the last"].index(when)
+    renames = ["before the first rename", "after it", "between the two", "after the last"].index(
+        when
+    )
     left = iter(range(renames))
     original = Path.rename
 
@@ -197,7 +264,7 @@ def test_a_save_that_was_cut_among_its_renames_is_ended(
         return original(self, target)
 
     monkeypatch.setattr(Path, "rename", rename)
-    monkeypatch.setattr(checkpoint, "_remove_remains", lambda folder: None)
+    monkeypatch.setattr(checkpoint, "remove_remains", lambda folder: None)
     source = checkpoint._hidden(stopped / LAST, "staged")
     shutil.copytree(stopped / LAST, source)
     description = json.loads((source / "training.json").read_text())
@@ -209,8 +276,8 @@ def test_a_save_that_was_cut_among_its_renames_is_ended(
         assert renames < 3
     monkeypatch.undo()
     found = checkpoint.newest_intact(stopped)
-    assert found == stopped / LAST and checkpoint.read_description(found)["step"] == 9
-    assert checkpoint.read_description(stopped / PREVIOUS)["step"] == 8
+    assert found == stopped / LAST and training_json.read_description(found)["step"] == 9
+    assert training_json.read_description(stopped / PREVIOUS)["step"] == 8
     assert not list(stopped.glob(".*"))
 
 
@@ -223,7 +290,9 @@ def test_a_save_that_was_cut_before_its_manifest_is_removed(stopped: Path) -> No
     assert tree(stopped / LAST) == before and not staged.exists()
 
 
-def test_a_damaged_last_never_becomes_the_predecessor(call, settings: dict[str, str], stopped: Path) -> None:
+def test_a_damaged_last_never_becomes_the_predecessor(
+    call, settings: dict[str, str], stopped: Path
+) -> None:
     """Guards against a retention that counts what is not complete."""
     (stopped / LAST / "tokenizer.json").unlink()
     before = tree(stopped / PREVIOUS)
@@ -259,14 +328,18 @@ def test_space_for_all_checkpoints_is_checked_before_training(
     usage = shutil.disk_usage("/")
     assert call(train, *flags(settings | {"run_name": "other"})).code == 0
     folder = run_folder(settings | {"run_name": "other"})
-    weights = sum(tensor.nbytes for tensor in load_file(folder / BEST / "model.safetensors").values())
+    weights = sum(
+        tensor.nbytes for tensor in load_file(folder / BEST / "model.safetensors").values()
+    )
     needed = weights + 3 * (weights + 2 * weights)
 
     def with_free(free: float) -> Any:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=int(free)))
         return call(train, *flags(settings))
 
-    with_free(0.5 * needed).assert_user_error("test: its checkpoints take 0.0 GB", "can be had", "--output_dir")
+    with_free(0.5 * needed).assert_user_error(
+        "test: its checkpoints take 0.0 GB", "can be had", "--output_dir"
+    )
     assert not (run_folder(settings) / LAST).exists()
     with monkeypatch.context() as patch:
         patch.setattr(train, "accumulate", lambda *_: 1 / 0)
@@ -287,7 +360,12 @@ def test_the_space_that_is_checked_is_the_one_that_is_taken(make_llama, dtype: t
     built.step()
     weights, state = optimizer.checkpoint_bytes(model.parameters())
     assert weights == sum(parameter.nbytes for parameter in model.parameters())
-    held = [value for entry in built.state.values() for value in entry.values() if isinstance(value, torch.Tensor)]
+    held = [
+        value
+        for entry in built.state.values()
+        for value in entry.values()
+        if isinstance(value, torch.Tensor)
+    ]
     assert state <= sum(value.nbytes for value in held) < state + 10_000  # step counters beside it
 
 
@@ -299,18 +377,26 @@ def test_a_disk_that_fills_up_in_a_later_save_leaves_the_earlier_ones(
     for fails in range(1, 1 + len(list((stopped / LAST).iterdir()))):
         before = {name: tree(stopped / name) for name in names}
         syncs = iter(range(1, 1000))
-        original = storage.sync_open
+        original = files.sync_open
 
-        def sync(number: int, path: Path, syncs: Any = syncs, fails: int = fails, original: Any = original) -> None:
+        def sync(
+            number: int,
+            path: Path,
+            syncs: Any = syncs,
+            fails: int = fails,
+            original: Any = original,
+        ) -> None:
             if path.parent.suffix == ".staged" and next(syncs) == fails:
                 raise OSError(28, "No space left on device")
             original(number, path)
 
         with monkeypatch.context() as patch:
-            patch.setattr(storage, "sync_open", sync)
+            patch.setattr(files, "sync_open", sync)
             patch.setattr(train, "accumulate", lambda *a, original=train.accumulate: original(*a))
             outcome = call(train, *flags(settings | {"checkpoint_steps": "1"}))
-        outcome.assert_user_error("can't be written (", "No space left on device", "earlier ones are intact")
+        outcome.assert_user_error(
+            "can't be written (", "No space left on device", "earlier ones are intact"
+        )
         assert {name: tree(stopped / name) for name in names} == before
         assert not list(stopped.glob(".*"))
 
@@ -318,27 +404,37 @@ def test_a_disk_that_fills_up_in_a_later_save_leaves_the_earlier_ones(
 # ---------------------------------------------------------------- whose folder it is
 
 
-def test_two_processes_do_not_train_the_same_run(call, settings: dict[str, str], stopped: Path) -> None:
+def test_two_processes_do_not_train_the_same_run(
+    call, settings: dict[str, str], stopped: Path
+) -> None:
     """Guards against the same command typed twice, whose saves would take each other's folders away."""
     code = (
-        "import sys, pathlib, resume\n"
-        "with resume.claimed(pathlib.Path(sys.argv[1]), 'auto'):\n"
+        "import sys, pathlib\nfrom run import folder\n"
+        "with folder.claimed(pathlib.Path(sys.argv[1]), 'auto'):\n"
         "    print('in', flush=True)\n"
         "    sys.stdin.read()\n"
     )
     holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(stopped)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(stopped)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert holder.stdout.readline() == "in\n"
     before = tree(stopped)
-    call(train, *flags(settings)).assert_user_error("another process is training this run", "--run_name")
+    call(train, *flags(settings)).assert_user_error(
+        "another process is training this run", "--run_name"
+    )
     assert tree(stopped) == before
     holder.kill()  # and a lock that outlived its process would be worse than none
     holder.communicate()
     assert call(train, *flags(settings)).code == 0
 
 
-@pytest.mark.parametrize("name", ["", LAST, BEST, PREVIOUS, "metrics.jsonl", "config.yaml", ".last.staged", "wandb"])
+@pytest.mark.parametrize(
+    "name", ["", LAST, BEST, PREVIOUS, "metrics.jsonl", "config.yaml", ".last.staged", "wandb"]
+)
 def test_no_symbolic_link_leads_out_of_the_folder(
     call, settings: dict[str, str], stopped: Path, tmp_path: Path, name: str
 ) -> None:
@@ -354,7 +450,9 @@ def test_no_symbolic_link_leads_out_of_the_folder(
 
 
 @pytest.mark.parametrize("name", ["eval", "eval/test", "metrics.jsonl"])
-def test_evaluation_writes_through_no_symbolic_link(call, stopped: Path, tmp_path: Path, name: str) -> None:
+def test_evaluation_writes_through_no_symbolic_link(
+    call, stopped: Path, tmp_path: Path, name: str
+) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     (stopped / name).parent.mkdir(exist_ok=True)
@@ -363,7 +461,9 @@ def test_evaluation_writes_through_no_symbolic_link(call, stopped: Path, tmp_pat
         (stopped / name).rename(outside)
     before = tree(tmp_path / "outside"), outside.stat().st_size
     (stopped / name).symlink_to(outside)
-    call(evaluate, "--ckpt", str(stopped / BEST), "--limit", "2").assert_user_error("is a symbolic link")
+    call(evaluate, "--ckpt", str(stopped / BEST), "--limit", "2").assert_user_error(
+        "is a symbolic link"
+    )
     assert (tree(tmp_path / "outside"), outside.stat().st_size) == before
 
 
@@ -377,9 +477,13 @@ def test_a_file_system_without_locks_is_trained_on(
     assert call(train, *flags(settings | {"epochs": "1"})).code == 0
 
 
-def test_an_error_of_another_kind_is_not_taken_for_a_lock(call, settings: dict[str, str], monkeypatch) -> None:
+def test_an_error_of_another_kind_is_not_taken_for_a_lock(
+    call, settings: dict[str, str], monkeypatch
+) -> None:
     """Such as that of a terminal that does not wait."""
-    monkeypatch.setattr(train, "accumulate", lambda *_: (_ for _ in ()).throw(BlockingIOError("terminal")))
+    monkeypatch.setattr(
+        train, "accumulate", lambda *_: (_ for _ in ()).throw(BlockingIOError("terminal"))
+    )
     with pytest.raises(BlockingIOError, match="terminal"):
         call(train, *flags(settings))
 
@@ -413,8 +517,8 @@ def test_a_best_that_is_damaged_or_gone_is_chosen_again(
     assert outcome.code == 0, outcome.err
     assert f"{stopped / BEST}: is gone: the best is chosen among the epochs to come" in outcome.out
     assert (stopped / "best.damaged").exists() == (lost == "damaged")
-    assert checkpoint.fault_of(stopped / BEST) is None
-    assert checkpoint.read_description(stopped / BEST)["validation_loss"] == 99.0
+    assert manifest.fault_of(stopped / BEST) is None
+    assert training_json.read_description(stopped / BEST)["validation_loss"] == 99.0
 
 
 def test_a_resumed_run_maps_none_of_its_files(
@@ -425,7 +529,13 @@ def test_a_resumed_run_maps_none_of_its_files(
     original = train.accumulate
 
     def accumulate(*arguments: Any) -> Any:
-        mapped.append([line for line in Path("/proc/self/maps").read_text().splitlines() if str(stopped) in line])
+        mapped.append(
+            [
+                line
+                for line in Path("/proc/self/maps").read_text().splitlines()
+                if str(stopped) in line
+            ]
+        )
         return original(*arguments)
 
     monkeypatch.setattr(train, "accumulate", accumulate)
@@ -433,13 +543,19 @@ def test_a_resumed_run_maps_none_of_its_files(
     assert mapped == [[]] * 6
 
 
-def test_a_damaged_checkpoint_is_no_base_model(call, settings: dict[str, str], stopped: Path) -> None:
+def test_a_damaged_checkpoint_is_no_base_model(
+    call, settings: dict[str, str], stopped: Path
+) -> None:
     flip_a_byte(stopped / BEST / "model.safetensors")
     changed = settings | {"model": str(stopped / BEST), "run_name": "next"}
-    call(train, *flags(changed)).assert_user_error("best: is damaged (the content of model.safetensors is not what")
+    call(train, *flags(changed)).assert_user_error(
+        "best: is damaged (the content of model.safetensors is not what"
+    )
 
 
-def test_a_manifest_of_another_program_is_none(call, settings: dict[str, str], tmp_path: Path) -> None:
+def test_a_manifest_of_another_program_is_none(
+    call, settings: dict[str, str], tmp_path: Path
+) -> None:
     base = tmp_path / "base"
     shutil.copytree(settings["model"], base)
     (base / MANIFEST_FILE).write_text('{"assets": []}')
@@ -467,10 +583,16 @@ def test_a_checkpoint_that_is_replaced_while_it_is_loaded_is_not_evaluated(
 
 
 @pytest.mark.parametrize(
-    ("name", "fails", "step"), [(BEST, 1, 14), (BEST, 2, 14), (LAST, 1, 7), (LAST, 2, 7), (LAST, 3, 14)]
+    ("name", "fails", "step"),
+    [(BEST, 1, 14), (BEST, 2, 14), (LAST, 1, 7), (LAST, 2, 7), (LAST, 3, 14)],
 )
 def test_a_rename_that_fails_loses_nothing(
-    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, name: str, fails: int, step: int
+    call,
+    settings: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    fails: int,
+    step: int,
 ) -> None:
     """Guards against a whole checkpoint that is thrown away where it stands, and takes the one before along."""
     whole = settings | {"run_name": "whole"}
@@ -479,7 +601,9 @@ def test_a_rename_that_fails_loses_nothing(
         original, seen = Path.rename, []
 
         def rename(self: Path, target: Path) -> Path:
-            kept = {BEST: {".best.staged", "best"}, LAST: {".last.staged", "last", "previous"}}[name]
+            kept = {BEST: {".best.staged", "best"}, LAST: {".last.staged", "last", "previous"}}[
+                name
+            ]
             if self.name in kept and (seen or (run_folder(settings) / BEST).exists()):
                 seen.append(self)
                 if len(seen) == fails:
@@ -488,14 +612,16 @@ def test_a_rename_that_fails_loses_nothing(
 
         patch.setattr(Path, "rename", rename)
         outcome = call(train, *flags(settings))
-    outcome.assert_user_error("the checkpoint can't be written", "Input/output error", "earlier ones are intact")
+    outcome.assert_user_error(
+        "the checkpoint can't be written", "Input/output error", "earlier ones are intact"
+    )
     assert checkpoint.newest_intact(run_folder(settings)) == run_folder(settings) / LAST
     # And it is the new one, which was whole.
-    assert checkpoint.read_description(run_folder(settings) / name)["step"] == step
+    assert training_json.read_description(run_folder(settings) / name)["step"] == step
     outcome = call(train, *flags(settings))
     assert outcome.code == 0 or "this run is finished" in outcome.err
     for folder in (BEST, LAST):
-        assert checkpoint.fault_of(run_folder(settings) / folder) is None
+        assert manifest.fault_of(run_folder(settings) / folder) is None
         for file in (run_folder(settings) / folder).glob("*.safetensors"):
             assert file.read_bytes() == (run_folder(whole) / folder / file.name).read_bytes()
 
@@ -511,7 +637,9 @@ def test_a_full_disk_under_the_tokenizer_is_one_line(
         return original(file, content)
 
     monkeypatch.setattr(Path, "write_bytes", write_bytes)
-    call(train, *flags(settings)).assert_user_error("the checkpoint can't be written ([Errno 27] File too large)")
+    call(train, *flags(settings)).assert_user_error(
+        "the checkpoint can't be written ([Errno 27] File too large)"
+    )
     assert not list(run_folder(settings).iterdir())
 
 
@@ -532,7 +660,9 @@ def test_what_can_not_be_removed_is_left_and_said_nothing_of(
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml"])
-def test_a_folder_in_the_place_of_a_file_is_one_line(call, settings: dict[str, str], stopped: Path, name: str) -> None:
+def test_a_folder_in_the_place_of_a_file_is_one_line(
+    call, settings: dict[str, str], stopped: Path, name: str
+) -> None:
     (stopped / name).unlink()
     (stopped / name).mkdir()
     before = tree(stopped / LAST)
@@ -551,15 +681,23 @@ def test_a_disk_that_fills_up_under_the_metrics_is_one_line(
         original = os.fsync
 
         def fsync(number: int) -> None:
-            if os.readlink(f"/proc/self/fd/{number}").endswith("metrics.jsonl") and next(calls) == 11:
+            if (
+                os.readlink(f"/proc/self/fd/{number}").endswith("metrics.jsonl")
+                and next(calls) == 11
+            ):
                 raise OSError(28, "No space left on device")
             original(number)
 
         patch.setattr(os, "fsync", fsync)
         outcome = call(train, *flags(settings))
-    outcome.assert_user_error("metrics.jsonl: can't be written (No space left on device)", "from the last save")
+    outcome.assert_user_error(
+        "metrics.jsonl: can't be written (No space left on device)", "from the last save"
+    )
     assert call(train, *flags(settings)).code == 0
     for file in (run_folder(settings) / LAST).glob("*.safetensors"):
         assert file.read_bytes() == (run_folder(whole) / LAST / file.name).read_bytes()
-    steps = [json.loads(line)["step"] for line in (run_folder(settings) / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"]
+        for line in (run_folder(settings) / "metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == [1, 2, 3, 4, 5, 6, 7, 7, 8, 9, 10, 11, 12, 13, 14, 14]

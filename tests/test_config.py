@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from conftest import flags
 
-import config
 import evaluate
 import perplexity
 import train
-from errors import UserError
+from run import config
+from run.errors import UserError
 
-ROOT = Path(config.__file__).parent
+ROOT = Path(config.__file__).parents[1]
 SHIPPED = (ROOT / "config.yaml").read_text()
 
 
@@ -40,7 +40,11 @@ def test_the_default_is_the_published_recipe() -> None:
     assert (found.model, found.dataset) == ("meta-llama/Llama-2-7b-hf", "openai/gsm8k")
     assert (found.epochs, found.batch_size, found.learning_rate) == (3, 128, 2e-5)
     assert (found.lr_schedule, found.warmup_ratio, found.weight_decay) == ("cosine", 0.03, 0.0)
-    assert (found.prompt, found.max_length, found.resume) == ("Question: {question}\nAnswer:", 1024, "auto")
+    assert (found.prompt, found.max_length, found.resume) == (
+        "Question: {question}\nAnswer:",
+        1024,
+        "auto",
+    )
     assert (found.checkpoint_steps, found.wandb_mode) == (100, None)
 
 
@@ -111,11 +115,14 @@ def test_all_faults_are_reported_together_by_name(call, tmp_path: Path) -> None:
     ],
 )
 def test_values_out_of_range_are_refused(call, key: str, value: str) -> None:
-    call(train, f"--{key}={value}").assert_user_error(f"{key}: ", "must" if "\\n" not in value else "real line break")
+    call(train, f"--{key}={value}").assert_user_error(
+        f"{key}: ", "must" if "\\n" not in value else "real line break"
+    )
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("1e-5", 1e-5), ("1E-5", 1e-5), ("0.00001", 1e-5), ("1.0e-05", 1e-5), ("5", 5.0)]
+    ("text", "value"),
+    [("1e-5", 1e-5), ("1E-5", 1e-5), ("0.00001", 1e-5), ("1.0e-05", 1e-5), ("5", 5.0)],
 )
 def test_numbers_in_every_spelling(tmp_path: Path, text: str, value: float) -> None:
     """Guards against YAML 1.1, to which 1e-5 is a string."""
@@ -124,10 +131,14 @@ def test_numbers_in_every_spelling(tmp_path: Path, text: str, value: float) -> N
     assert train.read_arguments(["--learning_rate", text])[0].learning_rate == value
 
 
-@pytest.mark.parametrize(("text", "value"), [("true", True), ("no", False), ("off", False), ("True", True)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("true", True), ("no", False), ("off", False), ("True", True)]
+)
 def test_booleans(text: str, value: bool) -> None:
     """Guards against argparse's type=bool, to which every text is true."""
-    assert train.read_arguments(["--gradient_checkpointing", text])[0].gradient_checkpointing is value
+    assert (
+        train.read_arguments(["--gradient_checkpointing", text])[0].gradient_checkpointing is value
+    )
 
 
 def test_no_is_a_text_where_a_text_is_asked(tmp_path: Path) -> None:
@@ -164,7 +175,9 @@ def test_a_flag_repairs_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("script", [train, evaluate, perplexity])
-@pytest.mark.parametrize("argument", [["--epoch", "3"], ["--conf", "x"], ["stray"], ["--epochs"], ["--lr", "1"]])
+@pytest.mark.parametrize(
+    "argument", [["--epoch", "3"], ["--conf", "x"], ["stray"], ["--epochs"], ["--lr", "1"]]
+)
 def test_abbreviated_and_unknown_flags_are_refused(call, script, argument: list[str]) -> None:
     """Guards against --epoch taken for --epochs."""
     call(script, *argument).assert_user_error("command line: ", "--help")
@@ -190,7 +203,9 @@ def test_files_that_are_no_settings(call, tmp_path: Path, content: bytes) -> Non
 
 
 def test_missing_file_and_folder(call, tmp_path: Path) -> None:
-    call(train, "--config", str(tmp_path / "none.yaml")).assert_user_error("none.yaml: can't be read", "--config FILE")
+    call(train, "--config", str(tmp_path / "none.yaml")).assert_user_error(
+        "none.yaml: can't be read", "--config FILE"
+    )
     call(train, "--config", str(tmp_path)).assert_user_error("can't be read")
 
 
@@ -214,5 +229,7 @@ def test_what_the_locale_cannot_read_says_what_helps(key: str) -> None:
     """As a path in other letters under LC_ALL=C; pydantic's words name no cure."""
     with pytest.raises(UserError) as error:
         config.load_config(config.CONFIG_FILE, {key: "caf\udcc3\udca9{question}"})
-    assert f"{key}: 'caf\\udcc3\\udca9{{question}}' must be valid UTF-8, in a locale" in str(error.value)
+    assert f"{key}: 'caf\\udcc3\\udca9{{question}}' must be valid UTF-8, in a locale" in str(
+        error.value
+    )
     assert "LC_ALL=C.UTF-8" in str(error.value) and "parse raw data" not in str(error.value)

@@ -12,66 +12,93 @@ from conftest import PROMPT, real_folder, write_rows
 from sentencepiece import SentencePieceProcessor
 
 import data
-import scoring
-from data import Problem
-from errors import UserError, one_line
-from pretrained import load_tokenizer
-from tokenizer import Tokenizer
+from engine import packing
+from engine.loading import load_tokenizer
+from engine.tokenizer import Tokenizer
+from grading import dataset, rules
+from grading.dataset import Problem
+from run.errors import UserError, one_line
 
 
 def assert_boundary(folder: Path, problems: Sequence[Problem], prompt: str) -> None:
     """Prompt ids + answer ids == SentencePiece's ids of the joint text, and only answer and EOS are supervised."""
-    tokenizer, reference = load_tokenizer(folder), SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    tokenizer, reference = (
+        load_tokenizer(folder),
+        SentencePieceProcessor(model_file=str(folder / "tokenizer.model")),
+    )
     prompts = data.encode_prompts(tokenizer, problems, prompt)
     examples = data.encode(tokenizer, problems, prompt)
     separator = data.answer_separator(prompt)
     texts = [prompt.replace("{question}", problem.question) for problem in problems]
-    whole = [text + separator + problem.answer for text, problem in zip(texts, problems, strict=True)]
+    whole = [
+        text + separator + problem.answer for text, problem in zip(texts, problems, strict=True)
+    ]
     theirs = zip(reference.encode(texts), reference.encode(whole), strict=True)
-    for problem, prompt_ids, example, (alone, joint) in zip(problems, prompts, examples, theirs, strict=True):
+    for problem, prompt_ids, example, (alone, joint) in zip(
+        problems, prompts, examples, theirs, strict=True
+    ):
         assert prompt_ids == [tokenizer.bos_token_id, *alone]
         assert example.input_ids == [tokenizer.bos_token_id, *joint, tokenizer.eos_token_id]
         assert example.input_ids[: len(prompt_ids)] == prompt_ids
         answer_ids = example.input_ids[len(prompt_ids) :]
-        assert example.labels == [data.IGNORE] * len(prompt_ids) + answer_ids
+        assert example.labels == [packing.IGNORE] * len(prompt_ids) + answer_ids
         assert answer_ids[-1] == tokenizer.eos_token_id
         assert example.input_ids.count(tokenizer.bos_token_id) == 1
         assert example.input_ids.count(tokenizer.eos_token_id) == 1
-        assert tokenizer.decode(answer_ids[:-1]).removeprefix(" ") == problem.answer.removeprefix(" ")
+        assert tokenizer.decode(answer_ids[:-1]).removeprefix(" ") == problem.answer.removeprefix(
+            " "
+        )
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, "Q: {question}\n\n### Answer:\n", "{question}"])
-def test_boundary_of_fixture_rows(tokenizer_folder: Path, problems: list[Problem], prompt: str) -> None:
+def test_boundary_of_fixture_rows(
+    tokenizer_folder: Path, problems: list[Problem], prompt: str
+) -> None:
     """Guards against a second BOS, a lost EOS, an answer's first token that decoding would never produce."""
-    assert_boundary(tokenizer_folder, [p for p in problems if not (prompt[-1] == "\n" and p.answer[0] == " ")], prompt)
+    assert_boundary(
+        tokenizer_folder,
+        [p for p in problems if not (prompt[-1] == "\n" and p.answer[0] == " ")],
+        prompt,
+    )
 
 
 @pytest.mark.parametrize("layout", ["TOKENIZER_DIR", "TOKENIZER_HUB_DIR"])
 def test_boundary_of_all_real_rows(layout: str) -> None:
     folder = real_folder("GSM8K_DIR")
     tokenizer = load_tokenizer(real_folder(layout))
-    train, test = (data.load_problems(str(folder), split) for split in ("train", "test"))
+    train, test = (dataset.load_problems(str(folder), split) for split in ("train", "test"))
     assert (len(train), len(test)) == (7473, 1319)
     assert_boundary(real_folder(layout), train + test, PROMPT)
-    assert max(len(example.input_ids) for example in data.encode(tokenizer, train + test, PROMPT)) == 577
+    assert (
+        max(len(example.input_ids) for example in data.encode(tokenizer, train + test, PROMPT))
+        == 577
+    )
 
 
 def test_a_prompt_that_merges_with_the_answer_is_refused(tokenizer: Tokenizer) -> None:
     """Guards against training on ids that differ from those decoded: '▁' + 'x' became '▁x'."""
     with pytest.raises(UserError, match=r"merges its end .* line 4,"):
-        data.encode(tokenizer, [Problem("How many?", "There are 3\n#### 3", line=4)], "Question: {question} Answer: ")
+        data.encode(
+            tokenizer,
+            [Problem("How many?", "There are 3\n#### 3", line=4)],
+            "Question: {question} Answer: ",
+        )
 
 
 def test_special_tokens_in_text_stay_text(tokenizer: Tokenizer) -> None:
     """Guards against a question that holds </s>, which would end the sequence there."""
     [example] = data.encode(tokenizer, [Problem("</s><s>", "<unk></s> #1\n#### 1")], PROMPT)
     assert example.input_ids[0] == tokenizer.bos_token_id
-    assert not {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id} & set(example.input_ids[1:-1])
+    assert not {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id} & set(
+        example.input_ids[1:-1]
+    )
 
 
 def test_a_question_with_braces_is_text(tokenizer: Tokenizer) -> None:
     """Guards against str.format on what a row holds."""
-    [ids] = data.encode_prompts(tokenizer, [Problem("{x} {question} {0}", "1\n#### 1")], "{{q}} {question}")
+    [ids] = data.encode_prompts(
+        tokenizer, [Problem("{x} {question} {0}", "1\n#### 1")], "{{q}} {question}"
+    )
     assert tokenizer.decode(ids) == "{{q}} {x} {question} {0}"
 
 
@@ -141,12 +168,16 @@ def test_a_test_question_in_train_is_refused(problems: list[Problem]) -> None:
     data.check_disjoint(problems[:20], problems[20:30])
 
 
-def test_windows_cover_each_epoch_once_in_another_order(tokenizer: Tokenizer, problems: list[Problem]) -> None:
+def test_windows_cover_each_epoch_once_in_another_order(
+    tokenizer: Tokenizer, problems: list[Problem]
+) -> None:
     """Guards against rows that are skipped or repeated, and against the same order in each epoch."""
     examples = data.encode(tokenizer, problems[:50], PROMPT)
     training = data.TrainingData(examples, batch_size=16, seed=3)
     assert training.steps_per_epoch == 4
-    epochs = [[training.window(step) for step in range(4 * epoch, 4 * epoch + 4)] for epoch in range(3)]
+    epochs = [
+        [training.window(step) for step in range(4 * epoch, 4 * epoch + 4)] for epoch in range(3)
+    ]
     for epoch in epochs:
         assert [len(window) for window in epoch] == [16, 16, 16, 2]
         flat = [example for window in epoch for example in window]
@@ -161,27 +192,35 @@ def test_windows_cover_each_epoch_once_in_another_order(tokenizer: Tokenizer, pr
 
 
 @pytest.mark.parametrize("budget", [150, 300, 1000])
-def test_packing_loses_nothing_and_keeps_the_budget(tokenizer: Tokenizer, problems: list[Problem], budget: int) -> None:
+def test_packing_loses_nothing_and_keeps_the_budget(
+    tokenizer: Tokenizer, problems: list[Problem], budget: int
+) -> None:
     """Guards against padding, cut sequences, positions that run on, and labels of the wrong place."""
     examples = data.encode(tokenizer, problems, PROMPT)
-    batches = data.pack(examples, budget)
+    batches = packing.pack(examples, budget)
     found = []
     for batch in batches:
         borders = batch.cu_seqlens.tolist()
-        assert borders[0] == 0 and borders[-1] == batch.num_tokens and batch.num_tokens % data.ROWS == 0
+        assert (
+            borders[0] == 0
+            and borders[-1] == batch.num_tokens
+            and batch.num_tokens % packing.ROWS == 0
+        )
         labelled = batch.loss_positions[: batch.num_labels].tolist()
-        assert len(batch.loss_positions) == batch.num_labels + -batch.num_labels % data.ROWS
+        assert len(batch.loss_positions) == batch.num_labels + -batch.num_labels % packing.ROWS
         next_token = dict(zip(labelled, batch.labels.tolist(), strict=True))
         sequences = list(itertools.pairwise(borders))
         if max(labelled) < sequences[-1][0]:  # without a label: the filler
             start, end = sequences.pop()
-            assert end - start < data.ROWS
+            assert end - start < packing.ROWS
         assert sequences[-1][1] <= budget
         for start, end in sequences:
             ids = batch.input_ids[0, start:end].tolist()
             assert batch.position_ids[0, start:end].tolist() == list(range(end - start))
-            labels = [data.IGNORE] + [next_token.get(start + p, data.IGNORE) for p in range(end - start)]
-            found.append(data.Example([*ids, labels[-1]], labels))  # EOS is a label and no input
+            labels = [packing.IGNORE] + [
+                next_token.get(start + p, packing.IGNORE) for p in range(end - start)
+            ]
+            found.append(packing.Example([*ids, labels[-1]], labels))  # EOS is a label and no input
         assert batch.seqlens == tuple(b - a for a, b in itertools.pairwise(borders))
     assert sorted(found, key=str) == sorted(examples, key=str)
     # First-fit decreasing needs at most 11/9 of the optimum and 6/9 of a bin.
@@ -195,13 +234,13 @@ def test_packing_loses_nothing_and_keeps_the_budget(tokenizer: Tokenizer, proble
 def test_local_folder_is_read_to_the_letter(problems: list[Problem], tmp_path: Path) -> None:
     """Guards against splitlines, which breaks a row that holds U+2028, and against stripped texts."""
     write_rows(tmp_path / "train.jsonl", problems)
-    assert data.load_problems(str(tmp_path), "train") == problems
+    assert dataset.load_problems(str(tmp_path), "train") == problems
 
 
 def test_real_data_is_the_published_one() -> None:
     folder = real_folder("GSM8K_DIR")
     for split in ("train", "test"):
-        for problem in data.load_problems(str(folder), split):
+        for problem in dataset.load_problems(str(folder), split):
             assert problem.answer.endswith(f"#### {problem.gold}")
 
 
@@ -237,7 +276,7 @@ def test_bad_rows_name_file_and_line(tmp_path: Path, bad: str, fragment: str) ->
     file = tmp_path / "train.jsonl"
     file.write_bytes(f"{GOOD}\n{bad}\n{GOOD}\n".encode(errors="surrogateescape"))
     with pytest.raises(UserError) as error:
-        data.load_problems(str(tmp_path), "train")
+        dataset.load_problems(str(tmp_path), "train")
     assert f"{file}, line 2: " in str(error.value) and fragment in str(error.value)
 
 
@@ -268,15 +307,21 @@ def test_bad_rows_name_file_and_line(tmp_path: Path, bad: str, fragment: str) ->
         ("#### $5", "'#### $5'", "(it holds '$')"),
         ("#### 1e3", "'#### 1e3'", "(it holds 'e')"),
         ("#### 3.", "'#### 3.'", "the gold '3.' is no number"),
-        ("y" * 900 + "\n####  5" + "z" * 900, r"yyy\n####\x20\x205zzz", "stands where one space must"),
+        (
+            "y" * 900 + "\n####  5" + "z" * 900,
+            r"yyy\n####\x20\x205zzz",
+            "stands where one space must",
+        ),
     ],
 )
-def test_a_bad_gold_is_shown_to_the_letter(tmp_path: Path, answer: str, shown: str, what: str) -> None:
+def test_a_bad_gold_is_shown_to_the_letter(
+    tmp_path: Path, answer: str, shown: str, what: str
+) -> None:
     """Guards against a message that shows a text which looks right, since one_line makes spaces of white space."""
     row = json.dumps({"question": "x", "answer": answer})
     (tmp_path / "train.jsonl").write_text(f"{GOOD}\n{row}\n")
     with pytest.raises(UserError) as error:
-        data.load_problems(str(tmp_path), "train")
+        dataset.load_problems(str(tmp_path), "train")
     line = one_line(error.value)
     assert "line 2: the answer " in line and shown in line and what in line
     assert line.isascii() and line == str(error.value) and len(line) < 500
@@ -286,13 +331,21 @@ def test_golds_in_an_unusual_spelling_are_said(
     tmp_path: Path, problems: list[Problem], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Guards against a 3.0 that no completion with a 3 ever equals, without a word."""
-    odd = {"3.0": "3", "007": "7", "-0": "0", "-0.0": "0", ".5": "0.5", "0.50": "0.5", "-01,450.10": "-1450.1"}
+    odd = {
+        "3.0": "3",
+        "007": "7",
+        "-0": "0",
+        "-0.0": "0",
+        ".5": "0.5",
+        "0.50": "0.5",
+        "-01,450.10": "-1450.1",
+    }
     plain = ["3", "1,45", "0.5", "-3", "0", "100", "1,450,000", "10.01", "9" * 5000]
     for gold, spelt in [*odd.items(), *((gold, gold.replace(",", "")) for gold in plain)]:
         write_rows(tmp_path / "test.jsonl", [*problems[:2], Problem("?", f"x\n#### {gold}")])
-        assert data.load_problems(str(tmp_path), "test")[-1].gold == gold
+        assert dataset.load_problems(str(tmp_path), "test")[-1].gold == gold
         out = capsys.readouterr().out
-        assert scoring.correct_openai(f"#### {spelt}", gold) == (gold in plain)
+        assert rules.correct_openai(f"#### {spelt}", gold) == (gold in plain)
         assert (out == "") == (gold in plain)
         if out:
             assert f"test: 1 of 3 golds are not spelt plainly, the first in row 3: {gold}," in out
@@ -304,7 +357,10 @@ def test_golds_in_an_unusual_spelling_are_said(
 
 def write_parquet(file: Path, problems: Sequence[Problem], **more: object) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    columns = {"question": [p.question for p in problems], "answer": [p.answer for p in problems]} | more
+    columns = {
+        "question": [p.question for p in problems],
+        "answer": [p.answer for p in problems],
+    } | more
     pyarrow.parquet.write_table(pyarrow.table(columns), file)
 
 
@@ -320,7 +376,9 @@ def write_shards(folder: Path, problems: Sequence[Problem]) -> None:
 
 def write_clone(folder: Path, problems: Sequence[Problem]) -> None:
     """As git clones the hub's repository, which also holds the rows in another wording."""
-    write_parquet(folder / "main" / "train-00000-of-00001.parquet", problems, source=["x"] * len(problems))
+    write_parquet(
+        folder / "main" / "train-00000-of-00001.parquet", problems, source=["x"] * len(problems)
+    )
     write_parquet(folder / "main" / "test-00000-of-00001.parquet", problems[:1])
     write_parquet(folder / "socratic" / "train-00000-of-00001.parquet", problems[:3])
     (folder / "README.md").touch()
@@ -330,14 +388,20 @@ FORMS: dict[str, Callable[[Path, Sequence[Problem]], None]] = {
     "lines": lambda folder, rows: write_rows(folder / "train.jsonl", list(rows)),
     "lines, named json": lambda folder, rows: write_rows(folder / "train.json", list(rows)),
     "array": lambda folder, rows: write_array(folder / "train.json", rows),
-    "array over many lines": lambda folder, rows: write_array(folder / "train.json", rows, indent=2),
+    "array over many lines": lambda folder, rows: write_array(
+        folder / "train.json", rows, indent=2
+    ),
     "array, named jsonl": lambda folder, rows: write_array(folder / "train.jsonl", rows, indent=2),
     "parquet": lambda folder, rows: write_parquet(folder / "train.parquet", rows),
     "parquet of categories": lambda folder, rows: write_parquet(
-        folder / "train.parquet", rows, answer=pyarrow.array([p.answer for p in rows]).dictionary_encode()
+        folder / "train.parquet",
+        rows,
+        answer=pyarrow.array([p.answer for p in rows]).dictionary_encode(),
     ),
     "parquet of large text": lambda folder, rows: write_parquet(
-        folder / "train.parquet", rows, question=pyarrow.array([p.question for p in rows], pyarrow.large_string())
+        folder / "train.parquet",
+        rows,
+        question=pyarrow.array([p.question for p in rows], pyarrow.large_string()),
     ),
     "shards": write_shards,
     "parquet in main": lambda folder, rows: write_parquet(folder / "main" / "train.parquet", rows),
@@ -352,22 +416,28 @@ def test_every_form_gives_the_same_rows(
     """Guards against rows that are lost, changed, out of order or taken from a neighbour of another name."""
     FORMS[form](tmp_path, problems)
     write_rows(tmp_path / "trains.jsonl", problems[:1])  # of no split
-    found = data.load_problems(str(tmp_path), "train")
-    assert found == problems and [problem.line for problem in found] == list(range(1, len(problems) + 1))
+    found = dataset.load_problems(str(tmp_path), "train")
+    assert found == problems and [problem.line for problem in found] == list(
+        range(1, len(problems) + 1)
+    )
     assert data.fingerprint(found) == data.fingerprint(problems)
     assert capsys.readouterr().out == ""
     if form in ("clone", "parquet in main"):
-        assert data.load_problems(str(tmp_path / "main"), "train") == problems
+        assert dataset.load_problems(str(tmp_path / "main"), "train") == problems
 
 
-def test_real_rows_are_the_same_from_parquet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = data.load_problems(str(real_folder("GSM8K_DIR")), "train")
+def test_real_rows_are_the_same_from_parquet(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = dataset.load_problems(str(real_folder("GSM8K_DIR")), "train")
     write_clone(tmp_path, rows)
-    assert data.fingerprint(data.load_problems(str(tmp_path), "train")) == data.fingerprint(rows)
+    assert data.fingerprint(dataset.load_problems(str(tmp_path), "train")) == data.fingerprint(rows)
     assert len(rows) == 7473 and capsys.readouterr().out == ""
 
 
-def test_several_forms_of_a_split_are_refused_by_name(tmp_path: Path, problems: list[Problem]) -> None:
+def test_several_forms_of_a_split_are_refused_by_name(
+    tmp_path: Path, problems: list[Problem]
+) -> None:
     """Guards against a choice of which nothing is said."""
     for form, name in (
         ("array", "train.json"),
@@ -379,10 +449,12 @@ def test_several_forms_of_a_split_are_refused_by_name(tmp_path: Path, problems: 
         FORMS["lines"](folder, [])
         FORMS[form](folder, problems)
         with pytest.raises(UserError) as error:
-            data.load_problems(str(folder), "train")
-        assert "train in 2 forms" in str(error.value) and f"(train.jsonl, {name})" in str(error.value)
+            dataset.load_problems(str(folder), "train")
+        assert "train in 2 forms" in str(error.value) and f"(train.jsonl, {name})" in str(
+            error.value
+        )
         if form == "clone":  # the splits may differ in form
-            assert data.load_problems(str(folder), "test") == problems[:1]
+            assert dataset.load_problems(str(folder), "test") == problems[:1]
 
 
 ROW = {"question": ["1 + 1?"], "answer": ["2\n#### 2"]}
@@ -399,7 +471,11 @@ ROW = {"question": ["1 + 1?"], "answer": ["2\n#### 2"]}
         ("train.json", b'[\n\n"caf\xe9"]', "train.json, line 3: is no JSON"),
         ("train.json", b"[" * 100_000, "train.json, line 1: is no JSON"),
         ("train.json", b"[" + b"9" * 10_000 + b"]", "train.json, line 1: is no JSON"),
-        ("train.json", f'{{"rows": [{GOOD}]}}'.encode(), "train.json, line 1: 'question' is missing"),
+        (
+            "train.json",
+            f'{{"rows": [{GOOD}]}}'.encode(),
+            "train.json, line 1: 'question' is missing",
+        ),
         ("train.json", b"\xef\xbb\xbf", "is empty"),
         ("train.parquet", b"", "is damaged, or no Parquet file"),
         ("train.parquet", b"PAR1" * 9, "is damaged, or no Parquet file"),
@@ -408,23 +484,41 @@ ROW = {"question": ["1 + 1?"], "answer": ["2\n#### 2"]}
         ("train.parquet", ROW | {"answer": [b"x"]}, "its column 'answer' is of type binary"),
         ("train.parquet", ROW | {"answer": [None]}, "its column 'answer' is of type null"),
         ("train.parquet", ROW | {"answer": [["x"]]}, "its column 'answer' is of type list"),
-        ("train.parquet", {name: [*cells, None] for name, cells in ROW.items()}, "parquet, row 2: 'question' is null"),
-        ("train.parquet", ROW | {"answer": ["2\n#### \xa02"]}, r"parquet, row 1: the answer '2\n#### \xa02'"),
+        (
+            "train.parquet",
+            {name: [*cells, None] for name, cells in ROW.items()},
+            "parquet, row 2: 'question' is null",
+        ),
+        (
+            "train.parquet",
+            ROW | {"answer": ["2\n#### \xa02"]},
+            r"parquet, row 1: the answer '2\n#### \xa02'",
+        ),
         ("train.parquet", {"question": [], "answer": []}, "its column 'question' is of type null"),
         ("train-00000-of-00002.parquet", ROW, "lacks train-00001-of-00002.parquet"),
         ("train-00001-of-00001.parquet", ROW, "lacks train-00000-of-00001.parquet"),
         ("train-00000-of-00000.parquet", ROW, "holds train-00000-of-00000.parquet beside 0 others"),
-        ("train.arrow", b"x", "train.jsonl: can't be read (No such file or directory): a data set folder holds"),
+        (
+            "train.arrow",
+            b"x",
+            "train.jsonl: can't be read (No such file or directory): a data set folder holds",
+        ),
     ],
 )
-def test_bad_files_of_every_form_are_one_line(tmp_path: Path, name: str, put: object, fragment: str) -> None:
+def test_bad_files_of_every_form_are_one_line(
+    tmp_path: Path, name: str, put: object, fragment: str
+) -> None:
     if isinstance(put, bytes):
         (tmp_path / name).write_bytes(put)
     else:
         pyarrow.parquet.write_table(pyarrow.table(put), tmp_path / name)
     with pytest.raises(UserError) as error:
-        data.load_problems(str(tmp_path), "train")
-    assert fragment in str(error.value) and str(tmp_path) in str(error.value) and len(str(error.value)) < 600
+        dataset.load_problems(str(tmp_path), "train")
+    assert (
+        fragment in str(error.value)
+        and str(tmp_path) in str(error.value)
+        and len(str(error.value)) < 600
+    )
 
 
 @pytest.mark.parametrize("shape", [None, 2])
@@ -433,49 +527,63 @@ def test_an_object_of_arrays_is_said_as_such(tmp_path: Path, name: str, shape: i
     """On one line and on many: the first line alone would only lack a question, or be no JSON."""
     rows = {"version": "1", "train": [json.loads(GOOD)], "test": []}
     (tmp_path / name).write_text(json.dumps(rows, indent=shape))
-    with pytest.raises(UserError, match=f'{name}, line 1: .* under "train", "test": write that array alone'):
-        data.load_problems(str(tmp_path), "train")
+    with pytest.raises(
+        UserError, match=f'{name}, line 1: .* under "train", "test": write that array alone'
+    ):
+        dataset.load_problems(str(tmp_path), "train")
 
 
 @pytest.mark.parametrize("place", ["main", "data"])
-def test_a_clone_of_the_hub_in_either_layout(tmp_path: Path, problems: list[Problem], place: str) -> None:
+def test_a_clone_of_the_hub_in_either_layout(
+    tmp_path: Path, problems: list[Problem], place: str
+) -> None:
     (tmp_path / place).mkdir()
     for split, rows in (("train", problems[1:]), ("test", problems[:1])):
         write_parquet(tmp_path / place / f"{split}-00000-of-00001.parquet", rows)
-    assert data.load_problems(str(tmp_path), "train") == problems[1:]
-    assert data.load_problems(str(tmp_path), "test") == problems[:1]
+    assert dataset.load_problems(str(tmp_path), "train") == problems[1:]
+    assert dataset.load_problems(str(tmp_path), "test") == problems[:1]
     write_parquet(tmp_path / "train.parquet", problems)
-    with pytest.raises(UserError, match=rf"in 2 forms \(train.parquet, {place}/train-00000-of-00001.parquet\)"):
-        data.load_problems(str(tmp_path), "train")
+    with pytest.raises(
+        UserError, match=rf"in 2 forms \(train.parquet, {place}/train-00000-of-00001.parquet\)"
+    ):
+        dataset.load_problems(str(tmp_path), "train")
 
 
-@pytest.mark.parametrize("name", ["train.jsonl", "train.json", "train.parquet", "main/train-00000-of-00001.parquet"])
+@pytest.mark.parametrize(
+    "name", ["train.jsonl", "train.json", "train.parquet", "main/train-00000-of-00001.parquet"]
+)
 def test_a_file_that_git_has_not_fetched_is_said(tmp_path: Path, name: str) -> None:
     (tmp_path / "main").mkdir()
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
     (tmp_path / name).write_text(pointer)
     with pytest.raises(UserError, match=f"{name}: is a pointer .*: run git lfs pull"):
-        data.load_problems(str(tmp_path), "train")
+        dataset.load_problems(str(tmp_path), "train")
 
 
-def test_parts_of_another_split_in_parts_are_refused(tmp_path: Path, problems: list[Problem]) -> None:
+def test_parts_of_another_split_in_parts_are_refused(
+    tmp_path: Path, problems: list[Problem]
+) -> None:
     """Guards against the same rows twice, from two downloads into one folder."""
     write_shards(tmp_path, problems)
     write_parquet(tmp_path / "train-00000-of-00001.parquet", problems)
     with pytest.raises(UserError, match=r"holds train-00000-of-00001\.parquet beside 3 others"):
-        data.load_problems(str(tmp_path), "train")
+        dataset.load_problems(str(tmp_path), "train")
 
 
-def test_a_parquet_file_damaged_anywhere_is_read_or_refused(tmp_path: Path, problems: list[Problem]) -> None:
+def test_a_parquet_file_damaged_anywhere_is_read_or_refused(
+    tmp_path: Path, problems: list[Problem]
+) -> None:
     """Guards against a traceback, whichever byte it is; where a page has a checksum, no other row is read."""
     file = tmp_path / "train.parquet"
-    table = pyarrow.table({"question": [p.question for p in problems], "answer": [p.answer for p in problems]})
+    table = pyarrow.table(
+        {"question": [p.question for p in problems], "answer": [p.answer for p in problems]}
+    )
     pyarrow.parquet.write_table(table, file, write_page_checksum=True, compression="none")
     whole, refused = file.read_bytes(), 0
     for place in range(0, len(whole), 61):
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 0x41]) + whole[place + 1 :])
         try:
-            assert data.load_problems(str(tmp_path), "train") == problems
+            assert dataset.load_problems(str(tmp_path), "train") == problems
         except UserError as error:
             refused += "train.parquet" in str(error)
     assert refused > len(whole) / 61 / 2
@@ -485,17 +593,20 @@ def test_bad_places_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "train.jsonl").touch()
     (tmp_path / "folder" / "train.jsonl").mkdir(parents=True)
-    for dataset, fragment in (
+    for place, fragment in (
         (tmp_path, "can't be read"),
         (tmp_path / "empty", "is empty"),
         (tmp_path / "folder", "can't be read"),
-        (tmp_path / "empty" / "train.jsonl", "is a file: name the folder that holds it; a data set folder holds"),
+        (
+            tmp_path / "empty" / "train.jsonl",
+            "is a file: name the folder that holds it; a data set folder holds",
+        ),
         (tmp_path / "nowhere", "is no folder here"),
         ("gsm8k", "is no folder here"),
         ("owner/gsm8k", "can't be loaded from the hub"),
     ):
         with pytest.raises(UserError, match=fragment):
-            data.load_problems(str(dataset), "train")
+            dataset.load_problems(str(place), "train")
 
 
 def test_hub_rows_are_checked_like_local_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -510,5 +621,5 @@ def test_hub_rows_are_checked_like_local_ones(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(UserError, match=r"openai/gsm8k, test row 2: .*####"):
-        data.load_problems("openai/gsm8k", "test")
+        dataset.load_problems("openai/gsm8k", "test")
     assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]

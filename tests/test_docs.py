@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-import config
 import demo
 import evaluate
 import perplexity
 import train
+from run import config
 
-ROOT = Path(config.__file__).parent
+ROOT = Path(config.__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RELIABILITY = (ROOT / "RELIABILITY.md").read_text(encoding="utf-8")
 SCRIPTS = {"train.py": train, "evaluate.py": evaluate, "perplexity.py": perplexity}
@@ -23,11 +23,21 @@ SCRIPTS = {"train.py": train, "evaluate.py": evaluate, "perplexity.py": perplexi
 
 def commands() -> list[str]:
     """Each ``python SCRIPT.py ...`` in a code block or docstring line, once."""
-    blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", README + RELIABILITY, re.DOTALL | re.MULTILINE))
+    blocks = "\n".join(
+        re.findall(r"^```\w*\n(.*?)^```", README + RELIABILITY, re.DOTALL | re.MULTILINE)
+    )
     texts = [blocks, *(module.__doc__ for module in (*SCRIPTS.values(), demo))]
-    texts += [path.read_text() for path in (ROOT / "RESULTS.md", *(ROOT / "benchmarks").glob("*.py"))]
-    lines = [line.strip().removeprefix("$ ") for text in texts for line in text.replace("\\\n", " ").splitlines()]
-    return sorted({line.split("  #")[0].strip() for line in lines if line.startswith(("python ", "make "))})
+    texts += [
+        path.read_text() for path in (ROOT / "RESULTS.md", *(ROOT / "benchmarks").glob("*.py"))
+    ]
+    lines = [
+        line.strip().removeprefix("$ ")
+        for text in texts
+        for line in text.replace("\\\n", " ").splitlines()
+    ]
+    return sorted(
+        {line.split("  #")[0].strip() for line in lines if line.startswith(("python ", "make "))}
+    )
 
 
 @pytest.mark.parametrize("command", commands())
@@ -46,7 +56,13 @@ def test_shown_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_commands_were_found() -> None:
     found = commands()
     assert len(found) >= 12
-    for start in ("make demo", "make test", "python train.py", "python evaluate.py --ckpt", "python perplexity.py"):
+    for start in (
+        "make demo",
+        "make test",
+        "python train.py",
+        "python evaluate.py --ckpt",
+        "python perplexity.py",
+    ):
         assert any(command.startswith(start) for command in found), start
 
 
@@ -64,7 +80,11 @@ def test_readme_tree_is_what_is_there() -> None:
     """Guards against a file tree that shows what is gone, or lacks what has come."""
     tree = re.search(r"^## The files\n.*?```\n(.*?)```", README, re.DOTALL | re.MULTILINE)[1]
     shown = {line.split()[0] for line in tree.splitlines() if line and not line.startswith(" ")}
-    there = {path.name + "/" * path.is_dir() for path in ROOT.iterdir() if not path.name.startswith((".", "__"))}
+    there = {
+        path.name + "/" * path.is_dir()
+        for path in ROOT.iterdir()
+        if not path.name.startswith((".", "__"))
+    }
     assert shown <= there
     assert (tracked() or there - {"demo/", "wandb/"}) <= shown
 
@@ -73,7 +93,9 @@ def tracked() -> set[str]:
     """What git tracks of the root, where a user's models, runs and logs lie too; nothing in a copy without git."""
     if shutil.which("git") is None:
         return set()
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout
     return {re.sub("/.*", "/", name) for name in listed.splitlines() if not name.startswith(".")}
 
 
@@ -98,6 +120,10 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_every_requirement_is_pinned() -> None:
-    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    lines = [
+        line
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+        if line and line[0] != "#"
+    ]
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
     assert "torch==2.13.0" in lines

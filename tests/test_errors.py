@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from conftest import flags, seal
 
-import config
 import evaluate
 import perplexity
 import train
+from run import config
 
-ROOT = Path(config.__file__).parent
+ROOT = Path(config.__file__).parents[1]
 
 
 def tree(folder: Path) -> dict[Path, bytes]:
@@ -29,7 +29,12 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A script as the user starts it."""
     variables = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=variables | environment, capture_output=True, text=True, timeout=120
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=variables | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
@@ -107,7 +112,11 @@ def hub() -> Iterator[Callable[[int, str], str]]:
 @pytest.mark.parametrize(
     ("status", "code", "fragments"),
     [
-        (401, "GatedRepo", ["is gated", "accept its licence at huggingface.co/owner/gated", "HF_TOKEN"]),
+        (
+            401,
+            "GatedRepo",
+            ["is gated", "accept its licence at huggingface.co/owner/gated", "HF_TOKEN"],
+        ),
         (403, "GatedRepo", ["is gated", "HF_TOKEN"]),
         (401, "", ["is gated", "HF_TOKEN"]),
         (500, "", ["can't be loaded from the hub", "500"]),
@@ -118,7 +127,9 @@ def test_hub_refusals_say_what_to_do(
     settings: dict[str, str], hub, tmp_path: Path, status: int, code: str, fragments: list[str]
 ) -> None:
     arguments = flags(settings | {"model": "owner/gated"})
-    result = run("train.py", *arguments, HF_ENDPOINT=hub(status, code), HF_HOME=str(tmp_path / "hf"))
+    result = run(
+        "train.py", *arguments, HF_ENDPOINT=hub(status, code), HF_HOME=str(tmp_path / "hf")
+    )
     assert result.returncode == 2, result.stderr
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
     for fragment in fragments:
@@ -129,13 +140,17 @@ def test_hub_out_of_reach(settings: dict[str, str], dead_port: int, tmp_path: Pa
     environment = {"HF_ENDPOINT": f"http://127.0.0.1:{dead_port}", "HF_HOME": str(tmp_path / "hf")}
     result = run("train.py", *flags(settings | {"model": "owner/model"}), **environment)
     assert result.returncode == 2, result.stderr
-    assert result.stderr.startswith("error: model 'owner/model' can't be loaded from the hub (ConnectionRefusedError")
+    assert result.stderr.startswith(
+        "error: model 'owner/model' can't be loaded from the hub (ConnectionRefusedError"
+    )
     assert "check the network" in result.stderr and result.stderr.count("\n") == 1
     # Offline, since the data set's client takes half a minute of retries to believe in a dead port.
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
     result = run("train.py", *flags(settings | {"dataset": "owner/rows"}), **environment)
     assert result.returncode == 2, result.stderr
-    assert result.stderr.startswith("error: dataset 'owner/rows': is no folder here, and can't be loaded from the hub")
+    assert result.stderr.startswith(
+        "error: dataset 'owner/rows': is no folder here, and can't be loaded from the hub"
+    )
     assert result.stderr.count("\n") == 1, result.stderr
 
 
@@ -165,13 +180,31 @@ def drop_weight(folder: Path) -> None:
     [
         (lambda folder: (folder / "config.json").unlink(), "no config.json|without a config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "can't be read"),
-        (lambda folder: edit_json(folder / "config.json", model_type="gpt2"), "only 'llama' is supported"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "has no weights in safetensors: copy its"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 64), "its weights can't be read"),
-        (lambda folder: os.truncate(folder / "model.safetensors", 20_000), "its weights can't be read"),
+        (
+            lambda folder: edit_json(folder / "config.json", model_type="gpt2"),
+            "only 'llama' is supported",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors").unlink(),
+            "has no weights in safetensors: copy its",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 64),
+            "its weights can't be read",
+        ),
+        (
+            lambda folder: os.truncate(folder / "model.safetensors", 20_000),
+            "its weights can't be read",
+        ),
         (drop_weight, "lack 1 weights, the first is model.layers.1.mlp.up_proj.weight"),
-        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "its tokenizer can't be read"),
-        (lambda folder: edit_json(folder / "config.json", hidden_size=64), "its config.json asks for ("),
+        (
+            lambda folder: (folder / "tokenizer.json").write_text("{}"),
+            "its tokenizer can't be read",
+        ),
+        (
+            lambda folder: edit_json(folder / "config.json", hidden_size=64),
+            "its config.json asks for (",
+        ),
         (
             lambda folder: edit_json(folder / "config.json", num_hidden_layers=1),
             "weights that its config.json has no place",
@@ -179,7 +212,9 @@ def drop_weight(folder: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("script", [train, evaluate, perplexity])
-def test_damaged_models(call, settings: dict[str, str], tmp_path: Path, script, damage, fragment: str) -> None:
+def test_damaged_models(
+    call, settings: dict[str, str], tmp_path: Path, script, damage, fragment: str
+) -> None:
     """Guards against random weights in place of missing ones, and tracebacks of other people's code."""
     folder = damaged(tmp_path / "bad", settings["model"], damage)
     before = tree(tmp_path)
@@ -213,12 +248,17 @@ def test_paths_that_no_file_can_have(call, settings: dict[str, str], key: str, p
     call(train, *flags(settings | {key: path})).assert_user_error("is no usable path")
 
 
-def test_code_that_comes_with_a_model_is_never_run(call, settings: dict[str, str], tmp_path: Path) -> None:
+def test_code_that_comes_with_a_model_is_never_run(
+    call, settings: dict[str, str], tmp_path: Path
+) -> None:
     """Guards against Transformers' question whether to run it, which `yes |` would answer."""
     for name in ("config.json", "tokenizer_config.json"):
         folder = tmp_path / name
         shutil.copytree(settings["model"], folder)
-        edit_json(folder / name, auto_map={"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]})
+        edit_json(
+            folder / name,
+            auto_map={"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]},
+        )
         (folder / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
         call(train, *flags(settings | {"model": str(folder)})).assert_user_error("auto_map")
     assert not (tmp_path / "executed").exists()
@@ -228,17 +268,25 @@ def test_pickled_weights_are_not_read(call, settings: dict[str, str], tmp_path: 
     folder = tmp_path / "pickled"
     shutil.copytree(settings["model"], folder)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    call(train, *flags(settings | {"model": str(folder)})).assert_user_error("convert to safetensors")
+    call(train, *flags(settings | {"model": str(folder)})).assert_user_error(
+        "convert to safetensors"
+    )
 
 
-def test_sequences_beyond_the_models_positions_are_refused(call, settings: dict[str, str], tmp_path: Path) -> None:
+def test_sequences_beyond_the_models_positions_are_refused(
+    call, settings: dict[str, str], tmp_path: Path
+) -> None:
     """Guards against rotary positions that the model never saw, and an epoch lost to its sample."""
     folder = tmp_path / "short"
     shutil.copytree(settings["model"], folder)
     edit_json(folder / "config.json", max_position_embeddings=64)
-    call(train, *flags(settings | {"model": str(folder)})).assert_user_error("the model's 64 positions", "max_length")
+    call(train, *flags(settings | {"model": str(folder)})).assert_user_error(
+        "the model's 64 positions", "max_length"
+    )
     arguments = flags(settings | {"model": str(folder)})
-    call(perplexity, "--ckpt", str(folder), *arguments).assert_user_error("the model's 64 positions", "max_length")
+    call(perplexity, "--ckpt", str(folder), *arguments).assert_user_error(
+        "the model's 64 positions", "max_length"
+    )
     long = settings | {"max_new_tokens": "100000000000"}
     call(train, *flags(long)).assert_user_error("the model's 1024 positions", "max_new_tokens")
 
@@ -248,35 +296,42 @@ def test_a_file_size_limit_is_one_line(settings: dict[str, str]) -> None:
     code = f"ulimit -f 60; exec {sys.executable} train.py " + " ".join(
         f"'{word}'" for word in flags(settings | {"run_name": "full"})
     )
-    result = subprocess.run(["bash", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        ["bash", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert result.returncode == 2, result
-    assert result.stderr.startswith("error: ") and "the checkpoint can't be written" in result.stderr
+    assert (
+        result.stderr.startswith("error: ") and "the checkpoint can't be written" in result.stderr
+    )
     assert result.stderr.count("\n") == 1, result.stderr
 
 
 def test_sigterm_is_not_taken_for_an_error_of_what_it_interrupts() -> None:
     """Guards against a guard around the hub or W&B that swallows the signal and goes on."""
     code = (
-        "import os, signal, errors\n"
+        "import os, signal\nfrom run import errors, script\n"
         "def story():\n"
         "    try:\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "    except Exception:\n"
         "        pass\n"
-        "errors.run_script(story)\n"
+        "script.run_script(story)\n"
     )
     assert run("-c", code).returncode == 143
 
 
 def test_sigterm_outside_of_training_is_143(settings: dict[str, str]) -> None:
-    code = "import os, signal, errors\nerrors.run_script(lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
+    kill = "os.kill(os.getpid(), signal.SIGTERM)"
+    code = f"import os, signal\nfrom run import script\nscript.run_script(lambda: {kill})\n"
     result = run("-c", code)
     assert result.returncode == 143 and result.stderr.startswith("stopped: SIGTERM"), result
 
 
 def test_no_checkpoint_yet(call, settings: dict[str, str]) -> None:
     for script in (evaluate, perplexity):
-        call(script, *flags(settings)).assert_user_error("there is no such checkpoint", "--ckpt DIR")
+        call(script, *flags(settings)).assert_user_error(
+            "there is no such checkpoint", "--ckpt DIR"
+        )
 
 
 @pytest.mark.parametrize(
@@ -310,7 +365,9 @@ def test_damaged_descriptions(call, settings: dict[str, str], content: bytes) ->
 @pytest.mark.parametrize(
     "damage", [lambda f: f.unlink(), lambda f: f.write_bytes(b""), lambda f: os.truncate(f, 9_000)]
 )
-def test_damaged_state(call, settings: dict[str, str], damage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_state(
+    call, settings: dict[str, str], damage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings["checkpoint_steps"] = "3"
     original = train.accumulate
     steps = iter(range(100))
@@ -329,14 +386,21 @@ def test_damaged_state(call, settings: dict[str, str], damage, monkeypatch: pyte
 def test_folders_that_cannot_be_written(call, settings: dict[str, str], tmp_path: Path) -> None:
     """A file in the way stands for a folder without write permission: root, as in containers, may write anywhere."""
     (tmp_path / "file").write_text("precious")
-    call(train, *flags(settings | {"output_dir": str(tmp_path / "file")})).assert_user_error("can't be written")
-    outcome = call(evaluate, "--ckpt", settings["model"], *flags(settings), "--output", str(tmp_path / "file"))
+    call(train, *flags(settings | {"output_dir": str(tmp_path / "file")})).assert_user_error(
+        "can't be written"
+    )
+    outcome = call(
+        evaluate, "--ckpt", settings["model"], *flags(settings), "--output", str(tmp_path / "file")
+    )
     outcome.assert_user_error("can't be written")
     assert (tmp_path / "file").read_text() == "precious"
 
 
 def test_no_data_of_a_split(call, settings: dict[str, str], tmp_path: Path) -> None:
-    for dataset, fragment in ((tmp_path, "train.jsonl: can't be read"), (tmp_path / "no", "is no folder here")):
+    for dataset, fragment in (
+        (tmp_path, "train.jsonl: can't be read"),
+        (tmp_path / "no", "is no folder here"),
+    ):
         call(train, *flags(settings | {"dataset": str(dataset)})).assert_user_error(fragment)
     outcome = call(train, *flags(settings | {"validation_size": "5000"}))
     outcome.assert_user_error("validation_size 5000 leaves nothing of the 117 train rows")

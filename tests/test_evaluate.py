@@ -17,12 +17,11 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 import data
 import evaluate
-import predictions
-import scoring
 import train
-from errors import Stopped, UserError
-from generate import Completion
-from pretrained import load_tokenizer
+from engine.decoding import Completion
+from engine.loading import load_tokenizer
+from grading import dataset, predictions, rules
+from run.errors import Stopped, UserError
 
 
 @pytest.fixture
@@ -43,7 +42,7 @@ def test_evaluation_of_a_run(call, settings: dict[str, str], run_folder: Path) -
     outcome = call(evaluate, "--ckpt", str(best))
     assert outcome.code == 0, outcome.err
     rows, scores = read(run_folder / "eval" / "test")
-    problems = data.load_problems(settings["dataset"], "test")
+    problems = dataset.load_problems(settings["dataset"], "test")
     assert sorted(row["id"] for row in rows) == list(range(12))
     model = LlamaForCausalLM.from_pretrained(best).eval()
     tokenizer = AutoTokenizer.from_pretrained(best)
@@ -53,18 +52,39 @@ def test_evaluation_of_a_run(call, settings: dict[str, str], run_folder: Path) -
         keys = ["id", "question", "gold", "completion", "answer", "correct", "stop", "num_tokens"]
         assert list(row) == [*keys, "label", "false_equation", "steps"]
         assert (row["question"], row["gold"]) == (problem.question, problem.gold)
-        assert row["answer"] == scoring.extract_openai(row["completion"])
-        assert row["correct"] == scoring.correct_openai(row["completion"], row["gold"])
+        assert row["answer"] == rules.extract_openai(row["completion"])
+        assert row["correct"] == rules.correct_openai(row["completion"], row["gold"])
         output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, pad_token_id=0
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=12,
+            pad_token_id=0,
         )[0, ids.shape[1] :]
         assert row["completion"] == tokenizer.decode(output, skip_special_tokens=True)
         assert row["num_tokens"] == len(output)
         assert row["stop"] == ("eos" if output[-1] == tokenizer.eos_token_id else "length")
-    expected = {"exact_match", "num_correct", "num_problems", "ci95", "rules", "stopped_by_length", "checkpoint"}
-    assert expected | {"data_sha256", "prompt", "max_new_tokens", "seconds", "tokens_per_second"} <= scores.keys()
-    assert scores["num_problems"] == 12 and set(scores["rules"]) == {"openai", "lm_eval_strict", "lm_eval_flexible"}
-    assert json.loads((run_folder / "metrics.jsonl").read_text().splitlines()[-1]) | {"time": 0} == {
+    expected = {
+        "exact_match",
+        "num_correct",
+        "num_problems",
+        "ci95",
+        "rules",
+        "stopped_by_length",
+        "checkpoint",
+    }
+    assert (
+        expected | {"data_sha256", "prompt", "max_new_tokens", "seconds", "tokens_per_second"}
+        <= scores.keys()
+    )
+    assert scores["num_problems"] == 12 and set(scores["rules"]) == {
+        "openai",
+        "lm_eval_strict",
+        "lm_eval_flexible",
+    }
+    assert json.loads((run_folder / "metrics.jsonl").read_text().splitlines()[-1]) | {
+        "time": 0
+    } == {
         "step": 14,
         "epoch": 2.0,
         "time": 0,
@@ -77,7 +97,7 @@ def test_exact_match_of_a_model_that_knows_the_answers(
     call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Guards against predictions that are scored against another problem's gold."""
-    problems = data.load_problems(settings["dataset"], "test")
+    problems = dataset.load_problems(settings["dataset"], "test")
     tokenizer = load_tokenizer(Path(settings["model"]))
 
     def oracle(model, prompts, **_):
@@ -87,13 +107,22 @@ def test_exact_match_of_a_model_that_knows_the_answers(
             yield Completion(index, len(prompts[index]), ids, "eos")
 
     monkeypatch.setattr(evaluate, "greedy_decode", oracle)
-    arguments = ["--ckpt", settings["model"], "--output", str(tmp_path / "out"), "--verify-batching", "0"]
+    arguments = [
+        "--ckpt",
+        settings["model"],
+        "--output",
+        str(tmp_path / "out"),
+        "--verify-batching",
+        "0",
+    ]
     outcome = call(evaluate, *arguments, *flags(settings))
     assert outcome.code == 0, outcome.err
     assert read(tmp_path / "out")[1]["exact_match"] == 0.75
 
 
-def test_best_of_the_configured_run_is_the_default(call, settings: dict[str, str], run_folder: Path) -> None:
+def test_best_of_the_configured_run_is_the_default(
+    call, settings: dict[str, str], run_folder: Path
+) -> None:
     outcome = call(evaluate, *flags({key: settings[key] for key in ("output_dir", "run_name")}))
     assert outcome.code == 0, outcome.err
     assert (run_folder / "eval" / "test" / "scores.json").is_file()
@@ -106,12 +135,16 @@ def test_a_flag_overrides_the_checkpoint(call, run_folder: Path, tmp_path: Path)
     assert not (run_folder / "eval").exists()
 
 
-def test_validation_split_is_the_one_training_held_out(call, settings: dict[str, str], run_folder: Path) -> None:
+def test_validation_split_is_the_one_training_held_out(
+    call, settings: dict[str, str], run_folder: Path
+) -> None:
     """Guards against a seed or size of the split that evaluation does not know of."""
     assert call(evaluate, "--ckpt", str(run_folder / "best"), "--split", "validation").code == 0
     rows, _ = read(run_folder / "eval" / "validation")
     expected = data.load_split(settings["dataset"], "validation", 17, 0)
-    assert [row["question"] for row in sorted(rows, key=lambda row: row["id"])] == [p.question for p in expected]
+    assert [row["question"] for row in sorted(rows, key=lambda row: row["id"])] == [
+        p.question for p in expected
+    ]
     assert "eval/validation_exact_match" in (run_folder / "metrics.jsonl").read_text()
 
 
@@ -119,7 +152,14 @@ def test_slots_change_nothing(call, run_folder: Path, tmp_path: Path) -> None:
     found = []
     for slots in ("1", "5", "64"):
         folder = tmp_path / slots
-        arguments = ["--ckpt", str(run_folder / "best"), "--output", str(folder), "--decode_slots", slots]
+        arguments = [
+            "--ckpt",
+            str(run_folder / "best"),
+            "--output",
+            str(folder),
+            "--decode_slots",
+            slots,
+        ]
         assert call(evaluate, *arguments).code == 0
         found.append(sorted(read(folder)[0], key=lambda row: row["id"]))
     assert found[0] == found[1] == found[2]
@@ -139,7 +179,9 @@ def test_limit_then_all_goes_on(call, run_folder: Path) -> None:
     outcome.assert_user_error("holds 12 problems, with 5 asked for now", "--output")
 
 
-def test_an_interrupted_evaluation_goes_on(call, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_evaluation_goes_on(
+    call, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Guards against lost completions, and against the half line of a kill."""
     best, folder = str(run_folder / "best"), run_folder / "eval" / "test"
     assert call(evaluate, "--ckpt", best).code == 0
@@ -158,7 +200,12 @@ def test_an_interrupted_evaluation_goes_on(call, run_folder: Path, monkeypatch: 
 
 @pytest.mark.parametrize(("seconds", "syncs"), [(0.0, 12 + 1), (1000.0, 1)])
 def test_lines_are_synced(
-    call, settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, syncs: int
+    call,
+    settings: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+    syncs: int,
 ) -> None:
     """Guards against completions that the loss of power takes; the last ones are synced at the end."""
     calls, file = [], tmp_path / "out" / "predictions.jsonl"
@@ -173,11 +220,23 @@ def test_lines_are_synced(
     monkeypatch.setattr(os, "fsync", fsync)
     file.parent.mkdir()
     with file.open("wb") as opened:
-        assert call(evaluate, "--ckpt", settings["model"], *flags(settings), "--output", str(file.parent)).code == 0
+        assert (
+            call(
+                evaluate,
+                "--ckpt",
+                settings["model"],
+                *flags(settings),
+                "--output",
+                str(file.parent),
+            ).code
+            == 0
+        )
     assert len(calls) == syncs and calls[-1] == 12 and calls == sorted(calls)
 
 
-def test_kills_at_any_moment_lose_nothing_that_was_written(call, settings: dict[str, str], tmp_path: Path) -> None:
+def test_kills_at_any_moment_lose_nothing_that_was_written(
+    call, settings: dict[str, str], tmp_path: Path
+) -> None:
     """Guards against completions held back in memory, and a rerun that decodes them again or otherwise."""
     arguments = [
         "--ckpt",
@@ -196,7 +255,9 @@ def test_kills_at_any_moment_lose_nothing_that_was_written(call, settings: dict[
             stderr=subprocess.DEVNULL,
         )
         wanted = seen.count(b"\n") + rng.randrange(1, 5)
-        while process.poll() is None and not (file.exists() and file.read_bytes().count(b"\n") >= wanted):
+        while process.poll() is None and not (
+            file.exists() and file.read_bytes().count(b"\n") >= wanted
+        ):
             time.sleep(0.002)
         time.sleep(rng.random() * 0.05)
         kills += process.poll() is None
@@ -225,7 +286,9 @@ def test_predictions_of_another_evaluation_are_not_mixed_in(
     best, file = str(run_folder / "best"), run_folder / "eval" / "test" / "predictions.jsonl"
     assert call(evaluate, "--ckpt", best).code == 0
     before = file.read_bytes()
-    call(evaluate, "--ckpt", best, *change).assert_user_error("another evaluation", fragment, "--output")
+    call(evaluate, "--ckpt", best, *change).assert_user_error(
+        "another evaluation", fragment, "--output"
+    )
     assert file.read_bytes() == before
 
 
@@ -239,10 +302,14 @@ def test_another_checkpoint_is_another_evaluation(call, run_folder: Path) -> Non
     content[-1] ^= 1
     weights.write_bytes(content)
     seal(run_folder / "best")
-    call(evaluate, "--ckpt", str(run_folder / "best")).assert_user_error("another evaluation", "weights was")
+    call(evaluate, "--ckpt", str(run_folder / "best")).assert_user_error(
+        "another evaluation", "weights was"
+    )
 
 
-def test_the_spelling_of_a_path_is_no_difference(call, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_spelling_of_a_path_is_no_difference(
+    call, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert call(evaluate, "--ckpt", str(run_folder / "best")).code == 0
     monkeypatch.chdir(run_folder)
     assert call(evaluate, "--ckpt", "best").code == 0
@@ -268,7 +335,10 @@ def test_a_refused_evaluation_leaves_nothing_behind(call, run_folder: Path) -> N
 def test_the_same_evaluation_again_changes_no_number(call, run_folder: Path) -> None:
     best, folder = str(run_folder / "best"), run_folder / "eval" / "test"
     assert call(evaluate, "--ckpt", best).code == 0
-    scores, metrics = (folder / "scores.json").read_bytes(), (run_folder / "metrics.jsonl").read_bytes()
+    scores, metrics = (
+        (folder / "scores.json").read_bytes(),
+        (run_folder / "metrics.jsonl").read_bytes(),
+    )
     assert call(evaluate, "--ckpt", best).code == 0
     assert (folder / "scores.json").read_bytes() == scores
     assert (run_folder / "metrics.jsonl").read_bytes() == metrics
@@ -282,7 +352,13 @@ def test_a_score_on_other_data_is_not_logged_as_the_runs(
     shutil.copytree(settings["dataset"], tmp_path / "other")
     test = tmp_path / "other" / "test.jsonl"
     test.write_text("".join(test.read_text().splitlines(keepends=True)[:3]))
-    arguments = ["--ckpt", str(run_folder / "best"), "--dataset", str(tmp_path / "other"), "--output"]
+    arguments = [
+        "--ckpt",
+        str(run_folder / "best"),
+        "--dataset",
+        str(tmp_path / "other"),
+        "--output",
+    ]
     outcome = call(evaluate, *arguments, str(tmp_path / "out"))
     assert outcome.code == 0 and "not logged as the run's score" in outcome.out
     assert "eval/" not in (run_folder / "metrics.jsonl").read_text()
@@ -311,7 +387,9 @@ def test_a_plain_model_folder(call, settings: dict[str, str]) -> None:
     assert sorted(Path(settings["model"]).iterdir()) == before
 
 
-def test_a_checkpoint_copied_out_of_its_run(call, settings: dict[str, str], run_folder: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_copied_out_of_its_run(
+    call, settings: dict[str, str], run_folder: Path, tmp_path: Path
+) -> None:
     """Guards against files beside a folder that is not ours."""
     shutil.copytree(run_folder / "best", tmp_path / "elsewhere" / "best")
     outcome = call(evaluate, "--ckpt", str(tmp_path / "elsewhere" / "best"))
@@ -321,8 +399,12 @@ def test_a_checkpoint_copied_out_of_its_run(call, settings: dict[str, str], run_
 
 
 def test_completions_that_do_not_fit_the_model_are_refused(call, settings: dict[str, str]) -> None:
-    outcome = call(evaluate, "--ckpt", settings["model"], *flags(settings | {"max_new_tokens": "1020"}))
-    outcome.assert_user_error("the longest prompt with max_new_tokens", "1024 positions", "smaller max_new_tokens")
+    outcome = call(
+        evaluate, "--ckpt", settings["model"], *flags(settings | {"max_new_tokens": "1020"})
+    )
+    outcome.assert_user_error(
+        "the longest prompt with max_new_tokens", "1024 positions", "smaller max_new_tokens"
+    )
 
 
 # ---------------------------------------------------------------- calculator and samples
@@ -332,7 +414,7 @@ def test_the_score_with_a_calculator_stands_beside_the_one_without(
     call, settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards against a headline that a calculator has helped, and a gain that is not paired."""
-    problems = data.load_problems(settings["dataset"], "test")
+    problems = dataset.load_problems(settings["dataset"], "test")
     tokenizer = load_tokenizer(Path(settings["model"]))
     original = evaluate.greedy_decode
 
@@ -363,10 +445,16 @@ def test_the_score_with_a_calculator_stands_beside_the_one_without(
         assert call(evaluate, *again).code == 0
         assert read(tmp_path / "out")[1] == scores
     own = read(tmp_path / "out" / "calculator")[1]
-    assert call(evaluate, "--rescore", str(tmp_path / "out" / "calculator" / "predictions.jsonl")).code == 0
+    assert (
+        call(evaluate, "--rescore", str(tmp_path / "out" / "calculator" / "predictions.jsonl")).code
+        == 0
+    )
     assert read(tmp_path / "out" / "calculator")[1] == own and own["exact_match"] == 0.5
     # A folder of one kind is not taken for another's: the calculator would help the headline.
-    elsewhere = [word.replace(str(tmp_path / "out"), str(tmp_path / "out" / "calculator")) for word in arguments]
+    elsewhere = [
+        word.replace(str(tmp_path / "out"), str(tmp_path / "out" / "calculator"))
+        for word in arguments
+    ]
     call(evaluate, *elsewhere).assert_user_error("with_calculator was True and is None")
     files = [str(tmp_path / "out" / name / "predictions.jsonl") for name in (".", "calculator")]
     assert "won 3: ids 2, 6, 10" in call(evaluate, "--compare", *files).out
@@ -374,32 +462,55 @@ def test_the_score_with_a_calculator_stands_beside_the_one_without(
 
 def test_calculator_decoding_is_verified(call, settings: dict[str, str], tmp_path: Path) -> None:
     outcome = call(
-        evaluate, "--ckpt", settings["model"], *flags(settings), "--output", str(tmp_path), "--calculator", "true"
+        evaluate,
+        "--ckpt",
+        settings["model"],
+        *flags(settings),
+        "--output",
+        str(tmp_path),
+        "--calculator",
+        "true",
     )
     assert outcome.code == 0, outcome.err
     assert "verified: 4 of 4 completions with the calculator are those" in outcome.out
     rows, scores = read(tmp_path / "calculator")
-    assert len(rows) == 12 and scores["with_calculator"] is True and scores["verified_batching"]["differences"] == 0
+    assert (
+        len(rows) == 12
+        and scores["with_calculator"] is True
+        and scores["verified_batching"]["differences"] == 0
+    )
 
 
 def test_samples(call, settings: dict[str, str], tmp_path: Path) -> None:
     """Samples are the same whatever the slots, whatever was drawn before, and with more of them."""
     found = {}
     for name, samples, slots in (("a", "3", "1"), ("b", "3", "5"), ("c", "4", "64")):
-        arguments = ["--ckpt", settings["model"], *flags(settings), "--output", str(tmp_path / name)]
+        arguments = [
+            "--ckpt",
+            settings["model"],
+            *flags(settings),
+            "--output",
+            str(tmp_path / name),
+        ]
         outcome = call(evaluate, *arguments, "--samples", samples, "--decode_slots", slots)
         assert outcome.code == 0, outcome.err
         rows, scores = read(tmp_path / name / "samples")
         found[name] = {(row["id"], row["sample"]): row["completion"] for row in rows}
         beside = read(tmp_path / name)[1]["samples"]
-        assert beside["num_samples"] == int(samples) and beside["temperature"] == 0.7 and beside["seed"] == 0
+        assert (
+            beside["num_samples"] == int(samples)
+            and beside["temperature"] == 0.7
+            and beside["seed"] == 0
+        )
         assert beside["maj_at"] == scores["maj_at"] and beside["pass_at"] == scores["pass_at"]
         assert f"maj@{samples}" in outcome.out and "pass@1" in outcome.out
     assert len(found["c"]) == 48 and len(set(found["c"].values())) > 24
     assert found["a"] == found["b"] == {key: text for key, text in found["c"].items() if key[1] < 3}
     arguments = ["--ckpt", settings["model"], *flags(settings), "--output", str(tmp_path / "a")]
     assert "36 of 48 samples are in" in call(evaluate, *arguments, "--samples", "4").out
-    assert {(row["id"], row["sample"]): row["completion"] for row in read(tmp_path / "a" / "samples")[0]} == found["c"]
+    assert {
+        (row["id"], row["sample"]): row["completion"] for row in read(tmp_path / "a" / "samples")[0]
+    } == found["c"]
     outcome = call(evaluate, *arguments, "--samples", "3")
     outcome.assert_user_error("holds 4 samples, with 3 asked for now")
     outcome = call(evaluate, *arguments, "--samples", "4", "--temperature", "0.5")
@@ -419,7 +530,15 @@ def test_samples(call, settings: dict[str, str], tmp_path: Path) -> None:
 
 def test_interrupted_samples_go_on(call, settings: dict[str, str], tmp_path: Path) -> None:
     """Guards against random numbers that depend on what was drawn before; half of them leave no half score."""
-    arguments = ["--ckpt", settings["model"], *flags(settings), "--output", str(tmp_path), "--samples", "3"]
+    arguments = [
+        "--ckpt",
+        settings["model"],
+        *flags(settings),
+        "--output",
+        str(tmp_path),
+        "--samples",
+        "3",
+    ]
     assert call(evaluate, *arguments).code == 0
     whole, scores = read(tmp_path / "samples")
     file = tmp_path / "samples" / "predictions.jsonl"
@@ -434,7 +553,10 @@ def test_interrupted_samples_go_on(call, settings: dict[str, str], tmp_path: Pat
     assert call(evaluate, *arguments).code == 0
     again, rescored = read(tmp_path / "samples")
     assert sorted(again, key=str) == sorted(whole, key=str)
-    assert rescored["maj_at"] == scores["maj_at"] and read(tmp_path)[1]["samples"]["pass_at"] == scores["pass_at"]
+    assert (
+        rescored["maj_at"] == scores["maj_at"]
+        and read(tmp_path)[1]["samples"]["pass_at"] == scores["pass_at"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -448,7 +570,9 @@ def test_interrupted_samples_go_on(call, settings: dict[str, str], tmp_path: Pat
         (["--calculator", "yes please"], "calculator"),
     ],
 )
-def test_mistyped_samples(call, settings: dict[str, str], arguments: list[str], fragment: str) -> None:
+def test_mistyped_samples(
+    call, settings: dict[str, str], arguments: list[str], fragment: str
+) -> None:
     base = [] if "--rescore" in arguments else ["--ckpt", settings["model"], *flags(settings)]
     call(evaluate, *base, *arguments).assert_user_error(fragment)
 
@@ -471,7 +595,10 @@ def test_a_stop_among_the_samples_takes_nothing_from_the_greedy_score(
         assert call(evaluate, *arguments).code == 130
     assert logged()["eval/exact_match"] == read(run_folder / "eval" / "test")[1]["exact_match"]
     assert call(evaluate, *arguments).code == 0
-    assert {"eval/maj_at_1", "eval/maj_at_2"} <= logged().keys() and "eval/exact_match" not in logged()
+    assert {
+        "eval/maj_at_1",
+        "eval/maj_at_2",
+    } <= logged().keys() and "eval/exact_match" not in logged()
     assert call(evaluate, *arguments[:2], "--calculator", "true").code == 0
     assert "eval/calculator_exact_match" in logged() and "eval/exact_match" not in logged()
 

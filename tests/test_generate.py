@@ -9,19 +9,19 @@ import torch
 from conftest import PROMPT
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-import cache
 import data
-import generate
-import memory
-from errors import UserError
-from generate import Completion, greedy_decode, plan_slots, sample_decode
-from pretrained import load_model
+from engine import decoding, memory
+from engine.cpu import cache
+from engine.decoding import Completion, greedy_decode, plan_slots, sample_decode
+from engine.loading import load_model
+from grading import dataset
+from run.errors import UserError
 
 NEW_TOKENS = 24
 
 
 @pytest.fixture(scope="module")
-def prompts(tokenizer: PreTrainedTokenizerBase, problems: list[data.Problem]) -> list[list[int]]:
+def prompts(tokenizer: PreTrainedTokenizerBase, problems: list[dataset.Problem]) -> list[list[int]]:
     """Prompts of very different lengths, from BOS alone on."""
     ragged = data.encode_prompts(tokenizer, [*problems[:14], *problems[-9:]], PROMPT)
     return [[1], [1, 300], *ragged, [token for prompt in ragged[:9] for token in prompt]]
@@ -29,7 +29,9 @@ def prompts(tokenizer: PreTrainedTokenizerBase, problems: list[data.Problem]) ->
 
 @pytest.fixture(scope="module")
 def sharp_folder(
-    make_llama: Callable[..., LlamaForCausalLM], tokenizer: PreTrainedTokenizerBase, tmp_path_factory
+    make_llama: Callable[..., LlamaForCausalLM],
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path_factory,
 ) -> Path:
     """A model whose random weights are large, so that its completions differ from prompt to prompt."""
     folder = tmp_path_factory.mktemp("sharp")
@@ -43,7 +45,9 @@ def sharp(sharp_folder: Path) -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def references(sharp_folder: Path, prompts: list[list[int]]) -> tuple[frozenset[int], list[Completion]]:
+def references(
+    sharp_folder: Path, prompts: list[list[int]]
+) -> tuple[frozenset[int], list[Completion]]:
     """What generate writes for each prompt alone; EOS is a set of tokens that end some of them early."""
     model = LlamaForCausalLM.from_pretrained(sharp_folder, dtype=torch.float32).eval()
 
@@ -65,7 +69,9 @@ def references(sharp_folder: Path, prompts: list[list[int]]) -> tuple[frozenset[
     for index, prompt in enumerate(prompts):
         ids = alone(prompt, eos)
         ended = ids[-1] in eos
-        expected.append(Completion(index, len(prompt), ids[:-1] if ended else ids, "eos" if ended else "length"))
+        expected.append(
+            Completion(index, len(prompt), ids[:-1] if ended else ids, "eos" if ended else "length")
+        )
     lengths = {len(one.token_ids) for one in expected if one.stop == "eos"}
     assert len(lengths) >= 4 and 0 in lengths and any(one.stop == "length" for one in expected)
     return frozenset(eos), expected
@@ -74,7 +80,7 @@ def references(sharp_folder: Path, prompts: list[list[int]]) -> tuple[frozenset[
 @pytest.fixture(params=["bags", "static"])
 def either_cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU's cache, or CUDA's with its steps of fixed shapes; both with what was in their memory before: NaN."""
-    monkeypatch.setattr(generate, "FIXED_SHAPES", {"cpu"} if request.param == "static" else set())
+    monkeypatch.setattr(decoding, "FIXED_SHAPES", {"cpu"} if request.param == "static" else set())
     original = cache.BagCache.__init__
 
     def dirty(self: cache.BagCache, *arguments) -> None:
@@ -85,21 +91,29 @@ def either_cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(cache.BagCache, "__init__", dirty)
 
 
-def decode(model: LlamaForCausalLM, prompts: list[list[int]], eos: frozenset[int], slots: int) -> list[Completion]:
-    found = list(greedy_decode(model, prompts, max_new_tokens=NEW_TOKENS, eos_token_ids=eos, slots=slots))
+def decode(
+    model: LlamaForCausalLM, prompts: list[list[int]], eos: frozenset[int], slots: int
+) -> list[Completion]:
+    found = list(
+        greedy_decode(model, prompts, max_new_tokens=NEW_TOKENS, eos_token_ids=eos, slots=slots)
+    )
     return sorted(found, key=lambda completion: completion.index)
 
 
 @pytest.mark.usefixtures("either_cache")
 @pytest.mark.parametrize("slots", [1, 2, 3, 7, 16, 100])
-def test_completions_equal_generate_one_by_one(sharp, references, prompts: list[list[int]], slots: int) -> None:
+def test_completions_equal_generate_one_by_one(
+    sharp, references, prompts: list[list[int]], slots: int
+) -> None:
     """Guards against padding, neighbours, positions or a slot's former content that change a completion."""
     eos, expected = references
     assert decode(sharp, prompts, eos, slots) == expected
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_order_and_neighbours_change_nothing(sharp, references, prompts: list[list[int]], seed: int) -> None:
+def test_order_and_neighbours_change_nothing(
+    sharp, references, prompts: list[list[int]], seed: int
+) -> None:
     eos, expected = references
     order = random.Random(seed).sample(range(len(prompts)), 15)
     found = decode(sharp, [prompts[index] for index in order], eos, slots=4)
@@ -110,50 +124,73 @@ def test_order_and_neighbours_change_nothing(sharp, references, prompts: list[li
 
 @pytest.mark.usefixtures("either_cache")
 @pytest.mark.parametrize("room", [0, 1, 2, cache.BLOCK - 1])
-def test_a_completion_that_fills_the_cache(sharp, references, prompts: list[list[int]], room: int) -> None:
+def test_a_completion_that_fills_the_cache(
+    sharp, references, prompts: list[list[int]], room: int
+) -> None:
     """Guards against the last position of a slot, at, before and behind a block's border, that is lost or overrun."""
     _, expected = references
-    number = next(index for index, one in enumerate(expected) if one.stop == "length" and one.prompt_length > 40)
+    number = next(
+        index
+        for index, one in enumerate(expected)
+        if one.stop == "length" and one.prompt_length > 40
+    )
     limit = -len(prompts[number]) % cache.BLOCK + cache.BLOCK - room
-    found = list(greedy_decode(sharp, [prompts[number]], max_new_tokens=limit, eos_token_ids=frozenset(), slots=1))
+    found = list(
+        greedy_decode(
+            sharp, [prompts[number]], max_new_tokens=limit, eos_token_ids=frozenset(), slots=1
+        )
+    )
     ids = torch.tensor([prompts[number]])
     alone = sharp.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=limit, eos_token_id=[419]
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=limit,
+        eos_token_id=[419],
     )
     assert found[0].token_ids == alone[0, ids.shape[1] :].tolist() and found[0].stop == "length"
 
 
 @pytest.mark.parametrize("prefill_tokens", [1, 100])
 def test_prefill_budget_changes_nothing(
-    sharp, references, prompts: list[list[int]], prefill_tokens: int, monkeypatch: pytest.MonkeyPatch
+    sharp,
+    references,
+    prompts: list[list[int]],
+    prefill_tokens: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     eos, expected = references
-    monkeypatch.setattr(generate, "PREFILL_TOKENS", prefill_tokens)
+    monkeypatch.setattr(decoding, "PREFILL_TOKENS", prefill_tokens)
     assert decode(sharp, prompts, eos, slots=5) == expected
 
 
-def test_prompts_are_read_together(sharp, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_are_read_together(
+    sharp, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Guards against a pass over the weights for each prompt, and against slots that wait for prompts that never come.
 
     Limits make one completion end after the other, in steps of one token.
     """
     passes: list[tuple[int, int]] = []
     idle: list[tuple[int, int]] = []
-    originals = generate._Decoder.prefill, generate._Decoder.step
+    originals = decoding._Decoder.prefill, decoding._Decoder.step
 
-    def prefill(self: generate._Decoder, slots: list[int], some: list[list[int]]) -> torch.Tensor:
+    def prefill(self: decoding._Decoder, slots: list[int], some: list[list[int]]) -> torch.Tensor:
         passes.append((len(slots), len(self.free)))
         return originals[0](self, slots, some)
 
-    def step(self: generate._Decoder, running: dict[int, Completion]) -> torch.Tensor:
+    def step(self: decoding._Decoder, running: dict[int, Completion]) -> torch.Tensor:
         idle.append((len(self.free), 41 - sum(size for size, _ in passes)))
         return originals[1](self, running)
 
-    monkeypatch.setattr(generate._Decoder, "prefill", prefill)
-    monkeypatch.setattr(generate._Decoder, "step", step)
-    monkeypatch.setattr(generate, "ADMITTED_SHARE", 4)
+    monkeypatch.setattr(decoding._Decoder, "prefill", prefill)
+    monkeypatch.setattr(decoding._Decoder, "step", step)
+    monkeypatch.setattr(decoding, "ADMITTED_SHARE", 4)
     work = [prompts[1]] * 41
-    limits = {"max_new_tokens": [1 + 7 * index % 23 for index in range(41)], "eos_token_ids": frozenset()}
+    limits = {
+        "max_new_tokens": [1 + 7 * index % 23 for index in range(41)],
+        "eos_token_ids": frozenset(),
+    }
     assert len(list(greedy_decode(sharp, work, slots=16, **limits))) == 41
     sizes = [size for size, _ in passes]
     assert sizes[0] == 16 and sum(sizes) == 41
@@ -182,13 +219,20 @@ def test_each_prompt_has_a_limit_of_its_own(sharp, references, prompts: list[lis
 
 
 def test_no_prompts(sharp) -> None:
-    assert list(greedy_decode(sharp, [], max_new_tokens=4, eos_token_ids=frozenset({2}), slots=2)) == []
+    assert (
+        list(greedy_decode(sharp, [], max_new_tokens=4, eos_token_ids=frozenset({2}), slots=2))
+        == []
+    )
 
 
-def test_finished_completions_come_before_the_rest_is_done(sharp, references, prompts: list[list[int]]) -> None:
+def test_finished_completions_come_before_the_rest_is_done(
+    sharp, references, prompts: list[list[int]]
+) -> None:
     """Guards against an evaluation that writes nothing before its end."""
     eos, expected = references
-    first = next(greedy_decode(sharp, prompts, max_new_tokens=NEW_TOKENS, eos_token_ids=eos, slots=100))
+    first = next(
+        greedy_decode(sharp, prompts, max_new_tokens=NEW_TOKENS, eos_token_ids=eos, slots=100)
+    )
     assert len(expected[first.index].token_ids) == min(len(one.token_ids) for one in expected)
 
 
@@ -204,11 +248,16 @@ class Insisting:
 
 @pytest.mark.usefixtures("either_cache")
 @pytest.mark.parametrize("limit", [3, 4, NEW_TOKENS])
-def test_forced_tokens_take_the_place_of_the_newest(sharp, prompts: list[list[int]], limit: int) -> None:
+def test_forced_tokens_take_the_place_of_the_newest(
+    sharp, prompts: list[list[int]], limit: int
+) -> None:
     """Guards against a forced token that is shown and not read, and one beyond max_new_tokens."""
     limits = {"max_new_tokens": limit, "eos_token_ids": frozenset()}
     plain = {one.index: one.token_ids for one in greedy_decode(sharp, prompts, slots=4, **limits)}
-    found = {one.index: one for one in greedy_decode(sharp, prompts, slots=4, calculator=Insisting(), **limits)}
+    found = {
+        one.index: one
+        for one in greedy_decode(sharp, prompts, slots=4, calculator=Insisting(), **limits)
+    }
     for index, prompt in enumerate(prompts):
         if limit == 3:  # nothing would follow
             assert found[index].token_ids == plain[index]
@@ -216,7 +265,9 @@ def test_forced_tokens_take_the_place_of_the_newest(sharp, prompts: list[list[in
         begun = [*plain[index][:2], 5, 6, 7]
         rest = limit - len(begun)
         if rest > 0:
-            after = greedy_decode(sharp, [prompt + begun], slots=1, max_new_tokens=rest, eos_token_ids=frozenset())
+            after = greedy_decode(
+                sharp, [prompt + begun], slots=1, max_new_tokens=rest, eos_token_ids=frozenset()
+            )
             begun += next(after).token_ids
         assert found[index].token_ids == begun[:limit] and found[index].stop == "length"
 
@@ -227,13 +278,15 @@ def test_argmax_is_the_first_of_the_largest() -> None:
         for values in (2, 7, 10**6):
             logits = torch.randint(values, (50, size), generator=generator).float()
             first = [row.index(max(row)) for row in logits.tolist()]
-            assert generate.argmax(logits).tolist() == first
+            assert decoding.argmax(logits).tolist() == first
 
 
 # ---------------------------------------------------------------- samples
 
 
-def samples(model: LlamaForCausalLM, prompts: list[list[int]], seeds: list[str], **settings) -> list[list[int]]:
+def samples(
+    model: LlamaForCausalLM, prompts: list[list[int]], seeds: list[str], **settings
+) -> list[list[int]]:
     settings = {
         "temperature": 1.0,
         "max_new_tokens": NEW_TOKENS,
@@ -251,13 +304,17 @@ def test_samples_hang_on_their_seed_alone(sharp, prompts: list[list[int]]) -> No
     expected = samples(sharp, prompts, seeds, slots=1)
     assert samples(sharp, prompts, seeds, slots=7) == expected
     order = random.Random(0).sample(range(len(prompts)), 9)
-    again = samples(sharp, [prompts[index] for index in order], [seeds[index] for index in order], slots=3)
+    again = samples(
+        sharp, [prompts[index] for index in order], [seeds[index] for index in order], slots=3
+    )
     assert again == [expected[index] for index in order]
     assert samples(sharp, prompts, [f"other {seed}" for seed in seeds]) != expected
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e300])
-def test_extreme_temperatures(sharp, references, prompts: list[list[int]], temperature: float) -> None:
+def test_extreme_temperatures(
+    sharp, references, prompts: list[list[int]], temperature: float
+) -> None:
     """Guards against infinities, and draws from NaN."""
     eos, expected = references
     found = samples(sharp, prompts[:4], list("abcd"), temperature=temperature, eos_token_ids=eos)
@@ -271,7 +328,12 @@ def test_samples_have_the_probabilities_of_the_model(sharp, prompts: list[list[i
     """Guards against a temperature that multiplies, and an off-by-one in the inverse distribution function."""
     prompt, count, temperature = prompts[3], 4000, 2.5
     drawn = samples(
-        sharp, [prompt] * count, [f"{n}" for n in range(count)], temperature=temperature, max_new_tokens=1, slots=100
+        sharp,
+        [prompt] * count,
+        [f"{n}" for n in range(count)],
+        temperature=temperature,
+        max_new_tokens=1,
+        slots=100,
     )
     with torch.no_grad():
         logits = sharp(torch.tensor([prompt])).logits[0, -1]
@@ -280,7 +342,9 @@ def test_samples_have_the_probabilities_of_the_model(sharp, prompts: list[list[i
     for ids in drawn:
         found[ids[0] if ids else 2] += 1 / count
     spread = (expected * (1 - expected) / count).sqrt()
-    assert (found - expected).abs().max() < 5 * spread.max() and ((found - expected) / spread).square().mean() < 1.5
+    assert (found - expected).abs().max() < 5 * spread.max() and (
+        (found - expected) / spread
+    ).square().mean() < 1.5
 
 
 def test_a_low_temperature_is_greedy(sharp, references, prompts: list[list[int]]) -> None:
@@ -292,15 +356,21 @@ def test_a_low_temperature_is_greedy(sharp, references, prompts: list[list[int]]
 # ---------------------------------------------------------------- memory
 
 
-def test_slots_are_planned_from_the_free_memory(sharp, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_slots_are_planned_from_the_free_memory(
+    sharp, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     """Guards against a cache that runs out of memory in the middle of an evaluation."""
     each = cache.slot_bytes(sharp, 100)
-    assert each == 2 * 2 * 2 * 8 * 128 * 4  # keys and values, layers, heads, head_dim, whole blocks, float32
+    assert (
+        each == 2 * 2 * 2 * 8 * 128 * 4
+    )  # keys and values, layers, heads, head_dim, whole blocks, float32
     built = cache.BagCache(sharp, 3, 100)
     assert sum(tensor.nbytes for tensor in (*built.keys, *built.values)) == 3 * each
 
     def free(slots: float) -> None:
-        monkeypatch.setattr(memory, "free_bytes", lambda device: int(slots * each / generate.CACHE_SHARE) + 1)
+        monkeypatch.setattr(
+            memory, "free_bytes", lambda device: int(slots * each / decoding.CACHE_SHARE) + 1
+        )
 
     free(9.5)
     assert [plan_slots(sharp, None, 100, prompts) for prompts in (4, 9, 1000)] == [4, 9, 9]
@@ -309,7 +379,10 @@ def test_slots_are_planned_from_the_free_memory(sharp, monkeypatch: pytest.Monke
     assert plan_slots(sharp, 10, 100, 1000) == 9
     assert capsys.readouterr().out.startswith("decode_slots 10: 9 fit into the ")
     free(1000)
-    assert plan_slots(sharp, None, 100, 10**6) == generate.MOST_SLOTS["cpu"] and plan_slots(sharp, 500, 100, 600) == 500
+    assert (
+        plan_slots(sharp, None, 100, 10**6) == decoding.MOST_SLOTS["cpu"]
+        and plan_slots(sharp, 500, 100, 600) == 500
+    )
     free(0.5)
     for slots in (None, 1):
         with pytest.raises(UserError, match="a smaller max_new_tokens"):
@@ -322,7 +395,9 @@ def test_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "CONTROL_GROUP", str(tmp_path))
     assert 2**20 < memory.free_bytes(cpu) < 2**50
     (tmp_path / "memory.current").write_text("1000\n")
-    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 200\nactive_file 30\n")  # files can go
+    (tmp_path / "memory.stat").write_text(
+        "anon 500\ninactive_file 200\nactive_file 30\n"
+    )  # files can go
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.free_bytes(cpu) > 2**20
     (tmp_path / "memory.max").write_text("5000\n")

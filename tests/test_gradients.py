@@ -11,27 +11,29 @@ from conftest import PROMPT
 from transformers import LlamaForCausalLM
 
 import data
-import linear
-import perplexity
 import train
-from errors import UserError
-from model import _compiled_parts, checkpoint_activations, compile_layers
-from optimizer import build_optimizer
-from perplexity import summed_loss
-from pretrained import load_model
-from tokenizer import Tokenizer
+from engine import loss as loss_module
+from engine import packing
+from engine.cpu import onednn
+from engine.llama import _compiled_parts, checkpoint_activations, compile_layers
+from engine.loading import load_model
+from engine.loss import summed_loss
+from engine.optimizer import build_optimizer
+from engine.tokenizer import Tokenizer
+from grading import dataset
+from run.errors import UserError
 
 CPU = torch.device("cpu")
 EXACT = {"rtol": 0, "atol": 1e-10}
 
 
 @pytest.fixture(scope="module")
-def examples(tokenizer: Tokenizer, problems: list[data.Problem]) -> list[data.Example]:
+def examples(tokenizer: Tokenizer, problems: list[dataset.Problem]) -> list[packing.Example]:
     ragged = [*problems[:20], *problems[-9:]]
     return data.encode(tokenizer, ragged, PROMPT)
 
 
-def padded_loss(model: LlamaForCausalLM, examples: Sequence[data.Example]) -> torch.Tensor:
+def padded_loss(model: LlamaForCausalLM, examples: Sequence[packing.Example]) -> torch.Tensor:
     """The textbook big batch: Transformers' own attention, padding, mask, and its own mean loss."""
     reference = copy.deepcopy(model)
     reference.set_attn_implementation("sdpa")
@@ -41,8 +43,10 @@ def padded_loss(model: LlamaForCausalLM, examples: Sequence[data.Example]) -> to
         return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
 
     mask = pad([[1] * len(example.input_ids) for example in examples], 0)
-    labels = pad([example.labels for example in examples], data.IGNORE)
-    logits = reference(input_ids=pad([e.input_ids for e in examples], 0), attention_mask=mask, use_cache=False).logits
+    labels = pad([example.labels for example in examples], packing.IGNORE)
+    logits = reference(
+        input_ids=pad([e.input_ids for e in examples], 0), attention_mask=mask, use_cache=False
+    ).logits
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     loss.backward()
     model.zero_grad()
@@ -62,27 +66,31 @@ def gradients(model: LlamaForCausalLM) -> list[torch.Tensor]:
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
-def mean_of_means(model: LlamaForCausalLM, window: list[data.Batch], *_: object) -> None:
+def mean_of_means(model: LlamaForCausalLM, window: list[packing.Batch], *_: object) -> None:
     """The fault of other projects: each micro-batch's mean counts the same, however few its labels."""
     for batch in window:
         (summed_loss(model, batch) / batch.num_labels / len(window)).backward()
 
 
-@pytest.mark.parametrize("rows", [29, 16, 5], ids=["full window", "partial window", "small last window"])
+@pytest.mark.parametrize(
+    "rows", [29, 16, 5], ids=["full window", "partial window", "small last window"]
+)
 @pytest.mark.parametrize("budget", [96, 200, 333, 10_000])
 def test_accumulated_gradients_and_weights_equal_one_big_batch(
-    model64: LlamaForCausalLM, examples: list[data.Example], budget: int, rows: int
+    model64: LlamaForCausalLM, examples: list[packing.Example], budget: int, rows: int
 ) -> None:
     """Guards against micro-batches weighed by anything but their supervised tokens."""
     window = examples[:rows]
     budget = max(budget, max(len(example.input_ids) for example in window))
     big, ours = copy.deepcopy(model64), copy.deepcopy(model64)
     expected_loss = padded_loss(big, window)
-    nats, num_labels, grad_norm = train.accumulate(ours, data.pack(window, budget), CPU, None)
+    nats, num_labels, grad_norm = train.accumulate(ours, packing.pack(window, budget), CPU, None)
     torch.testing.assert_close(nats / num_labels, expected_loss.item(), **EXACT)
     torch.testing.assert_close(gradients(ours), gradients(big), **EXACT)
     torch.testing.assert_close(
-        grad_norm, math.sqrt(sum(gradient.square().sum().item() for gradient in gradients(big))), **EXACT
+        grad_norm,
+        math.sqrt(sum(gradient.square().sum().item() for gradient in gradients(big))),
+        **EXACT,
     )
     step(big)
     step(ours)
@@ -90,12 +98,12 @@ def test_accumulated_gradients_and_weights_equal_one_big_batch(
 
 
 def test_mean_of_micro_batch_means_fails_the_same_comparison(
-    model64: LlamaForCausalLM, examples: list[data.Example]
+    model64: LlamaForCausalLM, examples: list[packing.Example]
 ) -> None:
     """The negative control: were this to pass, the test above could not see the fault it guards against."""
     big, ours = copy.deepcopy(model64), copy.deepcopy(model64)
     padded_loss(big, examples)
-    window = data.pack(examples, 333)
+    window = packing.pack(examples, 333)
     assert len({batch.num_labels for batch in window}) > 1
     mean_of_means(ours, window)
     with pytest.raises(AssertionError):
@@ -103,24 +111,28 @@ def test_mean_of_micro_batch_means_fails_the_same_comparison(
     step(big)
     step(ours)
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(list(ours.parameters()), list(big.parameters()), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            list(ours.parameters()), list(big.parameters()), rtol=0, atol=1e-6
+        )
 
 
 def test_packed_loss_and_gradients_equal_those_of_each_sequence_alone(
-    model64: LlamaForCausalLM, examples: list[data.Example]
+    model64: LlamaForCausalLM, examples: list[packing.Example]
 ) -> None:
     """Guards against attention or positions that reach across a border, and labels shifted over one."""
     packed, alone = copy.deepcopy(model64), copy.deepcopy(model64)
-    loss = summed_loss(packed, data.collate(examples[:9]))
+    loss = summed_loss(packed, packing.collate(examples[:9]))
     loss.backward()
-    losses = [summed_loss(alone, data.collate([example])) for example in examples[:9]]
+    losses = [summed_loss(alone, packing.collate([example])) for example in examples[:9]]
     torch.stack(losses).sum().backward()
     torch.testing.assert_close(loss, torch.stack(losses).sum(), **EXACT)
     torch.testing.assert_close(gradients(packed), gradients(alone), **EXACT)
 
 
 def test_each_packed_sequence_has_the_loss_transformers_gives_it_alone(
-    model64: LlamaForCausalLM, make_llama: Callable[..., LlamaForCausalLM], examples: list[data.Example]
+    model64: LlamaForCausalLM,
+    make_llama: Callable[..., LlamaForCausalLM],
+    examples: list[packing.Example],
 ) -> None:
     """The same against a model that has nothing of ours in it, sequence by sequence."""
     reference = copy.deepcopy(model64)
@@ -128,36 +140,41 @@ def test_each_packed_sequence_has_the_loss_transformers_gives_it_alone(
     for example in examples[:9]:
         ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])
         theirs = reference(input_ids=ids, labels=labels, use_cache=False).loss * sum(
-            label != data.IGNORE for label in example.labels
+            label != packing.IGNORE for label in example.labels
         )
-        ours = summed_loss(model64, data.collate([example]))
+        ours = summed_loss(model64, packing.collate([example]))
         # Transformers takes its own loss in float32.
         torch.testing.assert_close(ours.item(), theirs.item(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("elements", [1, 420 * 130, 2**30])
 def test_chunks_of_the_head_change_nothing(
-    model64: LlamaForCausalLM, examples: list[data.Example], elements: int, monkeypatch: pytest.MonkeyPatch
+    model64: LlamaForCausalLM,
+    examples: list[packing.Example],
+    elements: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Guards against a chunk that is left out, counted twice, or not differentiated."""
     whole, chunked = copy.deepcopy(model64), copy.deepcopy(model64)
-    batch = data.collate(examples[:5])
+    batch = packing.collate(examples[:5])
     assert batch.num_labels > 128  # several chunks, the last one part filler
     expected = summed_loss(whole, batch)
     expected.backward()
-    monkeypatch.setitem(perplexity.CHUNK_ELEMENTS, "cpu", elements)
+    monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", elements)
     loss = summed_loss(chunked, batch)
     loss.backward()
     torch.testing.assert_close(loss, expected, **EXACT)
     torch.testing.assert_close(gradients(chunked), gradients(whole), **EXACT)
 
 
-def test_gradient_checkpointing_changes_nothing(model64: LlamaForCausalLM, examples: list[data.Example]) -> None:
+def test_gradient_checkpointing_changes_nothing(
+    model64: LlamaForCausalLM, examples: list[packing.Example]
+) -> None:
     """Guards against keyword arguments (the borders) that do not reach the recomputation."""
     plain, checkpointed = copy.deepcopy(model64).train(), copy.deepcopy(model64).train()
     checkpoint_activations(checkpointed)
     for each in (plain, checkpointed):
-        summed_loss(each, data.collate(examples[:7])).backward()
+        summed_loss(each, packing.collate(examples[:7])).backward()
     torch.testing.assert_close(gradients(checkpointed), gradients(plain), **EXACT)
 
 
@@ -172,34 +189,38 @@ def fresh_compiler() -> Iterator[None]:
     _compiled_parts.cache_clear()
 
 
-@pytest.mark.parametrize(("checkpointing", "onednn"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(("checkpointing", "fast"), [(False, False), (True, False), (False, True)])
 def test_compiled_layers_give_the_gradients_of_float64_and_are_compiled_once(
     model64: LlamaForCausalLM,
-    examples: list[data.Example],
+    examples: list[packing.Example],
     checkpointing: bool,
-    onednn: bool,
+    fast: bool,
     fresh_compiler: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Guards against wrong kernels, and against compiling anew for each layer or number of tokens."""
-    monkeypatch.setattr(linear, "ONEDNN", onednn)
+    monkeypatch.setattr(onednn, "ONEDNN", fast)
     compiled = copy.deepcopy(model64).float().train()
-    linear.use_fast_products(compiled)
+    onednn.use_fast_products(compiled)
     if checkpointing:
         checkpoint_activations(compiled)
     compile_layers(compiled)
     assert all(parameter.grad is None for parameter in compiled.parameters())
-    train.accumulate(model64, data.pack(examples, 333), CPU, None)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # before and after attention, of any layer
+    train.accumulate(model64, packing.pack(examples, 333), CPU, None)
+    assert (
+        torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    )  # before and after attention, of any layer
     with torch.compiler.set_stance("fail_on_recompile"):
         for budget in (96, 150, 1000):
-            train.accumulate(compiled, data.pack(examples[:9], budget), CPU, None)
+            train.accumulate(compiled, packing.pack(examples[:9], budget), CPU, None)
         compiled.zero_grad()
-        train.accumulate(compiled, data.pack(examples, 333), CPU, None)
+        train.accumulate(compiled, packing.pack(examples, 333), CPU, None)
     assert relative_error(gradients(compiled), gradients(model64)) < 1e-6
 
 
-def test_a_machine_that_cannot_compile_is_told_so(model: LlamaForCausalLM, monkeypatch, fresh_compiler: None) -> None:
+def test_a_machine_that_cannot_compile_is_told_so(
+    model: LlamaForCausalLM, monkeypatch, fresh_compiler: None
+) -> None:
     def fail(*args: object, **settings: object) -> Callable[..., torch.Tensor]:
         raise RuntimeError("no compiler found")
 
@@ -208,13 +229,15 @@ def test_a_machine_that_cannot_compile_is_told_so(model: LlamaForCausalLM, monke
         compile_layers(model)
 
 
-def test_bfloat16_follows_float32(model_folder: Path, model64: LlamaForCausalLM, examples: list[data.Example]) -> None:
+def test_bfloat16_follows_float32(
+    model_folder: Path, model64: LlamaForCausalLM, examples: list[packing.Example]
+) -> None:
     """Guards against sums and softmaxes in bfloat16, whose error is many times that of rounded weights."""
     half = load_model(model_folder, torch.bfloat16, CPU)
     with torch.no_grad():
         for rounded, exact in zip(half.parameters(), model64.parameters(), strict=True):
             exact.copy_(rounded)
-    window = data.pack(examples, 333)
+    window = packing.pack(examples, 333)
     nats, num_labels, _ = train.accumulate(half, window, CPU, None)
     expected, _, _ = train.accumulate(model64, window, CPU, None)
     assert abs(nats - expected) / num_labels < 1e-4
@@ -223,14 +246,18 @@ def test_bfloat16_follows_float32(model_folder: Path, model64: LlamaForCausalLM,
 
 def relative_error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
     """L2 norm of the difference as a share of that of what is expected, over all parameters together."""
-    off = sum((f.double() - e.double()).square().sum() for f, e in zip(found, expected, strict=True))
+    off = sum(
+        (f.double() - e.double()).square().sum() for f, e in zip(found, expected, strict=True)
+    )
     return math.sqrt(off / sum(e.double().square().sum() for e in expected))
 
 
-def test_clipping_scales_to_the_norm(model64: LlamaForCausalLM, examples: list[data.Example]) -> None:
+def test_clipping_scales_to_the_norm(
+    model64: LlamaForCausalLM, examples: list[packing.Example]
+) -> None:
     """Guards against clipping each micro-batch instead of their sum, and against reporting the clipped norm."""
     free, clipped = copy.deepcopy(model64), copy.deepcopy(model64)
-    window = data.pack(examples, 333)
+    window = packing.pack(examples, 333)
     _, _, norm = train.accumulate(free, window, CPU, None)
     _, _, reported = train.accumulate(clipped, window, CPU, norm / 4)
     torch.testing.assert_close(reported, norm, **EXACT)

@@ -10,14 +10,16 @@ from conftest import flags, make_config, write_rows
 
 import selftest
 import train
-from data import Problem, load_problems
-from errors import UserError
+from grading.dataset import Problem, load_problems
+from run.errors import UserError
 
 ROOT = Path(train.__file__).parent
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=400)
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=400
+    )
 
 
 def test_kills_lose_nothing() -> None:
@@ -51,14 +53,30 @@ def test_the_self_test_passes(settings: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("what", "value", "fragment"),
     [
-        ("losses", [(1, 2.0), (2, 1.5)], "losses are not those of the run that was not killed (step 2: 1.0 and 1.5)"),
-        ("losses", [(1, 2.0)], "losses are not those of the run that was not killed (another number of them)"),
+        (
+            "losses",
+            [(1, 2.0), (2, 1.5)],
+            "losses are not those of the run that was not killed (step 2: 1.0 and 1.5)",
+        ),
+        (
+            "losses",
+            [(1, 2.0)],
+            "losses are not those of the run that was not killed (another number of them)",
+        ),
         ("weights", {"model.safetensors": 2}, "weights are not those .* (model.safetensors)"),
-        ("optimizer", {"state-00001.safetensors": 2}, "optimizer are not those .* (state-00001.safetensors)"),
+        (
+            "optimizer",
+            {"state-00001.safetensors": 2},
+            "optimizer are not those .* (state-00001.safetensors)",
+        ),
     ],
 )
 def test_the_self_test_sees_what_is_not_identical(
-    settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, what: str, value: object, fragment: str
+    settings: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+    value: object,
+    fragment: str,
 ) -> None:
     whole = {"losses": [(1, 2.0), (2, 1.0)], "weights": {"model.safetensors": 1}}
     whole |= {"optimizer": {"state-00001.safetensors": 1}}
@@ -82,16 +100,27 @@ def test_the_self_test_says_why_training_fails(call, settings: dict[str, str]) -
     outcome.assert_user_error("selftest: training does not work here: error: model 'nowhere'")
     file = Path(settings["output_dir"]) / "file"
     file.touch()
-    call(train, *flags(settings | {"output_dir": str(file)}), "--selftest").assert_user_error("file: can't be written")
+    call(train, *flags(settings | {"output_dir": str(file)}), "--selftest").assert_user_error(
+        "file: can't be written"
+    )
     file.unlink()
-    call(train, *flags(settings | {"dataset": "nowhere"}), "--selftest").assert_user_error("dataset 'nowhere'")
+    call(train, *flags(settings | {"dataset": "nowhere"}), "--selftest").assert_user_error(
+        "dataset 'nowhere'"
+    )
     assert list(Path(settings["output_dir"]).iterdir()) == []
 
 
-def test_the_self_test_takes_one_row_of_each_question(settings: dict[str, str], tmp_path: Path) -> None:
+def test_the_self_test_takes_one_row_of_each_question(
+    settings: dict[str, str], tmp_path: Path
+) -> None:
     """Augmented data has many; on both sides of the validation split they would be refused."""
-    write_rows(tmp_path / "many" / "train.jsonl", [Problem(f"{n // 10}?", f"{n}\n#### 1") for n in range(600)])
+    write_rows(
+        tmp_path / "many" / "train.jsonl",
+        [Problem(f"{n // 10}?", f"{n}\n#### 1") for n in range(600)],
+    )
     write_rows(tmp_path / "many" / "test.jsonl", [Problem("test?", "#### 1")])
-    selftest.write_data(make_config(settings | {"dataset": str(tmp_path / "many")}), tmp_path / "data")
+    selftest.write_data(
+        make_config(settings | {"dataset": str(tmp_path / "many")}), tmp_path / "data"
+    )
     rows = load_problems(str(tmp_path / "data"), "train")
     assert len(rows) == len({row.question for row in rows}) == 2 * 16 + selftest.VALIDATION_ROWS

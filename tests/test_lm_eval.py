@@ -13,9 +13,9 @@ from conftest import flags, write_rows
 from test_scoring import TABLE
 
 import evaluate
-import scoring
 import train
-from tokenizer import Tokenizer
+from engine.tokenizer import Tokenizer
+from grading import rules
 
 TASK = """
 include: {gsm8k}
@@ -64,7 +64,9 @@ def run(command: list[str], folder: Path, text: str = "") -> str:
     """Run the harness in ``folder``: it imports an `evaluate` that is not ours."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_HOME": str(folder / "cache"), "HF_DATASETS_OFFLINE": "1"}
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, input=text)
+    result = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, input=text
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
@@ -91,7 +93,10 @@ def test_the_harness_extracts_the_same_from_hard_completions(tmp_path: Path) -> 
         "<|im_end|>",
     ]
     made = [
-        ("".join(rng.choices(pieces, k=rng.randrange(1, 14))), rng.choice(["1", "18", "1,181", "-1"]))
+        (
+            "".join(rng.choices(pieces, k=rng.randrange(1, 14))),
+            rng.choice(["1", "18", "1,181", "-1"]),
+        )
         for _ in range(3000)
     ]
     work = [*((completion, gold) for completion, gold, _ in TABLE), *made]
@@ -100,11 +105,18 @@ def test_the_harness_extracts_the_same_from_hard_completions(tmp_path: Path) -> 
     right = [0, 0]
     for number, (completion, gold) in enumerate(work):
         ours = [
-            [scoring.extract_lm_eval_strict(completion), scoring.correct_lm_eval_strict(completion, gold)],
-            [scoring.extract_lm_eval_flexible(completion), scoring.correct_lm_eval_flexible(completion, gold)],
+            [
+                rules.extract_lm_eval_strict(completion),
+                rules.correct_lm_eval_strict(completion, gold),
+            ],
+            [
+                rules.extract_lm_eval_flexible(completion),
+                rules.correct_lm_eval_flexible(completion, gold),
+            ],
         ]
         expected = [
-            [None if answer == "[invalid]" else answer, verdict] for answer, verdict in theirs[2 * number :][:2]
+            [None if answer == "[invalid]" else answer, verdict]
+            for answer, verdict in theirs[2 * number :][:2]
         ]
         assert ours == expected, (completion, gold)
         right = [count + verdict for count, (_, verdict) in zip(right, ours, strict=True)]
@@ -122,7 +134,12 @@ def test_the_harness_gives_the_same_scores_and_answers(
     seen, unseen = problems[:24], problems[24:32]
     write_rows(tmp_path / "data" / "train.jsonl", problems[:30] + problems[40:])
     write_rows(tmp_path / "data" / "test.jsonl", problems[30:40])
-    learn = {"model": str(base), "dataset": str(tmp_path / "data"), "epochs": "12", "batch_size": "8"}
+    learn = {
+        "model": str(base),
+        "dataset": str(tmp_path / "data"),
+        "epochs": "12",
+        "batch_size": "8",
+    }
     learn |= {"validation_size": "4", "max_new_tokens": "100", "learning_rate": "5e-3"}
     assert call(train, *flags(settings | learn)).code == 0
     best = Path(settings["output_dir"]) / "test" / "best"
@@ -130,28 +147,61 @@ def test_the_harness_gives_the_same_scores_and_answers(
     rows = tmp_path / "rows"
     write_rows(rows / "test.jsonl", [*seen, *unseen])
     write_rows(rows / "train.jsonl", problems[40:60])
-    outcome = call(evaluate, "--ckpt", str(best), "--dataset", str(rows), "--output", str(tmp_path / "ours"))
+    outcome = call(
+        evaluate, "--ckpt", str(best), "--dataset", str(rows), "--output", str(tmp_path / "ours")
+    )
     assert outcome.code == 0, outcome.err
     scores = json.loads((tmp_path / "ours" / "scores.json").read_text())
-    ours = [json.loads(line) for line in (tmp_path / "ours" / "predictions.jsonl").read_text().splitlines()]
+    ours = [
+        json.loads(line)
+        for line in (tmp_path / "ours" / "predictions.jsonl").read_text().splitlines()
+    ]
 
     (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "local.yaml").write_text(TASK.format(gsm8k=gsm8k, rows=rows / "test.jsonl"))
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--tasks", "gsm8k_local", "--device", "cpu"]
-    command += ["--model_args", f"pretrained={best},dtype=float32", "--include_path", str(tmp_path / "tasks")]
+    (tmp_path / "tasks" / "local.yaml").write_text(
+        TASK.format(gsm8k=gsm8k, rows=rows / "test.jsonl")
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "lm_eval",
+        "run",
+        "--model",
+        "hf",
+        "--tasks",
+        "gsm8k_local",
+        "--device",
+        "cpu",
+    ]
+    command += [
+        "--model_args",
+        f"pretrained={best},dtype=float32",
+        "--include_path",
+        str(tmp_path / "tasks"),
+    ]
     command += ["--gen_kwargs", "max_gen_toks=100", "--batch_size", "1", "--log_samples"]
     command += ["--output_path", str(tmp_path / "theirs")]
     run(command, tmp_path)
 
     [results] = (tmp_path / "theirs").rglob("results_*.json")
     theirs = json.loads(results.read_text())["results"]["gsm8k_local"]
-    assert theirs["exact_match,strict-match"] == pytest.approx(scores["rules"]["lm_eval_strict"], abs=1e-12)
-    assert theirs["exact_match,flexible-extract"] == pytest.approx(scores["rules"]["lm_eval_flexible"], abs=1e-12)
+    assert theirs["exact_match,strict-match"] == pytest.approx(
+        scores["rules"]["lm_eval_strict"], abs=1e-12
+    )
+    assert theirs["exact_match,flexible-extract"] == pytest.approx(
+        scores["rules"]["lm_eval_flexible"], abs=1e-12
+    )
     assert 0 < scores["rules"]["lm_eval_strict"] < 1
 
     [samples] = (tmp_path / "theirs").rglob("samples_*.jsonl")
-    extract = {"strict-match": scoring.extract_lm_eval_strict, "flexible-extract": scoring.extract_lm_eval_flexible}
-    correct = {"strict-match": scoring.correct_lm_eval_strict, "flexible-extract": scoring.correct_lm_eval_flexible}
+    extract = {
+        "strict-match": rules.extract_lm_eval_strict,
+        "flexible-extract": rules.extract_lm_eval_flexible,
+    }
+    correct = {
+        "strict-match": rules.correct_lm_eval_strict,
+        "flexible-extract": rules.correct_lm_eval_flexible,
+    }
     completions = {row["id"]: row for row in ours}
     logged = [json.loads(line) for line in samples.read_text(encoding="utf-8").split("\n") if line]
     assert len(logged) == 2 * len(ours)
@@ -161,4 +211,4 @@ def test_the_harness_gives_the_same_scores_and_answers(
         assert sample["filtered_resps"] == [extract[rule](row["completion"]) or "[invalid]"]
         assert sample["exact_match"] == correct[rule](row["completion"], row["gold"])
         if row["stop"] == "eos":
-            assert sample["resps"][0][0] == scoring.cut_at_stop(row["completion"])
+            assert sample["resps"][0][0] == rules.cut_at_stop(row["completion"])

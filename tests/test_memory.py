@@ -18,18 +18,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
 import data
-import memory
-import model as model_module
-import perplexity
 import train
-from errors import UserError
-from tokenizer import Tokenizer
+from engine import functions, memory, packing
+from engine import loss as loss_module
+from engine.cpu import cache
+from engine.tokenizer import Tokenizer
+from grading import dataset
+from run.errors import UserError
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def examples(tokenizer: Tokenizer, problems: list[data.Problem]) -> list[data.Example]:
+def examples(tokenizer: Tokenizer, problems: list[dataset.Problem]) -> list[packing.Example]:
     return data.encode(tokenizer, problems[:24], PROMPT)
 
 
@@ -37,9 +38,11 @@ def examples(tokenizer: Tokenizer, problems: list[data.Problem]) -> list[data.Ex
 def run_out(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
     """Injects errors at the micro-batches with the given numbers (from 0, over all tries)."""
 
-    def arrange(numbers: set[int], where: str = "forward", error: Callable[[], Exception] | None = None) -> list[int]:
+    def arrange(
+        numbers: set[int], where: str = "forward", error: Callable[[], Exception] | None = None
+    ) -> list[int]:
         calls: list[int] = []
-        original = perplexity.summed_loss
+        original = loss_module.summed_loss
         make = error or (lambda: torch.OutOfMemoryError("CUDA out of memory"))
 
         class Fail(torch.autograd.Function):
@@ -51,7 +54,7 @@ def run_out(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
             def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
                 raise make()
 
-        def summed_loss(model: LlamaForCausalLM, batch: data.Batch) -> torch.Tensor:
+        def summed_loss(model: LlamaForCausalLM, batch: packing.Batch) -> torch.Tensor:
             calls.append(batch.num_tokens)
             fails = len(calls) - 1 in numbers
             if fails and where == "forward":
@@ -71,7 +74,10 @@ class CountProducts(TorchDispatchMode):
     products = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.mkldnn._linear_pointwise)
+        self.products += func.overloadpacket in (
+            torch.ops.aten.mm,
+            torch.ops.mkldnn._linear_pointwise,
+        )
         return func(*args, **(kwargs or {}))
 
 
@@ -82,7 +88,11 @@ def gradients(model: LlamaForCausalLM) -> list[torch.Tensor]:
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("numbers", [{0}, {1}, {2}, {0, 1}, {2, 4, 9}])
 def test_out_of_memory_anywhere_leaves_the_gradient_as_it_was(
-    model64: LlamaForCausalLM, examples: list[data.Example], run_out, where: str, numbers: set[int]
+    model64: LlamaForCausalLM,
+    examples: list[packing.Example],
+    run_out,
+    where: str,
+    numbers: set[int],
 ) -> None:
     """Guards against gradients of the failed try that stay, sequences that are lost, and a wrong divisor."""
     plain, healed = copy.deepcopy(model64), copy.deepcopy(model64)
@@ -102,13 +112,17 @@ def test_out_of_memory_anywhere_leaves_the_gradient_as_it_was(
 @pytest.mark.parametrize(
     "message", ["[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 5 bytes", ""]
 )
-def test_main_memory_runs_out_too(model: LlamaForCausalLM, examples: list[data.Example], run_out, message: str) -> None:
+def test_main_memory_runs_out_too(
+    model: LlamaForCausalLM, examples: list[packing.Example], run_out, message: str
+) -> None:
     calls = run_out({0}, error=lambda: RuntimeError(message) if message else MemoryError())
     assert train.accumulate_in_memory(model, examples, 512, CPU, None)[3] == 256
     assert max(calls[1:]) <= 256 < calls[0]
 
 
-def test_other_errors_are_no_reason_to_try_again(model: LlamaForCausalLM, examples, run_out) -> None:
+def test_other_errors_are_no_reason_to_try_again(
+    model: LlamaForCausalLM, examples, run_out
+) -> None:
     """Guards against a fault that is hidden, and met again with smaller batches."""
     calls = run_out({0}, error=lambda: RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes do not match"):
@@ -116,9 +130,13 @@ def test_other_errors_are_no_reason_to_try_again(model: LlamaForCausalLM, exampl
     assert len(calls) == 1
 
 
-def test_one_sequence_that_does_not_fit_is_an_error_with_a_cure(model: LlamaForCausalLM, examples, run_out) -> None:
+def test_one_sequence_that_does_not_fit_is_an_error_with_a_cure(
+    model: LlamaForCausalLM, examples, run_out
+) -> None:
     run_out(set(range(1000)))
-    with pytest.raises(UserError, match=r"each sequence alone, the longest of \d+ tokens: set gradient"):
+    with pytest.raises(
+        UserError, match=r"each sequence alone, the longest of \d+ tokens: set gradient"
+    ):
         train.accumulate_in_memory(model, examples, 512, CPU, None)
 
 
@@ -132,16 +150,20 @@ def test_a_run_that_runs_out_once_goes_on_with_the_smaller_budget(
     with monkeypatch.context():
         calls = run_out({0})
         steps = iter(range(100))
-        monkeypatch.setattr(train, "accumulate", lambda *a: original(*a) if next(steps) < 9 else 1 / 0)
+        monkeypatch.setattr(
+            train, "accumulate", lambda *a: original(*a) if next(steps) < 9 else 1 / 0
+        )
         with pytest.raises(ZeroDivisionError):
             call(train, *flags(settings | {"checkpoint_steps": "4"}))
     monkeypatch.setattr(train, "accumulate", original)
-    monkeypatch.setattr(train, "summed_loss", perplexity.summed_loss)
+    monkeypatch.setattr(train, "summed_loss", loss_module.summed_loss)
     outcome = call(train, *flags(settings))
     assert outcome.code == 0 and max(calls[1:]) <= 256
     folder = Path(settings["output_dir"])
     assert '"train/micro_batch_tokens": 256' in (folder / "test" / "metrics.jsonl").read_text()
-    ours, theirs = (load_file(folder / name / "last" / "model.safetensors") for name in ("test", "small"))
+    ours, theirs = (
+        load_file(folder / name / "last" / "model.safetensors") for name in ("test", "small")
+    )
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
@@ -161,14 +183,15 @@ def test_dropout_is_drawn_again_after_a_failed_try(
 def test_the_loss_holds_no_full_logits() -> None:
     """Peak memory of the loss grows with tokens + vocabulary, not with their product: measured in a process."""
     code = """
-import resource, sys, torch, perplexity
+import resource, sys, torch
+from engine import loss
 tokens, vocabulary, hidden = map(int, sys.argv[1:])
 h = torch.randn(tokens, hidden, requires_grad=True)
 w = torch.randn(vocabulary, hidden, requires_grad=True)
 y = torch.randint(vocabulary, (tokens,))
-perplexity.LinearCrossEntropy.apply(h[:300], w, y[:300], True).backward()
+loss.LinearCrossEntropy.apply(h[:300], w, y[:300], True).backward()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-perplexity.LinearCrossEntropy.apply(h, w, y, True).backward()
+loss.LinearCrossEntropy.apply(h, w, y, True).backward()
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
     tokens, vocabulary = 16_384, 32_000
@@ -183,24 +206,28 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
     assert int(result.stdout) < full_logits / 8
 
 
-def test_validation_computes_no_gradients(model: LlamaForCausalLM, examples: list[data.Example]) -> None:
+def test_validation_computes_no_gradients(
+    model: LlamaForCausalLM, examples: list[packing.Example]
+) -> None:
     """Guards against the two matrix products of the gradients in every evaluation, three times the work."""
-    batch = data.collate(examples[:2])
+    batch = packing.collate(examples[:2])
     linears = 7 * model.config.num_hidden_layers
     for grad, expected in ((True, linears + 3), (False, linears + 1)):
         with torch.set_grad_enabled(grad), CountProducts() as count:
-            perplexity.summed_loss(model, batch)
+            loss_module.summed_loss(model, batch)
         assert count.products == expected
 
 
 def test_the_last_layer_computes_nothing_for_positions_without_a_label(
-    model: LlamaForCausalLM, examples: list[data.Example]
+    model: LlamaForCausalLM, examples: list[packing.Example]
 ) -> None:
     """Guards against the MLP of the last layer over the prompts, whose result nobody reads."""
-    batch, rows = data.collate(examples[:4]), []
+    batch, rows = packing.collate(examples[:4]), []
     for layer in model.model.layers:
-        layer.mlp.down_proj.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
-    perplexity.summed_loss(model, batch)
+        layer.mlp.down_proj.register_forward_hook(
+            lambda module, inputs, output: rows.append(len(inputs[0]))
+        )
+    loss_module.summed_loss(model, batch)
     assert rows == [batch.num_tokens] * (len(rows) - 1) + [len(batch.loss_positions)]
     assert len(batch.loss_positions) < batch.num_tokens
 
@@ -212,9 +239,13 @@ def test_loading_never_holds_two_copies_of_the_weights(
     make_llama: Callable[..., LlamaForCausalLM], tmp_path: Path, stored: str, loaded: str
 ) -> None:
     """Guards against weights that are read in one dtype and then copied into another, or onto a second model."""
-    make_llama(32_000, hidden_size=512, intermediate_size=1024).to(getattr(torch, stored)).save_pretrained(tmp_path)
+    make_llama(32_000, hidden_size=512, intermediate_size=1024).to(
+        getattr(torch, stored)
+    ).save_pretrained(tmp_path)
     command = [sys.executable, "benchmarks/startup.py", "--worker", str(tmp_path), loaded]
-    result = subprocess.run(command, cwd=Path(train.__file__).parent, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        command, cwd=Path(train.__file__).parent, capture_output=True, text=True, check=True
+    )
     sizes = json.loads(result.stdout.splitlines()[-1])
     assert sizes["weights"] > 60e6
     # Where the file has the dtype the weights are mapped from it; else there is one copy, and the tensor being read.
@@ -222,7 +253,9 @@ def test_loading_never_holds_two_copies_of_the_weights(
 
 
 @pytest.mark.parametrize(("device", "kept"), [("cpu", True), ("cuda", False)])
-def test_gradients_are_cleared_in_their_place_on_a_cpu(model: LlamaForCausalLM, device: str, kept: bool) -> None:
+def test_gradients_are_cleared_in_their_place_on_a_cpu(
+    model: LlamaForCausalLM, device: str, kept: bool
+) -> None:
     """Guards against gradients that lie elsewhere in each step, amid the activations, and tear the heap."""
     optimizer = torch.optim.SGD(model.parameters())
     for parameter in model.parameters():
@@ -247,7 +280,7 @@ def test_what_is_remade_is_not_kept_and_changes_no_gradient() -> None:
     def gradients(kept: bool) -> tuple[torch.Tensor, ...]:
         tensor = make()
         alive = weakref.ref(tensor)
-        with contextlib.nullcontext() if kept else memory.remade(tensor, make):
+        with contextlib.nullcontext() if kept else functions.remade(tensor, make):
             output = sum((tensor @ weight).sum() for weight in weights)
         del tensor
         assert (alive() is not None) is kept
@@ -260,34 +293,36 @@ def test_what_is_remade_is_not_kept_and_changes_no_gradient() -> None:
 
 
 def test_training_keeps_neither_normed_nor_activated_tensors(
-    model: LlamaForCausalLM, examples: list[data.Example], monkeypatch: pytest.MonkeyPatch
+    model: LlamaForCausalLM, examples: list[packing.Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards against the largest activations of a layer, cheap to make again, kept for the backward pass."""
-    batch = data.collate(examples[:4])
+    batch = packing.collate(examples[:4])
     outputs: list[weakref.ref[torch.Tensor]] = []
-    original = model_module.SwiGLU.apply
+    original = functions.SwiGLU.apply
 
     def apply(*inputs: torch.Tensor) -> torch.Tensor:
         output = original(*inputs)
         outputs.append(weakref.ref(output))
         return output
 
-    monkeypatch.setattr(model_module.SwiGLU, "apply", apply)
-    loss = perplexity.summed_loss(model, batch)
+    monkeypatch.setattr(functions.SwiGLU, "apply", apply)
+    loss = loss_module.summed_loss(model, batch)
     layers = model.config.num_hidden_layers
     assert [output() for output in outputs] == [None] * layers
     loss.backward()
     assert len(outputs) == 2 * layers
     remade = gradients(model)
     model.zero_grad()
-    monkeypatch.setattr(memory, "remade", lambda tensor, make: contextlib.nullcontext())
-    perplexity.summed_loss(model, batch).backward()
+    monkeypatch.setattr(functions, "remade", lambda tensor, make: contextlib.nullcontext())
+    loss_module.summed_loss(model, batch).backward()
     assert all(map(torch.equal, gradients(model), remade))
 
 
-def test_a_loss_is_differentiated_once(model: LlamaForCausalLM, examples: list[data.Example]) -> None:
+def test_a_loss_is_differentiated_once(
+    model: LlamaForCausalLM, examples: list[packing.Example]
+) -> None:
     """Guards against gradients, scaled in place, that a second backward pass would scale again."""
-    loss = perplexity.summed_loss(model, data.collate(examples[:2]))
+    loss = loss_module.summed_loss(model, packing.collate(examples[:2]))
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
         loss.backward()
@@ -309,7 +344,7 @@ def advised_spans() -> list[tuple[int, int]]:
 def test_large_pages_are_asked_for() -> None:
     """Guards against advice for memory before or behind the tensor, or for none."""
     before = advised_spans()
-    tensor = memory.empty_in_large_pages(5, 2**20, dtype=torch.float64)
+    tensor = cache.empty_in_large_pages(5, 2**20, dtype=torch.float64)
     assert tensor.shape == (5, 2**20) and tensor.dtype == torch.float64
     first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
 
@@ -321,6 +356,10 @@ def test_large_pages_are_asked_for() -> None:
 
     after = advised_spans()
     known = Path("/sys/kernel/mm/transparent_hugepage").is_dir()  # not in every kernel
-    assert inside(after) == 0 if not known else tensor.nbytes - 4 * 2**20 < inside(after) <= tensor.nbytes
+    assert (
+        inside(after) == 0
+        if not known
+        else tensor.nbytes - 4 * 2**20 < inside(after) <= tensor.nbytes
+    )
     assert outside(after) == outside(before)
-    assert memory.empty_in_large_pages(3, dtype=torch.float32).shape == (3,)
+    assert cache.empty_in_large_pages(3, dtype=torch.float32).shape == (3,)

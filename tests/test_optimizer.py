@@ -10,9 +10,11 @@ from conftest import PROMPT
 
 import data
 import train
-from optimizer import build_optimizer, scheduled_rate
-from pretrained import load_model
-from tokenizer import Tokenizer
+from engine import packing
+from engine.loading import load_model
+from engine.optimizer import build_optimizer, scheduled_rate
+from engine.tokenizer import Tokenizer
+from grading import dataset
 
 CPU = torch.device("cpu")
 SETTINGS = {"betas": (0.9, 0.999), "weight_decay": 0.0}
@@ -33,14 +35,16 @@ def test_bfloat16_updates_do_not_stall() -> None:
     for _ in range(1000):
         weight.grad = torch.ones_like(weight)
         optimizer.step()
-    torch.testing.assert_close(weight.float(), torch.full((8,), 1 - 1000 * 2e-5), rtol=0, atol=2**-9)
+    torch.testing.assert_close(
+        weight.float(), torch.full((8,), 1 - 1000 * 2e-5), rtol=0, atol=2**-9
+    )
 
 
 def test_the_loss_in_bfloat16_falls_as_in_float32(
-    model_folder: Path, tokenizer: Tokenizer, problems: list[data.Problem]
+    model_folder: Path, tokenizer: Tokenizer, problems: list[dataset.Problem]
 ) -> None:
     """Guards against an update that stalls in part: the loss would fall, and by too little for anybody to see why."""
-    window = data.pack(data.encode(tokenizer, problems[:6], PROMPT), 1024)
+    window = packing.pack(data.encode(tokenizer, problems[:6], PROMPT), 1024)
 
     def gain(dtype: torch.dtype, make: Callable[..., torch.optim.Optimizer]) -> float:
         model = load_model(model_folder, dtype, CPU).train()
@@ -63,7 +67,9 @@ def test_schedule() -> None:
 
     def rates(schedule: str, minimum: float = 0.0) -> list[float]:
         return [
-            scheduled_rate(step, 100, peak=2.0, schedule=schedule, warmup_ratio=0.03, min_ratio=minimum)
+            scheduled_rate(
+                step, 100, peak=2.0, schedule=schedule, warmup_ratio=0.03, min_ratio=minimum
+            )
             for step in range(100)
         ]
 
@@ -74,4 +80,6 @@ def test_schedule() -> None:
     assert rates("cosine")[50] == pytest.approx(1 + math.cos(math.pi * 47 / 97))
     assert 0 < rates("cosine")[-1] < 0.001
     assert rates("cosine", 0.1)[-1] == pytest.approx(0.2 + 0.9 * (1 + math.cos(math.pi * 96 / 97)))
-    assert rates("cosine") == sorted(rates("cosine")[:3]) + sorted(rates("cosine")[3:], reverse=True)
+    assert rates("cosine") == sorted(rates("cosine")[:3]) + sorted(
+        rates("cosine")[3:], reverse=True
+    )

@@ -11,70 +11,91 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 import data
 import perplexity
+from engine import loss as loss_module
+from engine import packing
+from grading import dataset
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def examples(tokenizer: PreTrainedTokenizerBase, problems: list[data.Problem]) -> list[data.Example]:
+def examples(
+    tokenizer: PreTrainedTokenizerBase, problems: list[dataset.Problem]
+) -> list[packing.Example]:
     return data.encode(tokenizer, problems[-30:], PROMPT)
 
 
-def test_uniform_model_has_the_vocabulary_size(model: LlamaForCausalLM, examples: list[data.Example]) -> None:
+def test_uniform_model_has_the_vocabulary_size(
+    model: LlamaForCausalLM, examples: list[packing.Example]
+) -> None:
     """Guards against a base other than e, and against a mean over the wrong number of tokens."""
     torch.nn.init.zeros_(model.lm_head.weight)
-    result = perplexity.measure(model, examples, 512, CPU)
+    result = loss_module.measure(model, examples, 512, CPU)
     assert result.perplexity == pytest.approx(model.config.vocab_size, rel=1e-6)
 
 
-def test_equals_a_plain_loop_over_transformers_logits(model: LlamaForCausalLM, examples: list[data.Example]) -> None:
+def test_equals_a_plain_loop_over_transformers_logits(
+    model: LlamaForCausalLM, examples: list[packing.Example]
+) -> None:
     """Guards against labels off by one, unsupervised prompt tokens that count, and a missing EOS."""
     reference = copy.deepcopy(model)
     reference.set_attn_implementation("sdpa")
     nats, tokens = 0.0, 0
     for example in examples:
         with torch.no_grad():
-            logits = reference(input_ids=torch.tensor([example.input_ids]), use_cache=False).logits[0].double()
+            logits = (
+                reference(input_ids=torch.tensor([example.input_ids]), use_cache=False)
+                .logits[0]
+                .double()
+            )
         for position in range(1, len(example.input_ids)):
-            if example.labels[position] != data.IGNORE:
+            if example.labels[position] != packing.IGNORE:
                 nats -= logits[position - 1].log_softmax(-1)[example.input_ids[position]].item()
                 tokens += 1
-    result = perplexity.measure(model, examples, 512, CPU)
+    result = loss_module.measure(model, examples, 512, CPU)
     assert result.num_tokens == tokens
     assert result.loss == pytest.approx(nats / tokens, rel=1e-6)
     assert result.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-6)
 
 
 @pytest.mark.parametrize("budget", [110, 256, 1000, 100_000])
-def test_budget_and_order_change_nothing(model: LlamaForCausalLM, examples: list[data.Example], budget: int) -> None:
+def test_budget_and_order_change_nothing(
+    model: LlamaForCausalLM, examples: list[packing.Example], budget: int
+) -> None:
     """Guards against the mean of batch means as validation loss."""
     budget = max(budget, max(len(example.input_ids) for example in examples))
-    expected = perplexity.measure(model, examples, 10_000, CPU)
+    expected = loss_module.measure(model, examples, 10_000, CPU)
     shuffled = random.Random(budget).sample(examples, len(examples))
-    assert perplexity.measure(model, shuffled, budget, CPU).perplexity == pytest.approx(expected.perplexity, rel=1e-6)
+    assert loss_module.measure(model, shuffled, budget, CPU).perplexity == pytest.approx(
+        expected.perplexity, rel=1e-6
+    )
 
 
 def test_measuring_leaves_the_mode_alone_and_uses_eval(
-    model: LlamaForCausalLM, examples: list[data.Example], monkeypatch: pytest.MonkeyPatch
+    model: LlamaForCausalLM, examples: list[packing.Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards against validation with dropout, and against training on without it."""
     modes = []
-    original = perplexity.summed_loss
-    monkeypatch.setattr(perplexity, "summed_loss", lambda m, b: (modes.append(m.training), original(m, b))[1])
+    original = loss_module.summed_loss
+    monkeypatch.setattr(
+        loss_module, "summed_loss", lambda m, b: (modes.append(m.training), original(m, b))[1]
+    )
     for training in (True, False):
-        perplexity.measure(model.train(training), examples, 10_000, CPU)
+        loss_module.measure(model.train(training), examples, 10_000, CPU)
         assert model.training is training
     assert modes == [False] * len(modes)
 
 
-def test_script_reports_what_measure_says(call, settings: dict[str, str], model: LlamaForCausalLM, tokenizer) -> None:
+def test_script_reports_what_measure_says(
+    call, settings: dict[str, str], model: LlamaForCausalLM, tokenizer
+) -> None:
     """The command line, on a plain Hugging Face folder, on every split."""
     for split, count in (("train", 100), ("validation", 17), ("test", 12)):
         outcome = call(perplexity, "--ckpt", settings["model"], "--split", split, *flags(settings))
         assert outcome.code == 0, outcome.err
         problems = data.load_split(settings["dataset"], split, 17, 0)
         assert len(problems) == count
-        expected = perplexity.measure(model, data.encode(tokenizer, problems, PROMPT), 512, CPU)
+        expected = loss_module.measure(model, data.encode(tokenizer, problems, PROMPT), 512, CPU)
         printed = dict(line.split() for line in outcome.out.splitlines()[-2:])
         assert float(printed["loss"]) == pytest.approx(expected.loss, rel=1e-7)
         assert float(printed["perplexity"]) == pytest.approx(expected.perplexity, rel=1e-7)
@@ -84,4 +105,6 @@ def test_script_reports_what_measure_says(call, settings: dict[str, str], model:
 def test_script_limit(call, settings: dict[str, str]) -> None:
     outcome = call(perplexity, "--ckpt", settings["model"], "--limit", "3", *flags(settings))
     assert " on test: 3 rows" in outcome.out
-    call(perplexity, "--ckpt", settings["model"], "--limit", "0", *flags(settings)).assert_user_error("'0'")
+    call(
+        perplexity, "--ckpt", settings["model"], "--limit", "0", *flags(settings)
+    ).assert_user_error("'0'")

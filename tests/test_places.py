@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from conftest import flags, seal, write_rows
 
-import data
 import evaluate
 import perplexity
-import pretrained
 import train
-from data import Problem
+from engine import hub as hub_module
+from grading import dataset
+from grading.dataset import Problem
 
 
 @pytest.fixture
@@ -26,8 +26,8 @@ def here(settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def hub(*_: object, **__: object) -> None:
         raise AssertionError("the hub was asked")
 
-    monkeypatch.setattr(data, "_download", hub)
-    monkeypatch.setattr(pretrained, "snapshot_download", hub)
+    monkeypatch.setattr(dataset, "_download", hub)
+    monkeypatch.setattr(hub_module, "snapshot_download", hub)
     monkeypatch.chdir(folder)
     return folder
 
@@ -65,7 +65,9 @@ def test_a_relative_folder_is_found_from_everywhere(
     (elsewhere / "demo" / "data").mkdir(parents=True)
     assert call(perplexity, "--ckpt", str(best)).out.splitlines()[-1] == expected
     # A flag is of the folder in which it is typed.
-    call(perplexity, "--ckpt", str(best), "--dataset", "demo/data").assert_user_error("demo/data", "test.jsonl")
+    call(perplexity, "--ckpt", str(best), "--dataset", "demo/data").assert_user_error(
+        "demo/data", "test.jsonl"
+    )
 
 
 def test_the_same_command_goes_on_from_everywhere(
@@ -108,8 +110,14 @@ def test_folders_that_were_moved_are_said(
     monkeypatch.chdir(elsewhere)
     outcome = call(train, *flags(settings | {"epochs": "2"}))
     assert outcome.code == 0, outcome.err
-    assert f"dataset was '{here / 'demo' / 'data'}' and is '{elsewhere / 'demo' / 'data'}'" in outcome.out
-    assert f"model was '{here / 'base' / 'llama'}' and is '{elsewhere / 'base' / 'llama'}'" in outcome.out
+    assert (
+        f"dataset was '{here / 'demo' / 'data'}' and is '{elsewhere / 'demo' / 'data'}'"
+        in outcome.out
+    )
+    assert (
+        f"model was '{here / 'base' / 'llama'}' and is '{elsewhere / 'base' / 'llama'}'"
+        in outcome.out
+    )
 
 
 def make_relative(folder: Path, start: str = "") -> None:
@@ -133,7 +141,9 @@ def test_a_run_of_an_older_version_is_found(
     for name in ("best", "last"):
         make_relative(best.parent / name)
     outcome = call(train, *flags(settings | {"epochs": "2"}))
-    assert outcome.code == 0 and "model was" not in outcome.out and "dataset was" not in outcome.out, outcome.out
+    assert (
+        outcome.code == 0 and "model was" not in outcome.out and "dataset was" not in outcome.out
+    ), outcome.out
     make_relative(best)
     expected = call(perplexity, "--ckpt", str(best)).out.splitlines()[-1]
     monkeypatch.chdir(elsewhere)
@@ -148,7 +158,9 @@ def test_a_folder_that_is_gone_is_no_hub_id(
     shutil.move(here / "demo", elsewhere / "demo")
     best = best_of(settings, here)
     call(evaluate, "--ckpt", str(best)).assert_user_error(f"dataset '{here / 'demo' / 'data'}'")
-    assert call(evaluate, "--ckpt", str(best), "--dataset", str(elsewhere / "demo" / "data")).code == 0
+    assert (
+        call(evaluate, "--ckpt", str(best), "--dataset", str(elsewhere / "demo" / "data")).code == 0
+    )
 
 
 def test_a_run_behind_a_link_is_of_the_folder_around_the_link(
@@ -167,29 +179,48 @@ def test_a_run_behind_a_link_is_of_the_folder_around_the_link(
     assert call(perplexity, "--ckpt", str(best)).out.splitlines()[-1] == expected
     # Found by the link's target alone, it is noticed that those are other rows.
     outcome = call(perplexity, "--ckpt", str(disk / "runs" / "test" / "best"))
-    outcome.assert_user_error("the test rows of dataset", "are not those that this run knew", "--dataset")
+    outcome.assert_user_error(
+        "the test rows of dataset", "are not those that this run knew", "--dataset"
+    )
     for rows in ("demo/data", str(disk / "demo" / "data")):  # these, or those nevertheless
-        assert call(perplexity, "--ckpt", str(disk / "runs" / "test" / "best"), "--dataset", rows).code == 0
+        assert (
+            call(perplexity, "--ckpt", str(disk / "runs" / "test" / "best"), "--dataset", rows).code
+            == 0
+        )
 
 
 def test_what_was_the_hubs_stays_the_hubs(
-    call, settings: dict[str, str], here: Path, problems: list[Problem], monkeypatch: pytest.MonkeyPatch
+    call,
+    settings: dict[str, str],
+    here: Path,
+    problems: list[Problem],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Guards against a folder that has come to have the name of the hub id that a run was made from."""
-    rows = {split: data.load_problems("demo/data", split) for split in ("train", "test")}
-    monkeypatch.setattr(data, "_download", lambda dataset, split: rows[split])
+    rows = {split: dataset.load_problems("demo/data", split) for split in ("train", "test")}
+    monkeypatch.setattr(dataset, "_download", lambda dataset, split: rows[split])
     monkeypatch.setattr(train, "fetch", lambda name: here / "base" / "llama")
-    settings |= {"model": "owner/name", "dataset": "owner/rows", "lr_schedule": "constant", "warmup_ratio": "0"}
+    settings |= {
+        "model": "owner/name",
+        "dataset": "owner/rows",
+        "lr_schedule": "constant",
+        "warmup_ratio": "0",
+    }
     assert call(train, *flags(settings)).code == 0
     best = best_of(settings, here)
     shutil.copytree(here / "base" / "llama", here / "owner" / "name")
     assert call(train, *flags(settings | {"epochs": "2"})).code == 0
     for name in ("best", "last"):
-        assert {settings_of(best.parent / name)[key] for key in ("model", "dataset")} == {"owner/name", "owner/rows"}
+        assert {settings_of(best.parent / name)[key] for key in ("model", "dataset")} == {
+            "owner/name",
+            "owner/rows",
+        }
     more = flags(settings | {"epochs": "3", "model": "./owner/name"})
     call(train, *more).assert_user_error("model was 'owner/name' and is '")
     write_rows(here / "owner" / "rows" / "test.jsonl", problems[20:27])
-    call(evaluate, "--ckpt", str(best)).assert_user_error("the test rows of dataset 'owner/rows' are not those")
+    call(evaluate, "--ckpt", str(best)).assert_user_error(
+        "the test rows of dataset 'owner/rows' are not those"
+    )
 
 
 def test_one_folder_in_several_spellings_is_one(
@@ -200,15 +231,26 @@ def test_one_folder_in_several_spellings_is_one(
     (elsewhere / "link").symlink_to(here)
     monkeypatch.chdir(elsewhere)
     for epochs, start in enumerate(("../here", "link", str(elsewhere / "link")), start=2):
-        changed = {"model": f"{start}/base/llama", "dataset": f"{start}/demo/data", "epochs": str(epochs)}
+        changed = {
+            "model": f"{start}/base/llama",
+            "dataset": f"{start}/demo/data",
+            "epochs": str(epochs),
+        }
         outcome = call(train, *flags(settings | changed))
         assert outcome.code == 0 and "model was" not in outcome.out, outcome.err + outcome.out
-        assert settings_of(here / "runs" / "test" / "last")["dataset"] == str(here / "demo" / "data")
+        assert settings_of(here / "runs" / "test" / "last")["dataset"] == str(
+            here / "demo" / "data"
+        )
 
 
 @pytest.mark.parametrize("name", ["home (copy)", "home+x", "home"])
 def test_a_neighbour_of_the_home_is_not_in_it(
-    call, settings: dict[str, str], here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    call,
+    settings: dict[str, str],
+    here: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
 ) -> None:
     """Guards against "~ (copy)", which leads nowhere."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -255,4 +297,6 @@ def test_a_link_that_an_older_version_kept_is_its_folder(
     for name in ("best", "last"):
         make_relative(here / "runs" / "test" / name, f"{elsewhere}/link/")
     outcome = call(train, *flags(settings | {"epochs": "2"}))
-    assert outcome.code == 0 and "model was" not in outcome.out and "dataset was" not in outcome.out, outcome.err
+    assert (
+        outcome.code == 0 and "model was" not in outcome.out and "dataset was" not in outcome.out
+    ), outcome.err

@@ -14,7 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import evaluate
 import perplexity
 import train
-from pretrained import fetch, load_model, load_tokenizer
+from engine import hub
+from engine.hub import fetch
+from engine.loading import load_model, load_tokenizer
 
 
 def edit(file: Path, **changes: object) -> None:
@@ -34,7 +36,9 @@ def without_weights(folder: Path, *files: str) -> None:
 
 
 def quantised(method: str) -> Callable[[Path], None]:
-    return lambda folder: edit(folder / "config.json", quantization_config={"quant_method": method, "bits": 4})
+    return lambda folder: edit(
+        folder / "config.json", quantization_config={"quant_method": method, "bits": 4}
+    )
 
 
 def old_gptq(folder: Path) -> None:
@@ -53,7 +57,11 @@ def float8(folder: Path) -> None:
     change_weights(
         folder,
         lambda tensors: tensors.update(
-            {name: weight.to(torch.float8_e4m3fn) for name, weight in tensors.items() if "mlp" in name}
+            {
+                name: weight.to(torch.float8_e4m3fn)
+                for name, weight in tensors.items()
+                if "mlp" in name
+            }
         ),
     )
 
@@ -67,7 +75,9 @@ def more_rows(folder: Path) -> None:
 
 
 def adapter(folder: Path, keep_weights: bool, keep_config: bool) -> None:
-    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "somewhere"}')
+    (folder / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "base_model_name_or_path": "somewhere"}'
+    )
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     if keep_weights:
         shutil.copyfile(folder / "adapter_model.safetensors", folder / "model.safetensors")
@@ -80,13 +90,17 @@ def rename_weights(folder: Path, name: str) -> None:
 
 
 def pointer(folder: Path) -> None:
-    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n")
+    (folder / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n"
+    )
 
 
 def lora_inside(folder: Path) -> None:
     change_weights(
         folder,
-        lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(4, 32)}),
+        lambda tensors: tensors.update(
+            {"model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(4, 32)}
+        ),
     )
 
 
@@ -110,20 +124,32 @@ def two_vocabularies(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (pointer, "model.safetensors: is a pointer to a file that git has not fetched: run git lfs pull"),
+        (
+            pointer,
+            "model.safetensors: is a pointer to a file that git has not fetched: run git lfs pull",
+        ),
         (
             lambda f: rename_weights(f, "consolidated.safetensors"),
             "has consolidated.safetensors, and neither a model.s",
         ),
-        (lambda f: rename_weights(f, "model-00001-of-00002.safetensors"), "copy the index too, or rename the file"),
+        (
+            lambda f: rename_weights(f, "model-00001-of-00002.safetensors"),
+            "copy the index too, or rename the file",
+        ),
         (lambda f: rename_weights(f, "adapter_model.safetensors"), "holds a PEFT adapter"),
         (
             lora_inside,
             "its files hold a PEFT adapter among the weights (model.layers.0.self_attn.q_proj.lora_A.weight)",
         ),
-        (adapted_names, "its files hold a PEFT adapter among the weights (base_model.model.lm_head.weight)"),
+        (
+            adapted_names,
+            "its files hold a PEFT adapter among the weights (base_model.model.lm_head.weight)",
+        ),
         (two_vocabularies, "rows: they do not belong together, copy its weights anew"),
-        (lambda f: edit(f / "config.json", vocab_size=None), "no Llama can be made of its config.json ("),
+        (
+            lambda f: edit(f / "config.json", vocab_size=None),
+            "no Llama can be made of its config.json (",
+        ),
         (
             lambda f: edit(f / "config.json", rope_parameters={"rope_type": "banana"}),
             "no Llama can be made of its conf",
@@ -134,19 +160,43 @@ def two_vocabularies(folder: Path) -> None:
             lambda f: without_weights(f, "pytorch_model.bin"),
             "has pickled weights only (.bin), which are not read: conv",
         ),
-        (lambda f: without_weights(f, "pytorch_model.bin.index.json"), "has pickled weights only (.bin)"),
-        (lambda f: without_weights(f, "consolidated.00.pth"), "has weights in Meta's own format only (.pth)"),
-        (lambda f: without_weights(f, "llama.Q4_K_M.gguf"), "has weights in GGUF only, which are quantised: name the"),
-        (quantised("bitsandbytes"), "its weights are quantised (its config.json says bitsandbytes)"),
+        (
+            lambda f: without_weights(f, "pytorch_model.bin.index.json"),
+            "has pickled weights only (.bin)",
+        ),
+        (
+            lambda f: without_weights(f, "consolidated.00.pth"),
+            "has weights in Meta's own format only (.pth)",
+        ),
+        (
+            lambda f: without_weights(f, "llama.Q4_K_M.gguf"),
+            "has weights in GGUF only, which are quantised: name the",
+        ),
+        (
+            quantised("bitsandbytes"),
+            "its weights are quantised (its config.json says bitsandbytes)",
+        ),
         (quantised("gptq"), "its weights are quantised (its config.json says gptq)"),
         (quantised("awq"), "its weights are quantised (its config.json says awq)"),
         (quantised("fp8"), "its weights are quantised (its config.json says fp8)"),
-        (quantised("compressed-tensors"), "quantised (its config.json says compressed-tensors), and are no weights to"),
+        (
+            quantised("compressed-tensors"),
+            "quantised (its config.json says compressed-tensors), and are no weights to",
+        ),
         (old_gptq, "its weights are quantised (they come with model.layers.0.mlp.up_proj.qweight)"),
-        (float8, "its weights are quantised (model.layers.0.mlp.down_proj.weight is stored as F8_E4M3)"),
+        (
+            float8,
+            "its weights are quantised (model.layers.0.mlp.down_proj.weight is stored as F8_E4M3)",
+        ),
         (more_rows, "rows, and its config.json says vocab_size"),
-        (lambda f: edit(f / "config.json", pad_token_id=99999), "pad_token_id 99999 with vocab_size"),
-        (lambda f: adapter(f, True, True), "holds a PEFT adapter (adapter_config.json) beside its weights: merge"),
+        (
+            lambda f: edit(f / "config.json", pad_token_id=99999),
+            "pad_token_id 99999 with vocab_size",
+        ),
+        (
+            lambda f: adapter(f, True, True),
+            "holds a PEFT adapter (adapter_config.json) beside its weights: merge",
+        ),
         (
             lambda f: adapter(f, False, True),
             "holds a PEFT adapter (adapter_config.json) and not the weights themselves",
@@ -155,8 +205,14 @@ def two_vocabularies(folder: Path) -> None:
             lambda f: adapter(f, False, False),
             "holds a PEFT adapter (adapter_config.json) and not the weights themselves",
         ),
-        (lambda f: edit(f / "tokenizer_config.json", bos_token="", eos_token="", unk_token=""), "an empty bos_token"),
-        (lambda f: edit(f / "config.json", hidden_act="gelu"), "its hidden_act is 'gelu': only 'silu'"),
+        (
+            lambda f: edit(f / "tokenizer_config.json", bos_token="", eos_token="", unk_token=""),
+            "an empty bos_token",
+        ),
+        (
+            lambda f: edit(f / "config.json", hidden_act="gelu"),
+            "its hidden_act is 'gelu': only 'silu'",
+        ),
         (
             lambda f: edit(f / "config.json", intermediate_size=64),
             "mlp.down_proj.weight has the shape (32, 48), and its",
@@ -165,7 +221,12 @@ def two_vocabularies(folder: Path) -> None:
 )
 @pytest.mark.parametrize("script", [train, perplexity])
 def test_each_kind_of_folder_has_its_own_cause_and_cure(
-    call, settings: dict[str, str], tmp_path: Path, script, damage: Callable[[Path], None], words: str
+    call,
+    settings: dict[str, str],
+    tmp_path: Path,
+    script,
+    damage: Callable[[Path], None],
+    words: str,
 ) -> None:
     """Guards against "damaged or incomplete, copy it anew" for what is neither."""
     shutil.copytree(settings["model"], folder := tmp_path / "base")
@@ -183,18 +244,25 @@ def test_an_empty_quantization_is_none(settings: dict[str, str], tmp_path: Path)
         load_model(folder, torch.float32, torch.device("cpu"))
 
 
-def test_a_head_of_its_own_is_not_tied_in_what_is_saved(call, settings: dict[str, str], tmp_path: Path) -> None:
+def test_a_head_of_its_own_is_not_tied_in_what_is_saved(
+    call, settings: dict[str, str], tmp_path: Path
+) -> None:
     """Transformers 5 trains it as it is; 4 would go by the config, and use the embedding in its place."""
     shutil.copytree(settings["model"], folder := tmp_path / "base")
     edit(folder / "config.json", tie_word_embeddings=True)
     outcome = call(train, *flags(settings | {"model": str(folder), "epochs": "1"}))
-    assert outcome.code == 0 and "has a head of its own, though its config.json says tie_word_embeddings" in outcome.out
+    assert (
+        outcome.code == 0
+        and "has a head of its own, though its config.json says tie_word_embeddings" in outcome.out
+    )
     best = Path(settings["output_dir"]) / "test" / "best"
     assert json.loads((best / "config.json").read_text())["tie_word_embeddings"] is False
     assert "lm_head.weight" in load_file(best / "model.safetensors")
 
 
-def test_a_pad_id_that_the_embedding_has_is_no_fault(settings: dict[str, str], tmp_path: Path) -> None:
+def test_a_pad_id_that_the_embedding_has_is_no_fault(
+    settings: dict[str, str], tmp_path: Path
+) -> None:
     """-1 stood in the first Llamas, 0 stands in Llama-2's generation_config."""
     for pad in (-1, 0, 2, None):
         shutil.copytree(settings["model"], folder := tmp_path / str(pad))
@@ -202,18 +270,18 @@ def test_a_pad_id_that_the_embedding_has_is_no_fault(settings: dict[str, str], t
         load_model(folder, torch.float32, torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("value", "said"), [("0", False), ("false", False), ("1", True), ("ON", True)])
+@pytest.mark.parametrize(
+    ("value", "said"), [("0", False), ("false", False), ("1", True), ("ON", True)]
+)
 def test_offline_is_said_where_it_is_set(
     call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, value: str, said: bool
 ) -> None:
     """Guards against a variable that is set to 0 being blamed."""
     from huggingface_hub import constants
 
-    import pretrained
-
     monkeypatch.setenv("HF_HUB_OFFLINE", value)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", constants._is_true(value))
-    monkeypatch.setattr(pretrained, "snapshot_download", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: 1 / 0)
     outcome = call(train, *flags(settings | {"model": "owner/name"}))
     outcome.assert_user_error("model 'owner/name' can't be loaded from the hub")
     assert ("(HF_HUB_OFFLINE is set)" in outcome.err) == said
@@ -237,12 +305,21 @@ LONG |= {"original_max_position_embeddings": 256}
         ({"rope_theta": 500000.0, "rope_scaling": LLAMA3}, 500000.0, LLAMA3),
         ({"rope_parameters": LLAMA3 | {"rope_theta": 500000.0}}, 500000.0, LLAMA3),
         ({"rope_parameters": LONG | {"rope_theta": 10000.0}}, 10000.0, LONG),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 10000.0, {"rope_type": "linear", "factor": 2.0}),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            10000.0,
+            {"rope_type": "linear", "factor": 2.0},
+        ),
     ],
     ids=["Llama-2", "another theta", "as 4 writes it", "as 5 writes it", "longrope", "an old name"],
 )
 def test_rope_is_written_as_both_generations_read_it(
-    call, settings: dict[str, str], tmp_path: Path, given: dict[str, object], theta: float, scaling: object
+    call,
+    settings: dict[str, str],
+    tmp_path: Path,
+    given: dict[str, object],
+    theta: float,
+    scaling: object,
 ) -> None:
     """Transformers 4 passes over rope_parameters without a word, and decodes with a theta of 10,000."""
     shutil.copytree(settings["model"], folder := tmp_path / "base")
@@ -255,8 +332,13 @@ def test_rope_is_written_as_both_generations_read_it(
     assert written["rope_theta"] == theta
     read_by_4 = written["rope_scaling"]
     assert read_by_4 is None if scaling is None else scaling.items() <= read_by_4.items()
-    assert written.get("original_max_position_embeddings") == (256 if scaling is LONG else None)  # 4 looks for it there
-    assert LlamaConfig.from_pretrained(best).rope_parameters == LlamaConfig.from_pretrained(folder).rope_parameters
+    assert written.get("original_max_position_embeddings") == (
+        256 if scaling is LONG else None
+    )  # 4 looks for it there
+    assert (
+        LlamaConfig.from_pretrained(best).rope_parameters
+        == LlamaConfig.from_pretrained(folder).rope_parameters
+    )
 
 
 def test_the_loss_is_the_same_in_transformers_own_model(call, settings: dict[str, str]) -> None:

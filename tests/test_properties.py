@@ -12,15 +12,12 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 
-import analysis
-import calculator
-import checkpoint
-import config
 import data
-import predictions
-import scoring
-from data import Problem
-from errors import UserError
+from engine import packing
+from grading import arithmetic, dataset, mistakes, predictions, rules, score
+from grading.dataset import Problem
+from run import config, manifest, training_json
+from run.errors import UserError
 
 # The same inputs each time, and nothing kept: a failure here is a failure everywhere.
 settings.register_profile(
@@ -60,7 +57,10 @@ def _root(tmp_path_factory: pytest.TempPathFactory) -> None:
 # ---------------------------------------------------------------- settings
 
 
-@given(st.sampled_from(config.KEYS), st.text() | st.integers().map(str) | st.floats().map(str) | any_json)
+@given(
+    st.sampled_from(config.KEYS),
+    st.text() | st.integers().map(str) | st.floats().map(str) | any_json,
+)
 @example("epochs", "1_0")
 @example("learning_rate", "1e400")
 def test_a_setting_of_any_value_is_taken_or_refused_by_name(key: str, value: Any) -> None:
@@ -75,7 +75,9 @@ def test_a_setting_of_any_value_is_taken_or_refused_by_name(key: str, value: Any
 
 @given(
     model=printable,
-    prompt=st.tuples(printable, printable).map("{question}".join).filter(lambda p: p.count("{question}") == 1),
+    prompt=st.tuples(printable, printable)
+    .map("{question}".join)
+    .filter(lambda p: p.count("{question}") == 1),
     learning_rate=st.floats(min_value=0, exclude_min=True, allow_infinity=False),
     epochs=st.integers(1, 10**9),
     compile=st.booleans(),
@@ -110,7 +112,9 @@ def test_settings_are_read_back_as_they_were(**changed: Any) -> None:
     assert config.make_config(values, "there") == made
 
 
-@given(st.binary() | st.text().map(str.encode) | any_json.map(lambda value: json.dumps(value).encode()))
+@given(
+    st.binary() | st.text().map(str.encode) | any_json.map(lambda value: json.dumps(value).encode())
+)
 @example(b"a: &a [*a]")
 @example(b"? [a]\n: b")
 @example(b"a: !!python/name:os.system b")
@@ -130,31 +134,46 @@ def test_a_settings_file_of_any_content_is_read_or_refused(content: bytes) -> No
 def test_data_of_any_content_is_read_or_refused_with_its_line(content: bytes) -> None:
     file = written(content, "train.jsonl")
     try:
-        problems = data.load_problems(str(file.parent), "train")
+        problems = dataset.load_problems(str(file.parent), "train")
     except UserError as error:
         assert str(error).startswith(str(file)) and len(str(error)) < 600
     else:
         for problem in problems:
-            scoring.check_gold(problem.gold)
+            rules.check_gold(problem.gold)
 
 
-texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: text.strip())
-numbers = st.from_regex(r"-?[0-9]{1,3}(,[0-9]{3})?(\.[0-9]+)?", fullmatch=True, alphabet=st.characters(codec="ascii"))
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(
+    lambda text: text.strip()
+)
+numbers = st.from_regex(
+    r"-?[0-9]{1,3}(,[0-9]{3})?(\.[0-9]+)?", fullmatch=True, alphabet=st.characters(codec="ascii")
+)
 reasonings = texts.filter(lambda text: "#" not in text)
 
 
 @given(st.lists(st.tuples(texts, reasonings, numbers), min_size=1, max_size=5), st.booleans())
-def test_valid_rows_are_read_as_they_are(rows: list[tuple[str, str, str]], ascii_only: bool) -> None:
+def test_valid_rows_are_read_as_they_are(
+    rows: list[tuple[str, str, str]], ascii_only: bool
+) -> None:
     """Guards against splitting at what Python, but not JSON Lines, takes for the end of a line."""
-    lines = [json.dumps({"question": q, "answer": f"{r}\n#### {n}"}, ensure_ascii=ascii_only) for q, r, n in rows]
+    lines = [
+        json.dumps({"question": q, "answer": f"{r}\n#### {n}"}, ensure_ascii=ascii_only)
+        for q, r, n in rows
+    ]
     file = written("\n".join(lines).encode(), "test.jsonl")
-    problems = data.load_problems(str(file.parent), "test")
-    assert [(p.question, p.answer, p.gold) for p in problems] == [(q, f"{r}\n#### {n}", n) for q, r, n in rows]
+    problems = dataset.load_problems(str(file.parent), "test")
+    assert [(p.question, p.answer, p.gold) for p in problems] == [
+        (q, f"{r}\n#### {n}", n) for q, r, n in rows
+    ]
     assert [p.line for p in problems] == list(range(1, len(rows) + 1))
 
 
-@given(st.lists(st.integers(0, 8), min_size=2, max_size=30), st.integers(1, 12), st.integers(0, 2**32))
-def test_the_validation_split_is_a_partition_by_question(questions: list[int], size: int, seed: int) -> None:
+@given(
+    st.lists(st.integers(0, 8), min_size=2, max_size=30), st.integers(1, 12), st.integers(0, 2**32)
+)
+def test_the_validation_split_is_a_partition_by_question(
+    questions: list[int], size: int, seed: int
+) -> None:
     problems = [Problem(str(question), f"{row}\n#### 1") for row, question in enumerate(questions)]
     try:
         train, validation = data.carve_validation(problems, size, seed)
@@ -167,10 +186,13 @@ def test_the_validation_split_is_a_partition_by_question(questions: list[int], s
 
 @given(st.lists(st.integers(2, 40), min_size=1, max_size=30), st.integers(40, 90))
 def test_micro_batches_hold_every_sequence_once(lengths: list[int], budget: int) -> None:
-    examples = [data.Example([number] * length, [number] * length) for number, length in enumerate(lengths)]
-    batches = data.pack(examples, budget)
+    examples = [
+        packing.Example([number] * length, [number] * length)
+        for number, length in enumerate(lengths)
+    ]
+    batches = packing.pack(examples, budget)
     for batch in batches:
-        assert sum(batch.seqlens) == batch.num_tokens and batch.num_tokens % data.ROWS == 0
+        assert sum(batch.seqlens) == batch.num_tokens and batch.num_tokens % packing.ROWS == 0
         assert batch.num_labels <= budget
     labels = Counter(label for batch in batches for label in batch.labels.tolist())
     assert labels == {number: length - 1 for number, length in enumerate(lengths)}
@@ -183,25 +205,30 @@ def test_micro_batches_hold_every_sequence_once(lengths: list[int], budget: int)
 @example("#### " + "," * 50, "1", "eos")
 @example("#### -", "-1", "eos")
 def test_any_completion_gets_a_score_and_one_label(completion: str, gold: str, stop: str) -> None:
-    verdicts = {name: rule(completion, gold) for name, rule in scoring.RULES.items()}
-    label, equation = analysis.mistake(completion, gold, stop)
+    verdicts = {name: rule(completion, gold) for name, rule in rules.RULES.items()}
+    label, equation = mistakes.mistake(completion, gold, stop)
     assert (label is None) == verdicts["openai"]
     assert (equation is not None) <= (label is not None)
 
 
-@given(reasonings, numbers, numbers, st.text().filter(lambda text: not text[:1].isnumeric() and text[:1] not in ".,"))
+@given(
+    reasonings,
+    numbers,
+    numbers,
+    st.text().filter(lambda text: not text[:1].isnumeric() and text[:1] not in ".,"),
+)
 def test_the_first_number_after_the_marks_counts_and_commas_do_not(
     reasoning: str, number: str, gold: str, rest: str
 ) -> None:
     found = f"{reasoning}\n#### {number}{rest}"
-    assert scoring.correct_openai(found, gold) == (number.replace(",", "") == gold.replace(",", ""))
-    assert scoring.correct_openai(found, number)
+    assert rules.correct_openai(found, gold) == (number.replace(",", "") == gold.replace(",", ""))
+    assert rules.correct_openai(found, number)
 
 
 @given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_the_interval_holds_the_score(counts: tuple[int, int]) -> None:
     correct, total = counts
-    low, high = scoring.wilson_interval(correct, total)
+    low, high = score.wilson_interval(correct, total)
     assert 0 <= low <= correct / total <= high <= 1
     z, share = 1.959963984540054, correct / total  # Wilson's own formula
     half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total**2)) / (1 + z * z / total)
@@ -221,10 +248,12 @@ def test_predictions_are_read_as_they_were_written(completions: list[str]) -> No
 
 
 @given(st.binary() | any_json.map(lambda value: json.dumps(value).encode()), st.booleans())
-def test_predictions_of_any_content_are_read_or_refused(content: bytes, drop_cut_line: bool) -> None:
+def test_predictions_of_any_content_are_read_or_refused(
+    content: bytes, drop_cut_line: bool
+) -> None:
     try:
         rows = predictions.read_predictions(written(content), drop_cut_line)
-        scoring.score(rows, len(rows), "here")
+        score.score(rows, len(rows), "here")
     except UserError as error:
         assert len(str(error)) < 600
 
@@ -232,8 +261,12 @@ def test_predictions_of_any_content_are_read_or_refused(content: bytes, drop_cut
 # ---------------------------------------------------------------- the calculator
 
 # Expressions as trees: a number, or an operator and two expressions.
-decimals = st.tuples(st.integers(0, 9999), st.integers(0, 3)).map(lambda pair: Fraction(pair[0], 10 ** pair[1]))
-trees = st.recursive(decimals, lambda inner: st.tuples(st.sampled_from("+-*/"), inner, inner), max_leaves=6)
+decimals = st.tuples(st.integers(0, 9999), st.integers(0, 3)).map(
+    lambda pair: Fraction(pair[0], 10 ** pair[1])
+)
+trees = st.recursive(
+    decimals, lambda inner: st.tuples(st.sampled_from("+-*/"), inner, inner), max_leaves=6
+)
 
 
 def text_of(tree: Any) -> str:
@@ -246,7 +279,9 @@ def value_of(tree: Any) -> Fraction:
     if isinstance(tree, Fraction):
         return tree
     left, right = value_of(tree[1]), value_of(tree[2])
-    return {"+": left.__add__, "-": left.__sub__, "*": left.__mul__, "/": left.__truediv__}[tree[0]](right)
+    return {"+": left.__add__, "-": left.__sub__, "*": left.__mul__, "/": left.__truediv__}[
+        tree[0]
+    ](right)
 
 
 @given(trees)
@@ -256,13 +291,17 @@ def test_an_expression_is_worth_what_it_is(tree: Any) -> None:
         expected = value_of(tree)
     except ZeroDivisionError:
         expected = None
-    found = calculator.evaluate(text_of(tree))
-    assert found == expected or (found is None and len(text_of(tree)) > calculator.LONGEST)
+    found = arithmetic.evaluate(text_of(tree))
+    assert found == expected or (found is None and len(text_of(tree)) > arithmetic.LONGEST)
 
 
 @given(st.lists(decimals, min_size=2, max_size=6), st.data())
-def test_products_come_before_sums_and_the_left_before_the_right(values: list[Fraction], draw: st.DataObject) -> None:
-    operators = draw.draw(st.lists(st.sampled_from("+-*"), min_size=len(values) - 1, max_size=len(values) - 1))
+def test_products_come_before_sums_and_the_left_before_the_right(
+    values: list[Fraction], draw: st.DataObject
+) -> None:
+    operators = draw.draw(
+        st.lists(st.sampled_from("+-*"), min_size=len(values) - 1, max_size=len(values) - 1)
+    )
     words = [text_of(values[0])]
     for operator, value in zip(operators, values[1:], strict=True):
         words += [operator, text_of(value)]
@@ -273,7 +312,9 @@ def test_products_come_before_sums_and_the_left_before_the_right(values: list[Fr
         else:
             terms.append(value)
             signs.append(1 if operator == "+" else -1)
-    assert calculator.evaluate(" ".join(words)) == sum(sign * term for sign, term in zip(signs, terms, strict=True))
+    assert arithmetic.evaluate(" ".join(words)) == sum(
+        sign * term for sign, term in zip(signs, terms, strict=True)
+    )
 
 
 @given(st.text() | st.text("0123456789+-*/().,%$ =<>x×"))
@@ -281,8 +322,8 @@ def test_products_come_before_sums_and_the_left_before_the_right(values: list[Fr
 @example("(" * 150 + "1" + ")" * 150)
 @example("9**9")
 def test_any_text_has_a_bounded_value_or_none(text: str) -> None:
-    value = calculator.evaluate(text)
-    assert value is None or abs(value) <= calculator.LARGEST
+    value = arithmetic.evaluate(text)
+    assert value is None or abs(value) <= arithmetic.LARGEST
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -295,20 +336,32 @@ def test_any_text_has_a_bounded_value_or_none(text: str) -> None:
 )
 @example(json.dumps({"files": {"training.json": {"size": 1e400, "xxh3_128": ""}}}).encode())
 @example(
-    json.dumps({"files": {"training.json": {"size": 1, "xxh3_128": ""}, "a\0b": {"size": 1, "xxh3_128": ""}}}).encode()
+    json.dumps(
+        {
+            "files": {
+                "training.json": {"size": 1, "xxh3_128": ""},
+                "a\0b": {"size": 1, "xxh3_128": ""},
+            }
+        }
+    ).encode()
 )
 @example(
     json.dumps(
-        {"files": {"training.json": {"size": 2, "xxh3_128": ""}, "\ud800": {"size": 1, "xxh3_128": ""}}}
+        {
+            "files": {
+                "training.json": {"size": 2, "xxh3_128": ""},
+                "\ud800": {"size": 1, "xxh3_128": ""},
+            }
+        }
     ).encode()
 )
 def test_a_manifest_of_any_content_is_a_fault(content: bytes) -> None:
-    file = written(content, checkpoint.MANIFEST_FILE)
-    (file.parent / checkpoint.DESCRIPTION_FILE).write_text("{}")
-    assert checkpoint.fault_of(file.parent)
+    file = written(content, manifest.MANIFEST_FILE)
+    (file.parent / manifest.DESCRIPTION_FILE).write_text("{}")
+    assert manifest.fault_of(file.parent)
 
 
 @given(st.binary() | any_json.map(lambda value: json.dumps(value).encode()))
 def test_a_description_of_any_content_is_read_or_refused(content: bytes) -> None:
     with pytest.raises(UserError):
-        checkpoint.read_description(written(content, checkpoint.DESCRIPTION_FILE).parent)
+        training_json.read_description(written(content, manifest.DESCRIPTION_FILE).parent)

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 from conftest import real_folder
 
-import data
 import evaluate
-import scoring
-from errors import UserError
-from predictions import PredictionsFile
+from grading import dataset, rules, score
+from grading.predictions import PredictionsFile
+from run.errors import UserError
 
 # Where the rules part; run on the code of grade-school-math and lm-evaluation-harness.
 TABLE = [
@@ -47,10 +46,12 @@ TABLE = [
 @pytest.mark.parametrize(("completion", "gold", "verdicts"), TABLE)
 def test_every_rule_on_every_row(completion: str, gold: str, verdicts: str) -> None:
     """Guards against a grader that is looser or stricter than the published one."""
-    found = {name: rule(completion, gold) for name, rule in scoring.RULES.items()}
+    found = {name: rule(completion, gold) for name, rule in rules.RULES.items()}
     assert found == {
         name: verdict == "Y"
-        for name, verdict in zip(("openai", "lm_eval_strict", "lm_eval_flexible"), verdicts, strict=True)
+        for name, verdict in zip(
+            ("openai", "lm_eval_strict", "lm_eval_flexible"), verdicts, strict=True
+        )
     }
 
 
@@ -59,21 +60,31 @@ def test_every_real_gold_parses_and_scores_itself() -> None:
     folder = str(real_folder("GSM8K_DIR"))
     commas = 0
     for split in ("train", "test"):
-        for problem in data.load_problems(folder, split):
+        for problem in dataset.load_problems(folder, split):
             commas += "," in problem.gold
-            assert all(rule(problem.answer, problem.gold) for name, rule in scoring.RULES.items() if "flex" not in name)
-            assert scoring.extract_openai(problem.answer) == problem.gold.replace(",", "")
+            assert all(
+                rule(problem.answer, problem.gold)
+                for name, rule in rules.RULES.items()
+                if "flex" not in name
+            )
+            assert rules.extract_openai(problem.answer) == problem.gold.replace(",", "")
     assert commas == 79 + 14
 
 
 def prediction(identity: int, completion: str = "#### 1", gold: str = "1") -> dict[str, object]:
-    return {"id": identity, "gold": gold, "completion": completion, "stop": "eos", "correct": completion == "#### 1"}
+    return {
+        "id": identity,
+        "gold": gold,
+        "completion": completion,
+        "stop": "eos",
+        "correct": completion == "#### 1",
+    }
 
 
 def test_score_counts() -> None:
     rows = [prediction(0), prediction(2, "#### 2"), prediction(1, "The answer is 1"), prediction(3)]
     rows[1]["stop"] = "length"
-    scores = scoring.score(rows, 4, "rows")
+    scores = score.score(rows, 4, "rows")
     assert (scores["exact_match"], scores["num_correct"], scores["num_problems"]) == (0.5, 2, 4)
     assert scores["rules"] == {"openai": 0.5, "lm_eval_strict": 0.5, "lm_eval_flexible": 0.75}
     assert scores["stopped_by_length"] == 1
@@ -81,9 +92,13 @@ def test_score_counts() -> None:
 
 def test_wilson_interval_against_published_values() -> None:
     """Newcombe, Statistics in Medicine 17 (1998), table I, method 3: 81 of 263, 15 of 148, 0 of 20, 1 of 29."""
-    for correct, total, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)):
-        assert scoring.wilson_interval(correct, total) == pytest.approx((low, high), abs=5e-5)
-    assert scoring.wilson_interval(1, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
+    for correct, total, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+    ):
+        assert score.wilson_interval(correct, total) == pytest.approx((low, high), abs=5e-5)
+    assert score.wilson_interval(1, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +117,7 @@ def test_wilson_interval_against_published_values() -> None:
 def test_incomplete_predictions_give_no_score(rows: list[dict], count: int, fragment: str) -> None:
     """Guards against a percentage of the wrong number of problems, and 'no answer' equal to 'no gold'."""
     with pytest.raises(UserError) as error:
-        scoring.score(rows, count, "rows")
+        score.score(rows, count, "rows")
     assert fragment in str(error.value)
 
 
@@ -122,7 +137,9 @@ def test_rescore_writes_scores_beside_the_file_or_elsewhere(call, tmp_path: Path
     assert "50.00%   1 of 2" in outcome.out
     assert json.loads((tmp_path / "scores.json").read_text())["exact_match"] == 0.5
     assert call(evaluate, "--rescore", str(file), "--output", str(tmp_path / "new")).code == 0
-    assert (tmp_path / "new" / "scores.json").read_bytes() == (tmp_path / "scores.json").read_bytes()
+    assert (tmp_path / "new" / "scores.json").read_bytes() == (
+        tmp_path / "scores.json"
+    ).read_bytes()
     assert file.read_bytes() == before
 
 
@@ -143,7 +160,11 @@ def test_rescore_of_rows_without_verdict_and_stop(call, tmp_path: Path) -> None:
     outcome = call(evaluate, "--rescore", str(tmp_path / "p.jsonl"))
     assert outcome.code == 0, outcome.err
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert (scores["num_correct"], scores["stopped_by_length"], scores["stop_unknown"]) == (2, None, 4)
+    assert (scores["num_correct"], scores["stopped_by_length"], scores["stop_unknown"]) == (
+        2,
+        None,
+        4,
+    )
     assert scores["errors"] == {"arithmetic": 0, "reasoning": 1, "format": 1, "cut": None}
     assert "max_new_tokens   not known" in outcome.out and "cut not known" in outcome.out
     assert "contradicts" not in outcome.out
@@ -151,15 +172,25 @@ def test_rescore_of_rows_without_verdict_and_stop(call, tmp_path: Path) -> None:
 
 
 def test_how_completions_ended_is_counted_where_it_is_known(call, tmp_path: Path) -> None:
-    write(tmp_path / "p.jsonl", [bare(0, stop="length"), bare(1, "", stop="length"), bare(2), bare(3, stop="eos")])
+    write(
+        tmp_path / "p.jsonl",
+        [bare(0, stop="length"), bare(1, "", stop="length"), bare(2), bare(3, stop="eos")],
+    )
     outcome = call(evaluate, "--rescore", str(tmp_path / "p.jsonl"))
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert (scores["stopped_by_length"], scores["stop_unknown"], scores["errors"]["cut"]) == (2, 1, 1)
+    assert (scores["stopped_by_length"], scores["stop_unknown"], scores["errors"]["cut"]) == (
+        2,
+        1,
+        1,
+    )
     assert "       2   and not known of 1\n" in outcome.out
     write(tmp_path / "p.jsonl", [prediction(0)])
     (tmp_path / "scores.json").unlink()
     outcome = call(evaluate, "--rescore", str(tmp_path / "p.jsonl"))
-    assert "stop_unknown" not in json.loads((tmp_path / "scores.json").read_text()) and "known" not in outcome.out
+    assert (
+        "stop_unknown" not in json.loads((tmp_path / "scores.json").read_text())
+        and "known" not in outcome.out
+    )
 
 
 def test_a_verdict_that_the_rule_contradicts_is_said(call, tmp_path: Path) -> None:
@@ -170,7 +201,9 @@ def test_a_verdict_that_the_rule_contradicts_is_said(call, tmp_path: Path) -> No
     said = "p.jsonl: 2 rows have a 'correct' that the headline rule contradicts (ids 0, 1): the rule counts"
     for arguments in (["--rescore", "p.jsonl"], ["--compare", "agreed.jsonl", "p.jsonl"]):
         outcome = call(evaluate, arguments[0], *(str(tmp_path / name) for name in arguments[1:]))
-        assert outcome.code == 0 and outcome.out.count("contradicts") == 1 and said in outcome.out, outcome
+        assert (
+            outcome.code == 0 and outcome.out.count("contradicts") == 1 and said in outcome.out
+        ), outcome
     assert json.loads((tmp_path / "scores.json").read_text())["num_correct"] == 3
 
 
@@ -186,16 +219,23 @@ def test_a_verdict_that_the_rule_contradicts_is_said(call, tmp_path: Path) -> No
         ({"completion": None}, "'completion' is None, not of type str"),
     ],
 )
-def test_what_is_there_must_be_of_its_type(call, tmp_path: Path, more: dict[str, object], fragment: str) -> None:
-    write(tmp_path / "p.jsonl", [bare(0), bare(1, **more) if "completion" not in more else bare(1) | more])
+def test_what_is_there_must_be_of_its_type(
+    call, tmp_path: Path, more: dict[str, object], fragment: str
+) -> None:
+    write(
+        tmp_path / "p.jsonl",
+        [bare(0), bare(1, **more) if "completion" not in more else bare(1) | more],
+    )
     for arguments in (["--rescore"], ["--compare", str(tmp_path / "p.jsonl")]):
         outcome = call(evaluate, *arguments, str(tmp_path / "p.jsonl"))
-        outcome.assert_user_error("line 2: is no prediction", fragment, "an object with id, gold, completion")
+        outcome.assert_user_error(
+            "line 2: is no prediction", fragment, "an object with id, gold, completion"
+        )
 
 
 def test_an_evaluation_goes_on_from_rows_without_verdict(tmp_path: Path) -> None:
     """Guards against a running score that counts what the file says of itself."""
-    problem = data.Problem("1 - 0?", "1\n#### 1")
+    problem = dataset.Problem("1 - 0?", "1\n#### 1")
     with PredictionsFile(tmp_path, {}, 4) as file:
         for index, completion in enumerate(("#### 1", "#### 1", "#### 3")):
             file.write((index, 0), problem, completion, "eos", 1)
@@ -215,13 +255,23 @@ def test_rescore_knows_how_many_problems_were_asked(call, tmp_path: Path, beside
     """Guards against a file whose end was lost: the ids alone would not tell."""
     write(tmp_path / "predictions.jsonl", [prediction(0), prediction(1)])
     (tmp_path / beside).write_text('{"num_problems": 3, "exact_match": 1.0}')
-    call(evaluate, "--rescore", str(tmp_path / "predictions.jsonl")).assert_user_error("missing ids 2")
+    call(evaluate, "--rescore", str(tmp_path / "predictions.jsonl")).assert_user_error(
+        "missing ids 2"
+    )
     assert beside == "scores.json" or not (tmp_path / "scores.json").exists()
 
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{}\n", "nonsense\n", '{"id": "0"}\n', json.dumps(prediction(0) | {"id": True}) + "\n", "[]\n", "\xff\n"],
+    [
+        "",
+        "{}\n",
+        "nonsense\n",
+        '{"id": "0"}\n',
+        json.dumps(prediction(0) | {"id": True}) + "\n",
+        "[]\n",
+        "\xff\n",
+    ],
 )
 def test_rescore_refuses_what_is_no_predictions_file(call, tmp_path: Path, content: str) -> None:
     (tmp_path / "p.jsonl").write_text(content, encoding="latin-1")
@@ -230,7 +280,11 @@ def test_rescore_refuses_what_is_no_predictions_file(call, tmp_path: Path, conte
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
 
 
 OWN = {"weights": "w", "data_sha256": "d", "num_problems": 2, "seconds": 5.0}
@@ -248,7 +302,9 @@ def evaluation(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["fixed.jsonl", "fixed", "predictions.jsonl.old", "predictions.json"])
+@pytest.mark.parametrize(
+    "name", ["fixed.jsonl", "fixed", "predictions.jsonl.old", "predictions.json"]
+)
 def test_a_file_beside_an_evaluation_is_another_one(call, evaluation: Path, name: str) -> None:
     """Guards against rows that were never verified with the weights, the seconds and the place of those that were."""
     write(evaluation / name, [bare(0), bare(1, "#### 2"), bare(2)])
@@ -264,17 +320,25 @@ def test_a_file_beside_an_evaluation_is_another_one(call, evaluation: Path, name
     assert call(evaluate, "--rescore", str(evaluation / name)).code == 0
     assert json.loads((evaluation / new).read_text())["num_problems"] == 2
     assert call(evaluate, "--rescore", str(evaluation / "predictions.jsonl")).code == 0
-    assert json.loads((evaluation / "scores.json").read_text()).items() >= (VERIFIED | {"num_correct": 2}).items()
+    assert (
+        json.loads((evaluation / "scores.json").read_text()).items()
+        >= (VERIFIED | {"num_correct": 2}).items()
+    )
 
 
 @pytest.mark.parametrize("held", ["predictions.jsonl", "evaluation.json"])
-def test_the_scores_of_an_evaluation_that_has_begun_have_their_place(call, evaluation: Path, held: str) -> None:
+def test_the_scores_of_an_evaluation_that_has_begun_have_their_place(
+    call, evaluation: Path, held: str
+) -> None:
     for file in list(evaluation.iterdir()):
         if file.name != held:
             file.unlink()
     write(evaluation / "a.jsonl", [bare(0)])
     outcome = call(evaluate, "--rescore", str(evaluation / "a.jsonl"))
-    assert outcome.code == 0 and f"scores: {evaluation / 'a.scores.json'}, since scores.json is that of" in outcome.out
+    assert (
+        outcome.code == 0
+        and f"scores: {evaluation / 'a.scores.json'}, since scores.json is that of" in outcome.out
+    )
     assert {path.name for path in evaluation.iterdir()} == {held, "a.jsonl", "a.scores.json"}
 
 
@@ -292,12 +356,18 @@ def test_several_files_share_a_folder(call, tmp_path: Path) -> None:
     files = ("scores.json", "b.scores.json", "c.scores.json")
     assert {path.name for path in tmp_path.glob("*.json")} == set(files)
     found = [json.loads((tmp_path / file).read_text()) for file in files]
-    assert [(scores["num_correct"], scores["num_problems"]) for scores in found] == [(3, 6), (4, 4), (6, 6)]
+    assert [(scores["num_correct"], scores["num_problems"]) for scores in found] == [
+        (3, 6),
+        (4, 4),
+        (6, 6),
+    ]
 
 
 @pytest.mark.parametrize("held", ["all", "scores.json", "evaluation.json", "predictions.jsonl"])
 @pytest.mark.parametrize("name", ["a.jsonl", "predictions.jsonl"])
-def test_scores_of_other_predictions_are_not_replaced(call, evaluation: Path, held: str, name: str) -> None:
+def test_scores_of_other_predictions_are_not_replaced(
+    call, evaluation: Path, held: str, name: str
+) -> None:
     """Of an evaluation, a whole or a begun one, under --output."""
     for file in list(evaluation.iterdir()):
         if held not in ("all", file.name):
@@ -313,8 +383,15 @@ def test_scores_of_other_predictions_are_not_replaced(call, evaluation: Path, he
 def test_scores_elsewhere_are_replaced_by_those_of_the_same(call, evaluation: Path) -> None:
     new, foreign = evaluation.parent / "new", evaluation.parent / "a.jsonl"
     for _ in range(2):
-        assert call(evaluate, "--rescore", str(evaluation / "predictions.jsonl"), "--output", str(new)).code == 0
-        (evaluation / "evaluation.json").write_text(json.dumps(OWN | {"num_problems": 3}))  # it went on
+        assert (
+            call(
+                evaluate, "--rescore", str(evaluation / "predictions.jsonl"), "--output", str(new)
+            ).code
+            == 0
+        )
+        (evaluation / "evaluation.json").write_text(
+            json.dumps(OWN | {"num_problems": 3})
+        )  # it went on
         write(evaluation / "predictions.jsonl", [prediction(0), prediction(1), prediction(2)])
     assert json.loads((new / "scores.json").read_text())["num_problems"] == 3
     write(foreign, [bare(0)])
@@ -326,7 +403,9 @@ def test_scores_elsewhere_are_replaced_by_those_of_the_same(call, evaluation: Pa
     outcome.assert_user_error("scores.json of other predictions")
     (foreign.parent / "scores.json").write_text('{"predictions": "b.jsonl"}')
     (foreign.parent / "a.scores.json").write_text("precious")
-    call(evaluate, "--rescore", str(foreign)).assert_user_error("holds a.scores.json of other predictions")
+    call(evaluate, "--rescore", str(foreign)).assert_user_error(
+        "holds a.scores.json of other predictions"
+    )
     assert content(new) == before and (foreign.parent / "a.scores.json").read_text() == "precious"
 
 
@@ -370,7 +449,12 @@ def test_rows_as_other_programs_write_them(call, tmp_path: Path) -> None:
 
 
 def test_odd_golds_are_said_when_a_file_is_scored_again(call, tmp_path: Path) -> None:
-    rows = [prediction(0), prediction(1, "#### 3", "3.0"), prediction(2, "#### 7", "007"), prediction(3, "", "1,000")]
+    rows = [
+        prediction(0),
+        prediction(1, "#### 3", "3.0"),
+        prediction(2, "#### 7", "007"),
+        prediction(3, "", "1,000"),
+    ]
     write(tmp_path / "p.jsonl", rows)
     outcome = call(evaluate, "--rescore", str(tmp_path / "p.jsonl"))
     assert "p.jsonl: 2 of 4 golds are not spelt plainly, the first in id 1: 3.0, and" in outcome.out
@@ -390,7 +474,13 @@ def test_rescore_goes_with_no_model_flags(call, tmp_path: Path) -> None:
 
 def drawn(problem: int, answers: list[str | None], gold: str = "7") -> list[dict]:
     return [
-        {"id": problem, "sample": n, "gold": gold, "completion": "none" if a is None else f"#### {a}", "stop": "eos"}
+        {
+            "id": problem,
+            "sample": n,
+            "gold": gold,
+            "completion": "none" if a is None else f"#### {a}",
+            "stop": "eos",
+        }
         for n, a in enumerate(answers)
     ]
 
@@ -407,7 +497,7 @@ def drawn(problem: int, answers: list[str | None], gold: str = "7") -> list[dict
     ],
 )
 def test_majority_vote(answers: list[str | None], voted: str | None) -> None:
-    assert scoring.majority_vote(answers) == voted
+    assert score.majority_vote(answers) == voted
 
 
 @pytest.mark.parametrize("num_samples", [1, 3, 6])
@@ -416,18 +506,23 @@ def test_pass_at_is_the_share_of_all_subsets(num_samples: int) -> None:
     for num_correct in range(num_samples + 1):
         for k in range(1, num_samples + 1):
             subsets = list(itertools.combinations(range(num_samples), k))
-            share = sum(any(number < num_correct for number in subset) for subset in subsets) / len(subsets)
-            assert scoring.pass_at(k, num_samples, num_correct) == pytest.approx(share, abs=1e-12)
+            share = sum(any(number < num_correct for number in subset) for subset in subsets) / len(
+                subsets
+            )
+            assert score.pass_at(k, num_samples, num_correct) == pytest.approx(share, abs=1e-12)
 
 
 def test_scores_of_samples_by_hand() -> None:
     rows = [*drawn(1, ["8", "7", "7"]), *drawn(0, ["1,000", None, "5"], gold="1,000")]
-    found = scoring.score_samples(rows, 2, 3, "x")
-    assert found["exact_match"] == pytest.approx(3 / 6) and (found["num_problems"], found["num_samples"]) == (2, 3)
+    found = score.score_samples(rows, 2, 3, "x")
+    assert found["exact_match"] == pytest.approx(3 / 6) and (
+        found["num_problems"],
+        found["num_samples"],
+    ) == (2, 3)
     assert found["maj_at"] == {"1": 0.5, "2": 0.5, "3": 1.0}
     assert found["pass_at"] == pytest.approx({"1": 0.5, "2": (1 + 2 / 3) / 2, "3": 1.0})
-    assert found["ci95"] == pytest.approx(scoring.wilson_interval(2, 2))
-    assert scoring.score_samples(rows[::-1], 2, None, "x") == found
+    assert found["ci95"] == pytest.approx(score.wilson_interval(2, 2))
+    assert score.score_samples(rows[::-1], 2, None, "x") == found
 
 
 @pytest.mark.parametrize(
@@ -443,5 +538,5 @@ def test_scores_of_samples_by_hand() -> None:
 )
 def test_no_score_of_samples_that_are_not_whole(rows: list[dict], fragment: str) -> None:
     with pytest.raises(UserError) as error:
-        scoring.score_samples(rows, 1, 3, "x")
+        score.score_samples(rows, 1, 3, "x")
     assert fragment in str(error.value)

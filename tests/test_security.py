@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from conftest import PROMPT, flags, make_config, seal
 
-import config
 import evaluate
 import perplexity
 import train
-from data import Problem
+from grading.dataset import Problem
+from run import config, paths
 
-ROOT = Path(config.__file__).parent
+ROOT = Path(config.__file__).parents[1]
 PRODUCT = sorted(ROOT.glob("*.py"))
 
 # ---------------------------------------------------------------- the code itself
@@ -34,7 +34,17 @@ FORBIDDEN_CALLS = {
     "yaml.unsafe_load",
     "yaml.full_load",
 }
-FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "runpy", "code"}
+FORBIDDEN_MODULES = {
+    "pickle",
+    "cPickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "marshal",
+    "shelve",
+    "runpy",
+    "code",
+}
 
 
 def offences(source: str) -> list[str]:
@@ -44,7 +54,11 @@ def offences(source: str) -> list[str]:
         line = getattr(node, "lineno", 0)
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-            found += [f"{line}: import {name}" for name in names if name.split(".")[0] in FORBIDDEN_MODULES]
+            found += [
+                f"{line}: import {name}"
+                for name in names
+                if name.split(".")[0] in FORBIDDEN_MODULES
+            ]
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             keywords = {word.arg: ast.unparse(word.value) for word in node.keywords}
@@ -99,7 +113,11 @@ def test_the_scan_finds_what_it_looks_for(source: str) -> None:
 
 def test_dependencies_are_above_the_floor() -> None:
     """CVE-2025-32434 and CVE-2026-24747 (torch), CVE-2026-1839 (transformers)."""
-    pinned = dict(line.split("==") for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line)
+    pinned = dict(
+        line.split("==")
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+        if "==" in line
+    )
     for name, floor in (("torch", (2, 10)), ("transformers", (5,))):
         assert tuple(map(int, pinned[name].split(".")))[: len(floor)] >= floor
 
@@ -159,11 +177,20 @@ def test_a_pickle_in_any_file_of_a_checkpoint_is_never_executed(
             scripts = {"evaluate": evaluate, "perplexity": perplexity}
             outcome = call(scripts[script], "--ckpt", str(copy / "last"), "--limit", "2")
         assert outcome.code in (0, 2), (name, outcome.err)
-        assert outcome.err == "" or outcome.err.startswith(("error: ", "\r", "decoding", "verif")), (name, outcome.err)
+        assert outcome.err == "" or outcome.err.startswith(
+            ("error: ", "\r", "decoding", "verif")
+        ), (name, outcome.err)
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+    "name",
+    [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+    ],
 )
 def test_a_pickle_in_any_file_of_a_base_model_is_never_executed(
     call, settings: dict[str, str], payload: bytes, tmp_path: Path, name: str
@@ -184,14 +211,17 @@ def test_a_pickle_as_data_is_never_executed(
     call(train, *flags(settings | {"dataset": str(tmp_path / "data")})).assert_user_error(name)
 
 
-def test_a_pickle_as_predictions_or_settings_is_never_executed(call, payload: bytes, tmp_path: Path) -> None:
+def test_a_pickle_as_predictions_or_settings_is_never_executed(
+    call, payload: bytes, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_bytes(payload)
     call(evaluate, "--rescore", str(tmp_path / "file")).assert_user_error("is no prediction")
     call(train, "--config", str(tmp_path / "file")).assert_user_error("file: is no")
 
 
 @pytest.mark.parametrize(
-    "tag", ["!!python/object/apply:os.mkdir", "!!python/name:os.mkdir", "!!python/object/new:os.mkdir"]
+    "tag",
+    ["!!python/object/apply:os.mkdir", "!!python/name:os.mkdir", "!!python/object/new:os.mkdir"],
 )
 def test_yaml_makes_no_objects(call, settings: dict[str, str], tmp_path: Path, tag: str) -> None:
     """Neither as a value, nor as a key, nor as a document."""
@@ -203,7 +233,9 @@ def test_yaml_makes_no_objects(call, settings: dict[str, str], tmp_path: Path, t
         f"{text}\n? {tag} [{mark}]\n: 1\n",
     ):
         (tmp_path / "settings.yaml").write_text(content)
-        call(train, "--config", str(tmp_path / "settings.yaml")).assert_user_error("settings.yaml: ")
+        call(train, "--config", str(tmp_path / "settings.yaml")).assert_user_error(
+            "settings.yaml: "
+        )
         assert not mark.exists()
     tagged = text.replace("run_name: llama", f"run_name: {tag.split(':')[0]} llama")
     (tmp_path / "settings.yaml").write_text(tagged)
@@ -216,10 +248,14 @@ def test_yaml_makes_no_objects(call, settings: dict[str, str], tmp_path: Path, t
 ESCAPES = "\x1b[31m\x1b]0;title\x07\x9b2J\u202e<script>alert(1)</script>\r\x00\x08"
 
 
-def test_model_text_steers_no_terminal(call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_text_steers_no_terminal(
+    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the sample after each epoch, in what evaluation shows, and in its errors."""
     original = train.complete
-    monkeypatch.setattr(train, "complete", lambda *a: {k: (ESCAPES, s) for k, (_, s) in original(*a).items()})
+    monkeypatch.setattr(
+        train, "complete", lambda *a: {k: (ESCAPES, s) for k, (_, s) in original(*a).items()}
+    )
     outcome = call(train, *flags(settings | {"epochs": "1"}))
     assert outcome.code == 0 and "<script>" in outcome.out
     shown = [outcome.out]
@@ -227,7 +263,10 @@ def test_model_text_steers_no_terminal(call, settings: dict[str, str], monkeypat
     outcome = call(evaluate, "--ckpt", str(best), "--verify-batching", "0")
     assert outcome.code == 0
     file = best.parent / "eval" / "test" / "predictions.jsonl"
-    rows = [json.loads(line) | {"completion": f"1 + 1 = 3{ESCAPES}\n#### 3"} for line in file.read_text().splitlines()]
+    rows = [
+        json.loads(line) | {"completion": f"1 + 1 = 3{ESCAPES}\n#### 3"}
+        for line in file.read_text().splitlines()
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     outcome = call(evaluate, "--rescore", str(file))
     assert outcome.code == 0
@@ -259,12 +298,16 @@ def test_errors_steer_no_terminal(call, settings: dict[str, str], tmp_path: Path
         assert outcome.err[:-1].isprintable(), outcome.err
 
 
-def test_files_hold_no_raw_control_characters(call, settings: dict[str, str], tmp_path: Path) -> None:
+def test_files_hold_no_raw_control_characters(
+    call, settings: dict[str, str], tmp_path: Path
+) -> None:
     """A `cat` of any report is as safe as the terminal output."""
     problem = Problem(f"What{ESCAPES}?", f"It{ESCAPES}is 1.\n#### 1")
     shutil.copytree(settings["dataset"], tmp_path / "data")
     with (tmp_path / "data" / "test.jsonl").open("a") as stream:
-        stream.write("\n" * 0 + json.dumps({"question": problem.question, "answer": problem.answer}) + "\n")
+        stream.write(
+            "\n" * 0 + json.dumps({"question": problem.question, "answer": problem.answer}) + "\n"
+        )
     settings |= {"dataset": str(tmp_path / "data"), "epochs": "1"}
     assert call(train, *flags(settings)).code == 0
     folder = Path(settings["output_dir"]) / "test"
@@ -278,8 +321,12 @@ def test_files_hold_no_raw_control_characters(call, settings: dict[str, str], tm
 # ---------------------------------------------------------------- paths and secrets
 
 
-@pytest.mark.parametrize("name", ["..", "../other", "a/../../b", "/tmp/x", "a/b", ".hidden", "a\0b", "a\nb", "~", " "])
-def test_a_run_stays_in_its_folder(call, settings: dict[str, str], tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["..", "../other", "a/../../b", "/tmp/x", "a/b", ".hidden", "a\0b", "a\nb", "~", " "]
+)
+def test_a_run_stays_in_its_folder(
+    call, settings: dict[str, str], tmp_path: Path, name: str
+) -> None:
     outcome = call(train, *flags(settings | {"run_name": name}))
     outcome.assert_user_error("run_name: ", "must be letters, digits")
     assert not list(tmp_path.rglob("*"))
@@ -290,13 +337,24 @@ def test_no_secret_and_no_home_gets_into_any_file(settings: dict[str, str], tmp_
     home = tmp_path / "home-of-CANARYHOME"
     shutil.copytree(settings["model"], home / "model")
     shutil.copytree(settings["dataset"], home / "data")
-    variables = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "HF_"))}
-    variables |= {"HOME": str(home), "HF_HUB_OFFLINE": "1", "USER": "CANARYUSER", "LOGNAME": "CANARYUSER"}
+    variables = {
+        key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "HF_"))
+    }
+    variables |= {
+        "HOME": str(home),
+        "HF_HUB_OFFLINE": "1",
+        "USER": "CANARYUSER",
+        "LOGNAME": "CANARYUSER",
+    }
     variables |= {
         name: f"CANARY{number:034}"
         for number, name in enumerate(("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"))
     }
-    given = settings | {"model": str(home / "model"), "dataset": "~/data", "output_dir": str(home / "runs")}
+    given = settings | {
+        "model": str(home / "model"),
+        "dataset": "~/data",
+        "output_dir": str(home / "runs"),
+    }
     given |= {"wandb_mode": "offline", "epochs": "1"}
     best = home / "runs" / "test" / "best"
     commands = [
@@ -308,7 +366,12 @@ def test_no_secret_and_no_home_gets_into_any_file(settings: dict[str, str], tmp_
     ]
     for command in commands:
         result = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         assert result.returncode == (2 if "--hf_token" in command else 0), result.stderr
         secrets = result.stdout + result.stderr
@@ -328,10 +391,15 @@ def test_a_home_that_was_hidden_is_found_again(
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
-    for typed, kept in ((home / "a" / "b", "~/a/b"), (home, "~"), (f"{home}x/y", f"{home}x/y"), ("a~b", "a~b")):
+    for typed, kept in (
+        (home / "a" / "b", "~/a/b"),
+        (home, "~"),
+        (f"{home}x/y", f"{home}x/y"),
+        ("a~b", "a~b"),
+    ):
         made = make_config(settings | {"model": str(typed), "prompt": PROMPT})
         assert made.model == kept
-        assert config.local_path(made.model) == Path(typed)
+        assert paths.local_path(made.model) == Path(typed)
 
 
 def test_a_home_behind_a_link_is_hidden_and_a_home_of_all_is_none(
@@ -340,7 +408,7 @@ def test_a_home_behind_a_link_is_hidden_and_a_home_of_all_is_none(
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     monkeypatch.setenv("HOME", str(tmp_path / "link"))
-    assert config.hide_home(f"{tmp_path}/real/x and {tmp_path}/link/y") == "~/x and ~/y"
+    assert paths.hide_home(f"{tmp_path}/real/x and {tmp_path}/link/y") == "~/x and ~/y"
     for home in ("/", "", "//"):
         monkeypatch.setenv("HOME", home)
-        assert config.hide_home("/a/b c/d") == "/a/b c/d"
+        assert paths.hide_home("/a/b c/d") == "/a/b c/d"

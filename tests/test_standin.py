@@ -8,9 +8,9 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import demo
-import scoring
 import standin
-from errors import UserError
+from grading import rules
+from run.errors import UserError
 
 
 def test_problems_are_right_distinct_and_reproducible() -> None:
@@ -23,13 +23,20 @@ def test_problems_are_right_distinct_and_reproducible() -> None:
         assert 1 <= len(steps) <= 2 and problem["answer"].count("<<") == len(steps)
         for left, sign, right, result, repeated in steps:
             left, right = int(left), int(right)
-            assert {"+": left + right, "-": left - right, "*": left * right}[sign] == int(result) == int(repeated) >= 0
-        assert scoring.gold_answer(problem["answer"]) == steps[-1][3]
+            assert (
+                {"+": left + right, "-": left - right, "*": left * right}[sign]
+                == int(result)
+                == int(repeated)
+                >= 0
+            )
+        assert rules.gold_answer(problem["answer"]) == steps[-1][3]
 
 
 def test_stand_in_model_is_a_hugging_face_llama_of_about_a_million(tmp_path: Path) -> None:
     problems = standin.make_problems(2000, seed=0)
-    standin.make_tokenizer((f"{p['question']}\n{p['answer']}" for p in problems), tmp_path, vocab_size=512)
+    standin.make_tokenizer(
+        (f"{p['question']}\n{p['answer']}" for p in problems), tmp_path, vocab_size=512
+    )
     standin.make_model(tmp_path, hidden_size=128, intermediate_size=352, layers=4, heads=4)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.config.model_type == "llama" and model.config.vocab_size == 512

@@ -15,16 +15,15 @@ from typing import Any
 import pytest
 from conftest import flags, flip_a_byte, run_folder, tree
 
-import checkpoint
 import evaluate
 import perplexity
-import storage
 import train
-from checkpoint import BEST, FINISHED_FILE, LAST, PREVIOUS
-from config import CONFIG_FILE
-from data import Problem
-from generate import Completion
-from predictions import PredictionsFile
+from engine.decoding import Completion
+from grading.dataset import Problem
+from grading.predictions import PredictionsFile
+from run import checkpoint, errors, files, locks, manifest, model_source, training_json
+from run.config import CONFIG_FILE
+from run.manifest import BEST, FINISHED_FILE, LAST, PREVIOUS
 
 ROOT = Path(train.__file__).parent
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EPERM)
@@ -33,19 +32,23 @@ NO_RENAME = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EP
 
 @pytest.fixture(autouse=True)
 def nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_said", {})
+    monkeypatch.setattr(files, "_said", {})
 
 
 @contextmanager
 def held_by_another_process(folder: Path) -> Iterator[None]:
     code = (
-        "import sys, pathlib, storage\n"
-        "with storage.locked(pathlib.Path(sys.argv[1]), 'held'):\n"
+        "import sys, pathlib\nfrom run import locks\n"
+        "with locks.locked(pathlib.Path(sys.argv[1]), 'held'):\n"
         "    print('in', flush=True)\n"
         "    sys.stdin.read()\n"
     )
     holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(folder)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(folder)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert holder.stdout.readline() == "in\n"
     yield
@@ -53,7 +56,9 @@ def held_by_another_process(folder: Path) -> Iterator[None]:
     holder.communicate()
 
 
-def fail(original: Callable[..., Any], number: int, is_meant: Callable[..., bool]) -> Callable[..., Any]:
+def fail(
+    original: Callable[..., Any], number: int, is_meant: Callable[..., bool]
+) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
         if is_meant(*arguments):
             raise OSError(number, os.strerror(number))
@@ -81,9 +86,18 @@ def test_an_evaluation_into_a_folder_of_another_process_is_refused(
     with monkeypatch.context() as patch, held_by_another_process(out):
         patch.setattr(evaluate, "load_model", lambda *_: 1 / 0)
         call(evaluate, *arguments).assert_user_error(str(out), *refusal)
-        call(evaluate, "--rescore", str(out / "predictions.jsonl")).assert_user_error(str(out), *refusal)
+        call(evaluate, "--rescore", str(out / "predictions.jsonl")).assert_user_error(
+            str(out), *refusal
+        )
         assert (
-            call(evaluate, "--rescore", str(out / "predictions.jsonl"), "--output", str(tmp_path / "other")).code == 0
+            call(
+                evaluate,
+                "--rescore",
+                str(out / "predictions.jsonl"),
+                "--output",
+                str(tmp_path / "other"),
+            ).code
+            == 0
         )
     for name, flag in (("calculator", ("--calculator", "true")), ("samples", ("--samples", "2"))):
         with monkeypatch.context() as patch, held_by_another_process(out / name):
@@ -95,26 +109,40 @@ def test_an_evaluation_into_a_folder_of_another_process_is_refused(
     assert call(evaluate, *arguments).code == 0
 
 
-def test_a_refused_evaluation_leaves_no_folder(call, settings: dict[str, str], tmp_path: Path) -> None:
+def test_a_refused_evaluation_leaves_no_folder(
+    call, settings: dict[str, str], tmp_path: Path
+) -> None:
     out = tmp_path / "new" / "out"
-    arguments = ["--ckpt", settings["model"], *flags(settings | {"max_new_tokens": "5000"}), "--output", str(out)]
+    arguments = [
+        "--ckpt",
+        settings["model"],
+        *flags(settings | {"max_new_tokens": "5000"}),
+        "--output",
+        str(out),
+    ]
     call(evaluate, *arguments, "--samples", "2").assert_user_error("1024 positions")
-    call(evaluate, "--rescore", str(tmp_path / "no" / "predictions.jsonl")).assert_user_error("can't be read")
+    call(evaluate, "--rescore", str(tmp_path / "no" / "predictions.jsonl")).assert_user_error(
+        "can't be read"
+    )
     assert not out.parent.exists() and not (tmp_path / "no").exists()
     (tmp_path / "file").touch()
-    call(evaluate, "--rescore", str(tmp_path / "file" / "x")).assert_user_error("can't be read (Not a directory)")
+    call(evaluate, "--rescore", str(tmp_path / "file" / "x")).assert_user_error(
+        "can't be read (Not a directory)"
+    )
 
 
-@pytest.mark.parametrize("number", [errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
+@pytest.mark.parametrize(
+    "number", [errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL]
+)
 def test_where_a_folder_can_not_be_locked_a_file_in_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As on NFS. The one that is refused, and the one that made the folder, leave nothing in it."""
     monkeypatch.setattr(fcntl, "flock", fail(fcntl.flock, number, of_folder))
     folder = tmp_path / "a" / "b"
-    with storage.locked(folder, "held") as is_held:
-        assert is_held and (folder / storage.LOCK_FILE).is_file()
-        with pytest.raises(storage.UserError, match="held"), storage.locked(folder, "held"):
+    with locks.locked(folder, "held") as is_held:
+        assert is_held and (folder / locks.LOCK_FILE).is_file()
+        with pytest.raises(errors.UserError, match="held"), locks.locked(folder, "held"):
             pass
         assert folder.exists()
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
@@ -127,12 +155,16 @@ def test_where_nothing_can_be_locked_work_goes_on_and_it_is_said_once(
     monkeypatch.setattr(fcntl, "flock", fail(fcntl.flock, number, lambda *_: True))
     outcome = call(train, *flags(settings | {"epochs": "1"}))
     assert outcome.code == 0 and outcome.out.count("this file system has no locks") == 1
-    storage._said.clear()
-    outcome = call(evaluate, "--ckpt", str(run_folder(settings) / BEST), "--samples", "2", "--limit", "3")
+    files._said.clear()
+    outcome = call(
+        evaluate, "--ckpt", str(run_folder(settings) / BEST), "--samples", "2", "--limit", "3"
+    )
     assert outcome.code == 0 and outcome.out.count("this file system has no locks") == 1
 
 
-def test_a_lock_is_of_the_folder_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_is_of_the_folder_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Guards against two processes of which one has locked a folder that the other has removed."""
     original, folder, seen = fcntl.flock, tmp_path / "out", []
 
@@ -143,41 +175,53 @@ def test_a_lock_is_of_the_folder_that_is_there(tmp_path: Path, monkeypatch: pyte
         original(*arguments)
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with storage.locked(folder, "held"):
+    with locks.locked(folder, "held"):
         monkeypatch.undo()
         assert folder.stat().st_ino != seen[0]
-        with pytest.raises(storage.UserError, match="held"), storage.locked(folder, "held"):
+        with pytest.raises(errors.UserError, match="held"), locks.locked(folder, "held"):
             pass
 
 
-def test_two_writers_of_one_small_file_do_not_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_writers_of_one_small_file_do_not_collide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Guards against a traceback of the one whose staged file the other has renamed; and a kill leaves nothing."""
     file, original = tmp_path / "scores.json", Path.replace
 
     def replace(self: Path, target: Path) -> Path:
         monkeypatch.undo()
-        storage.replace_file(file, "the other's")  # just before
+        files.replace_file(file, "the other's")  # just before
         return original(self, target)
 
     monkeypatch.setattr(Path, "replace", replace)
-    storage.replace_file(file, "mine")
-    assert file.read_text() == "mine" and [path.name for path in tmp_path.iterdir()] == ["scores.json"]
+    files.replace_file(file, "mine")
+    assert file.read_text() == "mine" and [path.name for path in tmp_path.iterdir()] == [
+        "scores.json"
+    ]
     for name in (".scores.json.0123abcd.staged", ".mine.staged", ".last.staged"):
         (tmp_path / name).touch()
-    with storage.locked(tmp_path, "held"):
+    with locks.locked(tmp_path, "held"):
         pass
-    assert {path.name for path in tmp_path.iterdir()} == {"scores.json", ".mine.staged", ".last.staged"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "scores.json",
+        ".mine.staged",
+        ".last.staged",
+    }
 
 
 # ---------------------------------------------------------------- what two writers left
 
 
 def doubled(lines: list[bytes]) -> bytes:
-    return b"".join([*lines, lines[2], lines[0], lines[2].replace(b'"completion": "', b'"completion": "later')])
+    return b"".join(
+        [*lines, lines[2], lines[0], lines[2].replace(b'"completion": "', b'"completion": "later')]
+    )
 
 
 def interleaved(lines: list[bytes]) -> bytes:
-    return b"".join([lines[0], lines[1][:40], lines[3], *lines[2:], lines[1][40:], b"\n", b"\x00" * 50 + b"\n"])
+    return b"".join(
+        [lines[0], lines[1][:40], lines[3], *lines[2:], lines[1][40:], b"\n", b"\x00" * 50 + b"\n"]
+    )
 
 
 def all_cut(lines: list[bytes]) -> bytes:
@@ -189,9 +233,21 @@ def all_cut(lines: list[bytes]) -> bytes:
     [
         (doubled, "dropped 3 lines that stood there before,", 12),
         (interleaved, "dropped 4 lines that can't be read,", 11),
-        (lambda lines: doubled(lines[:-1]) + lines[4][:9], "dropped 3 lines that stood there before,", 11),
-        (lambda lines: interleaved(lines) + lines[5], "1 line that stood there before and 4 lines that can't be", 11),
-        (lambda lines: b"".join(lines) + lines[3].replace(b'"id": ', b'"id": -', 1), "1 line that can't be read", 12),
+        (
+            lambda lines: doubled(lines[:-1]) + lines[4][:9],
+            "dropped 3 lines that stood there before,",
+            11,
+        ),
+        (
+            lambda lines: interleaved(lines) + lines[5],
+            "1 line that stood there before and 4 lines that can't be",
+            11,
+        ),
+        (
+            lambda lines: b"".join(lines) + lines[3].replace(b'"id": ', b'"id": -', 1),
+            "1 line that can't be read",
+            12,
+        ),
         (all_cut, "dropped 1 line that can't be read,", 0),
     ],
 )
@@ -199,7 +255,15 @@ def test_evaluating_again_mends_what_two_writers_left(
     call, settings: dict[str, str], tmp_path: Path, damage, said: str, kept: int
 ) -> None:
     """Guards against two commands of which each names the other as the cure."""
-    arguments = ["--ckpt", settings["model"], *flags(settings), "--output", str(tmp_path), "--verify-batching", "0"]
+    arguments = [
+        "--ckpt",
+        settings["model"],
+        *flags(settings),
+        "--output",
+        str(tmp_path),
+        "--verify-batching",
+        "0",
+    ]
     assert call(evaluate, *arguments).code == 0
     file = tmp_path / "predictions.jsonl"
     whole, scores = file.read_bytes(), json.loads((tmp_path / "scores.json").read_bytes())
@@ -217,7 +281,15 @@ def test_evaluating_again_mends_what_two_writers_left(
 
 
 def test_doubled_samples_are_mended(call, settings: dict[str, str], tmp_path: Path) -> None:
-    arguments = ["--ckpt", settings["model"], *flags(settings), "--output", str(tmp_path), "--samples", "2"]
+    arguments = [
+        "--ckpt",
+        settings["model"],
+        *flags(settings),
+        "--output",
+        str(tmp_path),
+        "--samples",
+        "2",
+    ]
     assert call(evaluate, *arguments).code == 0
     file = tmp_path / "samples" / "predictions.jsonl"
     whole = file.read_bytes()
@@ -235,16 +307,22 @@ def test_what_is_not_of_this_evaluation_is_not_mended(
     file = tmp_path / "predictions.jsonl"
     whole = file.read_bytes()
     file.write_bytes(content)
-    call(evaluate, *arguments).assert_user_error("is no predictions.jsonl of this program", "--output")
+    call(evaluate, *arguments).assert_user_error(
+        "is no predictions.jsonl of this program", "--output"
+    )
     assert file.read_bytes() == content
     file.write_bytes(doubled(whole.splitlines(keepends=True)))
     before = tree(tmp_path)
     other = [*arguments, "--prompt", "{question}"]
     call(evaluate, *other).assert_user_error("belongs to another evaluation", "prompt was")
-    call(evaluate, *arguments, "--limit", "5").assert_user_error("holds 12 problems, with 5 asked for now")
+    call(evaluate, *arguments, "--limit", "5").assert_user_error(
+        "holds 12 problems, with 5 asked for now"
+    )
     assert tree(tmp_path) == before
     (tmp_path / "evaluation.json").write_bytes(b"{")
-    call(evaluate, *arguments).assert_user_error("evaluation.json: is damaged", "choose another --output, or move")
+    call(evaluate, *arguments).assert_user_error(
+        "evaluation.json: is damaged", "choose another --output, or move"
+    )
 
 
 # ---------------------------------------------------------------- metrics.jsonl beside a run that trains
@@ -264,7 +342,9 @@ def test_an_evaluation_only_appends_to_the_metrics_of_a_run_that_trains(
         training.write(b'{"step": 10}\n')
     lines = file.read_bytes().removeprefix(before + b"\n").splitlines()
     assert "eval/exact_match" in json.loads(lines[0]) and lines[1:] == [b'{"step": 10}']
-    assert call(evaluate, "--ckpt", best, "--split", "validation").code == 0  # nobody trains: it is mended
+    assert (
+        call(evaluate, "--ckpt", best, "--split", "validation").code == 0
+    )  # nobody trains: it is mended
     assert all(json.loads(line) for line in file.read_bytes().splitlines())
     assert call(train, *flags(settings)).code == 0
 
@@ -278,7 +358,7 @@ def test_a_file_is_replaced_where_nothing_can_be_synced(
 ) -> None:
     monkeypatch.setattr(os, "fsync", fail(os.fsync, number, lambda *_: True))
     for content in ("one", "two"):
-        storage.replace_file(tmp_path / "file", content)
+        files.replace_file(tmp_path / "file", content)
         assert (tmp_path / "file").read_text() == content
     assert capsys.readouterr().out.count("this file system can't sync") == 1
 
@@ -298,11 +378,18 @@ def test_where_nothing_can_be_synced_work_goes_on_and_it_is_said_once(
         assert outcome.code == 0 and "power cut" not in outcome.out
 
 
-def test_a_folder_that_can_not_be_opened_is_not_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(os, "open", fail(os.open, errno.EACCES, lambda path, *_: Path(path).is_dir()))
-    storage.replace_file(tmp_path / "file", "content")
+def test_a_folder_that_can_not_be_opened_is_not_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr(
+        os, "open", fail(os.open, errno.EACCES, lambda path, *_: Path(path).is_dir())
+    )
+    files.replace_file(tmp_path / "file", "content")
     assert (tmp_path / "file").read_text() == "content"
-    assert f"{tmp_path}: this file system can't sync folders (Permission denied)" in capsys.readouterr().out
+    assert (
+        f"{tmp_path}: this file system can't sync folders (Permission denied)"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EROFS])
@@ -313,7 +400,18 @@ def test_a_fault_of_the_disk_is_not_taken_for_what_it_lacks(
     call(train, *flags(settings)).assert_user_error(os.strerror(number))
 
 
-MOUNT = ["EIO", "EROFS", "EACCES", "EPERM", "EBUSY", "ENXIO", "ENODEV", "EREMOTEIO", "EUCLEAN", "ENAMETOOLONG"]
+MOUNT = [
+    "EIO",
+    "EROFS",
+    "EACCES",
+    "EPERM",
+    "EBUSY",
+    "ENXIO",
+    "ENODEV",
+    "EREMOTEIO",
+    "EUCLEAN",
+    "ENAMETOOLONG",
+]
 NETWORK = ["ESTALE", "ENOTCONN", "ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "ECONNRESET"]
 FULL = ["EDQUOT", "ENOSPC", "EFBIG"]
 
@@ -324,7 +422,9 @@ def said_of(outcome, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*MOUNT, *NETWORK, *FULL])
-def test_a_fault_of_disk_or_mount_is_one_line(call, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_fault_of_disk_or_mount_is_one_line(
+    call, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     def main(*_: Any) -> None:
         raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)), "some/file")
 
@@ -334,8 +434,12 @@ def test_a_fault_of_disk_or_mount_is_one_line(call, monkeypatch: pytest.MonkeyPa
     assert outcome.err.startswith("error: some/file: ")
 
 
-@pytest.mark.parametrize("fault", [OSError(number, "x") for number in (errno.EBADF, errno.EINVAL)] + [KeyError("x")])
-def test_a_fault_of_the_program_is_a_traceback(call, monkeypatch: pytest.MonkeyPatch, fault: Exception) -> None:
+@pytest.mark.parametrize(
+    "fault", [OSError(number, "x") for number in (errno.EBADF, errno.EINVAL)] + [KeyError("x")]
+)
+def test_a_fault_of_the_program_is_a_traceback(
+    call, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
     def main(*_: Any) -> None:
         raise fault
 
@@ -347,7 +451,12 @@ def test_a_fault_of_the_program_is_a_traceback(call, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("name", ["EIO", "ESTALE", "ENOSPC"])
 @pytest.mark.parametrize("file", ["predictions.jsonl", ".scores.json.", ".evaluation.json."])
 def test_a_fault_while_evaluating_names_the_file(
-    call, settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, name: str
+    call,
+    settings: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    name: str,
 ) -> None:
     """What fsync says has a number alone."""
     out = tmp_path / "out"
@@ -355,7 +464,9 @@ def test_a_fault_while_evaluating_names_the_file(
     def is_meant(descriptor: int) -> bool:
         return os.readlink(f"/proc/self/fd/{descriptor}").startswith(str(out / file))
 
-    monkeypatch.setattr(evaluate, "greedy_decode", lambda model, prompts, **_: [Completion(0, 1, [5], "eos")])
+    monkeypatch.setattr(
+        evaluate, "greedy_decode", lambda model, prompts, **_: [Completion(0, 1, [5], "eos")]
+    )
     monkeypatch.setattr(os, "fsync", fail(os.fsync, getattr(errno, name), is_meant))
     arguments = ["--limit", "1", "--verify-batching", "0", "--output", str(out)]
     outcome = call(evaluate, "--ckpt", settings["model"], *flags(settings), *arguments)
@@ -366,7 +477,9 @@ def test_a_fault_while_evaluating_names_the_file(
     assert outcome.err.startswith(f"error: {out / file}")
 
 
-def test_a_full_disk_under_a_prediction_names_the_file(tmp_path: Path, call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_under_a_prediction_names_the_file(
+    tmp_path: Path, call, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(OSError, match="No space") as error:
         file = PredictionsFile(tmp_path, {}, 1)
         with file:
@@ -388,14 +501,23 @@ def test_a_save_that_fails_says_what_helps(
     said_of(outcome, name)
     assert "intact" not in outcome.err
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", fail(os.replace, number, lambda _, target: Path(target).name == "config.yaml"))
+        patch.setattr(
+            os,
+            "replace",
+            fail(os.replace, number, lambda _, target: Path(target).name == "config.yaml"),
+        )
         said_of(call(train, *flags(settings)), name)
 
 
 @pytest.mark.parametrize("name", ["EIO", "ENOSPC", "EROFS", "ELOOP", "ESTALE", "EDQUOT"])
 @pytest.mark.parametrize("where", ["folder", "file"])
 def test_a_fault_is_not_taken_for_a_file_system_without_locks(
-    call, settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, where: str
+    call,
+    settings: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    where: str,
 ) -> None:
     """Of the folder, or of the file that is locked where a folder can't be."""
     number, original = getattr(errno, name), os.open
@@ -403,10 +525,19 @@ def test_a_fault_is_not_taken_for_a_file_system_without_locks(
         monkeypatch.setattr(fcntl, "flock", fail(fcntl.flock, number, lambda *_: True))
     else:
         monkeypatch.setattr(fcntl, "flock", fail(fcntl.flock, errno.ENOLCK, of_folder))
-        monkeypatch.setattr(os, "open", fail(original, number, lambda path, *_: Path(path).name == storage.LOCK_FILE))
+        monkeypatch.setattr(
+            os, "open", fail(original, number, lambda path, *_: Path(path).name == locks.LOCK_FILE)
+        )
     for outcome in (
         call(train, *flags(settings)),
-        call(evaluate, "--ckpt", settings["model"], *flags(settings), "--output", str(tmp_path / "out")),
+        call(
+            evaluate,
+            "--ckpt",
+            settings["model"],
+            *flags(settings),
+            "--output",
+            str(tmp_path / "out"),
+        ),
     ):
         outcome.assert_user_error("can't be written", os.strerror(number))
         assert "no locks" not in outcome.out
@@ -424,8 +555,10 @@ def test_a_folder_that_can_not_be_renamed_is_copied_as_it_is(
     os.mkfifo(source / "pipe")
     before = tree(source)
     monkeypatch.setattr(Path, "rename", fail(Path.rename, number, lambda *_: True))
-    storage.move(source, target, "manifest.json")
-    assert tree(target) == before and os.readlink(target / "link") == "nowhere" and not source.exists()
+    files.move(source, target, "manifest.json")
+    assert (
+        tree(target) == before and os.readlink(target / "link") == "nowhere" and not source.exists()
+    )
 
 
 def test_what_says_that_a_folder_is_whole_is_copied_last_and_removed_first(
@@ -436,18 +569,24 @@ def test_what_says_that_a_folder_is_whole_is_copied_last_and_removed_first(
     (source / "sub").mkdir(parents=True)
     for name in ("a", "manifest.json", "sub/b", "z"):
         (source / name).touch()
-    sync, rmtree = storage.sync_open, shutil.rmtree
+    sync, rmtree = files.sync_open, shutil.rmtree
 
     def remove(folder: Path) -> None:
         assert folder == source and {path.name for path in folder.iterdir()} == {"a", "sub", "z"}
         rmtree(folder)
 
-    monkeypatch.setattr(storage, "sync_open", lambda number, path: (synced.append(path), sync(number, path)))
+    monkeypatch.setattr(
+        files, "sync_open", lambda number, path: (synced.append(path), sync(number, path))
+    )
     monkeypatch.setattr(shutil, "rmtree", remove)
     monkeypatch.setattr(Path, "rename", fail(Path.rename, errno.EXDEV, lambda *_: True))
-    storage.move(source, target, "manifest.json")
+    files.move(source, target, "manifest.json")
     before = [target / "a", target / "sub" / "b", target / "z", target, target / "sub"]
-    assert synced[:5] == before and synced[5].name.startswith(".manifest.json.") and synced[6:] == [target, tmp_path]
+    assert (
+        synced[:5] == before
+        and synced[5].name.startswith(".manifest.json.")
+        and synced[6:] == [target, tmp_path]
+    )
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EACCES, errno.EROFS])
@@ -457,7 +596,7 @@ def test_a_fault_is_not_taken_for_a_mount_without_renames(
     (tmp_path / "source").mkdir()
     monkeypatch.setattr(Path, "rename", fail(Path.rename, number, lambda *_: True))
     with pytest.raises(OSError, match=os.strerror(number)):
-        storage.move(tmp_path / "source", tmp_path / "target", "manifest.json")
+        files.move(tmp_path / "source", tmp_path / "target", "manifest.json")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -481,7 +620,7 @@ def test_where_folders_can_not_be_renamed_they_are_copied(
     assert outcome.out.count("they are copied into place") == 1
     assert list(stopped.glob(".*")) == []
     for name in (BEST, LAST, PREVIOUS):
-        assert checkpoint.fault_of(stopped / name) is None
+        assert manifest.fault_of(stopped / name) is None
         for file in (stopped / name).glob("*.safetensors"):
             assert file.read_bytes() == (run_folder(whole) / name / file.name).read_bytes()
     if number == errno.EXDEV:
@@ -497,7 +636,11 @@ def test_a_disk_that_fills_up_under_a_copy_leaves_what_was_whole(
     before = tree(stopped / LAST)
     shutil.copytree(stopped / LAST, staged := checkpoint._hidden(stopped / LAST, "staged"))
     monkeypatch.setattr(Path, "rename", fail(Path.rename, errno.EXDEV, lambda *_: True))
-    monkeypatch.setattr(shutil, "copyfile", fail(shutil.copyfile, number, lambda file, _: "state" in Path(file).name))
+    monkeypatch.setattr(
+        shutil,
+        "copyfile",
+        fail(shutil.copyfile, number, lambda file, _: "state" in Path(file).name),
+    )
     with pytest.raises(OSError, match=os.strerror(number)):
         checkpoint._put_in_place(staged, stopped / LAST)
     assert tree(stopped / LAST) == before and not (stopped / PREVIOUS).exists()
@@ -506,8 +649,8 @@ def test_a_disk_that_fills_up_under_a_copy_leaves_what_was_whole(
 KILLS = """
 import errno, json, os, pathlib, shutil, sys
 
-import checkpoint, storage
-from checkpoint import BEST, FINISHED_FILE, LAST, MANIFEST_FILE, PREVIOUS, fault_of
+from run import checkpoint, files, locks, retention
+from run.manifest import BEST, FINISHED_FILE, LAST, MANIFEST_FILE, PREVIOUS, fault_of
 
 WATCHED = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.copyfile"}
 os.fsync = lambda _: None  # kills, not power cuts
@@ -531,13 +674,13 @@ def act(run):
     if what == "save":
         checkpoint._put_in_place(checkpoint._hidden(run / LAST, "staged"), run / LAST)
     else:
-        checkpoint.remove_state(run, {"step": 3})
+        retention.remove_state(run, {"step": 3})
 
 def step_of(folder):
     return json.loads((folder / "training.json").read_text())["step"]
 
 def check(run, number):
-    with storage.locked(run, "held"):  # as every start does
+    with locks.locked(run, "held"):  # as every start does
         pass
     whole = [name for name in (LAST, PREVIOUS, ".last.staged") if fault_of(run / name) is None]
     if what == "save":
@@ -549,7 +692,7 @@ def check(run, number):
         assert LAST in whole or (run / FINISHED_FILE).is_file(), f"neither finished nor to be resumed at {number}"
         if (start := checkpoint.newest_intact(run)):
             assert start == run / LAST and fault_of(start) is None, number
-            checkpoint.remove_state(run, {"step": 3})
+            retention.remove_state(run, {"step": 3})
         assert not (run / LAST).exists() and not (run / PREVIOUS).exists(), number
     assert not list(run.glob(".*")), (number, list(run.glob(".*")))
 
@@ -580,14 +723,19 @@ print("kills:", number - 1)
 
 
 @pytest.mark.parametrize(
-    ("what", "how", "kills"), [("save", "copy", 60), ("remove", "copy", 20), ("remove", "rename", 20)]
+    ("what", "how", "kills"),
+    [("save", "copy", 60), ("remove", "copy", 20), ("remove", "rename", 20)],
 )
 def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(
     tmp_path: Path, what: str, how: str, kills: int
 ) -> None:
     """Of a save on a mount without renames, and of the removal of a finished run's state."""
     result = subprocess.run(
-        [sys.executable, "-c", KILLS, str(tmp_path), what, how], cwd=ROOT, capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", KILLS, str(tmp_path), what, how],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert int(result.stdout.split("kills:")[1]) >= kills
@@ -601,21 +749,35 @@ def test_a_finished_run_gives_its_state_back_when_asked(call, settings: dict[str
     folder = run_folder(settings)
     outcome = call(train, *flags(settings | {"keep_state": "false"}))
     assert outcome.code == 0 and "removed: " in outcome.out
-    assert {path.name for path in folder.iterdir()} == {BEST, "config.yaml", "metrics.jsonl", FINISHED_FILE}
-    description = checkpoint.read_description(folder, FINISHED_FILE)
+    assert {path.name for path in folder.iterdir()} == {
+        BEST,
+        "config.yaml",
+        "metrics.jsonl",
+        FINISHED_FILE,
+    }
+    description = training_json.read_description(folder, FINISHED_FILE)
     assert description["step"] == 14 and "state" not in description
-    source = checkpoint.resolve_source(str(folder / BEST), CONFIG_FILE, {})
+    source = model_source.resolve_source(str(folder / BEST), CONFIG_FILE, {})
     assert evaluate.newest_description(source) == description != source.description
     before = tree(folder)
-    for again in (("--resume", "auto"), ("--resume", "never"), ("--keep_state", "false"), ("--seed", "7")):
-        call(train, *flags(settings), *again).assert_user_error("this run is finished", "--run_name")
+    for again in (
+        ("--resume", "auto"),
+        ("--resume", "never"),
+        ("--keep_state", "false"),
+        ("--seed", "7"),
+    ):
+        call(train, *flags(settings), *again).assert_user_error(
+            "this run is finished", "--run_name"
+        )
     assert tree(folder) == before
     assert call(perplexity, "--ckpt", str(folder / BEST), "--limit", "2").code == 0
     assert call(evaluate, "--ckpt", str(folder / BEST)).code == 0
     assert "eval/exact_match" in (folder / "metrics.jsonl").read_text()
 
 
-def test_the_state_of_a_run_that_finished_with_it_is_removed_later(call, settings: dict[str, str]) -> None:
+def test_the_state_of_a_run_that_finished_with_it_is_removed_later(
+    call, settings: dict[str, str]
+) -> None:
     folder = run_folder(settings)
     assert call(train, *flags(settings)).code == 0
     (folder / "last.damaged").mkdir()
@@ -636,7 +798,9 @@ def test_the_state_stays_where_best_is_not_whole(
     folder, original = run_folder(settings), train.remove_state
 
     def remove_state(*arguments: Any) -> None:
-        flip_a_byte(folder / BEST / "model.safetensors") if lost == "damaged" else shutil.rmtree(folder / BEST)
+        flip_a_byte(folder / BEST / "model.safetensors") if lost == "damaged" else shutil.rmtree(
+            folder / BEST
+        )
         original(*arguments)
 
     monkeypatch.setattr(train, "remove_state", remove_state)
@@ -644,9 +808,11 @@ def test_the_state_stays_where_best_is_not_whole(
     assert outcome.code == 0 and f"{folder / BEST}: is damaged or gone" in outcome.out
     monkeypatch.undo()
     for name in (LAST, PREVIOUS):
-        assert checkpoint.fault_of(folder / name) is None
+        assert manifest.fault_of(folder / name) is None
     before = tree(folder)
-    call(train, *flags(settings | {"keep_state": "false"})).assert_user_error("best: is damaged or gone", "not removed")
+    call(train, *flags(settings | {"keep_state": "false"})).assert_user_error(
+        "best: is damaged or gone", "not removed"
+    )
     assert tree(folder) == before
 
 
@@ -658,7 +824,9 @@ def test_a_finished_run_without_best_says_what_can_be_done(
     """Guards against the advice to evaluate what is not there; the cure that is named is one."""
     folder, kept = run_folder(settings), {"keep_state": "true" if state == "kept" else "false"}
     assert call(train, *flags(settings | {"epochs": "1"} | kept)).code == 0
-    flip_a_byte(folder / BEST / "model.safetensors") if lost == "damaged" else shutil.rmtree(folder / BEST)
+    flip_a_byte(folder / BEST / "model.safetensors") if lost == "damaged" else shutil.rmtree(
+        folder / BEST
+    )
     before = tree(folder)
     for again in ({}, {"keep_state": "false"}):
         outcome = call(train, *flags(settings | {"epochs": "1"} | again))
@@ -678,7 +846,7 @@ def test_a_run_that_is_not_finished_keeps_its_state(
 ) -> None:
     """And a setting that is newer than the checkpoint is not said to have changed."""
     for name in (LAST, PREVIOUS):
-        description = checkpoint.read_description(stopped / name)
+        description = training_json.read_description(stopped / name)
         del description["settings"]["keep_state"]
         (stopped / name / "training.json").write_text(json.dumps(description))
         (stopped / name / "manifest.json").unlink()
@@ -688,7 +856,7 @@ def test_a_run_that_is_not_finished_keeps_its_state(
         patch.setattr(train, "accumulate", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             call(train, *flags(settings | {"keep_state": "false"}))
-    assert checkpoint.fault_of(stopped / LAST) is None and not (stopped / FINISHED_FILE).exists()
+    assert manifest.fault_of(stopped / LAST) is None and not (stopped / FINISHED_FILE).exists()
     outcome = call(train, *flags(settings | {"keep_state": "false"}))
     assert outcome.code == 0 and "keep_state was" not in outcome.out
-    assert not (stopped / LAST).exists() and checkpoint.fault_of(stopped / BEST) is None
+    assert not (stopped / LAST).exists() and manifest.fault_of(stopped / BEST) is None

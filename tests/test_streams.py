@@ -21,17 +21,15 @@ import pytest
 from conftest import flags
 from test_train import STEPS, assert_same_bits, logged, run_folder
 
-import checkpoint
-import config
-import errors
 import evaluate
 import perplexity
-import progress
-import streams
 import train
+from run import config, progress_bar, script, shell, signals, streams, training_json
 
-ROOT = Path(config.__file__).parent
-PLAIN = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG", "PYTHON"))}
+ROOT = Path(config.__file__).parents[1]
+PLAIN = {
+    key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG", "PYTHON"))
+}
 TEXT = "It’s 七 half ½ of \ud800"  # the last: half of a letter, which no encoding has
 
 
@@ -46,7 +44,8 @@ def python(code: str, *before: str, **options: Any) -> subprocess.CompletedProce
 
 
 LONG_STORY = """
-import errors, logging, pathlib, sys, warnings
+import logging, pathlib, sys, warnings
+from run import errors, script, signals
 def story():
     for number in range(3000):
         print("a line of output", number)
@@ -56,19 +55,25 @@ def story():
     logging.error("and that")
     sys.stdout.writelines(["one", "two"])
     pathlib.Path(sys.argv[1]).write_text("finished")
-errors.run_script(story)
+script.run_script(story)
 print("after it", end="")
 """
 
 
-@pytest.mark.parametrize("code", ["1>/dev/full", "1>/dev/full 2>&1", "1>&-", "1>&- 2>&-", "0>&- 1>&- 2>&-", "| true"])
+@pytest.mark.parametrize(
+    "code", ["1>/dev/full", "1>/dev/full 2>&1", "1>&-", "1>&- 2>&-", "0>&- 1>&- 2>&-", "| true"]
+)
 def test_what_cannot_be_written_ends_nothing(tmp_path: Path, code: str) -> None:
     """Guards against a run that dies of a full disk under its log, or of a reader that left, even while it ends."""
     file = tmp_path / "story.py"
     file.write_text(LONG_STORY)
     command = f"set -o pipefail; {sys.executable} {file} {tmp_path / 'result'} {code}"
     result = subprocess.run(
-        ["bash", "-c", command], env=PLAIN | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
+        ["bash", "-c", command],
+        env=PLAIN | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert result.returncode == 0, result
     assert (tmp_path / "result").read_text() == "finished"
@@ -79,13 +84,13 @@ def test_a_file_does_not_get_the_number_of_a_closed_output(tmp_path: Path) -> No
     """Guards against a checkpoint into which the C++ below writes its warnings."""
     file = tmp_path / "checkpoint"
     code = (
-        "import errors, os\n"
+        "import os\nfrom run import script\n"
         "def story():\n"
         f"    file = open({str(file)!r}, 'w')\n"
         "    assert os.system('cat && echo from a child && echo from a child >&2') == 0\n"
         "    os.write(1, b'from below'); os.write(2, b'from below')\n"
         "    file.write('mine')\n"
-        "errors.run_script(story)\n"
+        "script.run_script(story)\n"
     )
     result = python(code, "bash", "-c", 'exec "$@" 0>&- 1>&- 2>&-', "sh")
     assert result.returncode == 0 and file.read_text() == "mine"
@@ -94,9 +99,9 @@ def test_a_file_does_not_get_the_number_of_a_closed_output(tmp_path: Path) -> No
 def test_what_is_left_at_the_end_goes_nowhere() -> None:
     """Guards against an interpreter (3.13) that tells, while it ends, of what it could not write."""
     code = (
-        "import atexit, errors, os\n"
+        "import atexit, os\nfrom run import script\n"
         "atexit.register(lambda: os.write(1, b'nor this'))\n"  # the first to be registered runs last
-        "errors.run_script(lambda: print('never written', end=''))\n"
+        "script.run_script(lambda: print('never written', end=''))\n"
     )
     with open("/dev/full", "w") as full:
         result = python(code, stdout=full)
@@ -118,7 +123,7 @@ class Broken(io.TextIOBase):
 
 def code_of(story: Callable[[], None]) -> int:
     try:
-        errors.run_script(story)
+        script.run_script(story)
     except SystemExit as end:
         return end.code
     return 0
@@ -128,25 +133,32 @@ def code_of(story: Callable[[], None]) -> int:
 def test_a_run_without_output_finishes(
     call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    monkeypatch.setattr(progress, "FIRST_SECONDS", 0)
+    monkeypatch.setattr(progress_bar, "FIRST_SECONDS", 0)
     monkeypatch.setattr(sys, "stdout", Broken(number))
     monkeypatch.setattr(sys, "stderr", Broken(number))
     arguments = flags(settings | {"epochs": "1"})
     assert code_of(lambda: train.main(*train.read_arguments(arguments))) == 0
     best = run_folder(settings) / "best"
-    assert checkpoint.read_description(best)["epoch"] == 1
-    assert code_of(lambda: evaluate.main(*evaluate.read_arguments(["--ckpt", str(best), "--limit", "2"]))) == 0
+    assert training_json.read_description(best)["epoch"] == 1
+    assert (
+        code_of(
+            lambda: evaluate.main(*evaluate.read_arguments(["--ckpt", str(best), "--limit", "2"]))
+        )
+        == 0
+    )
     assert (run_folder(settings) / "eval" / "test" / "scores.json").exists()
 
 
-@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 2), (errno.EIO, 2), (errno.EPIPE, 141)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(errno.ENOSPC, 2), (errno.EIO, 2), (errno.EPIPE, 141)]
+)
 def test_a_result_that_is_only_printed_is_missed_if_it_was_not(
     call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
     """Guards against an exit code that says all is done where nobody got the result."""
     monkeypatch.setattr(evaluate, "read_predictions", lambda _: [])
-    monkeypatch.setattr(evaluate.analysis, "compare", lambda *_: {})
-    monkeypatch.setattr(evaluate.analysis, "comparison_table", lambda *_: "table")
+    monkeypatch.setattr(evaluate.comparing, "compare", lambda *_: {})
+    monkeypatch.setattr(evaluate.report, "comparison_table", lambda *_: "table")
     arguments = ["--ckpt", settings["model"], "--limit", "2", *flags(settings)]
     for story in (
         lambda: perplexity.main(*perplexity.read_arguments(arguments)),
@@ -159,19 +171,21 @@ def test_a_result_that_is_only_printed_is_missed_if_it_was_not(
 @pytest.mark.parametrize("closed", ["1>&-", "0>&- 1>&-", "1</dev/null"])
 def test_a_result_printed_to_a_closed_output_is_missed(tmp_path: Path, closed: str) -> None:
     """As `perplexity.py >&-` and `evaluate.py --compare` have it; and a script that has written its result is done."""
-    for last, code in (("errors.check_printed()", 2), ("pass", 0)):
-        story = f"import errors\ndef story():\n    print('result')\n    {last}\n"
-        story += "errors.run_script(lambda: None)\nerrors.run_script(story)\n"  # as scripts do: once for the arguments
+    for last, code in (("script.check_printed()", 2), ("pass", 0)):
+        story = f"from run import script\ndef story():\n    print('result')\n    {last}\n"
+        story += "script.run_script(lambda: None)\nscript.run_script(story)\n"  # as scripts do: once for the arguments
         result = python(story, "bash", "-c", f'exec "$@" {closed}', "sh")
         assert result.returncode == code, result
-        assert result.stderr.startswith("error: standard output: can't be written (") == bool(code), result.stderr
+        assert result.stderr.startswith("error: standard output: can't be written (") == bool(
+            code
+        ), result.stderr
         assert result.stderr.count("\n") == bool(code)
 
 
 def test_streams_are_made_tolerant_once(call, capsys: pytest.CaptureFixture[str]) -> None:
-    errors.run_script(lambda: print("one"))
+    script.run_script(lambda: print("one"))
     before = sys.stdout, sys.stderr
-    errors.run_script(lambda: print("two"))
+    script.run_script(lambda: print("two"))
     assert (sys.stdout, sys.stderr) == before and isinstance(sys.stdout, streams.Tolerant)
     assert capsys.readouterr() == ("one\ntwo\n", "")
 
@@ -190,7 +204,8 @@ def test_streams_are_made_tolerant_once(call, capsys: pytest.CaptureFixture[str]
     ],
 )
 def test_a_letter_that_the_terminal_lacks_is_an_escape(environment: dict[str, str]) -> None:
-    code = f"import errors, sys\nerrors.run_script(lambda: (print({TEXT!a}), print({TEXT!a}, file=sys.stderr)))\n"
+    said = f"print({TEXT!a}), print({TEXT!a}, file=sys.stderr)"
+    code = f"import sys\nfrom run import script\nscript.run_script(lambda: ({said}))\n"
     result = python(code, env=PLAIN | environment, encoding="latin-1")
     assert result.returncode == 0, result
     for shown in (result.stdout, result.stderr):
@@ -206,14 +221,18 @@ def test_a_sample_in_any_letters_is_shown(
     monkeypatch.setattr(train, "write_sample", lambda *_: f"sample: {TEXT}")
     shown = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding=encoding))
-    assert code_of(lambda: train.main(*train.read_arguments(flags(settings | {"epochs": "1"})))) == 0
+    assert (
+        code_of(lambda: train.main(*train.read_arguments(flags(settings | {"epochs": "1"})))) == 0
+    )
     assert b"sample: It\\u2019s \\u4e03" in shown.getvalue() and b"done: " in shown.getvalue()
 
 
 # ---------------------------------------------------------------- signals
 
 
-def test_nohup_is_respected(call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nohup_is_respected(
+    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the parent ignores stays ignored: SIGHUP under nohup, Ctrl-C in a shell's background job."""
     original, ignored = train.accumulate, (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
     for number in ignored:
@@ -230,7 +249,9 @@ def test_nohup_is_respected(call, settings: dict[str, str], monkeypatch: pytest.
     assert all(signal.getsignal(number) is signal.SIG_IGN for number in ignored)
 
 
-def test_further_signals_do_not_cut_the_save(call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_further_signals_do_not_cut_the_save(
+    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A closed terminal sends SIGHUP twice, a scheduler first SIGUSR1 and then SIGTERM, `timeout` SIGTERM twice."""
     original, save = train.accumulate, train.save_checkpoint
     calls, heard = iter(range(1, 100)), []
@@ -242,7 +263,13 @@ def test_further_signals_do_not_cut_the_save(call, settings: dict[str, str], mon
         return original(*arguments)
 
     def save_checkpoint(*arguments: Any) -> None:
-        for number in [signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR2] * len(heard):
+        for number in [
+            signal.SIGHUP,
+            signal.SIGUSR1,
+            signal.SIGTERM,
+            signal.SIGTERM,
+            signal.SIGUSR2,
+        ] * len(heard):
             os.kill(os.getpid(), number)
         save(*arguments)
 
@@ -250,19 +277,20 @@ def test_further_signals_do_not_cut_the_save(call, settings: dict[str, str], mon
     monkeypatch.setattr(train, "save_checkpoint", save_checkpoint)
     outcome = call(train, *flags(settings))
     assert outcome.code == 129 and outcome.err.startswith("stopped: SIGHUP after step 3, saved in ")
-    assert checkpoint.read_description(run_folder(settings) / "last")["step"] == 3
+    assert training_json.read_description(run_folder(settings) / "last")["step"] == 3
 
 
 REPEATED = """
-import errors, os, signal, time
-errors.ONE_REQUEST = {apart}
+import os, signal, time
+from run import errors, script, signals
+signals.ONE_REQUEST = {apart}
 def story():
-    with errors.StopSignal() as stop:
+    with signals.StopSignal() as stop:
         for name in {names}:
             os.kill(os.getpid(), getattr(signal, name))
             time.sleep(0.001)
     raise errors.Stopped(stop.signal_number, "saved")
-errors.run_script(story)
+script.run_script(story)
 """
 
 
@@ -283,22 +311,27 @@ errors.run_script(story)
 def test_only_insisting_ends_at_once(names: list[str], apart: float, at_once: bool) -> None:
     """A second Ctrl-C or SIGTERM does, unless both are one request that was sent twice."""
     result = python(REPEATED.format(names=names, apart=apart))
-    assert result.returncode == (-signal.Signals[names[-1]] if at_once else 128 + signal.Signals[names[0]]), result
+    assert result.returncode == (
+        -signal.Signals[names[-1]] if at_once else 128 + signal.Signals[names[0]]
+    ), result
     assert result.stderr == ("" if at_once else "stopped: saved\n")
 
 
-@pytest.mark.parametrize("number", errors.STOP_SIGNALS)
+@pytest.mark.parametrize("number", signals.STOP_SIGNALS)
 def test_signals_outside_of_training(number: int) -> None:
     """In a script, in its clean-up, and in the imports between its two halves."""
     name, kill = signal.Signals(number).name, f"os.kill(os.getpid(), {int(number)})"
     calm = "os.kill(os.getpid(), signal.SIGHUP); os.kill(os.getpid(), signal.SIGUSR1)"
-    story = (
-        f"def story():\n    try:\n        {kill}; time.sleep(9)\n    finally:\n        {calm}\n        print('clean')\n"
+    story = f"def story():\n    try:\n        {kill}; time.sleep(9)\n"
+    story += f"    finally:\n        {calm}\n        print('clean')\n"
+    result = python(
+        f"import os, signal, time\nfrom run import script\n{story}script.run_script(story)\n"
     )
-    result = python(f"import errors, os, signal, time\n{story}errors.run_script(story)\n")
     assert result.returncode == 128 + number and result.stdout == "clean\n", result
     assert result.stderr.startswith(f"stopped: {name};") and result.stderr.count("\n") == 1
-    result = python(f"import errors, os, time\nerrors.run_script(int)\n{kill}\ntime.sleep(9)\n")
+    result = python(
+        f"import os, time\nfrom run import script\nscript.run_script(int)\n{kill}\ntime.sleep(9)\n"
+    )
     assert (result.returncode, result.stderr) == (128 + number, f"stopped: {name}\n")
 
 
@@ -314,7 +347,7 @@ import os, sys, time, pathlib
 os.close(os.open(os.ttyname(0), os.O_RDWR))  # the terminal of this session from here on
 folder = pathlib.Path(sys.argv.pop(1))
 import train
-from errors import run_script
+from run.script import run_script
 original, steps = train.accumulate, iter(range(1, 100))
 def accumulate(*arguments):
     if next(steps) == 5:
@@ -345,7 +378,7 @@ def test_a_closed_terminal_loses_nothing(call, settings: dict[str, str], tmp_pat
     os.close(terminal)
     (tmp_path / "closed").touch()
     assert process.wait(timeout=300) == 129
-    assert checkpoint.read_description(run_folder(settings) / "last")["step"] == 5
+    assert training_json.read_description(run_folder(settings) / "last")["step"] == 5
     outcome = call(train, *flags(settings))
     assert outcome.code == 0 and f"last at step 5 of {STEPS}" in outcome.out
     assert_same_bits(run_folder(settings) / "last", run_folder(whole) / "last")
@@ -357,23 +390,23 @@ def test_a_closed_terminal_loses_nothing(call, settings: dict[str, str], tmp_pat
 
 DEMO = """
 import demo, pathlib, sys
-from errors import run_script
+from run.script import run_script
 demo.ROOT = pathlib.Path(sys.argv[1])
 run_script(lambda: (demo.run("child.py"), print("not reached")))
 """
 CHILD = f"""
 import pathlib, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import errors
+from run import errors, script, signals
 def story():
-    with errors.StopSignal() as stop:
+    with signals.StopSignal() as stop:
         pathlib.Path("ready").touch()
         while stop.signal_number is None:
             time.sleep(0.01)
         time.sleep(0.1)
     pathlib.Path("saved").touch()
     raise errors.Stopped(stop.signal_number, "saved")
-errors.run_script(story)
+script.run_script(story)
 """
 
 
@@ -413,7 +446,11 @@ def test_the_demo_waits_for_what_it_stops(tmp_path: Path, number: int, whom: str
 def test_the_demo_ends_as_its_script_did(tmp_path: Path, end: str, code: int, err: str) -> None:
     (tmp_path / "child.py").write_text(f"import os, signal, sys\n{end}\n")
     result = subprocess.run(
-        [sys.executable, "-c", DEMO, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", DEMO, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert (result.returncode, result.stderr) == (code, err)
 
@@ -432,7 +469,7 @@ class Clock:
 
 def test_a_plain_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
-    with progress.ProgressBar("training", 168, "step", done=8, clock=clock) as bar:
+    with progress_bar.ProgressBar("training", 168, "step", done=8, clock=clock) as bar:
         for step in range(9, 89):
             clock.now += 4
             bar.update(loss=f"{step / 100:.4f}", tok_s="512")
@@ -447,25 +484,29 @@ def test_a_plain_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_is_short_writes_no_line(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
-    with progress.ProgressBar("loss", 100, "batch", leave=False, clock=clock) as bar:
+    with progress_bar.ProgressBar("loss", 100, "batch", leave=False, clock=clock) as bar:
         for _ in range(100):
             clock.now += 0.09
             bar.update()
     assert capsys.readouterr() == ("", "")
 
 
-def test_on_a_terminal_it_is_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_terminal_it_is_a_bar(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock, terminal = Clock(), io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(sys, "stderr", streams.Tolerant(terminal))
-    with progress.ProgressBar("training", 3, "step", clock=clock) as bar:
+    with progress_bar.ProgressBar("training", 3, "step", clock=clock) as bar:
         for _ in range(3):
             clock.now += 100
             bar.update(loss="0.5")
         bar.write("a line")
     assert capsys.readouterr().out == "a line\n"
     assert (
-        "training: 100%" in terminal.getvalue() and "3/3" in terminal.getvalue() and "loss=0.5" in terminal.getvalue()
+        "training: 100%" in terminal.getvalue()
+        and "3/3" in terminal.getvalue()
+        and "loss=0.5" in terminal.getvalue()
     )
 
 
@@ -473,13 +514,17 @@ def test_on_a_terminal_it_is_a_bar(capsys: pytest.CaptureFixture[str], monkeypat
 def test_every_long_loop_says_how_far_it_is(
     call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, script: ModuleType
 ) -> None:
-    monkeypatch.setattr(progress, "FIRST_SECONDS", 0)
-    monkeypatch.setattr(progress, "EVERY_SECONDS", 0)
+    monkeypatch.setattr(progress_bar, "FIRST_SECONDS", 0)
+    monkeypatch.setattr(progress_bar, "EVERY_SECONDS", 0)
     ckpt = [] if script is train else ["--ckpt", settings["model"], "--limit", "3"]
     outcome = call(script, *ckpt, *flags(settings | {"epochs": "1"}))
     assert outcome.code == 0, outcome.err
     expected = {
-        train: ["training: step 1 of 7, loss ", "training: step 7 of 7, loss ", "loss: batch 1 of "],
+        train: [
+            "training: step 1 of 7, loss ",
+            "training: step 7 of 7, loss ",
+            "loss: batch 1 of ",
+        ],
         evaluate: ["decoding: problem 1 of 3, exact_match ", ", tok_s "],
         perplexity: ["loss: batch 1 of "],
     }
@@ -532,7 +577,7 @@ def test_the_next_command_names_an_interpreter_that_has_the_packages(
     """Guards against the system's python, which lacks them; it may be the very file that the environment links to."""
 
     def first() -> str:
-        return streams.command_line("x").split()[0]
+        return shell.command_line("x").split()[0]
 
     other = tmp_path / "other" / "python"
     other.parent.mkdir()
@@ -543,7 +588,10 @@ def test_the_next_command_names_an_interpreter_that_has_the_packages(
     monkeypatch.setenv("PATH", f"{interpreter.parent}:{other.parent}")
     assert first() == "python"
     monkeypatch.setenv("PATH", str(other.parent))
-    for place in (other.parent, interpreter.parent):  # there a name alone would be looked for elsewhere
+    for place in (
+        other.parent,
+        interpreter.parent,
+    ):  # there a name alone would be looked for elsewhere
         monkeypatch.chdir(place)
         assert first() == str(interpreter.with_name("python3"))
 
@@ -563,20 +611,26 @@ ODD = [
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
-def test_a_command_for_the_shell_is_the_same_words_again(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+def test_a_command_for_the_shell_is_the_same_words_again(
+    monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
     """Guards against the escape sequences that a stream shows for letters which it lacks: they name another file."""
     raw = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, errors="backslashreplace"))
-    print(streams.command_line(*ODD), end="", flush=True)
+    monkeypatch.setattr(
+        sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, errors="backslashreplace")
+    )
+    print(shell.command_line(*ODD), end="", flush=True)
     shown = raw.getvalue()
     assert b"\n" not in shown and b"\x1b" not in shown
     command = shown.decode(encoding).encode()
-    words = subprocess.run(["bash", "-c", b"printf '%s\\0' " + command], capture_output=True, check=True).stdout
+    words = subprocess.run(
+        ["bash", "-c", b"printf '%s\\0' " + command], capture_output=True, check=True
+    ).stdout
     assert [os.fsdecode(word) for word in words.split(b"\0")[1:-1]] == ODD
 
 
 def test_the_next_command_of_a_folder_that_looks_like_a_flag() -> None:
-    words = shlex.split(train.evaluation_command(Path("-runs/test/best")))
+    words = shlex.split(shell.evaluation_command(Path("-runs/test/best")))
     assert evaluate.read_arguments(words[2:])[0].ckpt == "-runs/test/best"
 
 
@@ -593,30 +647,52 @@ def test_lacking_packages_are_one_line(script: str, lacking: str) -> None:
     )
     result = python(code)
     assert result.returncode == 2 and result.stdout == "", result
-    assert result.stderr.startswith(f"error: {sys.executable} lacks {lacking}: ") and result.stderr.count("\n") == 1
+    assert (
+        result.stderr.startswith(f"error: {sys.executable} lacks {lacking}: ")
+        and result.stderr.count("\n") == 1
+    )
 
 
 def test_the_packages_are_those_of_requirements_and_imported() -> None:
     """Guards against a check that forgets one, or asks for one that nothing needs."""
+    rooms = ("engine", "grading", "run")
     imported = set()
-    for file in ROOT.glob("*.py"):
+    for file in (*ROOT.glob("*.py"), *(f for room in rooms for f in (ROOT / room).rglob("*.py"))):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            names = [node.module] if isinstance(node, ast.ImportFrom) else [n.name for n in getattr(node, "names", ())]
-            imported |= {name.partition(".")[0] for name in names if isinstance(node, ast.Import | ast.ImportFrom)}
-    own = {file.stem for file in ROOT.glob("*.py")}
+            names = (
+                [node.module]
+                if isinstance(node, ast.ImportFrom)
+                else [n.name for n in getattr(node, "names", ())]
+            )
+            imported |= {
+                name.partition(".")[0]
+                for name in names
+                if isinstance(node, ast.Import | ast.ImportFrom)
+            }
+    own = {file.stem for file in ROOT.glob("*.py")} | set(rooms)
     brought = {"numpy", "huggingface_hub", "tokenizers"}  # by transformers
-    assert imported - own - brought - set(sys.stdlib_module_names) - {"wandb"} == set(errors.PACKAGES)
+    assert imported - own - brought - set(sys.stdlib_module_names) - {"wandb"} == set(
+        script.PACKAGES
+    )
 
 
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py", "perplexity.py", "demo.py"])
 @pytest.mark.parametrize(
     ("change", "fragments"),
     [
-        ("sys.modules['fcntl'] = None; sys.platform = 'win32'", ["win32 has no file locks", "WSL2"]),
-        ("sys.version_info = (3, 10, 4, 'final', 0)", ["Python 3.10.4 is too old, 3.11 or newer is needed"]),
+        (
+            "sys.modules['fcntl'] = None; sys.platform = 'win32'",
+            ["win32 has no file locks", "WSL2"],
+        ),
+        (
+            "sys.version_info = (3, 10, 4, 'final', 0)",
+            ["Python 3.10.4 is too old, 3.11 or newer is needed"],
+        ),
     ],
 )
-def test_an_unsupported_platform_is_one_line(script: str, change: str, fragments: list[str]) -> None:
+def test_an_unsupported_platform_is_one_line(
+    script: str, change: str, fragments: list[str]
+) -> None:
     """Before any package is imported: an old Python may have none of them."""
     code = (
         f"import runpy, sys\n{change}\n"
@@ -630,7 +706,19 @@ def test_an_unsupported_platform_is_one_line(script: str, change: str, fragments
     assert all(fragment in result.stderr for fragment in fragments)
 
 
-@pytest.mark.parametrize("file", ["train.py", "evaluate.py", "perplexity.py", "demo.py", "errors.py", "streams.py"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "train.py",
+        "evaluate.py",
+        "perplexity.py",
+        "demo.py",
+        "run/errors.py",
+        "run/streams.py",
+        "run/script.py",
+        "run/signals.py",
+    ],
+)
 def test_an_old_python_can_read_as_far_as_its_one_line(file: str) -> None:
     ast.parse((ROOT / file).read_text(encoding="utf-8"), feature_version=(3, 8))
 
@@ -645,7 +733,11 @@ case "$*" in *ensurepip*) exit {ensurepip};; *venv*) mkdir .venv; exit 1;; *) ec
 @pytest.mark.parametrize(
     ("version", "ensurepip", "fragments"),
     [
-        ("3.9.2", 0, ["is Python 3.9.2", "3.11 or newer is needed", "make TARGET PYTHON=python3.11"]),
+        (
+            "3.9.2",
+            0,
+            ["is Python 3.9.2", "3.11 or newer is needed", "make TARGET PYTHON=python3.11"],
+        ),
         ("2.7.18", 0, ["is Python 2.7.18"]),
         ("3.1.5", 0, ["is Python 3.1.5"]),
         ("3.12.1", 1, ["has no venv", "python3-venv"]),
@@ -662,9 +754,16 @@ def test_make_says_which_python_it_needs(
     if version:
         fake.write_text(FAKE.format(version=version, ensurepip=ensurepip))
         fake.chmod(0o755)
-    alone = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
+    alone = {
+        key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))
+    }
     result = subprocess.run(
-        ["make", target, f"PYTHON={fake}"], cwd=tmp_path, env=alone, capture_output=True, text=True, timeout=300
+        ["make", target, f"PYTHON={fake}"],
+        cwd=tmp_path,
+        env=alone,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert result.returncode == 2 and result.stdout == "", result
     line = result.stderr.splitlines()[0]

@@ -18,17 +18,43 @@ import evaluate
 import perplexity
 import standin
 import train
-from data import Problem
-from errors import UserError
-from pretrained import load_tokenizer
-from tokenizer import PROBES, Tokenizer, made_without_scores, read_files
+from engine.loading import load_tokenizer
+from engine.tokenizer import PROBES, Tokenizer, made_without_scores, read_files
+from grading.dataset import Problem
+from run.errors import UserError
 
 
 def texts(count: int, seed: int = 0) -> list[str]:
     """Random texts full of what tokenizers disagree on: runs of blanks, line ends, digits, peculiar signs."""
     rng = random.Random(seed)
-    parts = [*(" " * n for n in range(1, 20)), "\n", "\n\n", "\t", "12", "1,450", "<<3+4=7>>", "####", "’", "½", "七"]
-    parts += ["Question:", "Answer:", "How", "many", "apples", "does", "she", "x", ".", "</s>", "<unk>", "e\u0301", "€"]
+    parts = [
+        *(" " * n for n in range(1, 20)),
+        "\n",
+        "\n\n",
+        "\t",
+        "12",
+        "1,450",
+        "<<3+4=7>>",
+        "####",
+        "’",
+        "½",
+        "七",
+    ]
+    parts += [
+        "Question:",
+        "Answer:",
+        "How",
+        "many",
+        "apples",
+        "does",
+        "she",
+        "x",
+        ".",
+        "</s>",
+        "<unk>",
+        "e\u0301",
+        "€",
+    ]
     return ["".join(rng.choice(parts) for _ in range(rng.randrange(1, 30))) for _ in range(count)]
 
 
@@ -41,9 +67,16 @@ def edit(file: Path, change: Callable[[dict], object]) -> None:
 def sentencepiece_folder(folder: Path, corpus: list[str], **settings: object) -> Path:
     folder.mkdir()
     asked = {"model_type": "bpe", "vocab_size": 420, "byte_fallback": True, "split_digits": True}
-    asked |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "minloglevel": 2}
+    asked |= {
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "minloglevel": 2,
+    }
     SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus), model_prefix=str(folder / "tokenizer"), num_threads=1, **(asked | settings)
+        sentence_iterator=iter(corpus),
+        model_prefix=str(folder / "tokenizer"),
+        num_threads=1,
+        **(asked | settings),
     )
     (folder / "tokenizer.vocab").unlink()
     return folder
@@ -75,8 +108,12 @@ def test_a_tokenizer_model_has_the_ids_of_sentencepiece(tokenizer_folder: Path) 
     ],
     ids=["no first blank", "symbols of its own", "runs of blanks", "normalised"],
 )
-def test_other_kinds_of_sentencepiece_models(tmp_path: Path, corpus: list[str], settings: dict[str, object]) -> None:
-    folder = sentencepiece_folder(tmp_path / "other", [*corpus, "a" + " " * 9 + "b"] * 3, **settings)
+def test_other_kinds_of_sentencepiece_models(
+    tmp_path: Path, corpus: list[str], settings: dict[str, object]
+) -> None:
+    folder = sentencepiece_folder(
+        tmp_path / "other", [*corpus, "a" + " " * 9 + "b"] * 3, **settings
+    )
     tokenizer = load_tokenizer(folder)
     reference = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     for text in (f"x{text}" for text in [*corpus[:50], *texts(200)]):
@@ -85,8 +122,12 @@ def test_other_kinds_of_sentencepiece_models(tmp_path: Path, corpus: list[str], 
 
 def test_a_unigram_model_is_refused(tmp_path: Path, corpus: list[str]) -> None:
     """Of two segmentations with one probability the tokenizers library may take the other one."""
-    folder = sentencepiece_folder(tmp_path / "plain", corpus * 3, model_type="unigram", vocab_size=380)
-    with pytest.raises(UserError, match=r"can't write the ids of its tokenizer.model \(not of type BPE"):
+    folder = sentencepiece_folder(
+        tmp_path / "plain", corpus * 3, model_type="unigram", vocab_size=380
+    )
+    with pytest.raises(
+        UserError, match=r"can't write the ids of its tokenizer.model \(not of type BPE"
+    ):
         load_tokenizer(folder)
 
 
@@ -104,8 +145,12 @@ def with_blanks_merged_last(folder: Path, corpus: list[str], vocab_size: int = 4
     proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString((folder / "tokenizer.model").read_bytes())
     pieces = list(proto.pieces)
-    merged = [number for number, piece in enumerate(pieces) if piece.type == 1 and len(piece.piece) > 1]
-    blanks = pieces.pop(next((number for number in merged if pieces[number].piece == "▁▁"), merged[-1]))
+    merged = [
+        number for number, piece in enumerate(pieces) if piece.type == 1 and len(piece.piece) > 1
+    ]
+    blanks = pieces.pop(
+        next((number for number in merged if pieces[number].piece == "▁▁"), merged[-1])
+    )
     blanks.piece, blanks.score = "▁▁", -1e9
     del proto.pieces[:]
     proto.pieces.extend([*pieces[:259], blanks, *pieces[259:]])
@@ -127,7 +172,9 @@ def test_ids_that_cannot_be_had_are_refused(tmp_path: Path, tokenizer_folder: Pa
     """Pieces that share one score, as where two vocabularies were joined, are merged from the left."""
     shutil.copytree(tokenizer_folder, folder := tmp_path / "joined")
     rewrite_scores(folder, lambda piece, score: 0.0)
-    with pytest.raises(UserError, match=r"the tokenizers library can't write the ids of its tokenizer\.model \("):
+    with pytest.raises(
+        UserError, match=r"the tokenizers library can't write the ids of its tokenizer\.model \("
+    ):
         load_tokenizer(folder).encode(["How many apples does she have?"])
 
 
@@ -151,7 +198,9 @@ def byte_level(folder: Path, corpus: list[str], **config: object) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "LlamaTokenizer", "LlamaTokenizerFast"])
+@pytest.mark.parametrize(
+    "kind", ["PreTrainedTokenizerFast", "LlamaTokenizer", "LlamaTokenizerFast"]
+)
 def test_a_tokenizer_json_has_its_own_ids(tmp_path: Path, corpus: list[str], kind: str) -> None:
     """Guards against a class name that makes another tokenizer of the same vocabulary, and so does the export."""
     folder = byte_level(tmp_path / "bytes", corpus, tokenizer_class=kind)
@@ -161,7 +210,12 @@ def test_a_tokenizer_json_has_its_own_ids(tmp_path: Path, corpus: list[str], kin
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "config.json").write_text('{"model_type": "llama"}')
     tokenizer.save(tmp_path / "saved")
-    assert AutoTokenizer.from_pretrained(tmp_path / "saved")(texts(100), add_special_tokens=False).input_ids == wanted
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "saved")(
+            texts(100), add_special_tokens=False
+        ).input_ids
+        == wanted
+    )
 
 
 def test_rules_of_a_tokenizer_json_outlive_its_class(tmp_path: Path, model_folder: Path) -> None:
@@ -205,7 +259,9 @@ def test_two_vocabulary_files_that_disagree_are_refused(
     assert load_tokenizer(folder)
     damage(folder)
     outcome = call(train, *flags(settings | {"model": str(folder)}))
-    outcome.assert_user_error("its tokenizer.json and its tokenizer.model disagree (", "remove the one")
+    outcome.assert_user_error(
+        "its tokenizer.json and its tokenizer.model disagree (", "remove the one"
+    )
     for name in ("tokenizer.json", "tokenizer.model"):  # each alone is a tokenizer
         shutil.copytree(folder, tmp_path / name)
         (tmp_path / name / name).unlink()
@@ -216,7 +272,11 @@ def test_rows_are_compared_too(tokenizer_folder: Path, monkeypatch: pytest.Monke
     """Guards against a disagreement that no probe shows."""
     tokenizer = load_tokenizer(tokenizer_folder)
     tokenizer.encode(["How many?"])
-    monkeypatch.setattr(tokenizer, "ids_of", lambda texts: [[*ids, *ids] for ids in Tokenizer.ids_of(tokenizer, texts)])
+    monkeypatch.setattr(
+        tokenizer,
+        "ids_of",
+        lambda texts: [[*ids, *ids] for ids in Tokenizer.ids_of(tokenizer, texts)],
+    )
     with pytest.raises(UserError, match="loses text"):
         tokenizer.encode(["How many?"])
 
@@ -240,7 +300,9 @@ def test_a_checkpoint_keeps_the_ids_that_it_was_trained_on(
     assert made_without_scores(read_files(best))
     outcome = call(perplexity, "--ckpt", str(best))
     assert (
-        outcome.code == 0 and "was trained, by an older version, on ids that may not be SentencePiece's" in outcome.out
+        outcome.code == 0
+        and "was trained, by an older version, on ids that may not be SentencePiece's"
+        in outcome.out
     )
     some = [f"x{text}" for text in texts(300)]
     kept = load_tokenizer(best).ids_of(some)
@@ -257,14 +319,19 @@ def test_a_checkpoint_keeps_the_ids_that_it_was_trained_on(
     shutil.copyfile(tokenizer_folder / "tokenizer.model", best / "tokenizer.model")
     seal(best)
     outcome = call(perplexity, "--ckpt", str(best))
-    assert outcome.code == 0 and "was trained on other ids than its tokenizer.model gives; they are kept" in outcome.out
+    assert (
+        outcome.code == 0
+        and "was trained on other ids than its tokenizer.model gives; they are kept" in outcome.out
+    )
     assert load_tokenizer(best).ids_of(some) == kept
 
 
 # ---------------------------------------------------------------- no text is lost
 
 
-def test_a_folder_without_a_vocabulary_is_refused(call, settings: dict[str, str], tmp_path: Path) -> None:
+def test_a_folder_without_a_vocabulary_is_refused(
+    call, settings: dict[str, str], tmp_path: Path
+) -> None:
     """Guards against a tokenizer of three tokens, to which every text is nothing."""
     shutil.copytree(settings["model"], folder := tmp_path / "bare")
     (folder / "tokenizer.json").unlink()
@@ -287,7 +354,8 @@ def empty_vocabulary(folder: Path) -> None:
 
 def lower_case(folder: Path) -> None:
     edit(
-        folder / "tokenizer.json", lambda content: content["normalizer"]["normalizers"].insert(0, {"type": "Lowercase"})
+        folder / "tokenizer.json",
+        lambda content: content["normalizer"]["normalizers"].insert(0, {"type": "Lowercase"}),
     )
 
 
@@ -300,7 +368,9 @@ def no_bytes(folder: Path) -> None:
 
 def text_is_special(folder: Path) -> None:
     """A question holds "</s>", which becomes EOS; and so does what is decoded."""
-    edit(folder / "tokenizer.json", lambda content: content["added_tokens"][2].update(special=False))
+    edit(
+        folder / "tokenizer.json", lambda content: content["added_tokens"][2].update(special=False)
+    )
 
 
 @pytest.mark.parametrize("damage", [empty_vocabulary, lower_case, no_bytes, text_is_special])
@@ -310,7 +380,9 @@ def test_a_tokenizer_that_loses_text_is_refused(
     shutil.copytree(settings["model"], folder := tmp_path / "losing")
     (folder / "tokenizer.model").unlink()
     damage(folder)
-    words = "reads text in line" if damage is text_is_special else "its tokenizer loses text in line "
+    words = (
+        "reads text in line" if damage is text_is_special else "its tokenizer loses text in line "
+    )
     call(train, *flags(settings | {"model": str(folder)})).assert_user_error(words, "losing")
     rows = ["--ckpt", str(folder), *flags(settings)]
     call(perplexity, *rows, "--split", "train").assert_user_error(words)
@@ -322,18 +394,24 @@ def test_text_never_becomes_a_special_token(tmp_path: Path, corpus: list[str]) -
     """Where it does, the text is not lost, and the sequence ends in its middle."""
     folder = byte_level(tmp_path / "bytes", corpus)
     assert load_tokenizer(folder).encode(["a <|end_of_text|> b"])
-    edit(folder / "tokenizer.json", lambda content: content["added_tokens"][1].update(special=False))
+    edit(
+        folder / "tokenizer.json", lambda content: content["added_tokens"][1].update(special=False)
+    )
     with pytest.raises(UserError, match=r"reads text as its special token '<\|end_of_text\|>'"):
         load_tokenizer(folder).encode(["a <|end_of_text|> b"])
 
 
-def test_blanks_and_peculiar_signs_are_no_loss(tokenizer: Tokenizer, problems: list[Problem]) -> None:
+def test_blanks_and_peculiar_signs_are_no_loss(
+    tokenizer: Tokenizer, problems: list[Problem]
+) -> None:
     tokenizer.encode([text for p in problems for text in (p.question, p.answer, f" {p.question}")])
 
 
 def test_blanks_are_not_cleaned_up(tmp_path: Path, corpus: list[str]) -> None:
     """Guards against " ." becoming "." in what the model wrote, as Llama-3's settings ask Transformers for."""
-    tokenizer = load_tokenizer(byte_level(tmp_path / "bytes", corpus, clean_up_tokenization_spaces=True))
+    tokenizer = load_tokenizer(
+        byte_level(tmp_path / "bytes", corpus, clean_up_tokenization_spaces=True)
+    )
     [ids] = tokenizer.encode(["So 18 . Do n't , he 's"])
     assert tokenizer.decode(ids) == "So 18 . Do n't , he 's"
 
@@ -344,12 +422,18 @@ def test_blanks_are_not_cleaned_up(tmp_path: Path, corpus: list[str]) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"bos_token": ""}, 'has an empty bos_token, as LLaMA-1\'s first copies have: write .* "bos_token": "<s>"'),
+        (
+            {"bos_token": ""},
+            'has an empty bos_token, as LLaMA-1\'s first copies have: write .* "bos_token": "<s>"',
+        ),
         ({"eos_token": {"content": ""}}, "has an empty eos_token"),
         ({"unk_token": ""}, "has an empty unk_token"),
         ({"bos_token": ["<s>"]}, "says .*, which it does not hold"),
         ({"bos_token": None}, r"its tokenizer has no bos_token \(there is none\)"),
-        ({"eos_token": "<end>"}, r"has no eos_token \(its tokenizer_config.json says '<end>', which it does not hold"),
+        (
+            {"eos_token": "<end>"},
+            r"has no eos_token \(its tokenizer_config.json says '<end>', which it does not hold",
+        ),
     ],
 )
 def test_special_tokens_that_are_none(
@@ -369,7 +453,9 @@ def test_special_tokens_of_a_lone_vocabulary_file(tmp_path: Path, tokenizer_fold
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
 
 
-def test_more_tokens_than_the_embedding_has_rows(call, settings: dict[str, str], tmp_path: Path) -> None:
+def test_more_tokens_than_the_embedding_has_rows(
+    call, settings: dict[str, str], tmp_path: Path
+) -> None:
     """Mirrors of Llama-2 with a pad token, Code Llama: only what a row needs must be there."""
     base = Path(settings["model"])
     for name, files in (("json", ["tokenizer.json"]), ("model", ["tokenizer.model"])):
@@ -380,15 +466,21 @@ def test_more_tokens_than_the_embedding_has_rows(call, settings: dict[str, str],
         pad = {"id": size, "content": "<pad>", "special": True, "single_word": False}
         pad |= {"lstrip": False, "rstrip": False, "normalized": False}
         if name == "json":
-            edit(folder / "tokenizer.json", lambda content, pad=pad: content["added_tokens"].append(pad))
+            edit(
+                folder / "tokenizer.json",
+                lambda content, pad=pad: content["added_tokens"].append(pad),
+            )
         else:
             (folder / "added_tokens.json").write_text(json.dumps({"<pad>": size}))
         assert len(load_tokenizer(folder)) == size + 1
-        outcome = call(train, *flags(settings | {"model": str(folder), "run_name": name, "epochs": "1"}))
+        outcome = call(
+            train, *flags(settings | {"model": str(folder), "run_name": name, "epochs": "1"})
+        )
         assert outcome.code == 0, outcome.err
         assert call(evaluate, "--ckpt", str(Path(settings["output_dir"]) / name / "best")).code == 0
         losses = [
-            call(perplexity, "--ckpt", str(model), *flags(settings)).out.split("loss ")[1] for model in (base, folder)
+            call(perplexity, "--ckpt", str(model), *flags(settings)).out.split("loss ")[1]
+            for model in (base, folder)
         ]
         assert losses[0] == losses[1]
 
@@ -435,7 +527,9 @@ def test_a_checkpoint_holds_the_tokenizer_files_of_its_base(
         assert ids == [1, *reference.encode(text)]
 
 
-def test_what_one_generation_of_transformers_cannot_read_is_changed(tmp_path: Path, corpus: list[str]) -> None:
+def test_what_one_generation_of_transformers_cannot_read_is_changed(
+    tmp_path: Path, corpus: list[str]
+) -> None:
     """A class that 4 does not know, and a list where it wants a dictionary."""
     folder = byte_level(
         tmp_path / "five",
@@ -465,16 +559,24 @@ def test_a_class_that_one_generation_does_not_know_is_not_saved(
     tmp_path: Path, model_folder: Path, kind: str | None, saved_as: str | None
 ) -> None:
     shutil.copytree(model_folder, folder := tmp_path / "old")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind} if kind else {"legacy": False}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": kind} if kind else {"legacy": False})
+    )
     wanted = [f"x{text}" for text in texts(100)]
     tokenizer = load_tokenizer(folder)
     tokenizer.save(folder)
     saved = json.loads((folder / "tokenizer_config.json").read_text())
     assert saved.get("tokenizer_class") == saved_as
     if saved_as == "PreTrainedTokenizerFast":  # which has no special tokens of its own
-        assert (saved["bos_token"], saved["eos_token"], saved["unk_token"]) == ("<s>", "</s>", "<unk>")
+        assert (saved["bos_token"], saved["eos_token"], saved["unk_token"]) == (
+            "<s>",
+            "</s>",
+            "<unk>",
+        )
     theirs = AutoTokenizer.from_pretrained(folder)
-    assert theirs(wanted, add_special_tokens=False, split_special_tokens=True).input_ids == tokenizer.ids_of(wanted)
+    assert theirs(
+        wanted, add_special_tokens=False, split_special_tokens=True
+    ).input_ids == tokenizer.ids_of(wanted)
     assert (theirs.bos_token_id, theirs.eos_token_id) == (1, 2)
 
 
@@ -484,7 +586,11 @@ def test_borders_that_the_config_asks_for_are_in_what_is_saved(
 ) -> None:
     """Transformers 4 takes them from the config, 5 from the tokenizer.json: of one without, they would differ."""
     folder = byte_level(
-        tmp_path / "bytes", corpus, tokenizer_class="LlamaTokenizerFast", add_bos_token=bos, add_eos_token=eos
+        tmp_path / "bytes",
+        corpus,
+        tokenizer_class="LlamaTokenizerFast",
+        add_bos_token=bos,
+        add_eos_token=eos,
     )
     tokenizer = load_tokenizer(folder)
     tokenizer.save(folder)
@@ -495,22 +601,30 @@ def test_borders_that_the_config_asks_for_are_in_what_is_saved(
 def test_dropout_is_refused(tmp_path: Path, model_folder: Path) -> None:
     shutil.copytree(model_folder, folder := tmp_path / "random")
     edit(folder / "tokenizer.json", lambda content: content["model"].update(dropout=0.2))
-    with pytest.raises(UserError, match=r"has a dropout of 0.2, with which no text has the same ids twice"):
+    with pytest.raises(
+        UserError, match=r"has a dropout of 0.2, with which no text has the same ids twice"
+    ):
         load_tokenizer(folder)
 
 
 def test_what_a_vocabulary_can_not_hold_is_said_with_its_line(tokenizer: Tokenizer) -> None:
     """SentencePiece's own sign for a blank becomes one."""
-    with pytest.raises(UserError, match=r"loses text in line 7: '.*a▁b.*' becomes '.*a b.*take what they can't hold"):
+    with pytest.raises(
+        UserError,
+        match=r"loses text in line 7: '.*a▁b.*' becomes '.*a b.*take what they can't hold",
+    ):
         data.encode(tokenizer, [Problem("a▁b", "1\n#### 1", line=7)], PROMPT)
 
 
 def test_a_pointer_of_git_is_said(tmp_path: Path, model_folder: Path) -> None:
     for name in ("tokenizer.json", "tokenizer.model"):
         shutil.copytree(model_folder, folder := tmp_path / name)
-        (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n")
+        (folder / name).write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n"
+        )
         with pytest.raises(
-            UserError, match=rf"{name}: is a pointer to a file that git has not fetched: run git lfs pull"
+            UserError,
+            match=rf"{name}: is a pointer to a file that git has not fetched: run git lfs pull",
         ):
             load_tokenizer(folder)
 
@@ -542,14 +656,17 @@ def test_added_tokens_of_any_form_are_read_or_refused(
         load_tokenizer(folder)
 
 
-def test_a_tiktoken_file_beside_a_tokenizer_json_is_passed_over(tmp_path: Path, corpus: list[str]) -> None:
+def test_a_tiktoken_file_beside_a_tokenizer_json_is_passed_over(
+    tmp_path: Path, corpus: list[str]
+) -> None:
     """Mirrors of Llama-3 hold one, by SentencePiece's name."""
     folder = byte_level(tmp_path / "three", corpus)
     (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
     assert load_tokenizer(folder).encode(["How many?"])
     (folder / "tokenizer.json").unlink()
     with pytest.raises(
-        UserError, match=r"its tokenizer.model is tiktoken's, not SentencePiece's: add the tokenizer.json"
+        UserError,
+        match=r"its tokenizer.model is tiktoken's, not SentencePiece's: add the tokenizer.json",
     ):
         load_tokenizer(folder)
 
@@ -559,7 +676,9 @@ def test_encode_of_rows(tokenizer: Tokenizer, problems: list[Problem]) -> None:
     assert all(example.input_ids[0] == 1 and example.input_ids[-1] == 2 for example in examples)
 
 
-def test_normalisers_of_every_kind_are_seen(tmp_path: Path, model_folder: Path, problems: list[Problem]) -> None:
+def test_normalisers_of_every_kind_are_seen(
+    tmp_path: Path, model_folder: Path, problems: list[Problem]
+) -> None:
     """NFKC makes other signs of ½ and of a hard blank, which GSM8K holds."""
     shutil.copytree(model_folder, folder := tmp_path / "nfkc")
     (folder / "tokenizer.model").unlink()

@@ -16,10 +16,15 @@ import pytest
 from conftest import flags
 
 import evaluate
-import tracking
 import train
+from run import metrics_log, progress, wandb_run
 
-AGENTS = {"WANDB_SWEEP_ID": "s1", "WANDB_RUN_ID": "agent", "WANDB_PROJECT": "sweeps", "WANDB_ENTITY": "team"}
+AGENTS = {
+    "WANDB_SWEEP_ID": "s1",
+    "WANDB_RUN_ID": "agent",
+    "WANDB_PROJECT": "sweeps",
+    "WANDB_ENTITY": "team",
+}
 
 
 class FakeRun:
@@ -28,7 +33,9 @@ class FakeRun:
     offline = False
     url = "https://wandb.example/run"
 
-    def __init__(self, fail: bool = False, run_id: str = "fake", project: str = "p", entity: str = ""):
+    def __init__(
+        self, fail: bool = False, run_id: str = "fake", project: str = "p", entity: str = ""
+    ):
         self.fail, self.lines, self.defined, self.finished = fail, [], [], False
         self.id, self.project, self.entity = run_id, project, entity
 
@@ -68,7 +75,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Any], FakeRun]
         monkeypatch.delenv(name, raising=False)
 
     monkeypatch.setattr(wandb, "init", init)
-    monkeypatch.setattr(wandb, "login", lambda **arguments: arguments == {"prompt": False, "verify": False})
+    monkeypatch.setattr(
+        wandb, "login", lambda **arguments: arguments == {"prompt": False, "verify": False}
+    )
     return calls
 
 
@@ -90,13 +99,19 @@ def assert_logged_offline(folder: Path) -> None:
     raise AssertionError(f"{file} holds no metrics")
 
 
-def test_wandb_gets_the_settings_and_every_line_of_metrics(call, settings: dict[str, str], fake) -> None:
+def test_wandb_gets_the_settings_and_every_line_of_metrics(
+    call, settings: dict[str, str], fake
+) -> None:
     """Guards against a name or a step that differs between the dashboard and the file."""
     settings["wandb_mode"] = "online"
     assert call(train, *flags(settings)).code == 0
     [(arguments, run)] = fake
     assert arguments["config"]["learning_rate"] == 3e-3 and arguments["config"]["batch_size"] == 16
-    assert (arguments["name"], arguments["mode"], arguments["project"]) == ("test", "online", "llama-2-gsm8k")
+    assert (arguments["name"], arguments["mode"], arguments["project"]) == (
+        "test",
+        "online",
+        "llama-2-gsm8k",
+    )
     assert run.defined == [("step", None), ("*", "step")]
     assert run.lines == lines_of(folder_of(settings))
     assert [line["step"] for line in run.lines if "val/perplexity" in line] == [7, 14]
@@ -156,7 +171,9 @@ def stop_in_epoch_2(call, settings: dict[str, str], monkeypatch: pytest.MonkeyPa
         call(train, *flags(settings))
 
 
-def test_a_sweeps_run_is_known_by_the_agents_path(call, settings: dict[str, str], fake, monkeypatch) -> None:
+def test_a_sweeps_run_is_known_by_the_agents_path(
+    call, settings: dict[str, str], fake, monkeypatch
+) -> None:
     """Guards against a score that goes to a second run, under an id or in a project of our own."""
     settings |= {"wandb_mode": "online", "epochs": "1"}
     with monkeypatch.context() as patch:
@@ -175,7 +192,9 @@ def test_a_sweeps_run_is_known_by_the_agents_path(call, settings: dict[str, str]
 
 
 @pytest.mark.parametrize("sweep", [False, True])
-def test_a_resumed_run_under_another_id(call, settings: dict[str, str], fake, monkeypatch, sweep: bool) -> None:
+def test_a_resumed_run_under_another_id(
+    call, settings: dict[str, str], fake, monkeypatch, sweep: bool
+) -> None:
     """The saved run goes on; but an agent's id wins, and is the run's from then on, for an earlier best as well."""
     settings |= {"wandb_mode": "online"}
     with monkeypatch.context() as patch:
@@ -184,7 +203,7 @@ def test_a_resumed_run_under_another_id(call, settings: dict[str, str], fake, mo
     assert path_in(folder_of(settings) / "last") == ("first", "llama-2-gsm8k", "me")
     with monkeypatch.context() as patch:
         agent(patch, WANDB_RUN_ID="second") if sweep else patch.setenv("WANDB_RUN_ID", "second")
-        patch.setattr(train.Progress, "is_best", lambda *_: False)
+        patch.setattr(progress.Progress, "is_best", lambda *_: False)
         outcome = call(train, *flags(settings))
     assert outcome.code == 0, outcome.err
     kept, other = ("second", "first") if sweep else ("first", "second")
@@ -192,24 +211,30 @@ def test_a_resumed_run_under_another_id(call, settings: dict[str, str], fake, mo
     assert path_in(folder_of(settings) / "best")[0] == "first"
     assert path_in(folder_of(settings) / "last") == path_of(fake[-1][1])
     assert fake[-1][1].id == kept
-    assert call(evaluate, "--ckpt", str(folder_of(settings) / "best"), "--verify-batching", "0").code == 0
+    assert (
+        call(evaluate, "--ckpt", str(folder_of(settings) / "best"), "--verify-batching", "0").code
+        == 0
+    )
     assert path_of(fake[-1][1]) == path_in(folder_of(settings) / "last") and fake[-1][1].lines
 
 
-def start(folder: Path, run: tracking.RunPath) -> tracking.Tracker:
-    return tracking.start_tracker("online", run=run, name="x", folder=folder, settings={})
+def start(folder: Path, run: wandb_run.RunPath) -> wandb_run.Tracker:
+    return wandb_run.start_tracker("online", run=run, name="x", folder=folder, settings={})
 
 
-def test_what_wandb_gave_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake, capsys) -> None:
+def test_what_wandb_gave_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake, capsys
+) -> None:
     """Guards against W&B's own reasons for another id, such as SageMaker's."""
     import wandb
 
-    asked = tracking.RunPath("ours", "mine")
+    asked = wandb_run.RunPath("ours", "mine")
     assert (
-        start(tmp_path, asked).run == tracking.RunPath("ours", "mine", "me") and "not as" not in capsys.readouterr()[0]
+        start(tmp_path, asked).run == wandb_run.RunPath("ours", "mine", "me")
+        and "not as" not in capsys.readouterr()[0]
     )
     monkeypatch.setattr(wandb, "init", lambda **_: FakeRun(run_id="theirs\x1b[0m", project="other"))
-    assert start(tmp_path, asked).run == tracking.RunPath("theirs\x1b[0m", "other", None)
+    assert start(tmp_path, asked).run == wandb_run.RunPath("theirs\x1b[0m", "other", None)
     assert r"W&B: logged as run theirs\x1b[0m, not as ours" in capsys.readouterr().out
     monkeypatch.setattr(wandb, "init", lambda **_: 1 / 0)
     assert start(tmp_path, asked).run is None
@@ -218,21 +243,26 @@ def test_what_wandb_gave_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_where_a_run_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in AGENTS:
         monkeypatch.delenv(name, raising=False)
-    first, second = tracking.new_run("mine"), tracking.new_run("mine")
+    first, second = wandb_run.new_run("mine"), wandb_run.new_run("mine")
     assert first.run_id != second.run_id and (first.project, first.entity) == ("mine", None)
     monkeypatch.setenv("WANDB_PROJECT", "theirs")  # without an agent the setting counts
     monkeypatch.setenv("WANDB_RUN_ID", "a b-1")
-    assert tracking.new_run("mine") == tracking.RunPath("a b-1", "mine")
+    assert wandb_run.new_run("mine") == wandb_run.RunPath("a b-1", "mine")
     agent(monkeypatch)  # known before W&B has answered: a kill may come before that is saved
-    assert tracking.new_run("mine") == tracking.RunPath("agent", "sweeps", "team")
-    old = {"wandb_run_id": "x", "settings": {"wandb_project": "mine"}}  # of a checkpoint that knows no more
-    assert tracking.saved_run(old, "mine", "mine") == tracking.RunPath("x", "mine")
+    assert wandb_run.new_run("mine") == wandb_run.RunPath("agent", "sweeps", "team")
+    old = {
+        "wandb_run_id": "x",
+        "settings": {"wandb_project": "mine"},
+    }  # of a checkpoint that knows no more
+    assert wandb_run.saved_run(old, "mine", "mine") == wandb_run.RunPath("x", "mine")
     new = old | {"wandb_project": "sweeps", "wandb_entity": "team"}
-    assert tracking.saved_run(new, "mine", "mine") == tracking.RunPath("x", "sweeps", "team")
-    assert tracking.saved_run(new, "another", "mine") == tracking.RunPath("x", "another")
+    assert wandb_run.saved_run(new, "mine", "mine") == wandb_run.RunPath("x", "sweeps", "team")
+    assert wandb_run.saved_run(new, "another", "mine") == wandb_run.RunPath("x", "another")
 
 
-@pytest.mark.parametrize("run_id", ["", " ", "a/b", "a:b", "x ", "it's", "?", "a\nb", "x" * 129, "\udcff"])
+@pytest.mark.parametrize(
+    "run_id", ["", " ", "a/b", "a:b", "x ", "it's", "?", "a\nb", "x" * 129, "\udcff"]
+)
 def test_an_id_that_wandb_refuses_gets_into_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_id: str
 ) -> None:
@@ -240,7 +270,7 @@ def test_an_id_that_wandb_refuses_gets_into_no_checkpoint(
     import wandb
 
     monkeypatch.setenv("WANDB_RUN_ID", run_id)
-    found = tracking.new_run("p").run_id
+    found = wandb_run.new_run("p").run_id
     assert len(found) == 8 and wandb.Settings(run_id=found).run_id == found
 
 
@@ -250,10 +280,14 @@ def test_an_id_that_wandb_refuses_is_said_and_not_heeded(
 ) -> None:
     """Guards against W&B off for the whole run, and against a line that names no variable and no cure."""
     monkeypatch.setenv("WANDB_RUN_ID", run_id)
-    start(tmp_path, tracking.new_run("p"))
+    start(tmp_path, wandb_run.new_run("p"))
     out = capsys.readouterr().out
     assert "WANDB_RUN_ID" not in os.environ and "not as" not in out
-    assert ("W&B: WANDB_RUN_ID=" in out) == ("is no id that W&B takes: not heeded" in out) == bool(run_id)
+    assert (
+        ("W&B: WANDB_RUN_ID=" in out)
+        == ("is no id that W&B takes: not heeded" in out)
+        == bool(run_id)
+    )
     assert all(letter.isprintable() or letter == "\n" for letter in out)
 
 
@@ -264,15 +298,19 @@ def test_real_wandb_logs_in_spite_of_an_id_that_it_refuses(
 
     wandb.teardown()  # it reads the environment once
     monkeypatch.setenv("WANDB_RUN_ID", "bad/id")
-    run = tracking.RunPath("mine", "p")  # as of a checkpoint: an evaluation, or a run that goes on
-    tracker = tracking.start_tracker("offline", run=run, name="n", folder=tmp_path, settings={})
+    run = wandb_run.RunPath("mine", "p")  # as of a checkpoint: an evaluation, or a run that goes on
+    tracker = wandb_run.start_tracker("offline", run=run, name="n", folder=tmp_path, settings={})
     tracker.finish()
     wandb.teardown()
     assert tracker.run is not None and tracker.run.run_id == "mine"
-    assert "off (" not in capsys.readouterr().out and list((tmp_path / "wandb").glob("offline-run-*-mine"))
+    assert "off (" not in capsys.readouterr().out and list(
+        (tmp_path / "wandb").glob("offline-run-*-mine")
+    )
 
 
-def test_real_wandb_under_a_sweep(call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_wandb_under_a_sweep(
+    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Guards against a fake above that is none of wandb's."""
     import wandb
 
@@ -284,7 +322,10 @@ def test_real_wandb_under_a_sweep(call, settings: dict[str, str], monkeypatch: p
     wandb.teardown()
     assert outcome.code == 0 and "W&B" not in outcome.out, outcome
     assert path_in(folder_of(settings) / "best") == ("agent", "sweeps", "team")
-    assert call(evaluate, "--ckpt", str(folder_of(settings) / "best"), "--verify-batching", "0").code == 0
+    assert (
+        call(evaluate, "--ckpt", str(folder_of(settings) / "best"), "--verify-batching", "0").code
+        == 0
+    )
     files = list((folder_of(settings) / "wandb").glob("offline-run-*-agent*/run-agent.wandb"))
     assert len(files) == len({file.parent for file in files}) == 2
     for file in files:
@@ -299,11 +340,13 @@ def test_real_wandb_under_a_sweep(call, settings: dict[str, str], monkeypatch: p
         *((value, False) for value in ("", "false", "0", "no", "maybe")),
     ],
 )
-def test_wandb_disabled_is_heeded(tmp_path: Path, monkeypatch, fake, capsys, value: str, off: bool) -> None:
+def test_wandb_disabled_is_heeded(
+    tmp_path: Path, monkeypatch, fake, capsys, value: str, off: bool
+) -> None:
     monkeypatch.setenv("WANDB_DISABLED", value)
-    tracker = start(tmp_path, tracking.RunPath("ours", "mine"))
+    tracker = start(tmp_path, wandb_run.RunPath("ours", "mine"))
     said = [line for line in capsys.readouterr().out.splitlines() if "WANDB_DISABLED" in line]
-    assert isinstance(tracker, tracking.NoTracker) == off == (fake == [])
+    assert isinstance(tracker, wandb_run.NoTracker) == off == (fake == [])
     assert len(said) == (off or value == "maybe")
     assert not off or said[0].startswith(f"W&B: off, as WANDB_DISABLED={value.strip()} says")
 
@@ -340,7 +383,9 @@ def bad_server() -> Iterator[Callable[[int | None], int]]:
             sockets.append(connection)
             if status is not None:
                 connection.recv(65536)
-                connection.sendall(b"HTTP/1.1 %d No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n" % status)
+                connection.sendall(
+                    b"HTTP/1.1 %d No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n" % status
+                )
                 connection.close()
 
     def start(status: int | None) -> int:
@@ -361,8 +406,13 @@ def test_a_wandb_that_does_not_answer_falls_back_to_offline_in_bounded_time(
     """The real wandb, in a process of its own. The fallback is offline in the same process (wandb issue 9865)."""
     port = dead_port if fault == "unreachable" else bad_server(None if fault == "silent" else fault)
     arguments = flags(settings | {"wandb_mode": "online"})
-    code = f"import train, tracking; tracking.INIT_SECONDS = 2; train.main(*train.read_arguments({arguments!r}))"
-    environment = {"WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online"}
+    code = "import train; from run import wandb_run; wandb_run.INIT_SECONDS = 2; "
+    code += f"train.main(*train.read_arguments({arguments!r}))"
+    environment = {
+        "WANDB_BASE_URL": f"http://127.0.0.1:{port}",
+        "WANDB_API_KEY": "0" * 40,
+        "WANDB_MODE": "online",
+    }
     result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(train.__file__).parent,
@@ -374,7 +424,9 @@ def test_a_wandb_that_does_not_answer_falls_back_to_offline_in_bounded_time(
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("W&B: not reached") == 1, result.stdout
     assert_logged_offline(folder_of(settings))
-    assert [line["step"] for line in lines_of(folder_of(settings)) if "train/loss" in line] == list(range(1, 15))
+    assert [line["step"] for line in lines_of(folder_of(settings)) if "train/loss" in line] == list(
+        range(1, 15)
+    )
 
 
 def test_null_means_offline_where_not_logged_in_said_in_one_line(
@@ -402,12 +454,16 @@ def test_online_without_a_login_asks_nothing_and_goes_offline(
     monkeypatch.setenv("WANDB_MODE", "online")
     for login in (lambda **_: False, lambda **_: 1 / 0):
         monkeypatch.setattr(wandb, "login", login)
-        outcome = call(train, *flags(settings | {"wandb_mode": mode, "run_name": f"{mode}-{len(fake)}"}))
+        outcome = call(
+            train, *flags(settings | {"wandb_mode": mode, "run_name": f"{mode}-{len(fake)}"})
+        )
         assert outcome.code == 0 and "not logged in, so logging offline" in outcome.out
         assert fake[-1][0]["mode"] == "offline"
 
 
-def test_null_means_online_where_logged_in(call, settings: dict[str, str], fake, monkeypatch) -> None:
+def test_null_means_online_where_logged_in(
+    call, settings: dict[str, str], fake, monkeypatch
+) -> None:
     monkeypatch.delenv("WANDB_MODE")
     assert call(train, *flags(settings | {"wandb_mode": "null"})).code == 0
     assert fake[0][0]["mode"] is None  # which is W&B's own default: online
@@ -415,25 +471,32 @@ def test_null_means_online_where_logged_in(call, settings: dict[str, str], fake,
 
 def test_disabled_leaves_no_trace(call, settings: dict[str, str], fake) -> None:
     assert call(train, *flags(settings | {"wandb_mode": "disabled"})).code == 0
-    assert call(train, *flags(settings | {"wandb_mode": "null", "run_name": "by-environment"})).code == 0
+    assert (
+        call(train, *flags(settings | {"wandb_mode": "null", "run_name": "by-environment"})).code
+        == 0
+    )
     assert fake == [] and not (folder_of(settings) / "wandb").exists()
 
 
 def test_not_finite_numbers_are_logged_as_they_are(tmp_path: Path) -> None:
     """Guards against a filter between a loss and those who look at it."""
     run = FakeRun()
-    with tracking.MetricsLog(tmp_path, tracking.WandbTracker(run)) as metrics:
+    with metrics_log.MetricsLog(tmp_path, wandb_run.WandbTracker(run)) as metrics:
         metrics.write(1, 0.5, {"val/loss": math.nan, "val/perplexity": math.inf})
     for line in (*lines_of(tmp_path), *run.lines):
         assert math.isnan(line["val/loss"]) and line["val/perplexity"] == math.inf
 
 
-def test_every_line_is_on_the_disk_before_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_line_is_on_the_disk_before_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Guards against a checkpoint that survives a loss of power, and metrics before it that do not."""
     synced = []
     original = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda number: (original(number), synced.append(os.fstat(number).st_size)))
-    with tracking.MetricsLog(tmp_path, tracking.NoTracker()) as metrics:
+    monkeypatch.setattr(
+        os, "fsync", lambda number: (original(number), synced.append(os.fstat(number).st_size))
+    )
+    with metrics_log.MetricsLog(tmp_path, wandb_run.NoTracker()) as metrics:
         for step in (1, 2):
             metrics.write(step, 0.5, {"train/loss": 1.0})
             assert synced[-1] == (tmp_path / "metrics.jsonl").stat().st_size > 0
@@ -442,12 +505,14 @@ def test_every_line_is_on_the_disk_before_the_next(tmp_path: Path, monkeypatch: 
 def test_metrics_of_a_killed_run_are_cut_at_the_resumed_step(tmp_path: Path) -> None:
     """Guards against a step that stands twice, and the half line of a kill."""
     file = tmp_path / "metrics.jsonl"
-    evaluated = '{"step": 4, "eval/exact_match": 0.5}\n'  # of a best that is saved again just as it was
+    evaluated = (
+        '{"step": 4, "eval/exact_match": 0.5}\n'  # of a best that is saved again just as it was
+    )
     deep = "[" * 100_000 + "\n"  # of a damaged disk
     file.write_text(
         f'{deep}{{"step": 1, "a": 1}}\n{{"step": 2, "a": 2}}\n{{"step": 3, "a": 3}}\n{evaluated}{{"step": 4, "a"'
     )
-    with tracking.MetricsLog(tmp_path, tracking.NoTracker(), resume_step=2) as metrics:
+    with metrics_log.MetricsLog(tmp_path, wandb_run.NoTracker(), resume_step=2) as metrics:
         metrics.write(3, 0.5, {"a": 30})
     lines = lines_of(tmp_path)
     assert [(line["step"], line.get("a")) for line in lines] == [(1, 1), (2, 2), (4, None), (3, 30)]

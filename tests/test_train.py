@@ -15,18 +15,18 @@ from conftest import PROMPT, flags, make_config, write_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import checkpoint
 import data
 import evaluate
 import perplexity
-import scoring
-import storage
 import train
-from data import Problem
-from errors import UserError
-from model import forward_packed
-from perplexity import Measurement
-from pretrained import load_tokenizer
+from engine import packing
+from engine.llama import forward_packed
+from engine.loading import load_tokenizer
+from engine.loss import Measurement
+from grading import rules
+from grading.dataset import Problem
+from run import checkpoint, files, manifest, training_json
+from run.errors import UserError
 
 STEPS = 14  # 2 epochs of 7 steps: 100 rows in windows of 16, the last one of 4
 
@@ -40,13 +40,19 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def metrics(settings: dict[str, str]) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_folder(settings) / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (run_folder(settings) / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def logged(settings: dict[str, str]) -> list[dict[str, Any]]:
     """All logged numbers that must not depend on the clock."""
     clock = ("time", "train/tokens_per_second")
-    return [{key: value for key, value in line.items() if key not in clock} for line in metrics(settings)]
+    return [
+        {key: value for key, value in line.items() if key not in clock}
+        for line in metrics(settings)
+    ]
 
 
 def assert_same_bits(ours: Path, theirs: Path) -> None:
@@ -84,7 +90,12 @@ def stop_after(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_resume_in_mid_epoch_2_equals_the_run_that_was_not_stopped(
-    settings: dict[str, str], stop_after, monkeypatch: pytest.MonkeyPatch, dtype: str, dropout: float, tmp_path: Path
+    settings: dict[str, str],
+    stop_after,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    dropout: float,
+    tmp_path: Path,
 ) -> None:
     """Guards against optimizer state, data order, schedule, random state or log sums lost with the process.
 
@@ -94,7 +105,13 @@ def test_resume_in_mid_epoch_2_equals_the_run_that_was_not_stopped(
     shutil.copytree(settings["model"], base)
     shape = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(shape | {"attention_dropout": dropout}))
-    settings |= {"model": str(base), "dtype": dtype, "checkpoint_steps": "5", "log_every": "4", "seed": "11"}
+    settings |= {
+        "model": str(base),
+        "dtype": dtype,
+        "checkpoint_steps": "5",
+        "log_every": "4",
+        "seed": "11",
+    }
     whole = settings | {"run_name": "whole"}
     train.main(make_config(whole))
 
@@ -105,7 +122,7 @@ def test_resume_in_mid_epoch_2_equals_the_run_that_was_not_stopped(
             train.main(make_config(settings))
         patch.setattr(train, "accumulate", original)
         torch.manual_seed(12345)  # another process would not have this one's random state
-        assert checkpoint.read_description(run_folder(settings) / "last")["step"] == 10
+        assert training_json.read_description(run_folder(settings) / "last")["step"] == 10
         train.main(make_config(settings))
 
     assert_same_bits(run_folder(settings) / "last", run_folder(whole) / "last")
@@ -126,7 +143,10 @@ def test_signals_finish_the_step_save_and_resume(
         original = stop_after(9, getattr(signal, name))
         outcome = call(train, *flags(settings))
     assert outcome.code == 128 + getattr(signal, name)
-    assert outcome.err.startswith(f"stopped: {name} after step 9, saved in ") and outcome.err.count("\n") == 1
+    assert (
+        outcome.err.startswith(f"stopped: {name} after step 9, saved in ")
+        and outcome.err.count("\n") == 1
+    )
     monkeypatch.setattr(train, "accumulate", original)
     outcome = call(train, *flags(settings))
     assert outcome.code == 0 and "last at step 9 of 14" in outcome.out
@@ -159,7 +179,9 @@ def test_resume_from_every_step(
         assert logged(each) == logged(whole), step
 
 
-def test_micro_batches_may_change_on_resume_and_change_no_step(settings: dict[str, str], stop_after) -> None:
+def test_micro_batches_may_change_on_resume_and_change_no_step(
+    settings: dict[str, str], stop_after
+) -> None:
     """The memory knob is free: the losses stay those of the unstopped run, within float32."""
     whole = settings | {"run_name": "whole"}
     train.main(make_config(whole))
@@ -169,7 +191,10 @@ def test_micro_batches_may_change_on_resume_and_change_no_step(settings: dict[st
         train.main(make_config(settings))
     train.accumulate = original
     train.main(make_config(settings | {"micro_batch_tokens": "256"}))
-    ours, theirs = ([line["train/loss"] for line in logged(s) if "train/loss" in line] for s in (settings, whole))
+    ours, theirs = (
+        [line["train/loss"] for line in logged(s) if "train/loss" in line]
+        for s in (settings, whole)
+    )
     assert ours == pytest.approx(theirs, rel=1e-5)
 
 
@@ -177,7 +202,10 @@ def test_micro_batches_may_change_on_resume_and_change_no_step(settings: dict[st
     ("change", "fragment"),
     [
         ({"batch_size": "8"}, "batch_size was 16 and is 8"),
-        ({"seed": "1", "learning_rate": "1e-3"}, "seed was 0 and is 1; learning_rate was 0.003 and is 0.001"),
+        (
+            {"seed": "1", "learning_rate": "1e-3"},
+            "seed was 0 and is 1; learning_rate was 0.003 and is 0.001",
+        ),
         ({"epochs": "3"}, "epochs was 2 and is 3"),
         ({"validation_size": "18"}, "validation_size was 17 and is 18"),
     ],
@@ -191,7 +219,9 @@ def test_resuming_with_what_may_not_change_is_refused(
     # A list, so that learning_rate is compared in the order of the settings, as the message has it.
     outcome = call(train, *flags(settings | change))
     outcome.assert_user_error(*fragment.split("; "))
-    assert {path: path.read_bytes() for path in run_folder(settings).rglob("*") if path.is_file()} == before
+    assert {
+        path: path.read_bytes() for path in run_folder(settings).rglob("*") if path.is_file()
+    } == before
 
 
 def test_what_may_change_on_resume_is_said(call, settings: dict[str, str], stop_after) -> None:
@@ -202,7 +232,9 @@ def test_what_may_change_on_resume_is_said(call, settings: dict[str, str], stop_
     train.accumulate = original
     outcome = call(train, *flags(settings | {"log_every": "3", "micro_batch_tokens": "300"}))
     assert outcome.code == 0
-    assert "resuming: micro_batch_tokens was 512 and is 300; log_every was 1 and is 3\n" in outcome.out
+    assert (
+        "resuming: micro_batch_tokens was 512 and is 300; log_every was 1 and is 3\n" in outcome.out
+    )
 
 
 def test_a_constant_rate_can_be_trained_on(call, settings: dict[str, str]) -> None:
@@ -220,7 +252,9 @@ def test_a_constant_rate_can_be_trained_on(call, settings: dict[str, str]) -> No
     call(train, *flags(warm | {"epochs": "3"})).assert_user_error("epochs was 2 and is 3")
 
 
-def test_resuming_needs_no_base_model(call, settings: dict[str, str], stop_after, tmp_path: Path) -> None:
+def test_resuming_needs_no_base_model(
+    call, settings: dict[str, str], stop_after, tmp_path: Path
+) -> None:
     """Guards against a hub that must be asked, or a base that has gone, though last holds everything."""
     shutil.copytree(settings["model"], tmp_path / "base")
     settings["model"] = str(tmp_path / "base")
@@ -233,7 +267,9 @@ def test_resuming_needs_no_base_model(call, settings: dict[str, str], stop_after
     assert call(train, *flags(settings)).code == 0
 
 
-def test_other_rows_are_refused(call, settings: dict[str, str], problems: list[Problem], tmp_path: Path) -> None:
+def test_other_rows_are_refused(
+    call, settings: dict[str, str], problems: list[Problem], tmp_path: Path
+) -> None:
     folder = tmp_path / "data"
     shutil.copytree(settings["dataset"], folder)
     settings["dataset"] = str(folder)
@@ -246,7 +282,9 @@ def test_finished_foreign_and_forbidden_folders_are_refused(call, settings: dict
     """Guards against a run that overwrites another one."""
     assert call(train, *flags(settings)).code == 0
     call(train, *flags(settings)).assert_user_error("this run is finished", "--run_name")
-    call(train, *flags(settings), "--resume", "never").assert_user_error("is in use", "--resume auto")
+    call(train, *flags(settings), "--resume", "never").assert_user_error(
+        "is in use", "--resume auto"
+    )
     foreign = settings | {"run_name": "foreign"}
     run_folder(foreign).mkdir()
     (run_folder(foreign) / "thesis.tex").write_text("precious")
@@ -262,7 +300,9 @@ def test_best_is_the_epoch_with_the_lowest_validation_loss(
 ) -> None:
     """Guards against best = last, against >= for >, and against a best that a later, worse epoch replaces."""
     losses = iter([3.0, 2.0, 2.5, 2.0])
-    monkeypatch.setattr(train, "measure", lambda *_: Measurement(loss := next(losses), math.exp(loss), 1))
+    monkeypatch.setattr(
+        train, "measure", lambda *_: Measurement(loss := next(losses), math.exp(loss), 1)
+    )
     saved = {}
     original = train.save_checkpoint
 
@@ -275,8 +315,12 @@ def test_best_is_the_epoch_with_the_lowest_validation_loss(
     train.main(make_config(settings | {"epochs": "4"}))
     best = run_folder(settings) / "best"
     description = json.loads((best / "training.json").read_text())
-    assert (description["epoch"], description["step"], description["validation_loss"]) == (2, 14, 2.0)
-    assert not list(best.glob(checkpoint.STATE_FILES))
+    assert (description["epoch"], description["step"], description["validation_loss"]) == (
+        2,
+        14,
+        2.0,
+    )
+    assert not list(best.glob(manifest.STATE_FILES))
     for key, tensor in weights(best).items():
         assert torch.equal(tensor, saved[14][key])
     assert any(not torch.equal(tensor, saved[28][key]) for key, tensor in weights(best).items())
@@ -292,25 +336,41 @@ def test_best_is_the_epoch_with_the_lowest_validation_loss(
     ],
 )
 def test_best_by_exact_match(
-    settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, matches: list[float], losses: list[float], best: int
+    settings: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    matches: list[float],
+    losses: list[float],
+    best: int,
 ) -> None:
     """Guards against a best that the loss chooses all the same, and against one that the process forgets."""
     of_epoch, left = iter(losses), iter(matches)
-    monkeypatch.setattr(train, "measure", lambda *_: Measurement(loss := next(of_epoch), math.exp(loss), 1))
+    monkeypatch.setattr(
+        train, "measure", lambda *_: Measurement(loss := next(of_epoch), math.exp(loss), 1)
+    )
     monkeypatch.setattr(train, "measure_exact_match", lambda *_: next(left))
     train.main(make_config(settings | {"epochs": "3", "best_by": "val_exact_match"}))
-    description = checkpoint.read_description(run_folder(settings) / "best")
-    assert (description["epoch"], description["validation_exact_match"]) == (best, matches[best - 1])
+    description = training_json.read_description(run_folder(settings) / "best")
+    assert (description["epoch"], description["validation_exact_match"]) == (
+        best,
+        matches[best - 1],
+    )
     logged = [line["val/exact_match"] for line in metrics(settings) if "val/exact_match" in line]
     assert logged == matches
 
 
-def test_exact_match_in_training_is_that_of_evaluation(call, settings: dict[str, str], monkeypatch) -> None:
+def test_exact_match_in_training_is_that_of_evaluation(
+    call, settings: dict[str, str], monkeypatch
+) -> None:
     """Guards against another prompt, split or rule than evaluate.py has, and a model left in eval mode."""
-    modes, settings = [], settings | {"best_by": "val_exact_match", "max_new_tokens": "40", "epochs": "1"}
-    monkeypatch.setattr(train, "correct_openai", lambda text, gold: (len(text) + int(gold[-1])) % 2 == 0)  # some are
-    monkeypatch.setattr(scoring, "correct_openai", train.correct_openai)
-    monkeypatch.setitem(scoring.RULES, "openai", train.correct_openai)
+    modes, settings = (
+        [],
+        settings | {"best_by": "val_exact_match", "max_new_tokens": "40", "epochs": "1"},
+    )
+    monkeypatch.setattr(
+        train, "correct_openai", lambda text, gold: (len(text) + int(gold[-1])) % 2 == 0
+    )  # some are
+    monkeypatch.setattr(rules, "correct_openai", train.correct_openai)
+    monkeypatch.setitem(rules.RULES, "openai", train.correct_openai)
     original = train.measure_exact_match
 
     def measured(model: Any, *rest: Any) -> float:
@@ -322,7 +382,10 @@ def test_exact_match_in_training_is_that_of_evaluation(call, settings: dict[str,
     assert call(train, *flags(settings)).code == 0
     assert modes == [True]
     [logged] = [line["val/exact_match"] for line in metrics(settings) if "val/exact_match" in line]
-    assert call(evaluate, "--ckpt", str(run_folder(settings) / "best"), "--split", "validation").code == 0
+    assert (
+        call(evaluate, "--ckpt", str(run_folder(settings) / "best"), "--split", "validation").code
+        == 0
+    )
     scores = json.loads((run_folder(settings) / "eval" / "validation" / "scores.json").read_text())
     assert logged == scores["exact_match"] and 0 < logged < 1
 
@@ -339,7 +402,9 @@ def test_a_sample_that_is_refused_leaves_the_model_in_training(
 
     monkeypatch.setattr(train, "greedy_decode", refused)
     monkeypatch.setattr(
-        train, "accumulate", lambda model, *rest: (modes.append(model.training), original(model, *rest))[1]
+        train,
+        "accumulate",
+        lambda model, *rest: (modes.append(model.training), original(model, *rest))[1],
     )
     outcome = call(train, *flags(settings | {"gradient_checkpointing": "true"}))
     assert outcome.code == 0 and outcome.out.count("no sample: no memory for one slot") == 2
@@ -348,7 +413,9 @@ def test_a_sample_that_is_refused_leaves_the_model_in_training(
 
 def test_the_test_split_chooses_nothing(call, settings: dict[str, str]) -> None:
     for value in ("test_exact_match", "test_loss", "exact_match"):
-        call(train, *flags(settings), "--best_by", value).assert_user_error("best_by", value, "val_exact_match")
+        call(train, *flags(settings), "--best_by", value).assert_user_error(
+            "best_by", value, "val_exact_match"
+        )
 
 
 def test_best_survives_a_resume_with_worse_epochs(
@@ -356,7 +423,9 @@ def test_best_survives_a_resume_with_worse_epochs(
 ) -> None:
     """Guards against a best loss that is forgotten with the process."""
     losses = iter([2.0, 2.5, 2.6])
-    monkeypatch.setattr(train, "measure", lambda *_: Measurement(loss := next(losses), math.exp(loss), 1))
+    monkeypatch.setattr(
+        train, "measure", lambda *_: Measurement(loss := next(losses), math.exp(loss), 1)
+    )
     settings["epochs"] = "3"
     original = train.accumulate
     with pytest.raises(RuntimeError):
@@ -364,7 +433,7 @@ def test_best_survives_a_resume_with_worse_epochs(
         train.main(make_config(settings))
     train.accumulate = original
     train.main(make_config(settings))
-    assert checkpoint.read_description(run_folder(settings) / "best")["epoch"] == 1
+    assert training_json.read_description(run_folder(settings) / "best")["epoch"] == 1
 
 
 def test_transformers_loads_best_and_gives_the_same_logits(
@@ -373,7 +442,9 @@ def test_transformers_loads_best_and_gives_the_same_logits(
     """Guards against an export that only this program can read, or reads differently."""
     models = []
     original = train.load_model
-    monkeypatch.setattr(train, "load_model", lambda *args: (models.append(original(*args)), models[-1])[1])
+    monkeypatch.setattr(
+        train, "load_model", lambda *args: (models.append(original(*args)), models[-1])[1]
+    )
     train.main(make_config(settings))
     best = run_folder(settings) / "best"
     loaded = AutoModelForCausalLM.from_pretrained(best)
@@ -381,11 +452,13 @@ def test_transformers_loads_best_and_gives_the_same_logits(
     tokenizer = load_tokenizer(best)
     examples = data.encode(tokenizer, problems, PROMPT)
     assert examples == data.encode(load_tokenizer(Path(settings["model"])), problems, PROMPT)
-    batch = data.collate(examples[:6])
+    batch = packing.collate(examples[:6])
     with torch.no_grad():
         [trained] = models
         hidden = forward_packed(trained.eval(), batch)
-        for example, ours in zip(examples[:6], trained.lm_head(hidden).split(batch.seqlens), strict=False):
+        for example, ours in zip(
+            examples[:6], trained.lm_head(hidden).split(batch.seqlens), strict=False
+        ):
             theirs = loaded(torch.tensor([example.input_ids[:-1]])).logits[0]
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
@@ -409,10 +482,12 @@ def test_the_export_is_tried_before_the_first_step(
     with pytest.raises(ZeroDivisionError):
         call(train, *flags(settings | {"model": str(base)}))
     last = run_folder(settings) / "last"
-    assert checkpoint.read_description(last)["step"] == 0
+    assert training_json.read_description(last)["step"] == 0
     exported = json.loads((last / "generation_config.json").read_text())
     assert exported["eos_token_id"] == 2
-    assert not {"temperature", "top_p", "max_length"} & {key for key, value in exported.items() if value is not None}
+    assert not {"temperature", "top_p", "max_length"} & {
+        key for key, value in exported.items() if value is not None
+    }
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -422,7 +497,9 @@ def test_compile_is_on_by_setting(
     """Guards against a setting that does nothing."""
     models = []
     monkeypatch.setattr(train, "compile_layers", models.append)
-    assert call(train, *flags(settings | {"compile": str(compiled).lower(), "epochs": "1"})).code == 0
+    assert (
+        call(train, *flags(settings | {"compile": str(compiled).lower(), "epochs": "1"})).code == 0
+    )
     assert len(models) == compiled
 
 
@@ -433,12 +510,25 @@ def test_a_run_writes_what_the_interface_promises(call, settings: dict[str, str]
     outcome = call(train, *flags(settings))
     assert outcome.code == 0, outcome.err
     folder = run_folder(settings)
-    assert {path.name for path in folder.iterdir()} == {"config.yaml", "metrics.jsonl", "best", "last", "previous"}
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "best",
+        "last",
+        "previous",
+    }
     config = make_config(settings)
     assert train.read_arguments(["--config", str(folder / "config.yaml")]) == (config, False)
     description = json.loads((folder / "best" / "training.json").read_text())
     assert description["settings"] == asdict(config)
-    assert {"epoch", "step", "validation_loss", "validation_perplexity", "data", "versions"} <= description.keys()
+    assert {
+        "epoch",
+        "step",
+        "validation_loss",
+        "validation_perplexity",
+        "data",
+        "versions",
+    } <= description.keys()
     lines = metrics(settings)
     assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, STEPS + 1))
     for line in lines:
@@ -459,15 +549,20 @@ TRAIN_NAMES = {
 }
 
 
-def test_logged_loss_is_the_mean_over_all_tokens_since_the_last_line(settings: dict[str, str]) -> None:
+def test_logged_loss_is_the_mean_over_all_tokens_since_the_last_line(
+    settings: dict[str, str],
+) -> None:
     """Guards against logging the last micro-batch's loss, or a mean of means."""
-    each, fourth = settings | {"run_name": "each"}, settings | {"run_name": "fourth", "log_every": "4"}
+    each, fourth = (
+        settings | {"run_name": "each"},
+        settings | {"run_name": "fourth", "log_every": "4"},
+    )
     train.main(make_config(each))
     train.main(make_config(fourth))
     config = make_config(each)
     tokenizer = load_tokenizer(Path(config.model))
     training = train.load_data(config, tokenizer)[0]
-    count = [data.collate(training.window(step)).num_labels for step in range(STEPS)]
+    count = [packing.collate(training.window(step)).num_labels for step in range(STEPS)]
     losses = [line["train/loss"] for line in logged(each) if "train/loss" in line]
     found = [(line["step"], line["train/loss"]) for line in logged(fourth) if "train/loss" in line]
     assert [step for step, _ in found] == [4, 8, 12, 14]
@@ -476,34 +571,47 @@ def test_logged_loss_is_the_mean_over_all_tokens_since_the_last_line(settings: d
         assert loss == pytest.approx(nats / sum(count[start:end]), rel=1e-12)
 
 
-def test_validation_at_the_end_is_what_the_perplexity_script_says(call, settings: dict[str, str]) -> None:
+def test_validation_at_the_end_is_what_the_perplexity_script_says(
+    call, settings: dict[str, str]
+) -> None:
     """Guards against two losses: the one that chooses the best checkpoint, and the one that is reported."""
     assert call(train, *flags(settings)).code == 0
     best = run_folder(settings) / "best"
     outcome = call(perplexity, "--ckpt", str(best), "--split", "validation")
     assert outcome.code == 0, outcome.err
     description = json.loads((best / "training.json").read_text())
-    assert float(outcome.out.split()[-1]) == pytest.approx(description["validation_perplexity"], rel=1e-6)
+    assert float(outcome.out.split()[-1]) == pytest.approx(
+        description["validation_perplexity"], rel=1e-6
+    )
 
 
-def test_not_finite_stops_before_the_step(call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_not_finite_stops_before_the_step(
+    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Guards against a NaN that is filtered, averaged away, or stepped on."""
     original = train.accumulate
     calls = iter(range(1, 100))
     monkeypatch.setattr(
-        train, "accumulate", lambda *a: original(*a) if next(calls) < 10 else (math.nan, 1, original(*a)[2])
+        train,
+        "accumulate",
+        lambda *a: original(*a) if next(calls) < 10 else (math.nan, 1, original(*a)[2]),
     )
     outcome = call(train, *flags(settings))
     assert outcome.code == 3
     assert outcome.err.startswith("stopped: step 10: loss nan") and outcome.err.count("\n") == 1
-    assert checkpoint.read_description(run_folder(settings) / "last")["step"] == 7
+    assert training_json.read_description(run_folder(settings) / "last")["step"] == 7
     for tensor in weights(run_folder(settings) / "last").values():
         assert tensor.isfinite().all()
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_not_finite_names_the_rows_that_caused_it(
-    call, settings: dict[str, str], problems: list[Problem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    call,
+    settings: dict[str, str],
+    problems: list[Problem],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
 ) -> None:
     """Two rows of the data have it in them, and only the one that is trained on counts."""
     marked = [Problem(f"{name} of 九九?", "#### 81") for name in ("七", "八")]
@@ -515,7 +623,7 @@ def test_not_finite_names_the_rows_that_caused_it(
     tokenizer = load_tokenizer(Path(settings["model"]))
     tokens = [data.encode(tokenizer, [problem], PROMPT)[0].input_ids[:-1] for problem in marked]
 
-    def summed_loss(model: Any, batch: data.Batch) -> torch.Tensor:
+    def summed_loss(model: Any, batch: packing.Batch) -> torch.Tensor:
         loss = original(model, batch)
         ids = batch.input_ids[0].tolist()
         if any(ids[at : at + len(one)] == one for one in tokens for at in range(len(ids))):
@@ -532,7 +640,9 @@ def test_not_finite_names_the_rows_that_caused_it(
     step = next(s for s in range(99) if any(e.input_ids[:-1] in tokens for e in training.window(s)))
     lines = [e.line for e in training.window(step) if e.input_ids[:-1] in tokens]
     assert len(lines) == 1 and rows[lines[0] - 1] in marked
-    assert outcome.err.startswith(f"stopped: step {step + 1}: loss {'nan' if where == 'loss' else ''}")
+    assert outcome.err.startswith(
+        f"stopped: step {step + 1}: loss {'nan' if where == 'loss' else ''}"
+    )
     assert f"with 1 of its 16 rows of train, line {lines[0]};" in outcome.err
     last_line = metrics(settings)[-1]  # the NaN is in the log, whatever comes after
     assert last_line["step"] == step + 1 and math.isnan(last_line["train/grad_norm"])
@@ -547,7 +657,11 @@ def test_a_not_finite_validation_loss_is_no_best(
 ) -> None:
     monkeypatch.setattr(train, "measure", lambda *_: Measurement(math.nan, math.nan, 1))
     outcome = call(train, *flags(settings))
-    assert outcome.code == 3 and "step 7: loss nan" in outcome.err and "the validation rows" in outcome.err
+    assert (
+        outcome.code == 3
+        and "step 7: loss nan" in outcome.err
+        and "the validation rows" in outcome.err
+    )
     assert not (run_folder(settings) / "best").exists()
 
 
@@ -561,7 +675,7 @@ def test_training_learns(settings: dict[str, str]) -> None:
 def test_a_full_disk_is_one_line_and_leaves_the_earlier_checkpoint(
     call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = storage.sync_open
+    original = files.sync_open
     calls = iter(range(10_000))
 
     def sync(descriptor: int, path: Path) -> None:
@@ -569,7 +683,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_earlier_checkpoint(
             raise OSError(28, "No space left on device")
         original(descriptor, path)
 
-    monkeypatch.setattr(storage, "sync_open", sync)
+    monkeypatch.setattr(files, "sync_open", sync)
     outcome = call(train, *flags(settings))
     outcome.assert_user_error("No space left on device", "earlier ones are intact")
     assert checkpoint.newest_intact(run_folder(settings)) is not None

@@ -11,15 +11,16 @@ from transformers import LlamaForCausalLM
 
 import data
 import evaluate
-import verify
-from generate import Completion, greedy_decode
-from tokenizer import Tokenizer
+from engine import verify
+from engine.decoding import Completion, greedy_decode
+from engine.tokenizer import Tokenizer
+from grading import dataset
 
 LIMITS = {"max_new_tokens": 12, "eos_token_ids": frozenset({2})}
 
 
 @pytest.fixture
-def prompts(tokenizer: Tokenizer, problems: list[data.Problem]) -> dict[int, list[int]]:
+def prompts(tokenizer: Tokenizer, problems: list[dataset.Problem]) -> dict[int, list[int]]:
     encoded = data.encode_prompts(tokenizer, problems[:5], PROMPT)
     return {10 * number: prompt for number, prompt in enumerate(encoded)}
 
@@ -32,7 +33,11 @@ def completions(model: LlamaForCausalLM, prompts: dict[int, list[int]]) -> dict[
 
 def test_sample_is_spread_evenly() -> None:
     assert verify.sample(range(100), 4) == [0, 25, 50, 75]
-    assert verify.sample([3, 5], 4) == [3, 5] and verify.sample([], 4) == [] and verify.sample([3, 5], 0) == []
+    assert (
+        verify.sample([3, 5], 4) == [3, 5]
+        and verify.sample([], 4) == []
+        and verify.sample([3, 5], 0) == []
+    )
 
 
 def test_what_generate_writes_is_no_difference(model, prompts, completions) -> None:
@@ -43,12 +48,17 @@ def test_an_end_by_eos_is_no_difference(model, prompts, completions) -> None:
     """Guards against EOS taken for a token of the completion."""
     eos = frozenset({completions[10].token_ids[3]})
     limits = LIMITS | {"eos_token_ids": eos}
-    again = {10 * one.index: one for one in greedy_decode(model, list(prompts.values()), slots=2, **limits)}
+    again = {
+        10 * one.index: one
+        for one in greedy_decode(model, list(prompts.values()), slots=2, **limits)
+    }
     assert any(one.stop == "eos" for one in again.values())
     assert verify.differences(model, prompts, again, **limits) == {}
 
 
-def test_the_first_differing_token_is_shown_with_both_gaps(model, prompts, completions, tokenizer) -> None:
+def test_the_first_differing_token_is_shown_with_both_gaps(
+    model, prompts, completions, tokenizer
+) -> None:
     wrong = copy.deepcopy(completions)
     right = wrong[20].token_ids[4]
     wrong[20].token_ids[4:] = [7, 8, 9]
@@ -60,15 +70,24 @@ def test_the_first_differing_token_is_shown_with_both_gaps(model, prompts, compl
     assert theirs == pytest.approx((logits[right] - logits[7]).item(), abs=1e-5) and theirs > 0
     assert ours == pytest.approx(theirs, abs=1e-5)
     text = found[20].describe(tokenizer)
-    assert "token 4 is " in text and "(7) in the batch" in text and f"({right}) alone" in text and "ahead by" in text
+    assert (
+        "token 4 is " in text
+        and "(7) in the batch" in text
+        and f"({right}) alone" in text
+        and "ahead by" in text
+    )
 
 
-def test_a_completion_that_ends_too_soon_or_too_late(model, prompts, completions, tokenizer) -> None:
+def test_a_completion_that_ends_too_soon_or_too_late(
+    model, prompts, completions, tokenizer
+) -> None:
     wrong = copy.deepcopy(completions)
     last = wrong[0].token_ids.pop()
     wrong[40].token_ids.append(5)
     found = verify.differences(model, prompts, wrong, **LIMITS)
-    assert found[0] == verify.Difference(11, None, last, None) and found[40] == verify.Difference(12, 5, None, None)
+    assert found[0] == verify.Difference(11, None, last, None) and found[40] == verify.Difference(
+        12, 5, None, None
+    )
     assert "token 11 is its end in the batch" in found[0].describe(tokenizer)
 
 
@@ -84,15 +103,26 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "expected"), [([], 4), (["--verify-batching", "7"], 7), (["--verify-batching", "0"], None)]
+    ("count", "expected"),
+    [([], 4), (["--verify-batching", "7"], 7), (["--verify-batching", "0"], None)],
 )
 def test_float32_is_verified_by_default(
     call, settings: dict[str, str], tmp_path: Path, count: list[str], expected: int | None
 ) -> None:
-    outcome = call(evaluate, "--ckpt", settings["model"], *flags(settings), "--output", str(tmp_path / "out"), *count)
+    outcome = call(
+        evaluate,
+        "--ckpt",
+        settings["model"],
+        *flags(settings),
+        "--output",
+        str(tmp_path / "out"),
+        *count,
+    )
     assert outcome.code == 0, outcome.err
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
-    assert scores.get("verified_batching") == (expected and {"problems": expected, "differences": 0})
+    assert scores.get("verified_batching") == (
+        expected and {"problems": expected, "differences": 0}
+    )
     assert (f"verified: {expected} of {expected}" in outcome.out) == bool(expected)
 
 
@@ -106,7 +136,9 @@ def test_a_difference_in_float32_is_an_error_and_no_score(
         outcome.assert_user_error("4 of 4 completions differ", "problem 0: token 2 is", "ahead by")
     assert not (tmp_path / "out" / "scores.json").exists()
     # The same command again decodes nothing; what the file holds is still wrong.
-    call(evaluate, *arguments).assert_user_error("of 4 completions differ", "holds another completion")
+    call(evaluate, *arguments).assert_user_error(
+        "of 4 completions differ", "holds another completion"
+    )
     assert not (tmp_path / "out" / "scores.json").exists()
     assert call(evaluate, *arguments, "--verify-batching", "0").code == 0
 
@@ -120,7 +152,13 @@ def test_differences_in_bfloat16_are_counted(
     outcome = call(evaluate, *arguments, "--output", str(tmp_path / "a"))
     assert outcome.code == 0 and "verified" not in outcome.out
     outcome = call(evaluate, *arguments, "--output", str(tmp_path / "b"), "--verify-batching", "3")
-    assert outcome.code == 0 and "verified: 0 of 3" in outcome.out and "problem 0: token 2 is" in outcome.out
+    assert (
+        outcome.code == 0
+        and "verified: 0 of 3" in outcome.out
+        and "problem 0: token 2 is" in outcome.out
+    )
     scores = json.loads((tmp_path / "b" / "scores.json").read_text())
     assert scores["verified_batching"] == {"problems": 3, "differences": 3}
-    call(evaluate, *arguments, "--verify-batching", "-1").assert_user_error("'-1' must be a whole number from 0 on")
+    call(evaluate, *arguments, "--verify-batching", "-1").assert_user_error(
+        "'-1' must be a whole number from 0 on"
+    )

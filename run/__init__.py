@@ -1,0 +1,1 @@
+"""Remembers: settings, files, checkpoints, metrics. Imports neither `engine` nor `grading`."""
