@@ -5,7 +5,7 @@ WORKERS ?= 2
 
 .PHONY: demo test lint
 
-demo: $(VENV)/installed  ## the whole job in miniature, on the CPU
+demo: $(VENV)/installed  ## the complete job in miniature, on the CPU
 	$(BIN)/python demo.py
 
 test: $(VENV)/installed  ## all tests
@@ -15,7 +15,7 @@ lint: $(VENV)/installed  ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Said before anything is made: which Python this needs.
+# A Python that is too old or has no venv is reported before anything is installed.
 $(VENV)/installed: requirements.txt
 	@found=$$($(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null); \
 	cure="make $(or $(MAKECMDGOALS),demo) PYTHON=python3.11"; \

@@ -1,46 +1,82 @@
-"""GSM8K: from rows to prompts, token ids and labels, and on to packed micro-batches.
+"""GSM8K: from rows to token ids and labels, and from those to the batches of an epoch.
 
-Nothing is ever padded. A micro-batch is one row of concatenated sequences with the borders
-between them; see `Batch`.
+The first row of train.jsonl:
+
+    question  Natalia sold clips to 48 of her friends in April, and then she sold half as many
+              clips in May. How many clips did Natalia sell altogether in April and May?
+    answer    Natalia sold 48/2 = <<48/2=24>>24 clips in May.
+              Natalia sold 48+24 = <<48+24=72>>72 clips altogether in April and May.
+              #### 72
+
+With the prompt "Question: {question}\\nAnswer:" and Llama-2's tokenizer it becomes 110 tokens. The
+model reads all of them, and learns to write those that have a label, which are the answer and EOS.
+
+    token      <s> ▁Question     : ▁Natal   ia ... Answer     : ▁Natal   ia ...     2 </s>
+    input_ids    1       894 29901  26259  423 ...  22550 29901  26259  423 ... 29906    2
+    labels    -100      -100  -100   -100 -100 ...   -100  -100  26259  423 ... 29906    2
 """
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from engine.packing import IGNORE, Example
+from engine.tokenizer import Tokenizer
 from grading.dataset import Problem, load_problems
 from run.errors import UserError, one_line
 
-if TYPE_CHECKING:
-    from engine.tokenizer import Tokenizer
-
-
-# ---------------------------------------------------------------- rows
-
-
-# ---------------------------------------------------------------- rows in files
-
-
 # ---------------------------------------------------------------- splits
+
+
+@dataclass(frozen=True)
+class TrainingProblems:
+    """The rows that a run trains on, and the rows that it validates on.
+
+    Attributes:
+        sha256: fingerprints of the rows, as recorded in training.json: ``train_sha256`` (train and
+            validation rows together, in file order), ``validation_sha256`` and ``test_sha256``.
+    """
+
+    train: list[Problem]
+    validation: list[Problem]
+    sha256: dict[str, str]
+
+
+def load_for_training(dataset: str, validation_size: int, seed: int) -> TrainingProblems:
+    """The rows to train on and to validate on, after checking that none is a test question."""
+    rows, test = load_problems(dataset, "train"), load_problems(dataset, "test")
+    check_disjoint(rows, test)
+    train, validation = carve_validation(rows, validation_size, seed)
+    splits = {"train": rows, "validation": validation, "test": test}
+    sha256 = {f"{name}_sha256": fingerprint(problems) for name, problems in splits.items()}
+    return TrainingProblems(train, validation, sha256)
+
+
+def load_split(dataset: str, split: str, validation_size: int, seed: int) -> list[Problem]:
+    """The rows of ``train`` (without the validation rows), ``validation`` or ``test``."""
+    if split == "test":
+        return load_problems(dataset, "test")
+    train, validation = carve_validation(load_problems(dataset, "train"), validation_size, seed)
+    return train if split == "train" else validation
 
 
 def carve_validation(
     problems: Sequence[Problem], size: int, seed: int
 ) -> tuple[list[Problem], list[Problem]]:
-    """Split the train rows into those to train on and those to validate on.
+    """Split the train rows into rows to train on and rows to validate on.
 
-    Questions are ranked by a hash of seed and text, so the split is the same on every machine
-    and with every library version, and a question that stands in several rows (augmented data)
-    never falls on both sides.
+    Questions are ranked by a hash of seed and text, so the split is the same on every machine and
+    with every library version. All rows of one question (augmented data) are on the same side.
 
     Returns:
-        The rows to train on, and at most ``size`` rows to validate on, each in their old order.
+        The rows to train on, and at most ``size`` rows to validate on, both in original order.
     """
     if size >= len(problems):
         raise UserError(
-            f"validation_size {size} leaves nothing of the {len(problems)} train rows to train on: make it smaller"
+            f"validation_size {size} leaves nothing of the {len(problems)} train rows to train on: "
+            "make it smaller"
         )
     count: dict[str, int] = {}
     for problem in problems:
@@ -54,32 +90,24 @@ def carve_validation(
             break
     if not chosen:
         raise UserError(
-            f"validation_size {size} is too small: each question stands in more rows than that"
+            f"validation_size {size} is too small: every question has more rows than that"
         )
     train = [problem for problem in problems if problem.question not in chosen]
     return train, [problem for problem in problems if problem.question in chosen]
 
 
-def load_split(dataset: str, split: str, validation_size: int, seed: int) -> list[Problem]:
-    """The rows of ``train`` (without those of validation), ``validation`` or ``test``."""
-    if split == "test":
-        return load_problems(dataset, "test")
-    train, validation = carve_validation(load_problems(dataset, "train"), validation_size, seed)
-    return train if split == "train" else validation
-
-
 def check_disjoint(train: Iterable[Problem], test: Iterable[Problem]) -> None:
-    """Raises UserError if a test question stands among ``train``: its score would be worth nothing."""
+    """Raises UserError if a test question is in ``train``, which would make the score worthless."""
     shared = {problem.question for problem in train} & {problem.question for problem in test}
     if shared:
         raise UserError(
-            f"{len(shared)} questions stand both in train and in test, one is "
+            f"{len(shared)} questions are in both train and test, one is "
             f"{one_line(min(shared))[:80]!r}: remove them from train"
         )
 
 
 def fingerprint(problems: Iterable[Problem]) -> str:
-    """SHA-256 over all questions and answers in order: two data sets with the same one are equal."""
+    """SHA-256 over all questions and answers in order; equal only for equal data sets."""
     digest = hashlib.sha256()
     for problem in problems:
         digest.update(json.dumps([problem.question, problem.answer]).encode())
@@ -94,97 +122,109 @@ def _digest(*parts: object) -> bytes:
 
 
 def answer_separator(prompt: str) -> str:
-    """What stands between prompt and answer: one space, unless the prompt ends in white space.
+    """The text between prompt and answer: a space, unless the prompt ends in whitespace.
 
-    The space is lm-evaluation-harness's target delimiter, and with Llama's tokenizer it belongs
-    to the answer's first token.
+    The space is lm-evaluation-harness's target delimiter. Llama's tokenizer makes it part of the
+    answer's first token.
     """
     return "" if prompt[-1:].isspace() else " "
 
 
 def encode_prompts(
-    tokenizer: "Tokenizer", problems: Sequence[Problem], prompt: str
+    tokenizer: Tokenizer, problems: Sequence[Problem], prompt: str
 ) -> list[list[int]]:
-    """Token ids of BOS and prompt for each problem, as the model reads them in training and decoding."""
-    texts = [prompt.replace("{question}", problem.question) for problem in problems]
+    """BOS and the prompt of each problem, as the model reads them in training and decoding."""
     lines = [problem.line for problem in problems]
-    return [[tokenizer.bos_token_id, *ids] for ids in tokenizer.encode(texts, lines)]
+    encoded = tokenizer.encode(_fill_in(prompt, problems), lines)
+    return [[tokenizer.bos_token_id, *ids] for ids in encoded]
 
 
-def encode(tokenizer: "Tokenizer", problems: Sequence[Problem], prompt: str) -> list[Example]:
+def encode(tokenizer: Tokenizer, problems: Sequence[Problem], prompt: str) -> list[Example]:
     """Token ids and labels of each problem.
 
     Raises:
-        UserError: the ids of a prompt are not the beginning of the ids of prompt and answer
-            together (the tokenizer merged across the border), so that what is trained would
-            differ from what is decoded.
+        UserError: the tokenizer merges the end of the prompt with the beginning of the answer, so
+            the prompt would have different ids in training and in decoding.
     """
-    separator = answer_separator(prompt)
-    beginnings = [prompt.replace("{question}", problem.question) for problem in problems]
-    prompts = [[tokenizer.bos_token_id, *ids] for ids in tokenizer.ids_of(beginnings)]
+    prompts, separator = _fill_in(prompt, problems), answer_separator(prompt)
     texts = [
         f"{text}{separator}{problem.answer}"
-        for text, problem in zip(beginnings, problems, strict=True)
+        for text, problem in zip(prompts, problems, strict=True)
     ]
-    lines = [problem.line for problem in problems]
+    prompt_ids = tokenizer.ids_of(prompts)
+    joint_ids = tokenizer.encode(texts, [problem.line for problem in problems])
     examples = []
-    for problem, prompt_ids, joint in zip(
-        problems, prompts, tokenizer.encode(texts, lines), strict=True
-    ):
-        input_ids = [tokenizer.bos_token_id, *joint, tokenizer.eos_token_id]
-        if input_ids[: len(prompt_ids)] != prompt_ids:
+    for problem, alone, joint in zip(problems, prompt_ids, joint_ids, strict=True):
+        if joint[: len(alone)] != alone:
             raise UserError(
-                f"prompt {prompt!r}: the tokenizer merges its end with the beginning of the answer, line {problem.line}"
-                ", so training would differ from decoding: let the prompt end in a visible character such as ':'"
+                f"prompt {prompt!r}: the tokenizer merges its end with the beginning of the answer "
+                f"in line {problem.line}, so training would differ from decoding: let the prompt "
+                "end in a visible character such as ':'"
             )
-        labels = [IGNORE] * len(prompt_ids) + input_ids[len(prompt_ids) :]
+        input_ids = [tokenizer.bos_token_id, *joint, tokenizer.eos_token_id]
+        prompt_length = 1 + len(alone)  # BOS is part of the prompt
+        labels = [IGNORE] * prompt_length + input_ids[prompt_length:]
         examples.append(Example(input_ids, labels, problem.line))
     return examples
 
 
-def leave_out_long(examples: Sequence[Example], max_length: int, name: str) -> list[Example]:
-    """The examples of at most ``max_length`` tokens; says how many were left out.
+def _fill_in(prompt: str, problems: Sequence[Problem]) -> list[str]:
+    # Not by str.format, since a question may contain braces.
+    return [prompt.replace("{question}", problem.question) for problem in problems]
 
-    A longer one is left out, not cut: a cut answer would teach a wrong ending.
+
+def leave_out_long(examples: Sequence[Example], max_length: int, name: str) -> list[Example]:
+    """The examples of at most ``max_length`` tokens; prints how many were left out.
+
+    Longer ones are not truncated, because a truncated answer would teach a wrong ending.
     """
     kept = [example for example in examples if len(example.input_ids) <= max_length]
     if len(kept) < len(examples):
         print(
-            f"{name}: {len(examples) - len(kept)} of {len(examples)} rows have over {max_length} tokens: left out"
+            f"{name}: left out {len(examples) - len(kept)} of {len(examples)} rows, which have "
+            f"more than {max_length} tokens"
         )
     if not kept:
         raise UserError(f"max_length {max_length}: no {name} row is that short: make it larger")
     return kept
 
 
-# ---------------------------------------------------------------- micro-batches
+def encode_for_training(
+    tokenizer: Tokenizer, problems: TrainingProblems, prompt: str, max_length: int
+) -> tuple[list[Example], list[Example]]:
+    """The examples to train on and to validate on, without those that are too long."""
+    train = leave_out_long(encode(tokenizer, problems.train, prompt), max_length, "train")
+    validation = encode(tokenizer, problems.validation, prompt)
+    return train, leave_out_long(validation, max_length, "validation")
 
 
-def stable_permutation(length: int, *key: object) -> list[int]:
-    """A random order of ``range(length)`` that depends on ``key`` alone, on every machine and version."""
-    return sorted(range(length), key=lambda index: _digest("order", *key, index))
+# ---------------------------------------------------------------- batches
 
 
-class TrainingData:
-    """The training examples and the order in which an epoch takes them, computed and never replayed."""
+class Batches:
+    """The batch of each optimizer step: ``batches[step]``, counted from 0 over all epochs.
+
+    Every epoch contains every example once, in a different order. Its last batch contains the
+    remaining examples, and may be smaller. The order depends only on seed and epoch, so a resumed
+    run does not have to replay anything.
+    """
 
     def __init__(self, examples: Sequence[Example], batch_size: int, seed: int):
         self.examples = examples
         self.batch_size = batch_size
         self.seed = seed
-        self.steps_per_epoch = -(-len(examples) // batch_size)
-        self._epoch, self._order = -1, []
+        self.per_epoch = math.ceil(len(examples) / batch_size)
+        self._epoch, self._order = -1, []  # the last order that was computed
 
-    def window(self, step: int) -> list[Example]:
-        """The sequences of optimizer step ``step`` (counted from 0 over all epochs).
-
-        The last window of an epoch holds what is left, and may be smaller than ``batch_size``.
-        """
-        epoch, window = divmod(step, self.steps_per_epoch)
+    def __getitem__(self, step: int) -> list[Example]:
+        epoch, number = divmod(step, self.per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._order = (
-                epoch,
-                stable_permutation(len(self.examples), self.seed, epoch),
-            )
-        first = window * self.batch_size
+            self._epoch = epoch
+            self._order = stable_permutation(len(self.examples), self.seed, epoch)
+        first = number * self.batch_size
         return [self.examples[index] for index in self._order[first : first + self.batch_size]]
+
+
+def stable_permutation(length: int, *key: object) -> list[int]:
+    """A random order of ``range(length)`` that depends only on ``key``, on every machine."""
+    return sorted(range(length), key=lambda index: _digest("order", *key, index))

@@ -1,11 +1,11 @@
-"""The whole job in miniature: makes a stand-in for model and data set, trains, evaluates.
+"""The complete job in miniature: make a stand-in model and data set, then train and evaluate.
 
 python demo.py
 
-The stand-in is a Llama of about 0.9 M random parameters with a SentencePiece tokenizer trained
-on the spot, and generated one- and two-step word problems in GSM8K's format. What runs on them
-is the very train.py and evaluate.py that run on Llama-2-7B, with the settings of demo.yaml.
-Everything is made anew in the folder demo, which the next demo replaces.
+The stand-in is a Llama with about 0.9 M random parameters, a SentencePiece tokenizer trained for
+it, and generated one- and two-step word problems in GSM8K's format. Training and evaluation use the
+same train.py and evaluate.py as Llama-2-7B, with the settings in demo.yaml. All output goes to the
+folder demo, which the next demo replaces.
 """
 
 import json
@@ -32,10 +32,12 @@ NUM_TRAIN, NUM_TEST = 8000, 200
 
 
 def main() -> None:
+    ArgumentParser(__doc__).parse_args()  # only for --help
     prepare_folder(FOLDER)
     make_stand_in(FOLDER)
     print(
-        f"demo: {NUM_TRAIN} + {NUM_TEST} problems and a model with random weights are in {FOLDER.name}/"
+        f"demo: {NUM_TRAIN} + {NUM_TEST} problems and a model with random weights are in "
+        f"{FOLDER.name}/"
     )
     run("train.py", "--config", "demo.yaml")
     run("evaluate.py", "--ckpt", "demo/run/best")
@@ -43,10 +45,10 @@ def main() -> None:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make ``folder`` anew; refuses one that no demo made."""
+    """Make ``folder``, replacing an earlier demo's, but refuse to replace any other folder."""
     if folder.exists():
         if not (folder / MARKER).is_file():
-            raise UserError(f"{folder}: was not made by demo.py and is not replaced: move it away")
+            raise UserError(f"{folder}: was not made by demo.py, so it is kept: move it away")
         shutil.rmtree(folder)
     (folder / "data").mkdir(parents=True)
     (folder / MARKER).touch()
@@ -67,7 +69,7 @@ def make_stand_in(folder: Path) -> None:
 
 
 def run(*command: str) -> None:
-    """Run a script; a signal is passed on to it, and ends the demo only when the script has saved and ended."""
+    """Run a script. A signal is passed on to it, and the demo ends after the script has ended."""
     print(f"\n$ {command_line(*command)}", flush=True)
     with StopSignal() as stop:
         process = subprocess.Popen([sys.executable, *command], cwd=ROOT)
@@ -82,15 +84,17 @@ def run(*command: str) -> None:
         sys.exit(code)
 
 
-def report(run_folder: Path) -> None:
+def report(run_folder: Path, root: Path = ROOT) -> None:
+    """Print the score, and the location of every output, relative to ``root``."""
     scores = json.loads((run_folder / "eval" / "test" / "scores.json").read_text(encoding="utf-8"))
-    shown = run_folder.relative_to(ROOT)
+    shown = run_folder.relative_to(root)
     print(
-        f"\nexact match {scores['exact_match']:.1%} on {scores['num_problems']} problems the model never saw"
+        f"\nexact match {scores['exact_match']:.1%} on {scores['num_problems']} problems the model "
+        "never saw"
     )
     for path, what in (
         ("best", "the best checkpoint, a Hugging Face folder"),
-        ("last", "the last one, with all that resuming needs"),
+        ("last", "the last one, with everything that resuming needs"),
         ("metrics.jsonl", "every logged number"),
         ("config.yaml", "the settings as resolved"),
         ("eval/test/predictions.jsonl", "what the model wrote for each problem"),
@@ -101,4 +105,4 @@ def report(run_folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_script(lambda: (ArgumentParser(__doc__).parse_args(), main()))
+    run_script(main)

@@ -1,23 +1,20 @@
-"""Loss and perplexity of a checkpoint, or of any Llama in Hugging Face format, on a split of the data.
+"""Loss and perplexity of a checkpoint, or of any Llama in Hugging Face format, on a split.
 
 python perplexity.py --ckpt checkpoints/llama-2-7b-gsm8k/best --split test
 python perplexity.py --ckpt meta-llama/Llama-2-7b-hf --split validation
 python perplexity.py --ckpt checkpoints/llama-2-7b-gsm8k/last --split train --limit 500
 
-The loss is the mean negative log-likelihood, in nats, of the tokens of answer and EOS; the
-perplexity is its exponential. Training, validation and this script share the one function
-`summed_loss`.
+The loss is the mean negative log-likelihood, in nats, over the tokens of the answers and EOS.
+Perplexity is its exponential. Training and validation use the same loss function.
 """
 
 import argparse
-import sys
 
-from run.script import check_platform, check_printed, run_script
+from run.script import check_platform, check_printed, read_command_line, run_script
 
 check_platform()  # before the imports that would fail
 
-from run.arguments import ArgumentParser, parse_arguments, positive_number
-from run.config import Config
+from run.arguments import ArgumentParser, parse_arguments, positive_int
 
 
 def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
@@ -25,60 +22,51 @@ def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]
     parser.add_argument(
         "--ckpt",
         metavar="DIR",
-        help="checkpoint, model folder or hub id (best of the config's run)",
+        help="checkpoint, model folder or hub id (default: best of the run in the settings)",
     )
     parser.add_argument(
         "--split", choices=("train", "validation", "test"), default="test", help="default: test"
     )
-    parser.add_argument("--limit", type=positive_number, metavar="N", help="only the first N rows")
+    parser.add_argument("--limit", type=positive_int, metavar="N", help="only the first N rows")
     return parse_arguments(parser, argv)
 
 
-if (
-    __name__ == "__main__"
-):  # before the heavy imports: --help and a mistyped flag are answered at once
-    _parsed: list = []
-    run_script(lambda: _parsed.extend(read_arguments(sys.argv[1:])))
-
+if __name__ == "__main__":
+    command_line = read_command_line(read_arguments)  # before the heavy imports
 
 import torch
 
 import data
-from engine.cpu import heap
-from engine.device import pick_device
+from engine.device import pick_device, prepare_process
 from engine.hub import fetch
 from engine.loading import check_ids, check_positions, load_model, load_tokenizer
-from engine.loss import measure
+from engine.measure import measure
 from run.model_source import resolve_source
-
-# ---------------------------------------------------------------- the loss
-
-
-# ---------------------------------------------------------------- the script
+from run.training_json import tokenizer_record
 
 
 def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
-    heap.keep_freed_memory()
+    prepare_process(pick_device())
     source = resolve_source(arguments.ckpt, arguments.config, typed)
-    config: Config = source.config
-    device = pick_device()
+    config = source.config
     folder = fetch(source.path)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, tokenizer_record(folder))
     problems = data.load_split(config.dataset, arguments.split, config.validation_size, config.seed)
-    if (
-        arguments.split != "train"
-    ):  # of which a run knows the hash with the validation rows among them
+    if arguments.split != "train":  # for which a run's hash includes the validation rows
         source.check_rows(arguments.split, data.fingerprint(problems))
     examples = data.encode(tokenizer, problems[: arguments.limit], config.prompt)
     examples = data.leave_out_long(examples, config.max_length, arguments.split)
-    model = load_model(folder, getattr(torch, config.dtype), device)
+
+    model = load_model(folder, getattr(torch, config.dtype), pick_device())
     source.check_unchanged()
     check_ids(model, (example.input_ids for example in examples), source.path)
     longest = max(len(example.input_ids) for example in examples)
     check_positions(model, longest, "the longest row", "set a smaller max_length")
-    result = measure(model, examples, config.micro_batch_tokens, device)
+
+    result = measure(model, examples, config.micro_batch_tokens)
     print(
-        f"{source.path} on {arguments.split}: {len(examples)} rows, {result.num_tokens} supervised tokens"
+        f"{source.path} on {arguments.split}: {len(examples)} rows, "
+        f"{result.num_tokens} supervised tokens"
     )
     print(f"loss {result.loss:#.8g}")
     print(f"perplexity {result.perplexity:#.8g}")
@@ -86,4 +74,4 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, *_parsed)
+    run_script(main, *command_line)

@@ -1,7 +1,7 @@
-"""Stand-ins for what a repository can't hold: a data set in GSM8K's format, a tokenizer, a model.
+"""A small data set, tokenizer and model for the demo, the tests and the benchmarks.
 
-The demo, the tests and the benchmarks run on them. A stand-in model is a real Llama in Hugging
-Face format, only small and with random weights.
+The problems have GSM8K's format. The model is a real Llama in Hugging Face format, small and with
+random weights.
 """
 
 import json
@@ -35,7 +35,7 @@ BOXES = ("boxes", "bags", "jars", "crates")
 
 
 def make_problems(count: int, seed: int) -> list[dict[str, str]]:
-    """``count`` different one- and two-step word problems, in GSM8K's format."""
+    """``count`` distinct one- and two-step word problems, in GSM8K's format."""
     rng = random.Random(seed)
     problems: dict[str, str] = {}
     while len(problems) < count:
@@ -60,7 +60,8 @@ def _buys(rng: random.Random) -> tuple[str, str]:
     first, second = rng.randint(2, 20), rng.randint(2, 20)
     total, step = _step(first, "+", second)
     return (
-        f"{name} has {first} {things}. {pronoun} buys {second} more. How many {things} does {name} have now?",
+        f"{name} has {first} {things}. {pronoun} buys {second} more. "
+        f"How many {things} does {name} have now?",
         f"{name} has {step} {things} now.\n#### {total}",
     )
 
@@ -71,7 +72,8 @@ def _gives(rng: random.Random) -> tuple[str, str]:
     left, step = _step(first, "-", rng.randint(1, first - 1))
     second = first - left
     return (
-        f"{name} has {first} {things}. {pronoun} gives {second} of them away. How many {things} are left?",
+        f"{name} has {first} {things}. {pronoun} gives {second} of them away. "
+        f"How many {things} are left?",
         f"{name} has {step} {things} left.\n#### {left}",
     )
 
@@ -126,7 +128,10 @@ def write_jsonl(rows: Iterable[dict[str, Any]], file: Path) -> None:
 
 
 def make_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> None:
-    """Train a SentencePiece BPE as Llama-2's was (digits apart, bytes as fallback) and write it for Transformers."""
+    """Train a SentencePiece BPE model like Llama-2's, and save it for Transformers.
+
+    Like Llama-2's, it splits numbers into digits, and falls back to bytes.
+    """
     import sentencepiece
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -167,16 +172,17 @@ def make_model(
     heads: int,
     vocab_size: int | None = None,
 ) -> None:
-    """Write a Llama with random weights for the tokenizer in ``folder``.
+    """Save a Llama with random weights into ``folder``, for the tokenizer that is there.
 
     Args:
-        vocab_size: rows of the embedding, where there shall be more than the tokenizer has tokens.
+        vocab_size: rows of the embedding; None for the number of tokens in the tokenizer.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    from engine.tokenizer import Tokenizer, read_files
+    from engine.tokenizer import Tokenizer
+    from engine.tokenizer_files import read_files
 
     disable_progress_bar()
     tokenizer = Tokenizer(read_files(folder), str(folder))

@@ -1,22 +1,24 @@
-"""Does training in bfloat16 follow float32's loss curve, and with which update?
+"""Compares the loss curves of bfloat16 training, with several kinds of updates, to float32.
 
 python benchmarks/bfloat16.py
 python benchmarks/bfloat16.py --steps 400 --updates float32 kahan stochastic masters nearest
 
-A Llama of 0.9 M parameters learns generated word problems (standin.py) in float32, at a rate that
-suits its random weights. From there, each contender trains on, on the same rows, at a fine-tuning
-rate, constant, by train.py's own accumulation:
+A Llama of 0.9 M parameters is trained on generated word problems (standin.py) in float32, at a
+learning rate that suits its random weights. From there each contender continues on the same rows,
+at a constant fine-tuning rate, with train.py's own gradient accumulation:
 
-- float32: AdamW, 16 bytes a parameter with its gradient;
-- kahan: bfloat16, what rounding cuts off is kept and added to the next update (train.py's way), 10;
-- stochastic: bfloat16, weights rounded up or down at random (torchao), 8;
-- masters: bfloat16, moments and a copy of the weights in float32, 16;
-- nearest: bfloat16, rounded to nearest as torch.optim.AdamW does, 8.
+- float32: AdamW, 16 bytes per parameter including its gradient.
+- kahan: bfloat16. The rounding error is kept and added to the next update, as in train.py. 10
+  bytes.
+- stochastic: bfloat16, weights rounded up or down at random (torchao). 8 bytes.
+- masters: bfloat16, with moments and a copy of the weights in float32. 16 bytes.
+- nearest: bfloat16, rounded to nearest as in torch.optim.AdamW. 8 bytes.
 
-The loss is the validation loss in the contender's own dtype, by the function that train.py uses.
-Torchao stands in no requirements file: Transformers imports it where it is installed, and it warns
-at every start. `pip install --no-deps --target torchao torchao==0.18.0` keeps it apart, and
-PYTHONPATH=torchao shows it to this benchmark.
+The loss is the validation loss in the contender's own dtype, computed by the function that train.py
+uses. Torchao is not in any requirements file, because Transformers imports it wherever it is
+installed, and it then prints warnings at every start.
+`pip install --no-deps --target torchao torchao==0.18.0` keeps it separate, and PYTHONPATH=torchao
+makes it visible to this benchmark.
 """
 
 import argparse
@@ -31,9 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlamaForCausalLM
 
     import data
+    from engine.llama import Llama
+    from engine.packing import Example
 
 PROMPT, BATCH, MICRO_BATCH_TOKENS = "Question: {question}\nAnswer:", 16, 2048
 NUM_TRAIN, NUM_VALIDATION = 4000, 200
@@ -52,12 +55,12 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--pretrain", type=int, default=300, help="steps in float32 beforehand")
     parser.add_argument("--steps", type=int, default=1000, help="steps of each contender")
-    parser.add_argument("--points", type=int, default=5, help="of the loss curve after its start")
+    parser.add_argument("--points", type=int, default=5, help="points per curve after its start")
     parser.add_argument("--learning_rate", type=float, default=2e-5)
     return parser.parse_args(argv)
 
 
-# ---------------------------------------------------------------- contenders: parameters -> a function that steps
+# ---------------------------------------------------------------- contenders: how each makes a step
 
 
 def _ours(parameters: "list[torch.nn.Parameter]", rate: float) -> Callable[[], None]:
@@ -113,8 +116,8 @@ UPDATES: dict[str, tuple[str, int, Callable[..., Callable[[], None]]]] = {
 # ---------------------------------------------------------------- the comparison
 
 
-def prepare(folder: Path) -> "tuple[LlamaForCausalLM, data.TrainingData, list[data.Example]]":
-    """A model with random weights, training data, and validation examples."""
+def prepare(folder: Path) -> "tuple[Llama, data.Batches, list[Example]]":
+    """A model with random weights, training batches, and validation examples."""
     import torch
 
     import data
@@ -129,12 +132,12 @@ def prepare(folder: Path) -> "tuple[LlamaForCausalLM, data.TrainingData, list[da
     standin.make_model(folder, hidden_size=128, intermediate_size=352, layers=4, heads=4)
     examples = data.encode(load_tokenizer(folder), [dataset.Problem(**row) for row in rows], PROMPT)
     model = load_model(folder, torch.float32, torch.device("cpu")).train()
-    return model, data.TrainingData(examples[:NUM_TRAIN], BATCH, seed=0), examples[NUM_TRAIN:]
+    return model, data.Batches(examples[:NUM_TRAIN], BATCH, seed=0), examples[NUM_TRAIN:]
 
 
 def train_on(
-    model: "LlamaForCausalLM",
-    training: "data.TrainingData",
+    model: "Llama",
+    batches: "data.Batches",
     step: Callable[[], None],
     numbers: Iterable[int],
 ) -> None:
@@ -142,8 +145,8 @@ def train_on(
     from engine import packing
 
     for number in numbers:
-        window = packing.pack(training.window(number), MICRO_BATCH_TOKENS)
-        train.accumulate(model, window, model.device, 1.0)
+        micro_batches = packing.pack(batches[number], MICRO_BATCH_TOKENS, model.kernels)
+        train.accumulate_gradients(model, micro_batches, 1.0)
         step()
         model.zero_grad()
 
@@ -151,11 +154,11 @@ def train_on(
 def main(arguments: argparse.Namespace) -> None:
     import torch
 
-    from engine.loss import measure
+    from engine.measure import measure
 
     with tempfile.TemporaryDirectory() as folder:
-        base, training, validation = prepare(Path(folder))
-    train_on(base, training, _ours(list(base.parameters()), 2e-3), range(arguments.pretrain))
+        base, batches, validation = prepare(Path(folder))
+    train_on(base, batches, _ours(list(base.parameters()), 2e-3), range(arguments.pretrain))
     interval = arguments.steps // arguments.points
     curves: dict[str, list[float]] = {}
     for name in arguments.updates:
@@ -163,11 +166,11 @@ def main(arguments: argparse.Namespace) -> None:
         torch.manual_seed(0)
         model = copy.deepcopy(base).to(getattr(torch, dtype))
         step = make_step(list(model.parameters()), arguments.learning_rate)
-        curves[name] = [measure(model, validation, MICRO_BATCH_TOKENS, model.device).loss]
+        curves[name] = [measure(model, validation, MICRO_BATCH_TOKENS).loss]
         for point in range(arguments.points):
             first = arguments.pretrain + point * interval
-            train_on(model, training, step, range(first, first + interval))
-            curves[name].append(measure(model, validation, MICRO_BATCH_TOKENS, model.device).loss)
+            train_on(model, batches, step, range(first, first + interval))
+            curves[name].append(measure(model, validation, MICRO_BATCH_TOKENS).loss)
         print(f"{name}: {' '.join(f'{loss:.4f}' for loss in curves[name])}", file=sys.stderr)
     print_table(curves, interval)
 
@@ -175,7 +178,7 @@ def main(arguments: argparse.Namespace) -> None:
 def print_table(curves: dict[str, list[float]], interval: int) -> None:
     reference = next(iter(curves.values()))
     points = " | ".join(f"{number * interval}" for number in range(len(reference)))
-    print(f"| update | bytes a parameter | loss after {points} | share of the first's gain |")
+    print(f"| update | bytes per parameter | loss after {points} | share of the first's gain |")
     print("| --- | --- |" + " --- |" * (len(reference) + 1))
     for name, losses in curves.items():
         share = (losses[0] - losses[-1]) / (reference[0] - reference[-1])

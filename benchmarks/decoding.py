@@ -1,24 +1,26 @@
-"""Greedy decoding: this product, and Transformers' generate and generate_batch at the same work.
+"""Speed of greedy decoding: this repository against Transformers' generate and generate_batch.
 
 python benchmarks/decoding.py
 python benchmarks/decoding.py --problems 96 --slots 64 --contenders ours generate32
-python benchmarks/decoding.py --hidden_size 4096 --intermediate_size 11008 --layers 32 --heads 32 --dtype bfloat16
+python benchmarks/decoding.py --hidden_size 4096 --intermediate_size 11008 --layers 32 \\
+  --heads 32 --dtype bfloat16
 
-The work: complete each prompt with as many tokens as its real answer has, with a random Llama.
-Prompts and lengths are those of GSM8K's test split where GSM8K_DIR and TOKENIZER_DIR name data and
-tokenizer, else random tokens of its lengths. A completion's length is forced, since a random model
-knows no end, but no contender knows it beforehand:
+All contenders do the same work. With a random Llama, they complete each prompt with as many tokens
+as its real answer has. Prompts and lengths come from GSM8K's test split if GSM8K_DIR and
+TOKENIZER_DIR name data and tokenizer. Otherwise prompts are random tokens of the same lengths. The
+length of a completion is forced, since a random model never stops by itself, but no contender knows
+it beforehand:
 
-- ours: generate.greedy_decode with ``--slots`` slots, or as many as decode_slots null takes;
-- generate16, generate32: model.generate in batches of so many prompts, padded on the left, each
-  until its longest completion is there, in the order of the data set;
+- ours: engine.decoding.greedy_decode with ``--slots`` slots, or the number that it chooses.
+- generate16, generate32: model.generate in batches of 16 or 32 prompts, padded on the left, each
+  until its longest completion is finished, in the order of the data set.
 - generate_batch: Transformers' continuous batching with its defaults.
 
-Each contender is a process of its own; they take turns. Counted are useful tokens, those of the
-completions. The limit is what the matrix products of one decoding step for all slots would allow
-if nothing else took time, measured on the same layers, as our own contender computes them; since a
-shared machine's speed drifts, right before and right after each turn, whose share is of the mean of
-the two.
+Each contender runs in its own process, and they take turns. Useful tokens are the tokens of the
+completions. The limit is the speed that decoding would have if only its matrix products took time.
+It is measured on the same layers, with the products computed as in our own contender. A shared
+machine's speed drifts, so the limit is measured right before and right after each turn, and the
+turn is compared with the mean of the two.
 """
 
 import argparse
@@ -33,7 +35,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# The other benchmark lies beside this one, and shows the way to the product.
+# Another benchmark, which also puts the repository on the path.
 from training import (
     LENGTHS,
     PROMPT,
@@ -53,10 +55,10 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", choices=tuple(WORKERS), default=list(WORKERS))
     parser.add_argument("--problems", type=int, default=384)
     parser.add_argument(
-        "--slots", type=int, default=None, help="of our own contender; default: it chooses"
+        "--slots", type=int, default=None, help="our own contender's; default: it chooses"
     )
     parser.add_argument(
-        "--rounds", type=int, default=2, help="timed ones, after a short one that is not"
+        "--rounds", type=int, default=2, help="timed rounds, after a short untimed one"
     )
     parser.add_argument("--hidden_size", type=int, default=512)
     parser.add_argument("--intermediate_size", type=int, default=1376)
@@ -64,7 +66,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
-        "--profile", action="store_true", help="instead of the race, a profile of our own contender"
+        "--profile", action="store_true", help="profile our own contender instead of the race"
     )
     parser.add_argument("--worker", choices=tuple(WORKERS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -75,7 +77,11 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def prepare(folder: Path, arguments: argparse.Namespace) -> list[tuple[list[int], int]]:
-    """Write model and work into ``folder``; returns prompts and how many tokens each is completed with."""
+    """Write model and work into ``folder``.
+
+    Returns:
+        The prompts, and the number of tokens to complete each with.
+    """
     import data
     from engine import packing
     from engine.loading import load_tokenizer
@@ -103,19 +109,20 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> list[tuple[list[int]
     return work
 
 
-# ---------------------------------------------------------------- contenders, each in a process of its own
+# ---------------------------------------------------------------- contenders, one process each
 
 
 def our_decoder(arguments: argparse.Namespace) -> Callable[[list[tuple[list[int], int]]], int]:
     import torch
 
-    from engine.cpu import heap
-    from engine.decoding import greedy_decode, plan_slots
-    from engine.device import pick_device
+    from engine.decoding import greedy_decode
+    from engine.device import pick_device, prepare_process
     from engine.loading import load_model
+    from engine.memory import plan_slots
 
-    heap.keep_freed_memory()
-    model = load_model(arguments.folder, getattr(torch, arguments.dtype), pick_device())
+    device = pick_device()
+    prepare_process(device)
+    model = load_model(arguments.folder, getattr(torch, arguments.dtype), device)
     everything = json.loads((arguments.folder / "work.json").read_text())
     longest = max(len(prompt) + length for prompt, length in everything)
     arguments.slots_taken = plan_slots(model, arguments.slots, longest, len(everything))
@@ -176,7 +183,7 @@ def padded_decoder(
                     attention_mask=torch.tensor(mask, device=model.device),
                     do_sample=False,
                     max_new_tokens=max(lengths),
-                    eos_token_id=32_000,  # no token's: the criterion ends each completion
+                    eos_token_id=32_000,  # not a token; the criterion ends each completion
                     pad_token_id=0,
                     stopping_criteria=[AtItsLength(longest, lengths)],
                 )
@@ -250,11 +257,10 @@ def work_in_turns(arguments: argparse.Namespace) -> None:
 
 
 def limit(arguments: argparse.Namespace, slots: int) -> float:
-    """Tokens a second if a decoding step were its matrix products alone, for all slots in use."""
+    """Tokens per second if a decoding step for all slots consisted only of matrix products."""
     import torch
 
     from engine import memory
-    from engine.cpu.onednn import packed_weights
     from engine.device import pick_device
     from engine.loading import load_model
 
@@ -266,7 +272,8 @@ def limit(arguments: argparse.Namespace, slots: int) -> float:
         for layer in layers
     }
     seconds = []
-    with torch.inference_mode(), packed_weights(model):
+    room = memory.free_bytes(device)
+    with torch.inference_mode(), model.kernels.packed_weights(model, room):
         for _ in range(42):
             started = time.perf_counter()
             for layer in layers:
@@ -296,7 +303,7 @@ def race(arguments: argparse.Namespace) -> None:
             if number:
                 after = limit(arguments, slots)
                 last["allowed"], before = (before + after) / 2, after
-            else:  # not timed; our own contender says here how many slots it takes
+            else:  # not timed; here our own contender reports how many slots it uses
                 slots = last["slots"] or slots
         if not number:
             before = limit(arguments, slots)
@@ -308,10 +315,10 @@ def race(arguments: argparse.Namespace) -> None:
 def print_table(arguments: argparse.Namespace, contenders: list[Contender], slots: int) -> None:
     limits = sorted(entry["allowed"] for contender in contenders for entry in contender.reports[1:])
     print(
-        f"matrix products alone: {statistics.median(limits):.0f} tokens a second ({limits[0]:.0f} to {limits[-1]:.0f}) "
-        f"with {slots} slots in {arguments.dtype}"
+        f"matrix products alone: {statistics.median(limits):.0f} tokens per second "
+        f"({limits[0]:.0f} to {limits[-1]:.0f}) with {slots} slots in {arguments.dtype}"
     )
-    print("| contender | useful tokens a second | seconds | peak memory, GB | share of the limit |")
+    print("| contender | useful tokens per s | seconds | peak memory, GB | share of the limit |")
     print("| --- | --- | --- | --- | --- |")
     speeds = {}
     for contender in contenders:
@@ -329,7 +336,7 @@ def print_table(arguments: argparse.Namespace, contenders: list[Contender], slot
 
 
 def profile(arguments: argparse.Namespace, work: list[tuple[list[int], int]]) -> None:
-    """Print where our own contender's time goes, operator by operator."""
+    """Print our own contender's time by operator."""
     import torch
 
     decode = our_decoder(arguments)
@@ -341,9 +348,9 @@ def profile(arguments: argparse.Namespace, work: list[tuple[list[int], int]]) ->
 
 
 def main(arguments: argparse.Namespace) -> None:
-    from engine.cpu import heap
+    from engine.device import pick_device, prepare_process
 
-    heap.keep_freed_memory()
+    prepare_process(pick_device())
     with tempfile.TemporaryDirectory() as folder:
         arguments.folder = Path(folder)
         work = prepare(arguments.folder, arguments)

@@ -1,15 +1,16 @@
-"""Head and loss with their gradients: ours, and torch's own ways to the same number.
+"""Head and loss with their gradients: ours against PyTorch's ways to compute the same number.
 
 python benchmarks/head.py
 python benchmarks/head.py --rows 4096 --hidden_size 4096 --dtype bfloat16
 
-- ours: perplexity.LinearCrossEntropy;
-- logits: all logits at once, linear and cross_entropy;
-- fused: torch.nn.functional.linear_cross_entropy (torch 2.13) as it is;
-- chunked: the same with LinearCrossEntropyOptions(), which holds no full logits.
+- ours: engine.loss.LinearCrossEntropy.
+- logits: all logits at once, linear and cross_entropy.
+- fused: torch.nn.functional.linear_cross_entropy (torch 2.13) with its defaults.
+- chunked: the same with LinearCrossEntropyOptions(), which never holds all logits.
 
-Each contender is a process of its own; they compute in turn, forward and backward, for the summed
-loss of random rows. Medians after a first round, and the memory that came on top of the inputs.
+Each contender runs in its own process. They take turns to compute the summed loss of random rows,
+forward and backward. Times are medians over the rounds after the first. Memory is in addition to
+the inputs.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-# The other benchmark lies beside this one, and shows the way to the product.
+# Another benchmark, which also puts the repository on the path.
 from training import launch, peak_memory, report, wait_for_turn
 
 if TYPE_CHECKING:
@@ -47,10 +48,12 @@ def loss_function(
     import torch
     import torch.nn.functional as F
 
+    from engine.device import kernels_for, pick_device
     from engine.loss import LinearCrossEntropy
 
     if name == "ours":
-        return lambda hidden, weight, labels: LinearCrossEntropy.apply(hidden, weight, labels, True)
+        kernels = kernels_for(pick_device())
+        return lambda *tensors: LinearCrossEntropy.apply(*tensors, True, kernels)
     if name == "logits":
         return lambda hidden, weight, labels: F.cross_entropy(
             F.linear(hidden, weight), labels, reduction="sum"
@@ -62,13 +65,12 @@ def loss_function(
 
 
 def work(arguments: argparse.Namespace) -> None:
-    """Compute once at every turn, and report seconds, loss and memory."""
+    """Compute the loss once per turn, and report seconds, loss and memory."""
     import torch
 
-    from engine.cpu import heap
-    from engine.device import pick_device
+    from engine.device import pick_device, prepare_process
 
-    heap.keep_freed_memory()
+    prepare_process(pick_device())
     torch.manual_seed(0)
     settings = {"dtype": getattr(torch, arguments.dtype), "device": pick_device()}
     hidden = torch.randn(arguments.rows, arguments.hidden_size, **settings).requires_grad_()
@@ -105,7 +107,8 @@ def main(arguments: argparse.Namespace) -> None:
         seconds = statistics.median(entry["seconds"] for entry in contender.reports[1:])
         last = contender.reports[-1]
         print(
-            f"| {contender.name} | {seconds * 1e3:.0f} | {last['memory'] * 1e3:.0f} | {last['loss']:.3f} |"
+            f"| {contender.name} | {seconds * 1e3:.0f} | {last['memory'] * 1e3:.0f} "
+            f"| {last['loss']:.3f} |"
         )
 
 

@@ -1,20 +1,22 @@
-"""Kill training at every point of its saves and at random moments, resume it, and look for any loss.
+"""Kills training at every point of its saves and at random moments, and checks what resumes.
 
 python benchmarks/kill_sweep.py
 python benchmarks/kill_sweep.py --points 12 --random 4
 
-A tiny Llama is trained for 2 epochs of 3 steps, with saves between and at their ends. A point is a
-file operation of the run: each file that is opened, written by safetensors, synced, renamed or
-removed. A first run lists them; then, for each, a process sends itself SIGKILL just before it.
-Random kills come from outside, at any moment of a run. After each kill
+A tiny Llama is trained for 2 epochs of 3 steps, with saves between and after them. A point is a
+file operation of the run, in which a file is opened, written by safetensors, synced, renamed or
+removed. A first run lists the points. Then, for each point, a process sends itself SIGKILL just
+before it. Random kills come from outside, at any moment of a run. After each kill
 
-- there is a checkpoint whose files have the hashes of its manifest, from the end of the first save on;
-- the same command again ends the run, and its last and best are those of the run that was never
-  killed, weights and optimizer state bit for bit;
-- metrics.jsonl has every step exactly once, with that run's losses;
-- nothing half-written is left.
+- if the first save has finished, there is a checkpoint whose files match the hashes in its
+  manifest;
+- the same command finishes the run, and last and best equal those of a run that was never killed,
+  weights and optimizer state bit for bit;
+- metrics.jsonl has every step exactly once, with the losses of that run;
+- no half-written file or folder is left.
 
-Processes are forked from one that has loaded PyTorch: the kills are real, the wait for imports is not.
+Processes are forked from one that has loaded PyTorch, which only saves the time for imports. The
+kills are real.
 """
 
 import argparse
@@ -30,7 +32,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ["TOKENIZERS_PARALLELISM"] = "false"  # it is forked
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # since this process forks
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the model is too small for more
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -51,19 +53,17 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--points", type=int, help="how many of the points, evenly spread; default: all"
-    )
+    parser.add_argument("--points", type=int, help="how many points, evenly spread; default: all")
     parser.add_argument("--random", type=int, default=50, help="how many kills at random moments")
-    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
     return parser.parse_args(argv)
 
 
-# ---------------------------------------------------------------- a run, in a process of its own
+# ---------------------------------------------------------------- a run in its own process
 
 
 def prepare(folder: Path) -> None:
-    """Make model and data, in a process of its own: this one must not have threads when it forks."""
+    """Make model and data in a separate process, since this one must not have threads at a fork."""
     if process := os.fork():
         if end_of(process)[0]:
             sys.exit("model and data can't be made")
@@ -104,7 +104,7 @@ def settings(folder: Path, name: str) -> Config:
 
 
 def start(config: Config, log: Path, on_point: Callable[[str], None] | None = None) -> int:
-    """Fork a process that trains; gives its number."""
+    """Fork a process that trains, and return its number."""
     process = os.fork()
     if process:
         return process
@@ -130,12 +130,12 @@ def watch(folder: str, on_point: Callable[[str], None]) -> None:
         path = str(arguments[0]) if event in WATCHED else ""
         in_removed_folder = (
             event in ("os.remove", "os.rmdir") and arguments[1] != -1
-        )  # shutil.rmtree's are relative
+        )  # shutil.rmtree passes relative paths
         if path.startswith(folder) or in_removed_folder:
             on_point(f"{event} {path.removeprefix(folder)}")
 
     sys.addaudithook(audit)
-    # What Python's own hooks do not see: safetensors writes from Rust, and fsync has no event.
+    # Python's audit hooks miss these: safetensors writes from Rust, and fsync has no event.
     safetensors.torch.serialize_file = watched(
         safetensors.torch.serialize_file, "safetensors", on_point
     )
@@ -160,11 +160,11 @@ def end_of(process: int) -> tuple[int, bool]:
     return os.waitstatus_to_exitcode(status), os.WIFSIGNALED(status)
 
 
-# ---------------------------------------------------------------- what must hold after a kill
+# ---------------------------------------------------------------- checks after a kill
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """What a finished run has: all that must not depend on kills."""
+    """The results of a finished run that must not depend on kills."""
     found: dict[str, Any] = {"files": {path.name for path in folder.iterdir()}}
     for name in ("best", "last"):
         found[f"fault of {name}"] = manifest.fault_of(folder / name)
@@ -182,12 +182,13 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def check_after_kill(folder: Path) -> None:
-    """Some whole checkpoint must be there as soon as the first was."""
+    """Check that there is a complete checkpoint, once the first has been saved."""
     names = ("last", "previous", ".last.staged")
     began = any((folder / name).exists() for name in ("last", "previous", manifest.METRICS_FILE))
     if began and all(manifest.fault_of(folder / name) for name in names):
         sys.exit(
-            f"LOST: no whole checkpoint in {folder}: {[manifest.fault_of(folder / name) for name in names]}"
+            f"LOST: no complete checkpoint in {folder}: "
+            f"{[manifest.fault_of(folder / name) for name in names]}"
         )
 
 
@@ -202,7 +203,8 @@ def resume_and_compare(config: Config, log: Path, expected: dict[str, Any], what
     for key, value in expected.items():
         if found[key] != value:
             sys.exit(
-                f"LOST after a kill at {what}: {key} is {found[key]}, without the kill {value} ({folder})"
+                f"LOST after a kill at {what}: {key} is {found[key]}, "
+                f"without the kill {value} ({folder})"
             )
 
 
@@ -210,7 +212,7 @@ def resume_and_compare(config: Config, log: Path, expected: dict[str, Any], what
 
 
 def list_points(config: Config, folder: Path) -> list[str]:
-    """The file operations of a run that is not killed, in order."""
+    """The file operations of an uninterrupted run, in order."""
     file = folder / "points.txt"
     with file.open("w") as stream:
 
@@ -232,7 +234,7 @@ def kill_at(number: int) -> Callable[[str], None]:
     def on_point(_: str) -> None:
         if next(seen, number) == number:
             os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(60)  # SIGKILL reaches the other threads first
+            time.sleep(60)  # SIGKILL may reach the other threads first
 
     return on_point
 
@@ -240,7 +242,7 @@ def kill_at(number: int) -> Callable[[str], None]:
 def sweep_points(
     points: list[str], count: int, folder: Path, expected: dict[str, Any]
 ) -> Counter[str]:
-    """Kill at ``count`` of ``points``; gives how often at which kind."""
+    """Kill at ``count`` of ``points``; returns the number of kills at each kind of point."""
     killed: Counter[str] = Counter()
     for position in range(count):
         number = position * len(points) // count
@@ -250,7 +252,7 @@ def sweep_points(
             killed[points[number].split()[0]] += 1
         elif (
             code
-        ):  # 0: threads take turns differently each time, and the last point may come to nothing
+        ):  # 0 is possible: threads interleave differently each time, so the point may not occur
             sys.exit(f"the run that was to be killed at point {number} ended with {code}")
         resume_and_compare(
             config, folder / f"log-{number}", expected, f"point {number} ({points[number]})"
@@ -261,7 +263,11 @@ def sweep_points(
 def sweep_moments(
     count: int, seed: int, seconds: float, folder: Path, expected: dict[str, Any]
 ) -> int:
-    """Kill ``count`` times within the ``seconds`` that a run takes; gives how often it was not over yet."""
+    """Kill ``count`` times within the ``seconds`` of a run.
+
+    Returns:
+        The number of kills that came before the end of the run.
+    """
     moments, killed = random.Random(seed), 0
     for number in range(count):
         config, moment = settings(folder, f"moment-{number}"), moments.uniform(0, seconds)
@@ -284,14 +290,16 @@ def main(arguments: argparse.Namespace, folder: Path) -> None:
         sys.exit(f"the run without a kill has {expected['files']}, and logged steps {logged}")
     count = min(arguments.points or len(points), len(points))
     print(
-        f"{len(points)} points in {STEPS} steps; killing at {count} of them, and {arguments.random} times at random"
+        f"{len(points)} points in {STEPS} steps; killing at {count} of them, "
+        f"and {arguments.random} times at random"
     )
     at_points = sweep_points(points, count, folder, expected)
     at_random = sweep_moments(arguments.random, arguments.seed, seconds, folder, expected)
     kinds = ", ".join(f"{number} at {kind}" for kind, number in sorted(at_points.items()))
     print(f"{at_points.total() + at_random} kills: {kinds}; {at_random} at random moments")
     print(
-        "each time a whole checkpoint, and the resumed run equal to the one that was not killed: 0 losses"
+        "each time a complete checkpoint, and a resumed run equal to the one that was not killed: "
+        "0 losses"
     )
 
 

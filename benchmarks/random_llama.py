@@ -1,7 +1,7 @@
-"""Write a Llama with random weights for a given tokenizer, to measure and to try the scripts with.
+"""Writes a Llama with random weights for a given tokenizer, to measure or try out the scripts.
 
 python benchmarks/random_llama.py --tokenizer DIR --output DIR
-python benchmarks/random_llama.py --tokenizer DIR --output DIR --hidden_size 512 --layers 8 --heads 8
+python benchmarks/random_llama.py --tokenizer DIR --output DIR --hidden_size 512 --layers 8
 """
 
 import argparse
@@ -26,7 +26,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
         required=True,
         help="folder with a tokenizer in Hugging Face format",
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    parser.add_argument("--output", type=Path, required=True, help="folder to create")
     parser.add_argument("--hidden_size", type=int, default=128)
     parser.add_argument(
         "--intermediate_size", type=int, default=None, help="default: 2.6875 times hidden_size"
@@ -38,7 +38,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(arguments: argparse.Namespace) -> None:
     if arguments.output.exists():
-        raise UserError(f"{arguments.output}: exists: name a new folder")
+        raise UserError(f"{arguments.output}: already exists: name a new folder")
     arguments.output.mkdir(parents=True)
     for file in arguments.tokenizer.glob("tokenizer*"):
         shutil.copyfile(file, arguments.output / file.name)

@@ -1,14 +1,14 @@
-"""What a save takes: seconds against plain save_pretrained and torch.save of the same state, and memory.
+"""Time and memory of a save, against save_pretrained and torch.save of the same state.
 
 python benchmarks/saving.py
 python benchmarks/saving.py --hidden_size 2048 --intermediate_size 5504 --rounds 3
 
-A random Llama with the moments of AdamW is saved in turn by checkpoint.py, as `last` with its
-predecessor there, and by ``model.save_pretrained`` and ``torch.save(optimizer.state_dict())``, into
-folders of their own on the same disk. Ours are staged, hashed, synced and renamed; what they
-replace is removed in the background, after the time that is taken here. The plain way
-syncs nothing: so it is timed twice, up to where it returns and up to where its files are on the
-disk. Before each save the disk has nothing left to write.
+A random Llama with the moments of AdamW is saved in turn by run/checkpoint.py, as `last` with a
+`previous` present, and by ``model.save_pretrained`` and ``torch.save(optimizer.state_dict())``,
+into separate folders on the same disk. Our saves are staged, hashed, synced and renamed. Replaced
+checkpoints are removed in the background, after the measured time. The plain save syncs nothing, so
+it is timed twice, until it returns and until its files are on the disk. Pending writes are flushed
+before each save.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# The other benchmark lies beside this one, and shows the way to the product.
+# Another benchmark, which also puts the repository on the path.
 from startup import memory_now
 
 
@@ -30,9 +30,12 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5, help="timed ones, after one that is not")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after one untimed")
     parser.add_argument(
-        "--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure"
+        "--folder",
+        type=Path,
+        default=Path(tempfile.gettempdir()),
+        help="a folder on the disk to measure",
     )
     parser.add_argument("--hidden_size", type=int, default=1024)
     parser.add_argument("--intermediate_size", type=int, default=2752)
@@ -42,7 +45,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def timed(save: Callable[[], None]) -> tuple[float, int]:
-    """Seconds, and the most memory of its own that the process grew by."""
+    """Seconds, and the peak growth of the process's own memory."""
     os.sync()
     before, samples, done = memory_now()["own"], [0], threading.Event()
 
@@ -67,12 +70,12 @@ def main(arguments: argparse.Namespace, folder: Path) -> None:
     from engine.loading import load_model, load_tokenizer
     from engine.optimizer import build_optimizer
     from engine.state import pack_state
-    from run.checkpoint import save_checkpoint, wait_for_removals
+    from run.checkpoint import Removals, save_checkpoint
     from run.manifest import LAST, fault_of
 
     (folder / "base").mkdir()
     write_model(folder / "base", arguments)
-    model = load_model(folder / "base", torch.float32, torch.device("cpu"))
+    model = load_model(folder / "base", torch.float32, torch.device("cpu")).pretrained
     tokenizer = load_tokenizer(folder / "base")
     optimizer = build_optimizer(
         model.parameters(), learning_rate=1e-5, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0
@@ -82,11 +85,12 @@ def main(arguments: argparse.Namespace, folder: Path) -> None:
     optimizer.step()
     model.zero_grad(set_to_none=True)
 
+    removals = Removals()
+
     def ours() -> None:
         tensors, plain = pack_state(optimizer, {})
-        save_checkpoint(
-            folder / "run" / LAST, model, tokenizer, {"step": 1, "state": plain}, tensors
-        )
+        description = {"step": 1, "state": plain}
+        save_checkpoint(folder / "run" / LAST, model, tokenizer, description, tensors, removals)
 
     def plain() -> None:
         model.save_pretrained(folder / "plain")
@@ -107,7 +111,7 @@ def main(arguments: argparse.Namespace, folder: Path) -> None:
             ("plain, then synced", plain_and_sync),
         ):
             shutil.rmtree(folder / "plain", ignore_errors=True)
-            wait_for_removals()  # ours goes on removing what it replaced
+            removals.wait()  # for the background removal of the replaced checkpoint
             taken = timed(save)
             print(f"round {number} {name}: {taken[0]:.2f} s", file=sys.stderr)
             if number:
@@ -120,14 +124,13 @@ def main(arguments: argparse.Namespace, folder: Path) -> None:
         name: statistics.median(seconds for seconds, _ in taken) for name, taken in found.items()
     }
     print(f"{size / 1e9:.2f} GB of weights and optimizer state; verified in {verified:.2f} s")
-    print(
-        "| save | seconds | least and most | GB a second | most memory of its own, GB | ours takes |"
-    )
+    print("| save | seconds | least and most | GB per second | own memory, GB | ours takes |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name, taken in found.items():
         seconds = [each for each, _ in taken]
         memory = max(each for _, each in taken) / 1e9
-        columns = f"{median[name]:.2f} | {min(seconds):.2f} to {max(seconds):.2f} | {size / median[name] / 1e9:.2f}"
+        spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
+        columns = f"{median[name]:.2f} | {spread} | {size / median[name] / 1e9:.2f}"
         print(f"| {name} | {columns} | {memory:.3f} | {median['ours'] / median[name]:.2f} x |")
 
 

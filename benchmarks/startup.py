@@ -1,13 +1,13 @@
-"""How soon training starts, and what loading a model takes in memory.
+"""How soon training starts, and how much memory loading a model takes.
 
 python benchmarks/startup.py
 python benchmarks/startup.py --hidden_size 2048 --intermediate_size 5504 --layers 8
 
-First: seconds from typing `python train.py --config demo.yaml` to the end of its first optimizer
-step, a new process each time, and those of its imports alone. Second: a random Llama is written
-in one dtype and loaded by model.py in another, in a new process; the most memory that it takes is
-set against the size of the loaded weights. `own` is memory of the process itself; `mapped` are
-pages of the checkpoint's file, which the kernel drops when memory is short. Linux only.
+The first table shows the seconds from the start of `python train.py --config demo.yaml` to the end
+of its first optimizer step, in a new process each time, and the seconds that its imports take. For
+the second, a random Llama is written in one dtype and loaded in another, in a new process. Its peak
+memory is compared with the size of the loaded weights. `own` is the process's own memory. `mapped`
+is pages of the checkpoint's file, which the kernel drops when memory runs short. Linux only.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--runs", type=int, default=3, help="of the demo's start; the median counts"
+        "--runs", type=int, default=3, help="starts of the demo; the table shows medians"
     )
     parser.add_argument("--hidden_size", type=int, default=1024)
     parser.add_argument("--intermediate_size", type=int, default=2752)
@@ -54,14 +54,9 @@ def seconds_to_first_step(folder: Path, run_name: str) -> float:
     flags = {"model": folder / "model", "dataset": folder / "data", "output_dir": folder / "runs"}
     flags |= {"run_name": run_name, "log_every": 1}
     started = time.time()
+    typed = [f"--{key}={value}" for key, value in flags.items()]
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "train.py",
-            "--config",
-            "demo.yaml",
-            *(f"--{key}={value}" for key, value in flags.items()),
-        ],
+        [sys.executable, "train.py", "--config", "demo.yaml", *typed],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -96,7 +91,7 @@ def memory_now() -> dict[str, int]:
 
 
 def load(folder: Path, dtype: str) -> None:
-    """Load the model and print, as JSON, the size of its weights and what memory grew by at most."""
+    """Load the model and print, as JSON, the size of its weights and the peak growth of memory."""
     import torch
 
     from engine.loading import load_model

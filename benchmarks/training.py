@@ -1,25 +1,27 @@
-"""Optimizer steps a second: this product, Transformers' Trainer, and TRL's SFTTrainer at the same work.
+"""Optimizer steps per second: this repository against Transformers' Trainer and TRL's SFTTrainer.
 
 python benchmarks/training.py
 python benchmarks/training.py --steps 6 --contenders ours trainer --compile
 python benchmarks/training.py --profile
-python benchmarks/training.py --hidden_size 4096 --intermediate_size 11008 --layers 32 --heads 32 --dtype bfloat16
+python benchmarks/training.py --hidden_size 4096 --intermediate_size 11008 --layers 32 \\
+  --heads 32 --dtype bfloat16
 
-Each contender is a process of its own. They take their steps in turn, one process at a time, so
-that a machine whose speed drifts treats them alike; the medians are over the steps after the
-first. All train the same random Llama on the same rows, 32 sequences a step, with fused AdamW:
+Each contender runs in its own process. They take their steps in turn, one process at a time, so
+that drifts in the machine's speed affect all of them alike. Medians are over the steps after the
+first. All train the same random Llama on the same rows, 32 sequences per step, with fused AdamW:
 
-- ours: packed micro-batches, as train.py makes them;
-- trainer: 8 rows padded to the longest, 4 times accumulated, Transformers' own attention;
-- trl: SFTTrainer's defaults with prompt and completion rows, 8 rows 4 times (its bf16 default is
-  off where the others compute in float32).
+- ours: packed micro-batches, as train.py makes them.
+- trainer: 8 rows padded to the longest, accumulated 4 times, Transformers' own attention.
+- trl: SFTTrainer's defaults with prompt and completion rows, 8 rows 4 times. Its default of bf16 is
+  turned off if the others compute in float32.
 
-Rows are GSM8K's where GSM8K_DIR and TOKENIZER_DIR name data and tokenizer, else random tokens of
-its lengths. FLOPs of a step, for all contenders what the task needs: 6 for each weight of the
-layers and token, 6 for each weight of the head and supervised token, and 6 * layers * hidden *
-length^2 for the causal attention of each sequence; less what the last layer need not compute for
-tokens without a label, all that follows its attention. They are compared with the rate of a 2048^3
-matrix product in the same dtype, by the library that is fast here, measured between the steps.
+The rows come from GSM8K if GSM8K_DIR and TOKENIZER_DIR name data and tokenizer. Otherwise they are
+random tokens of the same lengths. The FLOPs of a step are the ones that the task requires, equal
+for all contenders: 6 per token and weight of the layers, 6 per supervised token and weight of the
+head, and 6 * layers * hidden * length^2 for the causal attention of each sequence. Everything after
+the last layer's attention is subtracted for tokens without a label, which do not need it. The FLOPs
+are compared with the rate of a 2048^3 matrix product in the same dtype, by the library that is
+faster on this machine, measured between the steps.
 """
 
 import argparse
@@ -42,7 +44,7 @@ sys.path.insert(0, str(ROOT))
 
 BATCH, ROWS, ACCUMULATION = 32, 8, 4
 PROMPT = "Question: {question}\nAnswer:"
-# Prompt and answer tokens of 64 rows of GSM8K's train split, at equal steps of the sorted total length.
+# Prompt and answer lengths, in tokens, of 64 GSM8K training rows, evenly spaced by length.
 LENGTHS = (
     *(
         (33, 58),
@@ -128,17 +130,17 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--contenders", nargs="+", choices=tuple(WORKERS), default=list(WORKERS))
     parser.add_argument(
-        "--steps", type=int, default=4, help="timed optimizer steps, after one that is not"
+        "--steps", type=int, default=4, help="timed optimizer steps, after one untimed"
     )
     parser.add_argument("--hidden_size", type=int, default=512)
     parser.add_argument("--intermediate_size", type=int, default=1376)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--micro_batch_tokens", type=int, default=1536, help="of our own contender")
-    parser.add_argument("--compile", action="store_true", help="our own contender's layers")
+    parser.add_argument("--micro_batch_tokens", type=int, default=1536, help="our own contender's")
+    parser.add_argument("--compile", action="store_true", help="compile our own contender")
     parser.add_argument(
-        "--profile", action="store_true", help="instead of the race, a profile of our last step"
+        "--profile", action="store_true", help="profile our last step instead of the race"
     )
     parser.add_argument("--worker", choices=tuple(WORKERS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -149,7 +151,11 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def prepare(folder: Path, arguments: argparse.Namespace) -> list[dict[str, list[int]]]:
-    """Write model and rows into ``folder``; returns the rows, ``input_ids`` and unshifted ``labels``."""
+    """Write model and rows into ``folder``.
+
+    Returns:
+        The rows, each with ``input_ids`` and unshifted ``labels``.
+    """
     import data
     from engine import packing
     from engine.loading import load_tokenizer
@@ -177,7 +183,7 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> list[dict[str, list[
 
 
 def write_model(folder: Path, arguments: argparse.Namespace) -> None:
-    """A random Llama of the shape in ``arguments``, and a tokenizer: that of TOKENIZER_DIR, or a stand-in."""
+    """A random Llama of the given shape, with TOKENIZER_DIR's tokenizer or a stand-in."""
     import shutil
 
     import standin
@@ -212,7 +218,7 @@ def flops(rows: list[dict[str, list[int]]], arguments: argparse.Namespace) -> fl
     return 6.0 * (body * tokens + head * labels + attention - needless)
 
 
-# ---------------------------------------------------------------- contenders, each in a process of its own
+# ---------------------------------------------------------------- contenders, one process each
 
 
 def wait_for_turn() -> None:
@@ -225,7 +231,7 @@ def report(**values: Any) -> None:
 
 
 def peak_memory() -> float:
-    """Most memory in GB that this process held: on the device where there is one."""
+    """Peak memory of this process in GB, on the GPU if there is one."""
     import torch
 
     if torch.cuda.is_available():
@@ -236,36 +242,35 @@ def peak_memory() -> float:
 def our_steps(
     arguments: argparse.Namespace, rows: list[dict[str, list[int]]]
 ) -> Iterator[dict[str, float]]:
-    """Makes an optimizer step when it is asked for: seconds, those of them that packing took, and loss."""
+    """Makes an optimizer step on request; reports seconds, seconds for packing, and the loss."""
     import torch
 
     import train
-    from engine import memory, packing
-    from engine.cpu import heap
-    from engine.device import pick_device
-    from engine.llama import checkpoint_activations, compile_layers
+    from engine.compiling import compile_layers
+    from engine.device import pick_device, prepare_process
     from engine.loading import load_model
     from engine.optimizer import build_optimizer
+    from engine.packing import Example, pack
 
-    heap.keep_freed_memory()
     device = pick_device()
-    examples = [packing.Example(**row) for row in rows]
+    prepare_process(device)
+    examples = [Example(**row) for row in rows]
     model = load_model(arguments.folder, getattr(torch, arguments.dtype), device).train()
-    if device.type == "cuda":
-        checkpoint_activations(model)
+    model.recompute_activations = device.type == "cuda"
     if arguments.compile:
         compile_layers(model)
     optimizer = build_optimizer(
         model.parameters(), learning_rate=2e-5, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0
     )
-    yield {}  # all is loaded
+    yield {}  # everything is loaded
     for first in range(0, len(examples), BATCH):
         started = time.perf_counter()
-        window = packing.pack(examples[first : first + BATCH], arguments.micro_batch_tokens)
+        batch = examples[first : first + BATCH]
+        micro_batches = pack(batch, arguments.micro_batch_tokens, model.kernels)
         packed = time.perf_counter()
-        nats, num_labels, _ = train.accumulate(model, window, device, 1.0)
+        nats, num_labels, _ = train.accumulate_gradients(model, micro_batches, 1.0)
         optimizer.step()
-        memory.clear_gradients(optimizer, device)
+        optimizer.zero_grad(set_to_none=model.kernels.frees_gradients)
         if device.type == "cuda":
             torch.cuda.synchronize()
         yield {
@@ -284,7 +289,7 @@ def work_ours(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -
 
 
 def profile(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -> None:
-    """Print where our last step's time goes, operator by operator."""
+    """Print the time of our last step by operator."""
     import torch
 
     steps = our_steps(arguments, rows)
@@ -374,7 +379,7 @@ def work_trl(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) ->
     from transformers import AutoTokenizer, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    # What SFTTrainer makes of prompt and completion: ids of both, and a mask of the completion.
+    # As SFTTrainer tokenizes prompt and completion: ids of both, and a mask of the completion.
     masked = [
         {
             "input_ids": row["input_ids"],
@@ -407,7 +412,7 @@ WORKERS: dict[str, Callable[[argparse.Namespace, list[dict[str, list[int]]]], No
 
 @dataclass
 class Contender:
-    """A worker process and what it reported, step by step."""
+    """A worker process and its reports, step by step."""
 
     name: str
     process: subprocess.Popen[str]
@@ -424,7 +429,7 @@ class Contender:
 
 
 def launch(script: str, name: str, options: list[str]) -> Contender:
-    """The worker ``name`` of a benchmark, a process that waits for its turns."""
+    """Start the worker ``name`` of a benchmark, a process that waits for its turns."""
     command = [sys.executable, script, "--worker", name, *options]
     return Contender(
         name,
@@ -437,10 +442,10 @@ def matrix_rate(dtype: str) -> float:
     """FLOP/s of a 2048^3 matrix product by the faster library, the median of several."""
     import torch
 
-    from engine.cpu.onednn import product
-    from engine.device import pick_device
+    from engine.device import kernels_for, pick_device
 
     device = pick_device()
+    product = kernels_for(device).product
     a, b = (torch.randn(2048, 2048, dtype=getattr(torch, dtype), device=device) for _ in range(2))
     seconds = []
     for _ in range(12):
@@ -474,7 +479,7 @@ def race(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -> Non
             )
         rates.append(
             matrix_rate(arguments.dtype)
-        )  # not before: while the others start, they take the processor
+        )  # only now, since contenders use the processor while they start
     for contender in contenders:
         contender.process.kill()
     print_table(arguments, rows, contenders, statistics.median(rates))
@@ -493,7 +498,8 @@ def print_table(
     print(f"ours: micro-batches of {arguments.micro_batch_tokens} tokens, {compiled}")
     print(f"matrix products: {rate / 1e9:.0f} GFLOP/s in {arguments.dtype}")
     print(
-        "| contender | tokens a second | s a step | peak memory, GB | share of the matrix rate | first loss |"
+        "| contender | tokens per second | s per step | peak memory, GB "
+        "| share of the matrix rate | first loss |"
     )
     print("| --- | --- | --- | --- | --- | --- |")
     speeds = {}
@@ -505,8 +511,8 @@ def print_table(
         share = statistics.median(w / s for w, s in zip(work, timed, strict=True)) / rate
         peak, loss = contender.reports[-1]["peak"], contender.reports[0]["loss"]
         print(
-            f"| {contender.name} | {speeds[contender.name]:.0f} | {statistics.median(timed):.2f} | {peak:.2f} "
-            f"| {share:.0%} | {loss:.6f} |"
+            f"| {contender.name} | {speeds[contender.name]:.0f} | {statistics.median(timed):.2f} "
+            f"| {peak:.2f} | {share:.0%} | {loss:.6f} |"
         )
     for contender in contenders:
         if "packing" in contender.reports[0]:
@@ -518,13 +524,15 @@ def print_table(
         memory = contenders[0].reports[-1]["peak"] / contender.reports[-1]["peak"]
         speed = speeds[contenders[0].name] / speeds[contender.name]
         print(
-            f"{contenders[0].name} against {contender.name}: {speed:.2f} x the speed, {memory:.2f} x the memory"
+            f"{contenders[0].name} against {contender.name}: "
+            f"{speed:.2f} x the speed, {memory:.2f} x the memory"
         )
     losses = [contender.reports[0]["loss"] for contender in contenders]
     tolerance = 1e-4 if arguments.dtype == "float32" else 3e-2
     if max(losses) - min(losses) > tolerance:
         sys.exit(
-            f"the first losses differ by {max(losses) - min(losses):.6f}, over {tolerance}: not the same work"
+            f"the first losses differ by {max(losses) - min(losses):.6f}, more than {tolerance}: "
+            "not the same work"
         )
 
 

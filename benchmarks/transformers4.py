@@ -1,10 +1,10 @@
-"""Does a checkpoint open in Transformers 4, which vLLM, lm-eval and many machines still have, as it does in 5?
+"""Checks that a checkpoint opens in Transformers 4, which vLLM and lm-eval still use, as in 5.
 
 python benchmarks/transformers4.py
 
-Two checkpoints, one like Llama-2 (a tokenizer.model alone) and one like Llama-3 (bytes, scaled
-rotary embeddings), are saved by this program, and opened by Transformers 4 in a virtual
-environment of its own: ids, rotary parameters and loss must be the same. Takes half a minute.
+This program saves two checkpoints, one like Llama-2 (with only a tokenizer.model) and one like
+Llama-3 (byte-level BPE, scaled rotary embeddings). Transformers 4 opens them in a separate virtual
+environment. Ids, rotary parameters and loss must be the same. It takes half a minute.
 """
 
 import json
@@ -25,7 +25,7 @@ from standin import make_problems, make_tokenizer
 PACKAGES = ("transformers==4.57.6", "huggingface_hub==0.36.2", "tokenizers==0.22.2")
 ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ROPE |= {"original_max_position_embeddings": 64, "rope_theta": 500000.0}
-# What Transformers, whichever, makes of a checkpoint.
+# How either version of Transformers reads a checkpoint.
 READ = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,7 +35,8 @@ model = AutoModelForCausalLM.from_pretrained(folder)
 ids = tokenizer(texts).input_ids
 with torch.no_grad():
     losses = [model(torch.tensor([row]), labels=torch.tensor([row])).loss.item() for row in ids]
-print(json.dumps({"ids": ids, "losses": losses, "written": tokenizer.batch_decode(ids, skip_special_tokens=True)}))
+written = tokenizer.batch_decode(ids, skip_special_tokens=True)
+print(json.dumps({"ids": ids, "losses": losses, "written": written}))
 """
 
 
@@ -60,23 +61,14 @@ def main() -> None:
 
 
 def make_environment(folder: Path) -> Path:
-    """A virtual environment with Transformers 4, and for all else the packages of this one; its python."""
+    """The python of a new virtual environment with Transformers 4 and our other packages."""
     venv.create(folder, with_pip=True)
     packages = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
-    (Path(packages) / "others.pth").write_text(
-        sysconfig.get_path("purelib") + "\n"
-    )  # behind those of its own
+    # A .pth file adds this environment's packages after its own.
+    (Path(packages) / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
     interpreter = folder / "bin" / "python"
-    install = [
-        str(interpreter),
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-deps",
-    ]
-    subprocess.run([*install, *PACKAGES], check=True)
+    install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    subprocess.run([str(interpreter), *install, *PACKAGES], check=True)
     return interpreter
 
 
@@ -105,7 +97,7 @@ def like_llama_3(folder: Path, texts: list[str]) -> None:
     )
     folder.mkdir()
     backend.save(str(folder / "tokenizer.json"))
-    # As Transformers 5 writes it: a class and a list that 4 can't read.
+    # As Transformers 5 writes it, with a class and a list that 4 can't read.
     settings = {
         "tokenizer_class": "TokenizersBackend",
         "bos_token": special[0],
@@ -130,13 +122,14 @@ def shape() -> dict[str, int]:
 
 
 def save(base: Path, best: Path, texts: list[str]) -> dict[str, Any]:
-    """Save ``base`` as a checkpoint; gives what it is to be read as."""
+    """Save ``base`` as a checkpoint, and return the ids, losses and texts to expect from it."""
     import torch
 
     from engine.loading import load_model, load_tokenizer
     from run.checkpoint import save_checkpoint
 
     tokenizer, model = load_tokenizer(base), load_model(base, torch.float32, torch.device("cpu"))
+    model = model.pretrained
     save_checkpoint(best, model, tokenizer, {})
     ids = [[tokenizer.bos_token_id, *row] for row in tokenizer.encode(texts)]
     with torch.no_grad():
@@ -157,14 +150,14 @@ def read(python: str, folder: Path, texts: list[str]) -> dict[str, Any]:
 
 def compare(title: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     if ours["ids"] != theirs["ids"]:
-        raise UserError(f"{title}: other ids")
+        raise UserError(f"{title}: the ids differ")
     largest = max(
         abs(one - other) for one, other in zip(ours["losses"], theirs["losses"], strict=True)
     )
     if largest > 1e-5:
-        raise UserError(f"{title}: a loss is {largest:.3g} off")
+        raise UserError(f"{title}: a loss differs by {largest:.3g}")
     if ours["written"] != theirs["written"]:
-        raise UserError(f"{title}: ids are decoded to another text")
+        raise UserError(f"{title}: the decoded texts differ")
     print(f"{title}: the same ids of {len(ours['ids'])} texts, losses within {largest:.1g}")
 
 

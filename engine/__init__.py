@@ -1,5 +1,5 @@
 """Computes: token ids and tensors in; loss, gradients and token ids out.
 
-Knows no GSM8K, no `Config` and no run folder: it never imports `grading`, and of `run` only what
-has no memory (its errors, paths and small files).
+It knows nothing of GSM8K, `Config` or run folders. It never imports `grading`, and imports only the
+stateless helpers of `run` (errors, paths, small files).
 """

@@ -1,51 +1,61 @@
-"""Causal attention within each sequence of a packed row, blind across their borders; no masks, no padding."""
+"""Causal attention within each sequence of a micro-batch, never across sequence boundaries."""
+
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import varlen
 
-from engine.cpu.attention import LONGEST_KEPT, KeptAttention, heads_first
-from engine.packing import Batch
+if TYPE_CHECKING:
+    from engine.packing import MicroBatch
 
 
-class PackedAttention:
-    """Attention of one micro-batch, the same for every layer; an `Attend` of model.py."""
+def packed_attention(
+    micro_batch: "MicroBatch",
+    dropout: float,
+    layer: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+) -> torch.Tensor:
+    """Attention of all sequences of a micro-batch; an `Attend` once two arguments are bound.
 
-    def __init__(self, batch: Batch, dropout: float = 0.0):
-        self.seqlens, self.cu_seqlens, self.dropout = batch.seqlens, batch.cu_seqlens, dropout
+    Args:
+        query: ``[T, heads, head_dim]``, as is the result.
+        key, value: ``[T, kv_heads, head_dim]``.
+    """
+    if query.shape[1] != key.shape[1]:
+        key, value = for_each_head(query, key, value)
+    if query.dtype in (torch.bfloat16, torch.float16) and not dropout and query.is_cuda:
+        borders, longest = micro_batch.cu_seqlens, max(micro_batch.seqlens)
+        return varlen.varlen_attn(
+            query, key, value, borders, borders, longest, longest, window_size=(-1, 0)
+        )
+    return attention_of_each(micro_batch.seqlens, dropout, query, key, value)
 
-    def __call__(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
-        """``query`` is ``[N, heads, head_dim]``, ``key`` and ``value`` ``[N, kv_heads, head_dim]``; as ``query``."""
-        if (groups := query.shape[1] // key.shape[1]) > 1:
-            key, value = (
-                key.repeat_interleave(groups, dim=1),
-                value.repeat_interleave(groups, dim=1),
-            )
-        half = query.dtype in (torch.bfloat16, torch.float16)
-        if query.is_cuda and half and not self.dropout:
-            longest = max(self.seqlens)
-            return varlen.varlen_attn(
-                query,
-                key,
-                value,
-                self.cu_seqlens,
-                self.cu_seqlens,
-                longest,
-                longest,
-                window_size=(-1, 0),
-            )
-        if not (query.is_cuda or half or self.dropout or max(self.seqlens) > LONGEST_KEPT):
-            return KeptAttention.apply(query, key, value, self.seqlens)
-        outputs = [
-            F.scaled_dot_product_attention(
-                *(heads_first(tensor)[None] for tensor in sequence),
-                is_causal=True,
-                dropout_p=self.dropout,
-            )[0].transpose(0, 1)
-            for sequence in zip(
-                *(tensor.split(self.seqlens) for tensor in (query, key, value)), strict=True
-            )
-        ]
-        return torch.cat(outputs)
+
+def for_each_head(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Repeat ``key`` and ``value`` for query heads that share them (grouped-query attention)."""
+    groups = query.shape[1] // key.shape[1]
+    return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+
+
+def attention_of_each(
+    seqlens: tuple[int, ...],
+    dropout: float,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+) -> torch.Tensor:
+    """One sequence at a time, for devices, dtypes and dropout that `varlen_attn` can't handle."""
+    outputs = [
+        F.scaled_dot_product_attention(
+            *(tensor.transpose(0, 1)[None] for tensor in sequence),
+            is_causal=True,
+            dropout_p=dropout,
+        )[0].transpose(0, 1)
+        for sequence in zip(*(tensor.split(seqlens) for tensor in (query, key, value)), strict=True)
+    ]
+    return torch.cat(outputs)

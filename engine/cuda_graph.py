@@ -1,30 +1,33 @@
-"""A decoding step of fixed shape, captured once and replayed."""
+"""One decoding step of all slots, in fixed memory, captured once and replayed.
+
+A step of a large model consists of hundreds of kernels that take microseconds each. If Python
+launched them one by one, the device would wait for Python.
+"""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import LlamaForCausalLM
 
-from engine.cache import StaticCache
-from engine.llama import forward
+if TYPE_CHECKING:
+    from engine.cache import StaticCache
+    from engine.llama import Llama
 
 
 class StaticStep:
-    """One decoding step of all slots, in fixed memory; on CUDA captured as a graph and replayed.
+    """A decoding step: a CUDA graph on CUDA, the same computation without one elsewhere."""
 
-    A step of a large model is hundreds of kernels of microseconds each: launched one by one from
-    Python, they would wait for it.
-    """
-
-    def __init__(self, model: LlamaForCausalLM, cache: StaticCache):
+    def __init__(self, model: "Llama", cache: "StaticCache"):
         self.model, self.cache = model, cache
         self.token_ids, self.positions = (torch.zeros_like(cache.slots) for _ in range(2))
-        # These read the positions on the host, which a graph can't.
-        by_host = model.model.rotary_emb.rope_type in ("dynamic", "longrope")
-        self._replay = self._capture() if model.device.type == "cuda" and not by_host else self._run
+        # These RoPE variants read the positions on the host, which a graph can't do.
+        rope_type = model.pretrained.model.rotary_emb.rope_type
+        reads_positions = rope_type in ("dynamic", "longrope")
+        is_captured = model.device.type == "cuda" and not reads_positions
+        self._replay = self._capture() if is_captured else self._run
 
     def __call__(self, slots: list[int], newest: list[int], positions: list[int]) -> torch.Tensor:
-        """The logits ``[n, vocabulary]`` after token ``newest`` at ``positions`` of n ``slots``."""
+        """The logits ``[n, vocabulary]`` after the ``newest`` tokens of ``slots``."""
         inputs = torch.zeros(2, len(self.token_ids), dtype=torch.long)
         inputs[:, slots] = torch.tensor([newest, positions])
         inputs = inputs.to(self.token_ids.device)
@@ -34,13 +37,11 @@ class StaticStep:
         return self.logits[slots]
 
     def _run(self) -> None:
-        hidden = forward(
-            self.model, self.token_ids, self.positions, self.cache.step(self.positions)
-        )
-        self.logits = self.model.lm_head(hidden)
+        attend = self.cache.step(self.positions)
+        self.logits = self.model.next_logits(self.token_ids, self.positions, attend)
 
     def _capture(self) -> Callable[[], None]:
-        # What libraries set up at their first call must not happen while capturing.
+        # One run before capturing: what libraries initialise at their first call can't be captured.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -1,7 +1,133 @@
-"""Which device computes."""
+"""Which device computes, and what depends on it. Only this module imports `engine.cpu`."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from engine import attention
+from engine.cache import StaticCache
+from engine.cpu import heap, kernels, onednn
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What depends on the kind of device.
+
+    Attributes:
+        device: where tensors live.
+        row_multiple: the rows of matrix products in training and measuring are padded to a multiple
+            of this, as `MicroBatch` describes. 1: no padding.
+        prompt_row_multiple: the same for prompts that are read before decoding.
+        attention: of packed sequences; see `engine.attention.packed_attention`.
+        product: ``left @ right`` of two matrices.
+        add_product: ``total += left @ right``, in ``total``'s dtype.
+        logits_at_once: the largest number of logits in memory at a time: few enough to need little
+            memory, many enough for matrix products to run at nearly the device's full speed.
+        frees_gradients: whether gradients are freed after a step instead of zeroed in place. On a
+            CPU, new ones among the activations would fragment the heap.
+        cache: the class of the KV cache.
+        replays_steps: whether decoding replays one step of fixed shape that covers all slots.
+        most_slots: beyond this many, the time of a decoding step grows in proportion to the slots.
+        most_probable: the token with the largest logit in each row of ``[n, vocabulary]``.
+        slot_order: the order in which to compute the slots, given the length of each.
+        packed_weights: a context for decoding, in which products of few rows are faster.
+        replace_linear_layers: changes the linear layers of a newly loaded model, if necessary.
+    """
+
+    device: torch.device
+    row_multiple: int
+    prompt_row_multiple: int
+    attention: Callable[..., torch.Tensor]
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    add_product: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+    logits_at_once: int
+    frees_gradients: bool
+    cache: type[Any]
+    replays_steps: bool
+    most_slots: int
+    most_probable: Callable[[torch.Tensor], list[int]]
+    slot_order: Callable[[Mapping[int, int]], list[int]]
+    packed_weights: Callable[[torch.nn.Module, int], AbstractContextManager[None]]
+    replace_linear_layers: Callable[[torch.nn.Module], None]
 
 
 def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def prepare_process(device: torch.device) -> None:
+    """Set up the process; called once by a script, before it loads a model."""
+    if device.type == "cpu":
+        heap.keep_freed_memory()
+
+
+def kernels_for(device: torch.device) -> Kernels:
+    return cuda_kernels(device) if device.type == "cuda" else cpu_kernels(onednn.is_faster_here())
+
+
+def cuda_kernels(device: torch.device) -> Kernels:
+    return Kernels(
+        device=device,
+        row_multiple=1,
+        prompt_row_multiple=1,
+        attention=attention.packed_attention,
+        product=torch.matmul,
+        add_product=add_product,
+        logits_at_once=2**26,
+        frees_gradients=True,
+        cache=StaticCache,
+        replays_steps=True,
+        most_slots=256,
+        most_probable=most_probable,
+        slot_order=list,
+        packed_weights=lambda model, free_bytes: nullcontext(),
+        replace_linear_layers=lambda model: None,
+    )
+
+
+def cpu_kernels(with_onednn: bool) -> Kernels:
+    """``with_onednn``: compute float32 products by `engine.cpu.onednn`, not by PyTorch's choice."""
+    return Kernels(
+        device=torch.device("cpu"),
+        row_multiple=64,
+        prompt_row_multiple=16,
+        attention=kernels.packed_attention,
+        product=onednn.product if with_onednn else torch.matmul,
+        add_product=onednn.add_product if with_onednn else add_product,
+        # oneDNN copies its operands, and is just as fast with half as many logits.
+        logits_at_once=2**23 if with_onednn else 2**24,
+        frees_gradients=False,
+        cache=kernels.PagedCache,
+        replays_steps=False,
+        most_slots=128,
+        most_probable=kernels.most_probable,
+        slot_order=kernels.slot_order,
+        packed_weights=onednn.packed_weights,
+        replace_linear_layers=onednn.replace_linear_layers if with_onednn else lambda model: None,
+    )
+
+
+def add_product(
+    total: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    added_rows: int = 4096,
+) -> None:
+    """``total += left @ right`` in ``total``'s dtype, a few rows of the product at a time."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+        return
+    for start in range(0, len(left), added_rows):
+        end = start + added_rows
+        total[start:end] += left[start:end] @ right
+
+
+def most_probable(logits: torch.Tensor) -> list[int]:
+    """The first one in a tie, as in Transformers' generate.
+
+    The conversion to float32 is generate's too. It is exact, so it does not break ties.
+    """
+    return logits.float().argmax(dim=-1).tolist()

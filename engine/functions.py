@@ -1,4 +1,4 @@
-"""Operations of a Llama layer that keep little for the backward pass."""
+"""Operations of a layer that save little memory for the backward pass."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,72 +8,17 @@ import torch
 import torch.nn.functional as F
 
 
-@contextmanager
-def remade(tensor: torch.Tensor, make: Callable[[], torch.Tensor]) -> Iterator[None]:
-    """What is computed in here keeps ``make`` for its backward pass instead of ``tensor``, and calls it there.
-
-    For what is cheap to compute from tensors that are kept anyway (a form of selective activation
-    recomputation, arXiv:2205.05198). The gradients are the same bit for bit where ``make`` gives
-    ``tensor`` bit for bit.
-    """
-    target = [
-        tensor
-    ]  # empty once we have left: the hooks live as long as the graph, and must not keep it
-    again: list[torch.Tensor] = []
-
-    def pack(saved: torch.Tensor) -> torch.Tensor | None:
-        is_target = saved.data_ptr() == target[0].data_ptr() and saved.shape == target[0].shape
-        return None if is_target else saved
-
-    def unpack(packed: torch.Tensor | None) -> torch.Tensor:
-        if packed is not None:
-            return packed
-        if not again:  # one for all that keep it; gone with the last of them
-            with torch.no_grad():
-                again.append(make())
-        return again[0]
-
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            yield
-    finally:
-        target.clear()
-
-
-class RMSNorm(torch.autograd.Function):
-    """Root mean square norm (arXiv:1910.07467) that keeps its input and one number a token.
-
-    Computed in float32 or better, like Transformers' own.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, epsilon: float
-    ) -> torch.Tensor:
-        exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        scale = torch.rsqrt(exact.square().mean(-1, keepdim=True) + epsilon)
-        ctx.save_for_backward(hidden, weight, scale)
-        return (exact * scale).to(hidden.dtype).mul_(weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        hidden, weight, scale = ctx.saved_tensors
-        normed = hidden.to(scale.dtype) * scale
-        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        grad_normed = (grad * weight).to(scale.dtype)
-        along = (grad_normed * normed).mean(-1, keepdim=True)
-        grad_hidden = grad_normed.addcmul_(normed, along, value=-1).mul_(scale)
-        return grad_hidden.to(hidden.dtype), grad_weight, None
-
-
 class Rotate(torch.autograd.Function):
-    """Rotary position embedding (arXiv:2104.09864); its gradient is the rotation back, so nothing is kept."""
+    """Rotary position embedding (arXiv:2104.09864).
+
+    Its gradient is the inverse rotation, so no activation is saved.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
-        """``heads`` is ``[N, heads, head_dim]``; ``cos`` and ``sin`` are ``[N, 1, head_dim / 2]``."""
+        """``heads``: ``[N, heads, head_dim]``; ``cos`` and ``sin``: ``[N, 1, head_dim / 2]``."""
         ctx.rope = cos, sin
         return _rotate(heads, cos, sin, 1)
 
@@ -93,7 +38,10 @@ def _rotate(
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up (arXiv:2002.05202), keeping the two and computing silu(gate) again in the backward pass."""
+    """silu(gate) * up (arXiv:2002.05202).
+
+    Saves its two inputs, and computes silu(gate) again in the backward pass.
+    """
 
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -104,3 +52,33 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+@contextmanager
+def recomputed(tensor: torch.Tensor, make: Callable[[], torch.Tensor]) -> Iterator[None]:
+    """Inside this context autograd saves ``make`` instead of ``tensor``, and calls it in backward.
+
+    Meant for tensors that are cheap to compute from others that are saved anyway (selective
+    activation recomputation, arXiv:2205.05198). If ``make`` returns the same bits as ``tensor``,
+    the gradients are bit-identical too. ``tensor`` is recognised by its memory and shape.
+    """
+    target = [tensor]  # cleared below: the hooks live as long as the graph, and must not keep it
+    made: list[torch.Tensor] = []  # one result shared by all who need it, freed with the last
+
+    def pack(saved: torch.Tensor) -> torch.Tensor | None:
+        is_target = saved.data_ptr() == target[0].data_ptr() and saved.shape == target[0].shape
+        return None if is_target else saved
+
+    def unpack(packed: torch.Tensor | None) -> torch.Tensor:
+        if packed is not None:
+            return packed
+        if not made:
+            with torch.no_grad():
+                made.append(make())
+        return made[0]
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        target.clear()

@@ -1,241 +1,299 @@
-"""The forward pass over packed sequences.
+"""A Llama whose blocks are called as modules, over packed sequences.
 
-Weights, files and configuration are Transformers' Llama as it is. The forward pass is our own,
-over the same modules, since three things cost others a third of their time and memory: padding,
-what elementwise operations keep for the backward pass, and copies between layouts. What attends
-to what is a parameter of it (`Attend`): packed sequences in training and validation, a cache in
+Weights, their names, files and configuration remain Transformers' own (`Llama.pretrained`). The
+forward pass over those submodules is ours. It avoids three costs that take a third of the time and
+memory elsewhere: padding, activations saved by elementwise operations, and copies between layouts.
+Attention is an argument (`Attend`): over packed sequences in training and validation, to a cache in
 decoding.
 """
 
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaForCausalLM
 
-from engine import functions
-from engine.attention import PackedAttention
-from engine.cpu.onednn import product_plus, product_times
-from engine.functions import RMSNorm, Rotate, SwiGLU
-from engine.packing import Batch, Example, collate
-from run.errors import UserError, cause_of
+from engine.device import Kernels, kernels_for
+from engine.functions import Rotate, SwiGLU, recomputed
+from engine.loss import LinearCrossEntropy
 
 if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
+    from engine.packing import MicroBatch
 
-# attend(layer, query, key, value) with [N, heads, head_dim] and [N, kv_heads, head_dim] gives
-# [N, heads, head_dim], for N tokens of whichever sequences.
-Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-# remade(tensor, make): what is computed under it keeps make for its backward pass, not tensor.
-Remade = Callable[[torch.Tensor, Callable[[], torch.Tensor]], AbstractContextManager[None]]
-
-
-def _kept(tensor: torch.Tensor, make: Callable[[], torch.Tensor]) -> AbstractContextManager[None]:
-    return nullcontext()
+# attend(layer, query, key, value) takes [N, heads, head_dim] and twice [N, kv_heads, head_dim], and
+# returns [N, heads, head_dim], for N tokens of any sequences.
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Rope = tuple[Tensor, Tensor]
+Recomputed = Callable[[Tensor, Callable[[], Tensor]], AbstractContextManager[None]]
 
 
-def forward(
-    model: LlamaForCausalLM,
-    input_ids: torch.Tensor,
-    position_ids: torch.Tensor,
-    attend: Attend,
-    wanted: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The hidden states before the head.
+class Llama(nn.Module):
+    """Called with a `MicroBatch`, it returns the loss.
 
-    Args:
-        input_ids, position_ids: ``[N]``, tokens of whichever sequences.
-        attend: which of them attend to what; see `Attend`.
-        wanted: ``[W]``, which tokens' states to give; None: all. The last layer computes nothing
-            but keys and values of the others.
-
-    Returns:
-        ``[N, hidden]``, or ``[W, hidden]``.
+    Attributes:
+        pretrained: Transformers' model, which holds the weights.
+        kernels: operations that depend on the device.
+        recompute_activations: whether training recomputes each block's activations in the backward
+            pass instead of keeping them.
+        compiled_parts: how layers compute in training, if they are compiled (`engine.compiling`).
     """
-    hidden = model.model.embed_tokens(input_ids)
-    cos, sin = model.model.rotary_emb(hidden, position_ids[None])
-    recompute = model.model.gradient_checkpointing and model.training and torch.is_grad_enabled()
-    prepare_rope, *parts = _parts(model, recompute)
-    rope = prepare_rope(cos[0, :, None], sin[0, :, None])
-    *layers, last = model.model.layers
-    for layer, positions in [*((layer, None) for layer in layers), (last, wanted)]:
-        if recompute:
-            hidden = checkpoint(
-                _layer, layer, hidden, *rope, attend, positions, *parts, use_reentrant=False
-            )
-        else:
-            hidden = _layer(layer, hidden, *rope, attend, positions, *parts)
-    return _norm(hidden, model.model.norm)
 
+    def __init__(self, pretrained: "LlamaForCausalLM", kernels: Kernels | None = None):
+        super().__init__()
+        # Not a submodule: a layer that is reached by two ways can't be sharded.
+        object.__setattr__(self, "pretrained", pretrained)
+        self.embedding, self.rotary = pretrained.model.embed_tokens, pretrained.model.rotary_emb
+        self.blocks = nn.ModuleList(Block(layer) for layer in pretrained.model.layers)
+        self.norm, self.head = pretrained.model.norm, pretrained.lm_head
+        self.config = pretrained.config
+        self.head_dim = pretrained.model.layers[0].self_attn.head_dim
+        self.kernels = kernels or kernels_for(pretrained.device)
+        self.recompute_activations = False
+        self.compiled_parts: LayerParts | None = None
 
-def forward_packed(
-    model: LlamaForCausalLM, batch: Batch, wanted: torch.Tensor | None = None
-) -> torch.Tensor:
-    """`forward` over packed sequences, each blind to the others."""
-    attend = PackedAttention(batch, model.config.attention_dropout if model.training else 0.0)
-    return forward(model, batch.input_ids[0], batch.position_ids[0], attend, wanted)
+    def forward(self, micro_batch: "MicroBatch") -> Tensor:
+        """The summed negative log-likelihood of all supervised tokens, in nats.
 
+        A sum, not a mean. If it is divided by the number of supervised tokens in the entire step,
+        all of them weigh the same, so the gradient does not depend on how the step is split into
+        micro-batches. (A mean of micro-batch means does depend on it: transformers #34191.)
 
-def _parts(model: LlamaForCausalLM, recompute: bool) -> tuple[Callable[..., Any], ...]:
-    """What becomes of the rotary embedding's cos and sin, and what a layer does before and after its attention.
-
-    As it is, compiled, keeping less for the backward pass, or without one.
-    """
-    # Not under no_grad: that is also where tensors are made again for a backward pass, bit for bit.
-    if torch.is_inference_mode_enabled():
-        return _signed_rope, _before_attention_in_decoding, _after_attention_in_decoding
-    if torch.is_grad_enabled() and getattr(model.model, "compiled", False):
-        return _half_rope, *_compiled_parts()
-    if torch.is_grad_enabled() and not recompute:
-        kept_less = (
-            partial(part, remade=functions.remade) for part in (_before_attention, _after_attention)
+        Returns:
+            A scalar in float64; each token's own loss is computed in float32 or better.
+        """
+        dropout = self.config.attention_dropout if self.training else 0.0
+        attend = partial(self.kernels.attention, micro_batch, dropout)
+        outputs = self.hidden_states(
+            micro_batch.input_ids, micro_batch.position_ids, attend, micro_batch.output_positions
         )
-        return _half_rope, *kept_less
-    return _half_rope, _before_attention, _after_attention
+        return LinearCrossEntropy.apply(
+            outputs,
+            self.head.weight,
+            micro_batch.labels,
+            torch.is_grad_enabled(),
+            self.kernels,
+        )
+
+    def next_logits(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attend: Attend,
+        wanted: Tensor | None = None,
+        count: int | None = None,
+    ) -> Tensor:
+        """For decoding: logits ``[count, vocabulary]`` after the first ``count`` of ``wanted``."""
+        hidden = self.hidden_states(input_ids, position_ids, attend, wanted, DECODING)
+        return self.head(hidden[:count])
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attend: Attend,
+        wanted: Tensor | None = None,
+        parts: "LayerParts | None" = None,
+    ) -> Tensor:
+        """The hidden states before the head.
+
+        Args:
+            input_ids, position_ids: ``[N]``, tokens of any sequences.
+            wanted: ``[W]``, which tokens' states are needed; None: all. For the other tokens the
+                last block computes only keys and values.
+            parts: how a layer computes; None: as in training or measuring, whichever this is.
+
+        Returns:
+            ``[N, hidden]``, or ``[W, hidden]``.
+        """
+        recompute = self.training and self.recompute_activations and parts is None
+        if parts is None and self.training:
+            parts = self.compiled_parts
+        if parts is None:  # full recomputation leaves nothing more to save
+            parts = PLAIN if recompute else KEEPING_LESS
+        hidden = self.embedding(input_ids)
+        cos, sin = self.rotary(hidden, position_ids[None])
+        rope = parts.rope(cos[0, :, None], sin[0, :, None])
+        for number, block in enumerate(self.blocks, start=1):
+            inputs = hidden, rope, attend, parts, wanted if number == len(self.blocks) else None
+            hidden = (
+                checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
+            )
+        return _norm(hidden, self.norm)
+
+    def train(self, mode: bool = True) -> "Llama":
+        self.pretrained.train(mode)  # for its own forward pass and generate
+        return super().train(mode)
+
+    @property
+    def device(self) -> torch.device:
+        return self.pretrained.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pretrained.dtype
 
 
-def _half_rope(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For `_rotate`: of ``[N, 1, head_dim]`` one half, since both are the same."""
+class Block(nn.Module):
+    """One decoder layer: attention, then the MLP, each applied to a norm and added to its input."""
+
+    def __init__(self, layer: "LlamaDecoderLayer"):
+        super().__init__()
+        self.layer = layer
+
+    def forward(
+        self, hidden: Tensor, rope: Rope, attend: Attend, parts: "LayerParts", wanted: Tensor | None
+    ) -> Tensor:
+        """From ``[N, hidden]`` to the same shape, or to ``[W, hidden]`` for W ``wanted`` tokens."""
+        query, key, value = parts.before_attention(self.layer, hidden, *rope)
+        attended = attend(self.layer.self_attn.layer_idx, query, key, value)
+        if wanted is not None:
+            hidden, attended = hidden.index_select(0, wanted), attended.index_select(0, wanted)
+        return parts.after_attention(self.layer, hidden, attended)
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """How a block computes everything but its attention.
+
+    Attributes:
+        rope: converts the rotary embedding's cos and sin, ``[N, 1, head_dim]``, for the next.
+        before_attention: (layer, hidden, cos, sin) to query, key and value.
+        after_attention: (layer, hidden, attention's output) to the next ``hidden``.
+    """
+
+    rope: Callable[[Tensor, Tensor], Rope]
+    before_attention: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    after_attention: Callable[..., Tensor]
+
+
+def _half_rope(cos: Tensor, sin: Tensor) -> Rope:
+    """For `Rotate`: only the first half, since both halves are equal."""
     half = cos.shape[-1] // 2
     return cos[..., :half], sin[..., :half]
 
 
-def _signed_rope(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For `_rotate_in_decoding`: sin with the sign that each half takes."""
-    half = cos.shape[-1] // 2
-    return cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-
-
-@cache
-def _compiled_parts() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    # Not in compiled code: attention, whose kernels are as good as they get, and whose sequences differ each time.
-    # dynamic: one graph for every number of tokens; and since a layer's weights are inputs of it, for every layer.
-    return tuple(
-        torch.compile(part, dynamic=True, fullgraph=True)
-        for part in (_before_attention, _after_attention)
-    )
-
-
-def _layer(
-    layer: "LlamaDecoderLayer",
-    hidden: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    attend: Attend,
-    wanted: torch.Tensor | None,
-    before_attention: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
-    after_attention: Callable[..., torch.Tensor],
-) -> torch.Tensor:
-    attended = attend(layer.self_attn.layer_idx, *before_attention(layer, hidden, cos, sin))
-    if wanted is not None:
-        hidden, attended = hidden.index_select(0, wanted), attended.index_select(0, wanted)
-    return after_attention(layer, hidden, attended)
+def _saved(tensor: Tensor, make: Callable[[], Any]) -> AbstractContextManager[None]:
+    """The alternative to `recomputed`: autograd saves ``tensor`` as usual."""
+    return nullcontext()
 
 
 def _before_attention(
     layer: "LlamaDecoderLayer",
-    hidden: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    remade: Remade = _kept,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    recomputed: Recomputed = _saved,
+) -> tuple[Tensor, Tensor, Tensor]:
     attention, norm = layer.self_attn, layer.input_layernorm
     normed = _norm(hidden, norm)
-    with remade(normed, lambda: _norm(hidden, norm)):
-        query, key, value = (
-            attention.q_proj(normed),
-            attention.k_proj(normed),
-            attention.v_proj(normed),
-        )
-    query, key, value = (
-        tensor.unflatten(-1, (-1, attention.head_dim)) for tensor in (query, key, value)
-    )
+    with recomputed(normed, lambda: _norm(hidden, norm)):
+        states = attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed)
+    query, key, value = (state.unflatten(-1, (-1, attention.head_dim)) for state in states)
     return Rotate.apply(query, cos, sin), Rotate.apply(key, cos, sin), value
 
 
 def _after_attention(
-    layer: "LlamaDecoderLayer", hidden: torch.Tensor, attended: torch.Tensor, remade: Remade = _kept
-) -> torch.Tensor:
+    layer: "LlamaDecoderLayer", hidden: Tensor, attended: Tensor, recomputed: Recomputed = _saved
+) -> Tensor:
     mlp, norm = layer.mlp, layer.post_attention_layernorm
     hidden = hidden + layer.self_attn.o_proj(attended.flatten(-2))
     normed = _norm(hidden, norm)
-    with remade(normed, lambda: _norm(hidden, norm)):
+    with recomputed(normed, lambda: _norm(hidden, norm)):
         gate, up = mlp.gate_proj(normed), mlp.up_proj(normed)
     activated = SwiGLU.apply(gate, up)
-    with remade(activated, lambda: SwiGLU.apply(gate, up)):
+    with recomputed(activated, lambda: SwiGLU.apply(gate, up)):
         return hidden + mlp.down_proj(activated)
 
 
-def _before_attention_in_decoding(
-    layer: "LlamaDecoderLayer", hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    attention, normed = layer.self_attn, _norm_in_decoding(hidden, layer.input_layernorm)
-    query, key, value = (
-        projection(normed).unflatten(-1, (-1, attention.head_dim))
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
-    return _rotate_in_decoding(query, cos, sin), _rotate_in_decoding(key, cos, sin), value
+PLAIN = LayerParts(_half_rope, _before_attention, _after_attention)
+KEEPING_LESS = LayerParts(
+    _half_rope,
+    partial(_before_attention, recomputed=recomputed),
+    partial(_after_attention, recomputed=recomputed),
+)
 
 
-def _rotate_in_decoding(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`_rotate` in fewer passes, by what `_signed_rope` gives."""
-    return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, dims=-1), sin)
-
-
-def _after_attention_in_decoding(
-    layer: "LlamaDecoderLayer", hidden: torch.Tensor, attended: torch.Tensor
-) -> torch.Tensor:
-    mlp = layer.mlp
-    hidden = product_plus(layer.self_attn.o_proj, attended.flatten(-2), hidden)
-    normed = _norm_in_decoding(hidden, layer.post_attention_layernorm)
-    activated = product_times(mlp.up_proj, normed, F.silu(mlp.gate_proj(normed), inplace=True))
-    return product_plus(mlp.down_proj, activated, hidden)
-
-
-def _norm_in_decoding(hidden: torch.Tensor, norm: "LlamaRMSNorm") -> torch.Tensor:
-    if hidden.is_cuda or hidden.dtype != torch.float32:
-        return _norm(hidden, norm)
-    length = torch.linalg.vector_norm(
-        hidden, dim=-1, keepdim=True
-    )  # fewer passes over it than `RMSNorm`
-    scale = length.square_().div_(hidden.shape[-1]).add_(norm.variance_epsilon).rsqrt_()
-    return (hidden * scale).mul_(norm.weight)
-
-
-def _norm(hidden: torch.Tensor, norm: "LlamaRMSNorm") -> torch.Tensor:
-    if hidden.is_cuda:  # one kernel there
+def _norm(hidden: Tensor, norm: "LlamaRMSNorm") -> Tensor:
+    if hidden.is_cuda:  # where this is one kernel
         return F.rms_norm(hidden, (hidden.shape[-1],), norm.weight, norm.variance_epsilon)
     return RMSNorm.apply(hidden, norm.weight, norm.variance_epsilon)
 
 
-def checkpoint_activations(model: LlamaForCausalLM) -> None:
-    """Recompute each layer's activations in the backward pass instead of keeping them."""
-    model.model.gradient_checkpointing = True
+class RMSNorm(torch.autograd.Function):
+    """Root mean square norm (arXiv:1910.07467) that saves its input and one number per token.
 
-
-def compile_layers(model: LlamaForCausalLM) -> None:
-    """Compile what a layer does before and after its attention, for passes with gradients.
-
-    Raises:
-        UserError: this machine can't, mostly for want of a C++ compiler.
+    Computed in float32 or better, like Transformers' own.
     """
-    model.model.compiled = True
-    example = Example([0] * 8, [0] * 8)
-    batch = collate([example, example]).to(model.device)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the compiler's notes about its own ways
-            forward_packed(model, batch, batch.loss_positions[::2]).sum().backward()
-    except Exception as error:  # the compiler's layers raise many types
-        raise UserError(
-            f"compile true: torch.compile fails here ({cause_of(error)}): install a C++ compiler, or set compile false"
-        ) from None
-    model.zero_grad()
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        scale = torch.rsqrt(exact.square().mean(-1, keepdim=True) + epsilon)
+        ctx.save_for_backward(hidden, weight, scale)
+        return (exact * scale).to(hidden.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden, weight, scale = ctx.saved_tensors
+        normed = hidden.to(scale.dtype) * scale
+        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        grad_normed = (grad * weight).to(scale.dtype)
+        along = (grad_normed * normed).mean(-1, keepdim=True)
+        grad_hidden = grad_normed.addcmul_(normed, along, value=-1).mul_(scale)
+        return grad_hidden.to(hidden.dtype), grad_weight, None
+
+
+def _signed_rope(cos: Tensor, sin: Tensor) -> Rope:
+    """For `_rotated`: sin, negated in the first half."""
+    half = cos.shape[-1] // 2
+    return cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+
+
+def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, dims=-1), sin)
+
+
+def _before_attention_in_decoding(
+    layer: "LlamaDecoderLayer", hidden: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    attention, normed = layer.self_attn, _norm_in_decoding(hidden, layer.input_layernorm)
+    states = attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed)
+    query, key, value = (state.unflatten(-1, (-1, attention.head_dim)) for state in states)
+    return _rotated(query, cos, sin), _rotated(key, cos, sin), value
+
+
+def _after_attention_in_decoding(
+    layer: "LlamaDecoderLayer", hidden: Tensor, attended: Tensor
+) -> Tensor:
+    mlp = layer.mlp
+    hidden = _fused(layer.self_attn.o_proj, "plus", attended.flatten(-2), hidden)
+    normed = _norm_in_decoding(hidden, layer.post_attention_layernorm)
+    activated = _fused(mlp.up_proj, "times", normed, F.silu(mlp.gate_proj(normed), inplace=True))
+    return _fused(mlp.down_proj, "plus", activated, hidden)
+
+
+def _fused(linear: nn.Module, name: str, hidden: Tensor, other: Tensor) -> Tensor:
+    """``linear(hidden)`` plus or times ``other``, in one pass if the layer provides that."""
+    if method := getattr(linear, name, None):
+        return method(hidden, other)
+    return linear(hidden).add_(other) if name == "plus" else linear(hidden).mul_(other)
+
+
+def _norm_in_decoding(hidden: Tensor, norm: "LlamaRMSNorm") -> Tensor:
+    """`_norm` in fewer passes, unless it is a single kernel or needs another dtype."""
+    if hidden.is_cuda or hidden.dtype != torch.float32:
+        return _norm(hidden, norm)
+    length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
+    scale = length.square_().div_(hidden.shape[-1]).add_(norm.variance_epsilon).rsqrt_()
+    return (hidden * scale).mul_(norm.weight)
+
+
+DECODING = LayerParts(_signed_rope, _before_attention_in_decoding, _after_attention_in_decoding)

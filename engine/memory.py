@@ -1,56 +1,90 @@
-"""Main and device memory: what is free, asked for, kept and given back, and what an out-of-memory error looks like."""
+"""Measures free memory, plans decoding slots within it, and recognises out-of-memory errors."""
 
 import gc
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-CONTROL_GROUP = "/sys/fs/cgroup"  # where a container finds its own
+from run.errors import UserError
 
+if TYPE_CHECKING:
+    from engine.llama import Llama
 
-def clear_gradients(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Zero the gradients: in their place on a CPU, where new ones among the activations would tear its heap."""
-    optimizer.zero_grad(set_to_none=device.type == "cuda")
+CONTROL_GROUP = Path("/sys/fs/cgroup")  # where a container sees its own control group
+# The share of free memory that the cache may take. The rest is for the prompts' forward pass.
+CACHE_SHARE = 0.8
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says that a tensor did not fit, on a device or in main memory."""
-    # The CPU's allocator has no type of its own: "DefaultCPUAllocator: can't allocate memory".
+    # The CPU's allocator raises a RuntimeError: "DefaultCPUAllocator: can't allocate memory".
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory of ``device`` that can still be had: from the system, and within a container's limit."""
+def free_bytes(device: torch.device, control_group: Path = CONTROL_GROUP) -> int:
+    """Available memory of ``device``, within both the system's and a container's limit."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    rooms = [_container_room()]
+    limits = [_container_room(control_group)]
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        rooms.append(int(lines["MemAvailable"].split()[0]) * 1024)
-    except (OSError, KeyError, ValueError):  # no Linux
-        rooms.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
-    return min(room for room in rooms if room is not None)
+        limits.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    except (OSError, KeyError, ValueError):  # not Linux
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+    return min(limit for limit in limits if limit is not None)
 
 
-def _container_room() -> int | None:
-    """What a control group (version 2) leaves of its memory; None where it sets no limit."""
-    group = Path(CONTROL_GROUP)
+def _container_room(group: Path) -> int | None:
+    """The memory left in a control group (version 2); None if it sets no limit."""
     try:
         used = int((group / "memory.current").read_text())
         lines = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        # Pages of files that were read or written count as used, and are given back when they are wanted.
+        # Cached pages of files count as used, but the kernel reclaims them on demand.
         cached = int(lines["inactive_file"]) + int(lines["active_file"])
         return int((group / "memory.max").read_text()) - used + cached
-    except (OSError, KeyError, ValueError):  # "max"
+    except (OSError, KeyError, ValueError):  # no such group, or memory.max is "max"
         return None
 
 
 def release() -> None:
-    """Give back what a failed pass left behind."""
+    """Free the memory that a failed pass left behind."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def plan_slots(
+    model: "Llama", slots: int | None, length: int, prompts: int, free: int | None = None
+) -> int:
+    """How many slots to decode ``prompts`` prompts in, for sequences of up to ``length`` tokens.
+
+    Args:
+        slots: upper bound from the user, or None to choose. Capped by free memory rather than
+            rejected: it cannot change a completion, and failing here could throw away hours of
+            training.
+        free: free memory in bytes; None: measured.
+
+    Raises:
+        UserError: not even one slot fits.
+    """
+    free = free_bytes(model.device) if free is None else free
+    each = model.kernels.cache.slot_bytes(model, length)
+    fit = int(CACHE_SHARE * free / each)
+    most = min(prompts, model.kernels.most_slots if slots is None else slots)
+    if not fit:
+        raise UserError(
+            f"decoding {length} tokens takes {each / 1e9:.2f} GB of cache, over {CACHE_SHARE:.0%} "
+            f"of the {free / 1e9:.2f} GB of free memory: set a smaller max_new_tokens, or free "
+            "some memory"
+        )
+    if slots is not None and fit < most:
+        print(
+            f"decode_slots {slots}: only {fit} fit into the {free / 1e9:.2f} GB of free memory; "
+            f"using {fit}"
+        )
+    return min(most, fit)

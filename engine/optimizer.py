@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import optimi
 import torch
@@ -9,7 +10,6 @@ import torch
 
 def build_optimizer(
     parameters: Iterable[torch.nn.Parameter],
-    *,
     learning_rate: float,
     betas: tuple[float, float],
     epsilon: float,
@@ -17,10 +17,10 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW (arXiv:1711.05101) for parameters of one dtype.
 
-    In bfloat16 most updates of a learning rate such as 2e-5 are below half the distance to the
-    next representable weight, and would vanish. There Kahan summation keeps what rounding cut
-    off and adds it to the next update (arXiv:2010.06192): 10 bytes a parameter with gradient and
-    both moments, where float32 takes 16.
+    In bfloat16, at a learning rate such as 2e-5, most updates are smaller than half the distance to
+    the next representable weight, and would be rounded away. Kahan summation keeps the rounding
+    error and adds it to the next update (arXiv:2010.06192). With gradient and both moments this
+    takes 10 bytes per parameter, while float32 takes 16.
     """
     parameters = list(parameters)
     if parameters[0].dtype == torch.bfloat16:
@@ -43,38 +43,44 @@ def build_optimizer(
 
 
 def checkpoint_bytes(parameters: Iterable[torch.nn.Parameter]) -> tuple[int, int]:
-    """What a checkpoint of ``parameters`` takes: the weights, and the state that `build_optimizer`'s keeps for them.
+    """The sizes in bytes of a checkpoint's weights and of its optimizer state.
 
-    That state comes into being with the first step only.
+    Computed from the parameters, since the state exists only after the first step.
     """
     parameters = list(parameters)
     weights = sum(parameter.nbytes for parameter in parameters)
-    tensors = (
-        3 if parameters[0].dtype == torch.bfloat16 else 2
-    )  # two moments, and what rounding cut off
-    return weights, tensors * weights
+    moments = 2
+    compensation = 1 if parameters[0].dtype == torch.bfloat16 else 0  # of Kahan summation
+    return weights, (moments + compensation) * weights
 
 
-def scheduled_rate(
-    step: int,
-    total_steps: int,
-    *,
-    peak: float,
-    schedule: str,
-    warmup_ratio: float,
-    min_ratio: float,
-) -> float:
-    """The learning rate of optimizer step ``step``, counted from 0.
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate of each optimizer step.
 
-    It rises linearly over the first ``ceil(warmup_ratio * total_steps)`` steps, whose last one
-    has the ``peak``, and then falls to ``min_ratio * peak`` along half a cosine (SGDR,
-    arXiv:1608.03983) or a line, or stays. No step has a rate of zero: it would be wasted.
+    It rises linearly over the first ``ceil(warmup_ratio * total_steps)`` steps and reaches the peak
+    at the last of them. Then it falls to ``min_ratio * peak`` along half a cosine (SGDR,
+    arXiv:1608.03983) or a line, or stays constant. No step is wasted on a rate of zero.
+
+    Attributes:
+        peak: the highest rate.
+        shape: ``cosine``, ``linear`` or ``constant``; the setting lr_schedule allows these names.
     """
-    warmup_steps = math.ceil(warmup_ratio * total_steps)
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    if schedule == "constant":
-        return peak
-    shape = 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1 - progress
-    return peak * (min_ratio + (1 - min_ratio) * shape)
+
+    total_steps: int
+    peak: float
+    shape: str
+    warmup_ratio: float
+    min_ratio: float
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of optimizer step ``step``, counted from 0."""
+        warmup_steps = math.ceil(self.warmup_ratio * self.total_steps)
+        if step < warmup_steps:
+            return self.peak * (step + 1) / warmup_steps
+        if self.shape == "constant":
+            return self.peak
+        progress = (step - warmup_steps) / max(1, self.total_steps - warmup_steps)
+        cosine = 0.5 * (1 + math.cos(math.pi * progress))
+        remaining = {"cosine": cosine, "linear": 1 - progress}[self.shape]
+        return self.peak * (self.min_ratio + (1 - self.min_ratio) * remaining)

@@ -1,9 +1,17 @@
-"""Sequences packed into micro-batches."""
+"""Packs sequences into micro-batches, each one row of tokens with one sequence after another.
+
+Sequences are not padded to a common length. If a device is faster with a round number of tokens,
+padding is added once, at the end of the row (`MicroBatch`).
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from engine.device import Kernels
 
 IGNORE = -100  # the label of a token that is not supervised, as in torch's cross_entropy
 
@@ -12,8 +20,9 @@ IGNORE = -100  # the label of a token that is not supervised, as in torch's cros
 class Example:
     """One sequence: BOS, prompt, answer, EOS.
 
-    ``labels`` has the length of ``input_ids`` and is not shifted: a token that the model learns
-    to write (answer and EOS) is its own label, every other label is -100; ``line`` is its `Problem`'s.
+    ``labels`` is as long as ``input_ids`` and is not shifted. A token that the model learns to
+    write (the answer and EOS) is its own label; every other label is `IGNORE`. ``line`` is the line
+    number of its row in the data set, for messages.
     """
 
     input_ids: list[int]
@@ -21,91 +30,101 @@ class Example:
     line: int = field(default=0, compare=False)
 
 
-# Matrix products have a multiple of this many rows: they run best so, and a library that keeps
-# something for every shape it has seen, as oneDNN does, sees few.
-ROWS = 64
-
-
 @dataclass(frozen=True)
-class Batch:
-    """A micro-batch: sequences one behind the other, none padded, S of them with T tokens in all.
+class MicroBatch:
+    """The input of one forward pass: S sequences, T tokens in all.
 
-    The last token of each sequence is a label and no input: nothing comes after it. Up to
-    `ROWS` - 1 tokens that mean nothing fill up T to a multiple; they are the last sequence.
+    The last token of a training sequence is only ever a label, so it is not an input. Padding, if
+    the device needs any, is one more sequence at the end, and the ``output_positions`` after N.
 
     Attributes:
-        input_ids: ``[1, T]``.
-        position_ids: ``[1, T]``, counted from 0 in each sequence.
+        input_ids: ``[T]``.
+        position_ids: ``[T]``, counted from 0 in each sequence.
         cu_seqlens: ``[S + 1]``, int32: where each sequence begins, and T at the end.
         seqlens: the S lengths as Python numbers, for code that must not wait for the device.
-        loss_positions: ``[M]``: where in T the hidden states stand whose next token is supervised;
-            behind these N, others that fill up M to a multiple of `ROWS`.
-        labels: ``[N]``: these next tokens.
+        output_positions: ``[M]``: the tokens whose hidden states are needed. In training the first
+            N are those whose next token is supervised. For prompts it is the last token of each.
+        labels: ``[N]``: the supervised next tokens; empty for prompts.
+        num_labels: N.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     cu_seqlens: torch.Tensor
     seqlens: tuple[int, ...]
-    loss_positions: torch.Tensor
+    output_positions: torch.Tensor
     labels: torch.Tensor
+    num_labels: int
 
     @property
     def num_tokens(self) -> int:
-        return self.input_ids.shape[1]
-
-    @property
-    def num_labels(self) -> int:
-        return self.labels.shape[0]
-
-    def to(self, device: torch.device) -> "Batch":
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            if device.type != "cuda":
-                return tensor.to(device)
-            return tensor.pin_memory().to(
-                device, non_blocking=True
-            )  # pinned: the copy does not wait for the device
-
-        return Batch(
-            move(self.input_ids),
-            move(self.position_ids),
-            move(self.cu_seqlens),
-            self.seqlens,
-            move(self.loss_positions),
-            move(self.labels),
-        )
+        return self.input_ids.shape[0]
 
 
-def collate(examples: Sequence[Example], rows: int = ROWS) -> Batch:
-    """Concatenate ``examples`` into one `Batch`, filled up to a multiple of ``rows`` (where `Batch` says `ROWS`)."""
-    if filler := -sum(len(example.input_ids) - 1 for example in examples) % rows:
-        examples = [*examples, Example([0] * (filler + 1), [IGNORE] * (filler + 1))]
-    input_ids, position_ids, borders, loss_positions, labels = [], [], [0], [], []
+def collate(examples: Sequence[Example], kernels: "Kernels") -> MicroBatch:
+    """Concatenate ``examples`` into one `MicroBatch`, padded as ``kernels`` require."""
+    output_positions: list[int] = []
+    labels: list[int] = []
+    start = 0
     for example in examples:
         for position, label in enumerate(example.labels[1:]):
             if label != IGNORE:
-                loss_positions.append(borders[-1] + position)
+                output_positions.append(start + position)
                 labels.append(label)
-        input_ids += example.input_ids[:-1]
-        position_ids += range(len(example.input_ids) - 1)
-        borders.append(len(input_ids))
-    loss_positions += [0] * (-len(labels) % rows)
-    return Batch(
-        torch.tensor([input_ids]),
-        torch.tensor([position_ids]),
-        torch.tensor(borders, dtype=torch.int32),
-        tuple(len(example.input_ids) - 1 for example in examples),
-        torch.tensor(loss_positions, dtype=torch.long),
-        torch.tensor(labels, dtype=torch.long),
+        start += len(example.input_ids) - 1
+    sequences = [example.input_ids[:-1] for example in examples]
+    return _concatenated(sequences, output_positions, labels, kernels.row_multiple, kernels.device)
+
+
+def collate_prompts(prompts: Sequence[list[int]], kernels: "Kernels") -> MicroBatch:
+    """Concatenate ``prompts`` into one `MicroBatch` that asks for the last token of each."""
+    ends: list[int] = []
+    for prompt in prompts:
+        ends.append(len(prompt) + (ends[-1] if ends else -1))
+    return _concatenated(prompts, ends, [], kernels.prompt_row_multiple, kernels.device)
+
+
+def _concatenated(
+    sequences: Sequence[list[int]],
+    output_positions: list[int],
+    labels: list[int],
+    multiple: int,
+    device: torch.device,
+) -> MicroBatch:
+    if padding := -sum(map(len, sequences)) % multiple:
+        sequences = [*sequences, [0] * padding]
+    output_positions = output_positions + [0] * (-len(output_positions) % multiple)
+    seqlens = tuple(map(len, sequences))
+    borders = [0]
+    for length in seqlens:
+        borders.append(borders[-1] + length)
+    return MicroBatch(
+        _on(device, [token for sequence in sequences for token in sequence]),
+        _on(device, [position for length in seqlens for position in range(length)]),
+        _on(device, borders, torch.int32),
+        seqlens,
+        _on(device, output_positions),
+        _on(device, labels),
+        len(labels),
     )
 
 
-def pack(examples: Sequence[Example], micro_batch_tokens: int) -> list[Batch]:
-    """Distribute ``examples`` over few micro-batches of at most ``micro_batch_tokens``: first-fit decreasing.
+def _on(device: torch.device, numbers: list[int], dtype: torch.dtype = torch.long) -> torch.Tensor:
+    tensor = torch.tensor(numbers, dtype=dtype)
+    if device.type != "cuda":
+        return tensor.to(device)
+    # Copying from pinned memory does not wait for the device to finish its current work.
+    return tensor.pin_memory().to(device, non_blocking=True)
 
-    What fills up a micro-batch does not count. A sequence that is longer than that has a
-    micro-batch of its own. Which sequences share one changes no result: attention does not cross
-    their borders, and each supervised token weighs the same (see `perplexity.summed_loss`).
+
+def pack(
+    examples: Sequence[Example], micro_batch_tokens: int, kernels: "Kernels"
+) -> list[MicroBatch]:
+    """Distribute ``examples`` over few micro-batches of at most ``micro_batch_tokens`` tokens.
+
+    First-fit decreasing; padding does not count. A longer sequence gets a micro-batch of its own.
+    The packing changes no result, since attention does not cross sequence boundaries and every
+    supervised token weighs the same (see `engine.loss`).
     """
     bins: list[list[int]] = []
     room: list[int] = []
@@ -117,4 +136,4 @@ def pack(examples: Sequence[Example], micro_batch_tokens: int) -> list[Batch]:
             room.append(micro_batch_tokens)
         bins[fit].append(index)
         room[fit] -= length
-    return [collate([examples[index] for index in sorted(members)]) for members in bins]
+    return [collate([examples[index] for index in sorted(members)], kernels) for members in bins]

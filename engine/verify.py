@@ -1,31 +1,39 @@
-"""Proof, on a sample, that batching changes no completion: decoded again, alone, by Transformers' own generate."""
+"""Checks on a sample that batching changes no completion.
 
-from collections.abc import Mapping, Sequence
+The sample is decoded again, one prompt at a time, by Transformers' own generate.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from transformers import LlamaForCausalLM
 
-from engine.decoding import Completion
-from engine.llama import forward_packed
-from engine.packing import Example, collate
-from grading.predictions import Key
+from engine.packing import collate_prompts
+from run.errors import UserError
 
 if TYPE_CHECKING:
+    from engine.decoding import Calculator, Completion
+    from engine.llama import Llama
+    from engine.strategy import Decoder, Greedy
     from engine.tokenizer import Tokenizer
-    from grading.calculator import ForcedResults
+
+Key = TypeVar("Key", bound=Hashable)
+
+# How many questions are verified in float32 by default.
+VERIFIED_IN_FLOAT32 = 4
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Where a completion from the batch leaves the one that generate writes alone.
+    """Where a batched completion differs from the one that generate writes for its prompt alone.
 
     Attributes:
-        position: of the first token that differs, from 0.
-        batched, alone: the two token ids there; None where a completion has ended before.
-        gaps: by how much the logit of ``alone`` is above that of ``batched`` there, as Transformers'
-            forward pass computes it and as ours does; None where one has no token there.
+        position: of the first token that differs, counted from 0.
+        batched, alone: the two token ids at that position; None if a completion has already ended.
+        gaps: logit of ``alone`` minus logit of ``batched`` at that position, in Transformers'
+            forward pass and in ours; None if either token is None.
     """
 
     position: int
@@ -40,52 +48,79 @@ class Difference:
         )
         text = f"token {self.position} is {batched} in the batch and {alone} alone"
         if self.gaps:
-            text += f"; alone, its logit is ahead by {self.gaps[0]:.3g} in Transformers and by {self.gaps[1]:.3g} here"
+            text += (
+                f"; alone, its logit is ahead by {self.gaps[0]:.3g} in Transformers "
+                f"and by {self.gaps[1]:.3g} here"
+            )
         return text
 
 
-def sample(keys: Sequence[Key], count: int) -> list[Key]:
-    """``count`` of ``keys``, evenly spread."""
+def spread(keys: Sequence[Key], count: int) -> list[Key]:
+    """Pick ``count`` of ``keys``, evenly spread."""
     count = min(count, len(keys))
     return [keys[number * len(keys) // count] for number in range(count)]
 
 
-def differences(
-    model: LlamaForCausalLM,
+def compare_with_generate(
+    model: "Llama",
     prompts: Mapping[Key, list[int]],
-    completions: Mapping[Key, Completion],
+    completions: Mapping[Key, "Completion"],
     *,
     max_new_tokens: int,
     eos_token_ids: frozenset[int],
-    calculator: "ForcedResults | None" = None,
+    calculator: "Calculator | None" = None,
 ) -> dict[Key, Difference]:
-    """Decode ``prompts`` again one at a time, and say where ``completions`` differ from that.
+    """Decode ``prompts`` again one at a time, and find where ``completions`` differ.
 
     Args:
-        prompts, completions: by which problem they are of, the same in both.
+        prompts, completions: with the same keys.
     """
     found = {}
+    model.eval()
     for key, prompt in prompts.items():
-        with torch.inference_mode():
-            if calculator is None:
-                alone = _generate(model, prompt, max_new_tokens, eos_token_ids)
-            else:
-                alone = _generate_with_calculator(
-                    model, prompt, max_new_tokens, eos_token_ids, calculator
-                )
-        batched = completions[key].token_ids
+        alone = _generate_alone(model, prompt, max_new_tokens, eos_token_ids, calculator)
         if alone and alone[-1] in eos_token_ids:
             alone.pop()
+        batched = completions[key].token_ids
         if alone != batched:
             found[key] = _first_difference(model, prompt, batched, alone)
     return found
 
 
+@torch.inference_mode()
+def _generate_alone(
+    model: "Llama",
+    prompt: list[int],
+    max_new_tokens: int,
+    eos_token_ids: frozenset[int],
+    calculator: "Calculator | None",
+) -> list[int]:
+    """The completion by generate, with the results of the calculator if there is one.
+
+    At each "=" for which the calculator has a result, the rest of generate's text is discarded, and
+    generate is called again from the end of the result.
+    """
+    written: list[int] = []
+    while len(written) < max_new_tokens:
+        left = max_new_tokens - len(written)
+        free = _generate(model, [*prompt, *written], left, eos_token_ids)
+        if calculator is None:
+            return free
+        # No result can follow the last token within the limit.
+        for number in range(1, min(len(free) + 1, left)):
+            if forced := calculator.after([*written, *free[:number]]):
+                written += [*free[: number - 1], *forced]
+                break
+        else:
+            return written + free
+    return written[:max_new_tokens]
+
+
 def _generate(
-    model: LlamaForCausalLM, prompt: list[int], max_new_tokens: int, eos_token_ids: frozenset[int]
+    model: "Llama", prompt: list[int], max_new_tokens: int, eos_token_ids: frozenset[int]
 ) -> list[int]:
     ids = torch.tensor([prompt], device=model.device)
-    output = model.generate(
+    output = model.pretrained.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         do_sample=False,
@@ -96,48 +131,100 @@ def _generate(
     return output[0, len(prompt) :].tolist()
 
 
-def _generate_with_calculator(
-    model: LlamaForCausalLM,
-    prompt: list[int],
-    max_new_tokens: int,
-    eos_token_ids: frozenset[int],
-    calculator: "ForcedResults",
-) -> list[int]:
-    """`_generate`, anew from the end of each forced result on, and up to the next.
-
-    What generate writes behind a "=" that is to be followed by a result is thrown away.
-    """
-    written: list[int] = []
-    while len(written) < max_new_tokens:
-        free = _generate(model, [*prompt, *written], max_new_tokens - len(written), eos_token_ids)
-        last = max_new_tokens - len(written)  # nothing follows this one
-        for number in range(1, min(len(free) + 1, last)):
-            if forced := calculator.after([*written, *free[:number]]):
-                written += [*free[: number - 1], *forced]
-                break
-        else:
-            return written + free
-    return written[:max_new_tokens]
-
-
+@torch.inference_mode()
 def _first_difference(
-    model: LlamaForCausalLM, prompt: list[int], batched: list[int], alone: list[int]
+    model: "Llama", prompt: list[int], batched: list[int], alone: list[int]
 ) -> Difference:
-    position = next(
-        (
-            number
-            for number, (one, other) in enumerate(zip(batched, alone, strict=False))
-            if one != other
-        ),
-        min(len(batched), len(alone)),
-    )
+    pairs = enumerate(zip(batched, alone, strict=False))
+    shorter = min(len(batched), len(alone))
+    position = next((number for number, (one, other) in pairs if one != other), shorter)
     tokens = [ids[position] if position < len(ids) else None for ids in (batched, alone)]
     if None in tokens:
         return Difference(position, *tokens, None)
     prefix = [*prompt, *alone[:position]]
-    batch = collate([Example([*prefix, 0], [0] * (len(prefix) + 1))]).to(model.device)
-    with torch.inference_mode():
-        theirs = model(torch.tensor([prefix], device=model.device)).logits[0, -1].float()
-        ours = model.lm_head(forward_packed(model, batch)[len(prefix) - 1]).float()
+    theirs = model.pretrained(torch.tensor([prefix], device=model.device)).logits[0, -1].float()
+    ours = _logits_after(model, prefix).float()
     gaps = tuple((logits[tokens[1]] - logits[tokens[0]]).item() for logits in (theirs, ours))
     return Difference(position, *tokens, gaps)
+
+
+def _logits_after(model: "Llama", ids: list[int]) -> torch.Tensor:
+    """The logits ``[vocabulary]`` of the next token, by our forward pass."""
+    packed = collate_prompts([ids], model.kernels)
+    attend = partial(model.kernels.attention, packed, 0.0)
+    inputs = packed.input_ids, packed.position_ids, attend, packed.output_positions
+    return model.next_logits(*inputs, count=1)[0]
+
+
+def verify_batching(
+    decoder: "Decoder",
+    how: "Greedy",
+    recorded: Mapping[tuple[int, int], str],
+    completions: Mapping[tuple[int, int], "Completion"],
+    count: int | None,
+) -> dict[str, Any]:
+    """Decode ``count`` of the questions again one at a time, compare, and print the result.
+
+    Args:
+        recorded: the text of every completion.
+        completions: the completions that this process decoded. Only the text of the others is
+            known, so they are decoded in a batch once more.
+        count: None for `VERIFIED_IN_FLOAT32` in float32, and for 0 in any other dtype.
+
+    Returns:
+        ``verified_batching``, with the number of ``problems`` and of ``differences``; empty if
+        none was verified.
+
+    Raises:
+        UserError: a completion differs in float32.
+    """
+    must_match = decoder.model.dtype == torch.float32
+    if count is None:
+        count = VERIFIED_IN_FLOAT32 if must_match else 0
+    chosen = spread(sorted(recorded), count)
+    if not chosen:
+        return {}
+    faults = _differences_from_generate(decoder, how, chosen, recorded, completions)
+    if faults and must_match:
+        (number, _), fault = next(iter(faults.items()))
+        raise UserError(
+            f"{len(faults)} of {len(chosen)} completions differ from Transformers' generate, one "
+            f"prompt at a time (problem {number}: {fault}): no score is reported, since batching "
+            "must not change anything in float32; --verify-batching 0 skips this check"
+        )
+    print(
+        f"verified: {len(chosen) - len(faults)} of {len(chosen)} completions"
+        + (" with the calculator" if how.calculator else "")
+        + " match Transformers' generate, one prompt at a time"
+    )
+    for (number, _), fault in faults.items():
+        print(f"  problem {number}: {fault}")
+    return {"verified_batching": {"problems": len(chosen), "differences": len(faults)}}
+
+
+def _differences_from_generate(
+    decoder: "Decoder",
+    how: "Greedy",
+    chosen: Sequence[tuple[int, int]],
+    recorded: Mapping[tuple[int, int], str],
+    completions: Mapping[tuple[int, int], "Completion"],
+) -> dict[tuple[int, int], str]:
+    """Describes the differences in ``chosen``; see `verify_batching`."""
+    batched = {which: completions[which] for which in chosen if which in completions}
+    others = [which for which in chosen if which not in completions]
+    for completion in decoder.completions(others, how):
+        batched[others[completion.index]] = completion
+    found = compare_with_generate(
+        decoder.model,
+        {which: decoder.prompts[which[0]] for which in chosen},
+        batched,
+        max_new_tokens=decoder.max_new_tokens,
+        eos_token_ids=decoder.eos_token_ids,
+        calculator=how.calculator,
+    )
+    faults = {which: difference.describe(decoder.tokenizer) for which, difference in found.items()}
+    for which in others:
+        text = decoder.tokenizer.decode(batched[which].token_ids)
+        if which not in faults and text != recorded[which]:
+            faults[which] = "the recorded completion is not the one that this machine produces now"
+    return faults

@@ -1,1 +1,1 @@
-"""Judges text: rows and completions in; verdicts, scores and reports out. Never imports torch."""
+"""Turns rows and completions into verdicts, scores and reports. Never imports torch."""

@@ -1,48 +1,51 @@
-"""Arithmetic as GSM8K writes it: what an expression is worth, whether an equation is true, and results forced into
-what a model writes (calculator decoding, arXiv:2110.14168)."""
+"""Arithmetic in GSM8K's notation: the value of an expression, and the first false equation."""
 
 import re
 from collections.abc import Iterator
 from fractions import Fraction
 
-# Bounds on text that a model wrote: what is beyond them has no value here, and costs no time.
+# The text comes from a model, so we limit its number of characters, the nesting of parentheses and
+# the size of numbers. Anything beyond these limits has no value here, and costs no time.
 LONGEST, DEEPEST, LARGEST = 200, 20, 10**30
 
-
+# "<<48/2=24>>": the expression and its result.
 ANNOTATION = re.compile(r"<<([^<>=]*)=([^<>=]*)>>")
 
-
+# "1,450,000", "0.5", ".5"
 NUMBER = r"(?:[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?|\.[0-9]+)"
 
-
+# In "48 / 2": "48", " /", " 2".
 _TOKEN = re.compile(rf"\s*({NUMBER}|//|[-+*/()%])")
 
-
-# As people write them, and what they stand for. An x is a product before a number only: "2x - 3" is none.
+# Other spellings of operators: "4 x 5" and "4 × 5" are "4 * 5". An x is a product only between
+# numbers, since "2x - 3" contains a variable.
 _SPELLINGS = (
     (r"[×]|(?<=[0-9)%.\s])[xX](?=\s*[$(.]?[0-9])", "*"),
     ("÷", "/"),
     ("[−–]", "-"),
-    (r"\$", ""),
+    (r"\$", " "),
 )
 
-
-# In running text: what may be an expression, "=", and a whole number that nothing goes on with, as in "= 1 1/2".
-# The bounds keep the time linear in the text.
+# In "It is 3 * 4 = 13 eggs": "3 * 4" and "13". That is a possible expression, "=", and a complete
+# number, unlike the 1 of "= 1 1/2". The bounded repetitions keep the time linear.
 _RUN, _BLANKS = r"[-+*/().,%0-9 \t]", r"[ \t]{0,3}"
-
-
 _EQUATION = re.compile(
-    rf"(?<![\w:).,%(+*/-])({_RUN}{{0,{LONGEST}}}[0-9)%]{_BLANKS})=[ \t]{{0,{LONGEST}}}((?>-?{NUMBER}%?))"
+    rf"(?<![\w:).,%(+*/-])({_RUN}{{0,{LONGEST}}}[0-9)%]{_BLANKS})"
+    rf"=[ \t]{{0,{LONGEST}}}((?>-?{NUMBER}%?))"
     rf"(?!{_BLANKS}[*/+(0-9]|{_BLANKS}-{_BLANKS}[0-9.(])",
 )
 
+_BULLET = re.compile(r"^\s*[-*] ")  # the "- " of "- 5 + 6 = 11" in a list
+_LEADING_PUNCTUATION = re.compile(r"^(?:[ \t,]|\.(?![0-9]))+")  # the ", " of ", 5 + 6", not ".5"
+_DANGLING_OPERATOR = re.compile(r"[+*/]|-\s")  # the "- " of "- 3", after words: "40 marbles - 3"
 
-def evaluate(expression: str) -> Fraction | None:
+
+def value_of(expression: str) -> Fraction | None:
     """The exact value of an expression of numbers, ``+ - * / // ( )`` and ``%`` (a hundredth).
 
-    None where it is none: other characters, a missing operand, a division by zero, or beyond the
-    bounds above. Commas within numbers are thousands' separators. Nothing is ever executed.
+    None for anything else, such as other characters, a missing operand, a division by zero, or a
+    size beyond the limits above. Commas within numbers are thousands separators. Nothing is
+    executed.
     """
     if len(expression) > LONGEST:
         return None
@@ -61,7 +64,11 @@ def evaluate(expression: str) -> Fraction | None:
 
 
 class _Parser:
-    """Recursive descent over ``sum = product ([+-] product)*``, ``product = factor ([*/] factor)*``."""
+    """Recursive descent.
+
+    ``sum = product ([+-] product)*``, ``product = factor ([*/] factor)*``,
+    ``factor = ([+-] factor | "(" sum ")" | number) "%"*``
+    """
 
     def __init__(self, tokens: list[str]):
         self._tokens = [*tokens, ""]
@@ -110,7 +117,8 @@ class _Parser:
             if not self._take(")"):
                 raise ValueError("a parenthesis is open")
         else:
-            result = _bounded(Fraction(self._tokens[self._next].replace(",", "") or "none"))
+            # Raises ValueError if this is not a number but an operator or the end.
+            result = _bounded(Fraction(self._tokens[self._next].replace(",", "")))
             self._next += 1
         self._depth -= 1
         while self._take("%"):
@@ -125,36 +133,40 @@ def _bounded(value: Fraction) -> Fraction:
 
 
 def first_false_equation(text: str) -> str | None:
-    """The first ``<<expression=result>>`` or ``a op b = c`` in ``text`` that is not true, as it stands there.
+    """The first ``<<expression=result>>`` or ``a op b = c`` in ``text`` that is false, verbatim.
 
-    What can't be read as arithmetic is neither true nor false. A result with decimals is true
-    where it is the exact one, rounded.
+    Text that can't be read as arithmetic is neither true nor false. A result with decimals is true
+    if it is the exact value, rounded.
     """
     found = sorted(_equations(text), key=lambda equation: equation[0])
     return next((shown for _, shown, left, right in found if is_true(left, right) is False), None)
 
 
 def _equations(text: str) -> Iterator[tuple[int, str, str, str]]:
+    """Each equation's position, the text to display, its left side and its right side."""
     for match in ANNOTATION.finditer(text):
         yield match.start(), match[0], match[1], match[2]
-    # Blanks of the same length: places in the text stay what they are.
-    plain = ANNOTATION.sub(lambda match: " " * len(match[0]), text)
+    # Replaced by spaces of the same length, so that all other positions remain the same.
+    plain = ANNOTATION.sub(_blanks, text)
     for line in re.finditer(r"[^\n]+", plain):
         written = line[0]
-        for pattern, meaning in _SPELLINGS:
-            written = re.sub(pattern, meaning or " ", written)
-        written = re.sub(r"^\s*[-*] ", lambda bullet: " " * len(bullet[0]), written)
+        for spelling, meaning in _SPELLINGS:
+            written = re.sub(spelling, meaning, written)
+        written = _BULLET.sub(_blanks, written)
         for match in _EQUATION.finditer(written):
-            left = re.sub(r"^(?:[ \t,]|\.(?![0-9]))+", "", match[1])
-            # "40 marbles - 3 = 37" begins before what could be read.
-            if re.search(r"[-+*/]", left[1:]) and not re.match(r"[+*/]|-\s", left):
+            left = _LEADING_PUNCTUATION.sub("", match[1])
+            if re.search(r"[-+*/]", left[1:]) and not _DANGLING_OPERATOR.match(left):
                 shown = f"{left.strip()} = {match[2]}"
                 yield line.start() + match.start(), shown, left, match[2]
 
 
+def _blanks(match: re.Match[str]) -> str:
+    return " " * len(match[0])
+
+
 def is_true(expression: str, result: str) -> bool | None:
-    """Whether ``expression`` is worth ``result``; None where either can't be read."""
-    exact, claimed = evaluate(expression), evaluate(result)
+    """Whether the value of ``expression`` is ``result``; None if either can't be read."""
+    exact, claimed = value_of(expression), value_of(result)
     if exact is None or claimed is None:
         return None
     # "30 / 60 * 100 = 50%" is true, and so is "30 / 60 = 50%".

@@ -1,11 +1,13 @@
-"""Do two evaluations really differ?"""
+"""Tests whether two evaluations really differ: McNemar's paired test on their shared problems."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from grading.rules import correct_openai, some, visible
+from grading.results import read_predictions
+from grading.rules import first_few, grade_row, report_contradictions, visible
 from run.errors import UserError
 
 
@@ -14,14 +16,15 @@ class Comparison:
     """Two evaluations on the problems that they share.
 
     Attributes:
-        num_problems: how many these are.
-        num_correct: of the first, and of the second.
-        lost, won: ids that only the first, and only the second has right.
-        p_value: of the exact McNemar test (McNemar, Psychometrika 12, 1947): how often a difference
-            at least as large comes up by chance, where neither is better.
-        difference: second less first, as a fraction of the problems.
-        interval: 95 % of it, exact given how many problems were won or lost: it leaves out zero where
-            the p-value is below 0.05 (Clopper and Pearson, Biometrika 26, 1934).
+        num_problems: how many they share.
+        num_correct: how many of these the first and the second evaluation get right.
+        lost, won: ids that only the first, or only the second evaluation gets right.
+        p_value: of the exact McNemar test (McNemar, Psychometrika 12, 1947), the probability of a
+            difference at least this large by chance, if neither is better.
+        difference: second minus first, as a fraction of the problems.
+        interval: the 95 % interval of the difference, exact given the number of problems won or
+            lost. It excludes zero if and only if the p-value is below 0.05 (Clopper and Pearson,
+            Biometrika 26, 1934).
     """
 
     num_problems: int
@@ -33,67 +36,87 @@ class Comparison:
     interval: tuple[float, float]
 
 
+def compare_files(first: Path, second: Path) -> Comparison:
+    """Compare two ``predictions.jsonl``."""
+    rows = [read_predictions(file) for file in (first, second)]
+    for file, its_rows in zip((first, second), rows, strict=True):
+        report_contradictions(its_rows, file)
+    return compare(*rows, (str(first), str(second)))
+
+
 def compare(
-    first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]], names: tuple[str, str]
+    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], names: tuple[str, str]
 ) -> Comparison:
-    """Compare by the headline rule.
+    """Compare two evaluations by the headline rule.
 
     Raises:
-        UserError: a double id, an id that stands for different problems, or no problem in common.
+        UserError: an id is duplicated or belongs to different problems, or the evaluations have no
+            problem in common.
     """
-    by_id = tuple(_by_id(rows, name) for rows, name in zip((first, second), names, strict=True))
-    common = sorted(by_id[0].keys() & by_id[1].keys())
-    for identity in common:
-        for key in ("gold", "question"):
-            one, other = (rows[identity].get(key) for rows in by_id)
-            if one != other and None not in (one, other):
-                raise UserError(
-                    f"{names[0]} and {names[1]}: id {identity} has the {key} {_parting(one, other)} in one and "
-                    f"{_parting(other, one)} in the other: compare evaluations of the same rows"
-                )
-    if not common:
+    ours, theirs = _by_id(first, names[0]), _by_id(second, names[1])
+    shared = sorted(ours.keys() & theirs.keys())
+    if not shared:
         raise UserError(
-            f"{names[0]} and {names[1]}: have no problem in common: compare evaluations of the same split"
+            f"{names[0]} and {names[1]}: have no problem in common: "
+            "compare evaluations of the same split"
         )
-    right = tuple(
-        [correct_openai(rows[i]["completion"], rows[i]["gold"]) for i in common] for rows in by_id
-    )
-    pairs = list(zip(common, *right, strict=True))
-    lost = [identity for identity, one, other in pairs if one and not other]
-    won = [identity for identity, one, other in pairs if other and not one]
+    for number in shared:
+        _check_same_problem(ours[number], theirs[number], names)
+    right_before = {number for number in shared if grade_row(ours[number]).correct}
+    right_after = {number for number in shared if grade_row(theirs[number]).correct}
+    lost, won = sorted(right_before - right_after), sorted(right_after - right_before)
     p_value, low, high = _mcnemar(len(lost), len(won))
     return Comparison(
-        num_problems=len(common),
-        num_correct=(sum(right[0]), sum(right[1])),
+        num_problems=len(shared),
+        num_correct=(len(right_before), len(right_after)),
         lost=lost,
         won=won,
         p_value=p_value,
-        difference=(len(won) - len(lost)) / len(common),
-        interval=(low / len(common), high / len(common)),
+        difference=(len(won) - len(lost)) / len(shared),
+        interval=(low / len(shared), high / len(shared)),
     )
 
 
-def _parting(one: object, other: object) -> str:
-    """``one`` from shortly before where it parts from ``other``: such that the difference can be seen."""
-    text, pairs = str(one), zip(str(one), str(other), strict=False)
-    same = next((place for place, (here, there) in enumerate(pairs) if here != there), len(text))
-    return visible(text[max(0, same - 20) :][:60])
+def gain(greedy: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The problems that ``other`` predictions win and lose against greedy ones, for scores.json."""
+    comparison = compare(greedy, other, ("the greedy predictions", "the others"))
+    return {"won": comparison.won, "lost": comparison.lost, "p_value": comparison.p_value}
 
 
-def _by_id(rows: Sequence[dict[str, Any]], name: str) -> dict[int, dict[str, Any]]:
+def _by_id(rows: Sequence[Mapping[str, Any]], name: str) -> dict[int, Mapping[str, Any]]:
     by_id = {row["id"]: row for row in rows}
     if len(by_id) < len(rows):
-        double = [
-            identity for identity, count in Counter(row["id"] for row in rows).items() if count > 1
-        ]
+        counts = Counter(row["id"] for row in rows)
+        duplicates = [number for number, count in counts.items() if count > 1]
         raise UserError(
-            f"{name}: double ids {some(double)}: there must be one prediction a problem; evaluate again"
+            f"{name}: duplicate ids {first_few(duplicates)}: there must be one prediction per "
+            "problem; evaluate again"
         )
     return by_id
 
 
+def _check_same_problem(
+    first: Mapping[str, Any], second: Mapping[str, Any], names: tuple[str, str]
+) -> None:
+    for key in ("gold", "question"):
+        one, other = first.get(key), second.get(key)
+        if one != other and None not in (one, other):
+            raise UserError(
+                f"{names[0]} and {names[1]}: id {first['id']} has the {key} "
+                f"{_around_difference(one, other)} in one and {_around_difference(other, one)} in "
+                "the other: compare evaluations of the same rows"
+            )
+
+
+def _around_difference(one: object, other: object) -> str:
+    """An excerpt of ``one`` around its first difference from ``other``."""
+    text, pairs = str(one), zip(str(one), str(other), strict=False)
+    start = next((place for place, (here, there) in enumerate(pairs) if here != there), len(text))
+    return visible(text[max(0, start - 20) :][:60])
+
+
 def _mcnemar(lost: int, won: int) -> tuple[float, float, float]:
-    """The exact two-sided p-value, and the 95 % interval of ``won - lost`` given their sum."""
+    """The exact two-sided p-value, and the 95 % interval of ``won - lost``, given their sum."""
     from scipy.stats import binomtest
 
     changed = lost + won
@@ -106,9 +129,3 @@ def _mcnemar(lost: int, won: int) -> tuple[float, float, float]:
         (2 * float(share.low) - 1) * changed,
         (2 * float(share.high) - 1) * changed,
     )
-
-
-def gain(greedy: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What ``other`` predictions of the same problems win and lose against ``greedy``, for ``scores.json``."""
-    found = compare(greedy, other, ("the greedy predictions", "the others"))
-    return {"won": found.won, "lost": found.lost, "p_value": found.p_value}

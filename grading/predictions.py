@@ -1,45 +1,62 @@
-"""predictions.jsonl: what a model wrote for each problem, as it grows, and read again."""
+"""Writes predictions.jsonl: one line per completion, each safe as soon as it is written."""
 
-import codecs
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from grading import mistakes, rules
 from grading.dataset import Problem
-from run.errors import UserError, one_line
+from grading.results import (
+    IDENTITY_FILE,
+    PREDICTIONS_FILE,
+    SCORES_FILE,
+    CompletionId,
+    changed_settings,
+    completion_id,
+    previous_timing,
+    read_identity,
+    read_predictions,
+)
+from grading.rules import count_steps, grade, grade_row
+from run.errors import UserError
 from run.files import naming, replace_file, sync_open
+from run.locks import locked
 
-# A kill loses no line that was written; this is what the loss of power may take. Each sync costs milliseconds.
+# A kill loses no line that was written. A power cut may lose the lines since the last sync, which
+# takes milliseconds.
 SECONDS_BETWEEN_SYNCS = 1.0
 
-
-PREDICTIONS_FILE, SCORES_FILE, IDENTITY_FILE = "predictions.jsonl", "scores.json", "evaluation.json"
-
-
-FIRST_BYTES = b'{"id": '  # of each line
+FIRST_BYTES = b'{"id": '  # the beginning of every line
 
 
-KINDS = {"id": int, "gold": str, "completion": str, "stop": str, "correct": bool, "sample": int}
-
-
-NEEDED = ("id", "gold", "completion")  # of these in each line
-
-
-# Which completion a row is: of which problem, and which sample of it; greedy decoding writes one, number 0.
-Key = tuple[int, int]
+@contextmanager
+def writing_into(*folders: Path) -> Iterator[None]:
+    """Make ``folders``, keep other evaluations out, and remove those that are empty at the end."""
+    with ExitStack() as stack:
+        for folder in folders:
+            refusal = (
+                f"{folder}: another process is evaluating into it: wait for it, or choose another "
+                "--output"
+            )
+            try:
+                stack.enter_context(locked(folder, refusal))
+            except OSError as error:
+                raise UserError(
+                    f"{folder}: can't be written ({error.strerror}): choose another --output"
+                ) from None
+        yield
 
 
 class PredictionsFile:
-    """``predictions.jsonl`` as it grows, and what it holds from before.
+    """A growing ``predictions.jsonl``, which may begin with rows of an interrupted evaluation.
 
     Attributes:
-        rows: the predictions by `Key`.
-        num_correct: how many of them are, by the headline rule.
-        identity: all that a completion depends on, with ``num_problems``, and ``num_samples`` where
-            there are samples.
+        rows: the predictions by `CompletionId`.
+        num_correct: correct rows so far, by the headline rule.
+        identity: everything that a completion depends on, plus ``num_problems``, and
+            ``num_samples`` if there are samples.
     """
 
     def __init__(
@@ -48,108 +65,91 @@ class PredictionsFile:
         identity: dict[str, Any],
         num_problems: int,
         num_samples: int | None = None,
+        *,
+        seconds_between_syncs: float = SECONDS_BETWEEN_SYNCS,
     ):
-        """Read what an interrupted evaluation with the same identity left in ``folder``; nothing is written yet.
+        """Read the rows of an interrupted evaluation with the same identity. Write nothing yet.
 
         Args:
-            num_samples: of each problem; None for the one completion of greedy decoding.
+            num_samples: per problem; None for greedy decoding, which has one completion.
 
         Raises:
-            UserError: what is there belongs to another evaluation, or holds more than asked for
-                now, or can't be read.
+            UserError: the folder belongs to another evaluation, contains more completions than are
+                now asked for, or can't be read.
         """
         self.folder, self.file = folder, folder / PREDICTIONS_FILE
-        self._asked = {"num_problems": num_problems} | (
-            {"num_samples": num_samples} if num_samples else {}
-        )
-        self.identity = identity | self._asked
-        self.rows: dict[Key, dict[str, Any]] = {}
-        self._dropped: list[str] = []
+        self.identity = identity | {"num_problems": num_problems}
+        if num_samples:
+            self.identity |= {"num_samples": num_samples}
+        self._num_problems, self._num_samples = num_problems, num_samples or 1
+        self._seconds_between_syncs = seconds_between_syncs
         self._synced = time.monotonic()
+        self.rows: dict[CompletionId, dict[str, Any]] = {}
+        self._dropped: list[str] = []
         try:
-            if self.file.exists():
-                self._read_finished()
-            elif others := [
-                name for name in (SCORES_FILE, IDENTITY_FILE) if (folder / name).exists()
-            ]:
-                raise UserError(
-                    f"{folder}: holds {' and '.join(others)} of something else: choose another --output"
-                )
+            self._read_finished()
         except OSError as error:
             raise UserError(
                 f"{folder}: can't be read ({error.strerror}): choose another --output"
             ) from None
-        self.num_correct = sum(is_correct(row) for row in self.rows.values())
+        self.num_correct = sum(grade_row(row).correct for row in self.rows.values())
 
     @property
     def size(self) -> int:
-        """How many rows it will hold."""
-        return self._asked["num_problems"] * self._asked.get("num_samples", 1)
+        """The number of rows in the complete file."""
+        return self._num_problems * self._num_samples
 
-    def missing(self) -> list[Key]:
-        """Which completions it does not hold yet, problem after problem."""
-        samples = range(self._asked.get("num_samples", 1))
+    def missing(self) -> list[CompletionId]:
+        """The completions that have not been written yet, problem by problem."""
         asked = (
-            (index, sample) for index in range(self._asked["num_problems"]) for sample in samples
+            CompletionId(problem, sample)
+            for problem in range(self._num_problems)
+            for sample in range(self._num_samples)
         )
-        return [key for key in asked if key not in self.rows]
+        return [completion for completion in asked if completion not in self.rows]
 
     def _read_finished(self) -> None:
+        if not self.file.exists():
+            others = [
+                name for name in (SCORES_FILE, IDENTITY_FILE) if (self.folder / name).exists()
+            ]
+            if others:
+                raise UserError(
+                    f"{self.folder}: contains {' and '.join(others)} of something else: "
+                    "choose another --output"
+                )
+            return
         cure = f"choose another --output, or move {self.folder} away"
+        not_ours = f"{self.file}: is not a {PREDICTIONS_FILE} of this program: {cure}"
         content = self.file.read_bytes()
-        if b"\n" not in content:  # stopped before its first completion: nothing to mix with
+        if b"\n" not in content:  # stopped before its first completion, so there is nothing to mix
             if content[: len(FIRST_BYTES)] != FIRST_BYTES[: len(content)]:
-                raise UserError(f"{self.file}: is no {PREDICTIONS_FILE} of this program: {cure}")
+                raise UserError(not_ours)
             return
         try:
             before = read_identity(self.folder / IDENTITY_FILE)
         except UserError as error:
             raise UserError(f"{str(error).partition(': move')[0]}: {cure}") from None
-        if changed := differences(before, self.identity):
+        if changed := changed_settings(before, self.identity):
             raise UserError(
                 f"{self.file}: belongs to another evaluation ({'; '.join(changed)}): {cure}"
             )
-        self.rows, self._dropped = _mended(self.file)
+        self.rows, self._dropped = _read_repaired(self.file)
         if not self.rows and content[: len(FIRST_BYTES)] != FIRST_BYTES:
-            raise UserError(f"{self.file}: is no {PREDICTIONS_FILE} of this program: {cure}")
-        if not self.rows:
-            return
-        held = {
-            "problems": max(index for index, _ in self.rows) + 1,
-            "samples": max(s for _, s in self.rows) + 1,
-        }
-        for what, count in held.items():
-            if count > (asked := self._asked.get(f"num_{what}", 1)):
-                raise UserError(
-                    f"{self.file}: holds {count} {what}, with {asked} asked for now: {cure}"
-                )
+            raise UserError(not_ours)
+        self._check_size(cure)
 
-    def write(
-        self, key: Key, problem: Problem, completion: str, stop: str, num_tokens: int
-    ) -> None:
-        """Add one prediction as one whole line."""
-        label, false_equation = mistakes.mistake(completion, problem.gold, stop)
-        row = {
-            "id": key[0],
-            **({"sample": key[1]} if "num_samples" in self._asked else {}),
-            "question": problem.question,
-            "gold": problem.gold,
-            "completion": completion,
-            "answer": rules.extract_openai(completion),
-            "correct": rules.correct_openai(completion, problem.gold),
-            "stop": stop,
-            "num_tokens": num_tokens,
-            "label": label,
-            "false_equation": false_equation,
-            "steps": mistakes.count_steps(problem.answer),
-        }
-        with naming(self.file):
-            self._stream.write(_json_line(row))
-            self._stream.flush()
-        if time.monotonic() - self._synced >= SECONDS_BETWEEN_SYNCS:
-            self._sync()
-        self.rows[key] = row
-        self.num_correct += row["correct"]
+    def _check_size(self, cure: str) -> None:
+        """Raises UserError if there are more problems or samples than are asked for."""
+        for unit, asked, found in (
+            ("problems", self._num_problems, {row.problem for row in self.rows}),
+            ("samples", self._num_samples, {row.sample for row in self.rows}),
+        ):
+            count = max(found, default=-1) + 1
+            if count > asked:
+                raise UserError(
+                    f"{self.file}: contains {count} {unit}, but {asked} are asked for now: {cure}"
+                )
 
     def __enter__(self) -> "PredictionsFile":
         """Open the file for more rows.
@@ -159,18 +159,17 @@ class PredictionsFile:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            whole = "".join(_json_line(row) for row in self.rows.values())
-            if self.file.exists() and self.file.read_bytes() != whole.encode():
-                replace_file(self.file, whole)  # without the line that a kill cut in the middle
+            intact = "".join(_json_line(row) for row in self.rows.values())
+            if self.file.exists() and self.file.read_bytes() != intact.encode():
+                replace_file(self.file, intact)  # without a line that a kill cut short
             if self._dropped:
                 print(
-                    f"{self.file}: dropped {' and '.join(self._dropped)}, as two writers at a time leave them"
+                    f"{self.file}: dropped {' and '.join(self._dropped)}, probably left by two "
+                    "processes writing at the same time"
                 )
             self._stream = self.file.open("a", encoding="utf-8")
             try:
-                replace_file(
-                    self.folder / IDENTITY_FILE, json.dumps(self.identity, indent=2) + "\n"
-                )
+                self.record({} if self.missing() else previous_timing(self.folder))
             except OSError:
                 self._stream.close()
                 raise
@@ -179,6 +178,27 @@ class PredictionsFile:
                 f"{self.folder}: can't be written ({error.strerror}): choose another --output"
             ) from None
         return self
+
+    def record(self, timing: dict[str, Any]) -> None:
+        """Write ``evaluation.json``, with what no later process can measure of the decoding.
+
+        So a kill before the scores are written does not lose it.
+        """
+        content = self.identity | ({"timing": timing} if timing else {})
+        replace_file(self.folder / IDENTITY_FILE, json.dumps(content, indent=2) + "\n")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a prediction as a complete line."""
+        try:
+            self._stream.write(_json_line(row))
+            self._stream.flush()
+        except OSError as error:  # which does not name the file
+            error.filename = error.filename or str(self.file)
+            raise
+        if time.monotonic() - self._synced >= self._seconds_between_syncs:
+            self._sync()
+        self.rows[completion_id(row)] = row
+        self.num_correct += row["correct"]
 
     def _sync(self) -> None:
         sync_open(self._stream.fileno(), self.file)
@@ -192,130 +212,50 @@ class PredictionsFile:
                 self._stream.close()
 
 
-def key_of(row: dict[str, Any]) -> Key:
-    return row["id"], row.get("sample", 0)
+def graded_row(
+    problem_id: int,
+    sample: int | None,
+    problem: Problem,
+    completion: str,
+    stop: str,
+    num_tokens: int,
+) -> dict[str, Any]:
+    """One completion with its verdict, as a row of ``predictions.jsonl``.
 
-
-def is_correct(row: dict[str, Any]) -> bool:
-    """By the headline rule, whatever the row says of itself."""
-    return rules.correct_openai(row["completion"], row["gold"])
-
-
-def say_contradictions(rows: Iterable[dict[str, Any]], source: object) -> None:
-    """Print one line where rows say of themselves what the headline rule does not."""
-    found = [row["id"] for row in rows if "correct" in row and row["correct"] != is_correct(row)]
-    if found:
-        print(
-            f"{source}: {len(found)} rows have a 'correct' that the headline rule contradicts (ids "
-            f"{rules.some(found)}): the rule counts"
-        )
+    Args:
+        sample: its number; None in greedy decoding.
+    """
+    steps = count_steps(problem.answer)
+    verdict = grade(completion, problem.gold, stop)
+    return {
+        "id": problem_id,
+        **({} if sample is None else {"sample": sample}),
+        "question": problem.question,
+        "gold": problem.gold,
+        "completion": completion,
+        "answer": verdict.answer,
+        "correct": verdict.correct,
+        "stop": stop,
+        "num_tokens": num_tokens,
+        "label": verdict.label,
+        "false_equation": verdict.false_equation,
+        "steps": steps,
+    }
 
 
 def _json_line(row: dict[str, Any]) -> str:
-    return (
-        json.dumps(row) + "\n"
-    )  # ASCII: U+2028 in a question must not look like a line's end to anyone
+    """In ASCII, so that no program mistakes a U+2028 in a question for the end of the line."""
+    return json.dumps(row) + "\n"
 
 
-def _mended(file: Path) -> tuple[dict[Key, dict[str, Any]], list[str]]:
-    """The first row of each completion in a ``predictions.jsonl``, and what had to be left out, in words."""
+def _read_repaired(file: Path) -> tuple[dict[CompletionId, dict[str, Any]], list[str]]:
+    """The first row of each completion, and descriptions of the lines that were dropped."""
     damaged: list[int] = []
     read = read_predictions(file, drop_cut_line=True, damaged=damaged)
-    possible = [row for row in read if min(key_of(row)) >= 0]
-    rows: dict[Key, dict[str, Any]] = {}
+    possible = [row for row in read if min(completion_id(row)) >= 0]
+    rows: dict[CompletionId, dict[str, Any]] = {}
     for row in possible:
-        rows.setdefault(key_of(row), row)
-    double, unread = len(possible) - len(rows), len(damaged) + len(read) - len(possible)
-    counts = ((double, "that stood there before"), (unread, "that can't be read"))
-    return rows, [f"{count} line{'s' * (count > 1)} {what}" for count, what in counts if count]
-
-
-def read_predictions(
-    file: Path, drop_cut_line: bool = False, damaged: list[int] | None = None
-) -> list[dict[str, Any]]:
-    """The rows of a ``predictions.jsonl``, each checked to have what scoring needs.
-
-    Those of other programs may lack ``stop`` (or have null there) and ``correct``.
-
-    Args:
-        drop_cut_line: a last line without its end, from a kill, is no error.
-        damaged: takes the numbers of lines that are no predictions; None: the first is an error.
-    """
-    try:
-        lines = (
-            file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
-        )  # which editors may add
-    except OSError as error:
-        raise UserError(
-            f"{file}: can't be read ({error.strerror}): name a predictions.jsonl"
-        ) from None
-    if lines[-1] == b"" or drop_cut_line:
-        lines.pop()
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line.decode("utf-8"))  # of bytes json would guess the encoding
-            if row.get("stop", "") is None:  # so some programs write that they don't know
-                del row["stop"]
-            for key, kind in KINDS.items():
-                if (key in row or key in NEEDED) and type(row[key]) is not kind:
-                    raise ValueError(f"{key!r} is {row[key]!r}, not of type {kind.__name__}")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            if damaged is not None:
-                damaged.append(number)
-                continue
-            raise UserError(
-                f"{file}, line {number}: is no prediction ({type(error).__name__}: {one_line(error)[:120]}): each line "
-                f"is an object with {', '.join(NEEDED)}, as evaluate.py writes them; restore it or evaluate again"
-            ) from None
-        rows.append(row)
-    return rows
-
-
-def read_identity(file: Path) -> dict[str, Any]:
-    """An ``evaluation.json``, or the ``scores.json`` that holds the same and more; empty where there is none."""
-    try:
-        identity = json.loads(file.read_bytes()) if file.exists() else {}
-        counts = [identity.get(key, 1) for key in ("num_problems", "num_samples")]
-        if not all(isinstance(count, int) for count in counts):
-            raise ValueError("num_problems and num_samples must be whole numbers")
-        return identity
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{file}: is damaged ({one_line(error)[:120]}): move it away or evaluate again"
-        ) from None
-
-
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """In what two evaluations differ, apart from how many problems they are of and how the checkpoint is spelt."""
-    return [
-        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
-        for key in (before | now)
-        # weights says which model it is
-        if key not in ("num_problems", "num_samples", "checkpoint")
-        and before.get(key) != now.get(key)
-        # An older version did not write it down; it read a lone tokenizer.model otherwise, and all else as now.
-        and not (
-            key == "tokenizer"
-            and key not in before
-            and not str(now[key]).startswith("tokenizer.model")
-        )
-    ]
-
-
-def read_scores(file: Path) -> dict[str, Any]:
-    """A ``scores.json``; nothing where it is damaged, since it is written anew from the predictions."""
-    try:
-        return read_identity(file)
-    except UserError:
-        return {}
-
-
-def said_before(folder: Path) -> dict[str, Any]:
-    """What an earlier ``scores.json`` in ``folder`` says of the decoding: its time, and whether it was verified."""
-    before = read_scores(folder / SCORES_FILE)
-    return {
-        key: before[key]
-        for key in ("seconds", "tokens_per_second", "verified_batching")
-        if key in before
-    }
+        rows.setdefault(completion_id(row), row)
+    duplicate, invalid = len(possible) - len(rows), len(damaged) + len(read) - len(possible)
+    counts = ((duplicate, "duplicate"), (invalid, "invalid"))
+    return rows, [f"{count} {kind} line{'s' * (count > 1)}" for count, kind in counts if count]

@@ -1,56 +1,80 @@
-"""Scores and comparisons as text for people."""
+"""Formats scores and comparisons as text."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grading.compare import Comparison
-from grading.rules import some
+from grading.results import CALCULATOR, SAMPLES
+from grading.rules import first_few
 from run.errors import one_line
 
+RULE_NAMES = {
+    "openai": "OpenAI (headline)",
+    "lm_eval_strict": "lm-eval strict-match",
+    "lm_eval_flexible": "lm-eval flexible-extract",
+}
 
-def analysis_table(analysis: dict[str, Any]) -> str:
-    """`analyse`'s result as a few lines of text for people."""
-    counts = analysis["errors"].items()
+
+def evaluation_report(scores: Mapping[str, Any], title: str) -> str:
+    """The content of a ``scores.json`` of any kind."""
+    if "maj_at" in scores:
+        return samples_table(scores, one_line(title))
+    parts = [score_table(scores, title), analysis_table(scores)]
+    if CALCULATOR in scores:
+        parts.append(gain_line(scores[CALCULATOR]))
+    if SAMPLES in scores:
+        parts.append(samples_table(scores[SAMPLES], "  sampled"))
+    return "\n".join(parts)
+
+
+def score_table(scores: Mapping[str, Any], title: str) -> str:
+    """The exact match with its interval, and by every rule."""
+    low, high = scores["ci95"]
+    counts = f"{scores['num_correct']} of {scores['num_problems']}"
+    lines = [
+        one_line(title),
+        f"  exact match              {scores['exact_match']:8.2%}   {counts}",
+        f"  95 % interval (Wilson)   {low:8.2%} to {high:.2%}",
+    ]
+    lines += [f"    {RULE_NAMES[name]:<24}{share:8.2%}" for name, share in scores["rules"].items()]
+    lines.append(_cut_line(scores["stopped_by_length"], scores.get("stop_unknown", 0)))
+    return "\n".join(lines)
+
+
+def _cut_line(stopped_by_length: int | None, unknown: int) -> str:
+    if stopped_by_length is None:
+        return "  cut by max_new_tokens   unknown: no prediction says why it stopped"
+    shown = f"   and unknown for {unknown}" if unknown else ""
+    return f"  cut by max_new_tokens    {stopped_by_length:>8}{shown}"
+
+
+def analysis_table(analysis: Mapping[str, Any]) -> str:
+    """The result of `mistakes.analyse`."""
     errors = ", ".join(
-        f"{label} {'not known' if count is None else count}" for label, count in counts
+        f"{label} {'unknown' if count is None else count}"
+        for label, count in analysis["errors"].items()
     )
     disagree = analysis["rules_disagree"]
+    shown = f"   ids {first_few(disagree)}" if disagree else ""
     lines = [
         f"  wrong, by kind           {errors}",
-        f"  rules disagree           {len(disagree):>8}",
+        f"  rules disagree           {len(disagree):>8}{shown}",
     ]
-    if disagree:
-        lines[-1] += f"   ids {some(disagree)}"
     for name, title in (
         ("by_steps", "by steps of the gold"),
         ("by_question_words", "by words of question"),
     ):
-        if counts := analysis[name]:
+        if analysis[name]:
             shares = ", ".join(
-                f"{kind}: {c['num_correct'] / c['num_problems']:.0%}" for kind, c in counts.items()
+                f"{kind}: {count['num_correct'] / count['num_problems']:.0%}"
+                for kind, count in analysis[name].items()
             )
             lines.append(f"  {title:<25}{shares}")
     return "\n".join(lines)
 
 
-def comparison_table(result: Comparison, names: tuple[str, str]) -> str:
-    """A `Comparison` as a few lines of text for people."""
-    total = result.num_problems
-    low, high = result.interval
-    lines = [f"on the {total} problems in common:"]
-    for name, num_correct in zip(names, result.num_correct, strict=True):
-        lines.append(f"  {num_correct / total:8.2%}   {num_correct} of {total}   {one_line(name)}")
-    lines += [
-        f"  difference (second less first)   {result.difference:+.2%}",
-        f"  95 % interval                    {low:+.2%} to {high:+.2%}",
-        f"  exact paired p-value (McNemar)   {result.p_value:.4g}",
-        f"  won {len(result.won)}" + (f": ids {some(result.won)}" if result.won else ""),
-        f"  lost {len(result.lost)}" + (f": ids {some(result.lost)}" if result.lost else ""),
-    ]
-    return "\n".join(lines)
-
-
-def gain_line(scores: dict[str, Any]) -> str:
-    """The score with the calculator beside the one without, for people."""
+def gain_line(scores: Mapping[str, Any]) -> str:
+    """The score with the calculator, and its gain over the score without."""
     counts = f"{scores['num_correct']} of {scores['num_problems']}"
     return (
         f"  with the calculator      {scores['exact_match']:8.2%}   {counts}, "
@@ -58,12 +82,14 @@ def gain_line(scores: dict[str, Any]) -> str:
     )
 
 
-def samples_table(scores: dict[str, Any], title: str) -> str:
-    """The scores of samples as a few lines of text for people."""
+def samples_table(scores: Mapping[str, Any], title: str) -> str:
+    """The scores of several samples per problem."""
     low, high = scores["ci95"]
-    drawn = f" at temperature {scores['temperature']}" if "temperature" in scores else ""
-    lines = [f"{title}: {scores['num_samples']} samples a problem{drawn}"]
-    lines.append(f"    mean of all             {scores['exact_match']:8.2%}")
+    temperature = f" at temperature {scores['temperature']}" if "temperature" in scores else ""
+    lines = [
+        f"{title}: {scores['num_samples']} samples per problem{temperature}",
+        f"    mean of all             {scores['exact_match']:8.2%}",
+    ]
     for name, shown in (("maj_at", "maj@"), ("pass_at", "pass@")):
         shares = ", ".join(f"{shown}{k} {share:.2%}" for k, share in scores[name].items())
         lines.append(f"    {shares}")
@@ -71,27 +97,22 @@ def samples_table(scores: dict[str, Any], title: str) -> str:
     return "\n".join(lines)
 
 
-def score_table(scores: dict[str, Any], title: str) -> str:
-    """The scores as a few lines of text for people."""
-    low, high = scores["ci95"]
-    names = {
-        "openai": "OpenAI (headline)",
-        "lm_eval_strict": "lm-eval strict-match",
-        "lm_eval_flexible": "lm-eval flexible-extract",
-    }
-    counts = f"{scores['num_correct']} of {scores['num_problems']}"
-    lines = [
-        one_line(title),
-        f"  exact match              {scores['exact_match']:8.2%}   {counts}",
-        f"  95 % interval (Wilson)   {low:8.2%} to {high:.2%}",
-        *(f"    {names[name]:<24}{fraction:8.2%}" for name, fraction in scores["rules"].items()),
-        _cut_line(scores["stopped_by_length"], scores.get("stop_unknown", 0)),
+def comparison_table(result: Comparison, names: Sequence[str]) -> str:
+    """Both scores, their difference with its interval, and the p-value."""
+    total = result.num_problems
+    low, high = result.interval
+    lines = [f"on the {total} problems in common:"]
+    for name, num_correct in zip(names, result.num_correct, strict=True):
+        lines.append(f"  {num_correct / total:8.2%}   {num_correct} of {total}   {one_line(name)}")
+    lines += [
+        f"  difference (second minus first)  {result.difference:+.2%}",
+        f"  95 % interval                    {low:+.2%} to {high:+.2%}",
+        f"  exact paired p-value (McNemar)   {result.p_value:.4g}",
+        _changed_line("won", result.won),
+        _changed_line("lost", result.lost),
     ]
     return "\n".join(lines)
 
 
-def _cut_line(stopped_by_length: int | None, unknown: int) -> str:
-    if stopped_by_length is None:
-        return "  cut by max_new_tokens   not known: no prediction says why it stopped"
-    shown = f"   and not known of {unknown}" if unknown else ""
-    return f"  cut by max_new_tokens    {stopped_by_length:>8}{shown}"
+def _changed_line(name: str, ids: Sequence[int]) -> str:
+    return f"  {name} {len(ids)}" + (f": ids {first_few(ids)}" if ids else "")

@@ -1,14 +1,14 @@
-"""What a set of graded completions is worth."""
+"""Scores complete predictions: counts, intervals, majority votes, pass@k."""
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grading.rules import RULES, check_gold, extract_openai, some
+from grading.rules import RULES, check_gold, first_few, grade_row
 from run.errors import UserError
 
-GO_ON = "run evaluate.py again, it goes on where it stopped"
+RESUME = "run evaluate.py again, it resumes where it stopped"
 
 
 def wilson_interval(num_correct: int, num_problems: int) -> tuple[float, float]:
@@ -20,94 +20,100 @@ def wilson_interval(num_correct: int, num_problems: int) -> tuple[float, float]:
 
 
 def score(
-    predictions: Sequence[dict[str, Any]], num_problems: int, source: str, can_go_on: bool = True
+    predictions: Sequence[Mapping[str, Any]],
+    num_problems: int,
+    source: str,
+    can_resume: bool = True,
 ) -> dict[str, Any]:
-    """Score one completion a problem by every rule.
+    """Score one completion per problem by every rule.
 
     Args:
-        predictions: objects with ``id``, ``gold``, ``completion`` and, where it is known, ``stop``, in any order.
-        num_problems: how many problems were asked; the ids must be 0 .. num_problems - 1.
-        source: what an error message calls the predictions.
-        can_go_on: whether they are such as ``evaluate.py`` goes on with, and adds what is missing to.
+        predictions: rows with ``id``, ``gold``, ``completion`` and, if known, ``stop``, in any
+            order.
+        num_problems: how many were asked. The ids must be 0 .. num_problems - 1.
+        source: the name of the predictions in error messages.
+        can_resume: whether ``evaluate.py`` would resume these and add missing ones.
 
     Returns:
-        The content of ``scores.json``; in it ``stopped_by_length`` is None where no prediction says why it
-        stopped, and ``stop_unknown`` how many don't, where some don't.
+        The content of ``scores.json``. ``stopped_by_length`` is None if no row has a ``stop``, and
+        ``stop_unknown`` counts the rows without one if only some have it.
 
     Raises:
-        UserError: an id is missing, double or foreign, or a gold is no number: no score is
-            better than a wrong one.
+        UserError: an id is missing, duplicated or unknown, or a gold answer is not a number.
+            Raising beats reporting a wrong score.
     """
-    _check_complete(
-        [prediction["id"] for prediction in predictions], num_problems, source, can_go_on
-    )
+    _check_complete([row["id"] for row in predictions], num_problems, source, can_resume)
     _check_golds(predictions, source)
-    verdicts = {
-        name: [rule(prediction["completion"], prediction["gold"]) for prediction in predictions]
-        for name, rule in RULES.items()
-    }
-    num_correct = sum(verdicts["openai"])
+    verdicts = [grade_row(row) for row in predictions]
+    num_correct = sum(verdict.correct for verdict in verdicts)
     return {
         "exact_match": num_correct / num_problems,
         "num_correct": num_correct,
         "num_problems": num_problems,
         "ci95": list(wilson_interval(num_correct, num_problems)),
-        "rules": {name: sum(verdict) / num_problems for name, verdict in verdicts.items()},
-        **_count_cut(predictions),
+        "rules": {
+            name: sum(verdict.by_rule[name] for verdict in verdicts) / num_problems
+            for name in RULES
+        },
+        **_count_stops(predictions),
     }
 
 
-def _count_cut(predictions: Sequence[dict[str, Any]]) -> dict[str, int | None]:
-    stops = [prediction["stop"] for prediction in predictions if "stop" in prediction]
-    unknown = len(predictions) - len(stops)
-    return {"stopped_by_length": stops.count("length") if stops else None} | (
-        {"stop_unknown": unknown} if unknown else {}
-    )
+def _count_stops(predictions: Sequence[Mapping[str, Any]]) -> dict[str, int | None]:
+    stops = [row["stop"] for row in predictions if "stop" in row]
+    counts = {"stopped_by_length": stops.count("length") if stops else None}
+    if len(stops) < len(predictions):
+        counts["stop_unknown"] = len(predictions) - len(stops)
+    return counts
 
 
 def score_samples(
-    samples: Sequence[dict[str, Any]],
+    samples: Sequence[Mapping[str, Any]],
     num_problems: int,
     num_samples: int | None,
     source: str,
-    can_go_on: bool = True,
+    can_resume: bool = True,
 ) -> dict[str, Any]:
-    """Score several completions a problem, by the headline rule.
+    """Score several completions per problem by the headline rule.
 
     Args:
-        samples: as in `score`, each with ``sample``, its number from 0.
-        num_samples: how many there must be of each problem; None: as many as the first has.
+        samples: rows as in `score`, each with its number from 0 as ``sample``.
+        num_samples: how many each problem must have; None: as many as the first problem has.
 
     Returns:
-        ``num_problems``, ``num_samples``; ``exact_match``, of all samples; ``maj_at``, for k = 1, 2,
-        4, ... and ``num_samples`` the share of problems that `majority_vote` of the first k gets
-        right; ``ci95`` of the last of these; ``pass_at``, for the same k the mean of `pass_at`.
+        ``num_problems`` and ``num_samples``; ``exact_match`` over all samples; ``maj_at``: for
+        k = 1, 2, 4, ... and ``num_samples``, the share of problems that `majority_vote` of the
+        first k samples gets right; ``ci95``: the interval of the last of these; ``pass_at``: for
+        the same k, the mean of `pass_at`.
 
     Raises:
-        UserError: a sample is missing, double or foreign, or a gold is no number.
+        UserError: a sample is missing, duplicated or unknown, or a gold answer is not a number.
     """
-    by_problem: dict[int, dict[int, dict[str, Any]]] = {}
+    by_problem: dict[int, dict[int, Mapping[str, Any]]] = {}
     for row in samples:
         by_problem.setdefault(row["id"], {})[row.get("sample", 0)] = row
     num_samples = num_samples or len(next(iter(by_problem.values()), ()))
     uneven = sorted(
-        index for index, drawn in by_problem.items() if sorted(drawn) != list(range(num_samples))
+        problem for problem, rows in by_problem.items() if sorted(rows) != list(range(num_samples))
     )
     if uneven or len(samples) != num_samples * len(by_problem):
         raise UserError(
-            f"{source}: there must be exactly one of each sample 0 to {num_samples - 1} a problem (not so in "
-            f"{some(uneven) or 'some'}): {GO_ON if can_go_on else 'leave or add rows until there is'}"
+            f"{source}: every problem must have exactly one of each sample 0 to {num_samples - 1} "
+            f"(violated by {first_few(uneven) or 'a duplicate'}): "
+            + (RESUME if can_resume else "remove or add rows until it has")
         )
-    _check_complete(list(by_problem), num_problems, source, can_go_on)
+    _check_complete(list(by_problem), num_problems, source, can_resume)
     _check_golds(samples, source)
     counts = sorted({*(2**power for power in range(num_samples.bit_length())), num_samples})
     voted, passed, total = dict.fromkeys(counts, 0), dict.fromkeys(counts, 0.0), 0
-    for drawn in by_problem.values():
-        answers = [extract_openai(drawn[sample]["completion"]) for sample in range(num_samples)]
-        gold = drawn[0]["gold"].replace(",", "")
-        total += (num_correct := answers.count(gold))
+    for rows in by_problem.values():
+        verdicts = [grade_row(rows[sample]) for sample in range(num_samples)]
+        answers = [verdict.answer for verdict in verdicts]
+        right = {verdict.answer for verdict in verdicts if verdict.correct}
+        num_correct = sum(verdict.correct for verdict in verdicts)
+        total += num_correct
         for k in counts:
-            voted[k] += majority_vote(answers[:k]) == gold
+            voted[k] += majority_vote(answers[:k]) in right
             passed[k] += pass_at(k, num_samples, num_correct)
     return {
         "num_problems": num_problems,
@@ -120,57 +126,57 @@ def score_samples(
 
 
 def majority_vote(answers: Sequence[str | None]) -> str | None:
-    """The most frequent answer; of equally frequent ones the one that came first. No answer is no vote.
+    """The most frequent answer, or in a tie the first one. None is not a vote.
 
     Self-consistency, arXiv:2203.11171.
     """
     votes = Counter(answer for answer in answers if answer is not None)
-    return max(
-        votes, key=lambda answer: votes[answer], default=None
-    )  # Counter and max keep the order
+    # Counter and max both keep the order of first appearance.
+    return max(votes, key=lambda answer: votes[answer], default=None)
 
 
 def pass_at(k: int, num_samples: int, num_correct: int) -> float:
-    """The unbiased estimate that one of ``k`` samples is right, from ``num_samples`` (arXiv:2107.03374, equation 1)."""
+    """Unbiased estimate, from ``num_samples``, of the probability that one of ``k`` is right.
+
+    arXiv:2107.03374, equation 1.
+    """
     return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
-def _check_golds(predictions: Sequence[dict[str, Any]], source: str) -> None:
-    for prediction in predictions:
+def _check_golds(predictions: Sequence[Mapping[str, Any]], source: str) -> None:
+    for row in predictions:
         try:
-            check_gold(prediction["gold"])
+            check_gold(row["gold"])
         except ValueError as error:
             raise UserError(
-                f"{source}: problem {prediction['id']}: {error}; restore the data set's number, or evaluate again"
+                f"{source}: problem {row['id']}: {error}; restore the data set's number, or "
+                "evaluate again"
             ) from None
 
 
-def _check_complete(ids: Sequence[int], num_problems: int, source: str, can_go_on: bool) -> None:
-    held = f"{source}: holds {len(ids)} predictions for {num_problems} problems"
-    if num_problems > 2 * len(ids) + 1000:  # no use in listing them all
-        raise UserError(f"{held}: {GO_ON if can_go_on else 'add those that are missing'}")
-    double = sorted(identity for identity, count in Counter(ids).items() if count > 1)
-    missing = sorted(set(range(num_problems)) - set(ids))
-    foreign = sorted(set(ids) - set(range(num_problems)))
-    faults = [
-        f"{what} {some(which)}"
-        for what, which in (
-            ("double ids", double),
-            ("missing ids", missing),
-            ("unknown ids", foreign),
-        )
-        if which
-    ]
+def _check_complete(ids: Sequence[int], num_problems: int, source: str, can_resume: bool) -> None:
+    """Raises UserError unless ``ids`` contains each of 0 .. num_problems - 1 exactly once."""
+    counted = f"{source}: contains {len(ids)} predictions for {num_problems} problems"
+    if num_problems > 2 * len(ids) + 1000:  # too many are missing to list them
+        raise UserError(f"{counted}: {RESUME if can_resume else 'add the missing ones'}")
+    expected = set(range(num_problems))
+    unknown = sorted(set(ids) - expected)
+    kinds = {
+        "duplicate ids": sorted(number for number, count in Counter(ids).items() if count > 1),
+        "missing ids": sorted(expected - set(ids)),
+        "unknown ids": unknown,
+    }
+    faults = [f"{kind} {first_few(found)}" for kind, found in kinds.items() if found]
     if num_problems < 1:
         faults = ["no problems"]
-    if faults:
-        cure = (
-            GO_ON
-            if can_go_on and not foreign
-            else "leave one row of each, and number them from 0 on"
-        )
-        if sorted(ids) == list(range(1, num_problems + 1)):
-            cure = f"they are 1 to {num_problems}: take 1 from each"
-        raise UserError(
-            f"{held}: {', '.join(faults)}; there must be exactly one each with ids from 0: {cure}"
-        )
+    if not faults:
+        return
+    if sorted(ids) == list(range(1, num_problems + 1)):
+        cure = f"they are 1 to {num_problems}: subtract 1 from each"
+    elif can_resume and not unknown:
+        cure = RESUME
+    else:
+        cure = "keep one row of each, numbered from 0"
+    raise UserError(
+        f"{counted}: {', '.join(faults)}; there must be exactly one of each id from 0: {cure}"
+    )

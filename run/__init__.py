@@ -1,1 +1,1 @@
-"""Remembers: settings, files, checkpoints, metrics. Imports neither `engine` nor `grading`."""
+"""Settings, files, checkpoints and metrics of a run. Imports neither `engine` nor `grading`."""

@@ -1,102 +1,156 @@
-"""Checkpoints: whole or absent, checked by their hashes, and each says what it is.
+"""Checkpoints: complete or absent, verified by hashes, and self-describing.
 
-A checkpoint is a Hugging Face folder with a ``training.json``; ``last`` holds the state of the
-optimizer and of the random number generators beside that. It is written into a hidden sibling
-folder and synced to disk, its ``manifest.json`` with the size and hash of every file at the end,
-and then renamed into place. A run keeps ``best``, ``last`` and, as ``previous``, the last before it;
-once it is finished, the last two can be removed.
+A checkpoint is a Hugging Face folder with a ``training.json``. ``last`` also contains the state of
+the optimizer and the random number generators. A run keeps ``best``, ``last``, and the ``previous``
+``last``. A save moves folders along this line (``best`` has no previous one):
+
+    .last.staged  ->  last  ->  previous  ->  .previous.removed  ->  gone
+
+    1. write .last.staged, sync and hash every file, and write its manifest.json at the end
+    2. rename previous to .previous.removed
+    3. rename last to previous
+    4. rename .last.staged to last
+    5. delete .previous.removed, while training continues
+
+If the process is killed at any point, one of .last.staged, last and previous is complete, with a
+manifest that proves it, and the next start (`newest_intact`) completes the interrupted save.
 """
 
 import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from threading import Thread
+from typing import TYPE_CHECKING, Any, Protocol
 
 from safetensors import SafetensorError
 
 from run.errors import UserError, one_line, storage_cure
-from run.files import is_no_rename, move, remove, replace_file, sync
+from run.files import is_rename_unsupported, move, remove, sync
 from run.manifest import (
     BEST,
     DESCRIPTION_FILE,
     FINISHED_FILE,
-    HASH,
     LAST,
     MANIFEST_FILE,
     PREVIOUS,
     STATE_FILES,
+    Seal,
     fault_of,
-    hash_file,
     read_manifest,
 )
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlamaForCausalLM
-
-    from engine.tokenizer import Tokenizer
 
 
-# Tensors are written in files of at most this size: no more of them is copied from a GPU at a time, and each is synced
+# The size of one file. This limits what is copied from a GPU at a time, and lets one file be synced
 # and hashed while the next is written.
 PART_BYTES = 10**9
 
 
+class Model(Protocol):
+    """The method of Transformers' models that a save needs."""
+
+    def save_pretrained(self, folder: Path, *, max_shard_size: int) -> None: ...
+
+
+class Tokenizer(Protocol):
+    def save(self, folder: Path) -> None: ...
+
+
+class Removals:
+    """Deletes replaced checkpoints in the background, since tens of gigabytes take seconds."""
+
+    def __init__(self) -> None:
+        self._thread: Thread | None = None
+
+    def start(self, folder: Path) -> None:
+        """Delete the checkpoints that saves of ``folder`` have replaced."""
+        self.wait()
+        self._thread = Thread(target=_remove_quietly, args=(folder,))
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Block until all pending deletions are done."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def __enter__(self) -> "Removals":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+
+
+def _remove_quietly(folder: Path) -> None:
+    with suppress(OSError):  # the next start tries again
+        remove_remains(folder)
+
+
 def save_checkpoint(
     folder: Path,
-    model: "LlamaForCausalLM",
-    tokenizer: "Tokenizer",
+    model: Model,
+    tokenizer: Tokenizer,
     description: Mapping[str, Any],
     state: "Mapping[str, torch.Tensor] | None" = None,
+    removals: Removals | None = None,
+    part_bytes: int = PART_BYTES,
 ) -> None:
-    """Write model, tokenizer, ``training.json`` and, where given, ``state`` into ``folder``, in place of what is there.
-
-    What ``last`` was before becomes ``previous``.
+    """Save a checkpoint as ``folder``, replacing any that exists.
 
     Args:
         description: the content of ``training.json``.
+        state: the additional tensors of ``last``.
+        removals: deletes the replaced checkpoint; None: it is deleted before this returns.
+        part_bytes: the size limit of each file of tensors.
 
     Raises:
-        UserError: the disk is full or not writable; the earlier checkpoints are intact.
+        UserError: the disk is full or not writable. The earlier checkpoints are intact.
     """
     from safetensors.torch import save_file
 
-    staged = _hidden(folder, "staged")
-    wait_for_removals()
+    staged = staged_beside(folder)
+    if removals is not None:
+        removals.wait()
     try:
-        remove_remains(folder)  # of a save that failed
+        remove_remains(folder)  # of an earlier save that failed
         staged.mkdir(parents=True)
     except OSError as error:
         raise _not_written(folder, error) from error
     try:
-        with _Seal(staged) as seal:
-            model.save_pretrained(staged, max_shard_size=PART_BYTES)
+        with Seal(staged) as seal:
+            model.save_pretrained(staged, max_shard_size=part_bytes)
             write_both_spellings(staged / "config.json")
             tokenizer.save(staged)
-            seal.written()
-            for number, part in enumerate(_parts(state or {}), start=1):
+            seal.add_new_files()
+            for number, part in enumerate(_parts(state or {}, part_bytes), start=1):
                 save_file(part, staged / STATE_FILES.replace("*", f"{number:05}"))
-                seal.written()
+                seal.add_new_files()
             content = json.dumps(dict(description), indent=2) + "\n"
             (staged / DESCRIPTION_FILE).write_text(content, encoding="utf-8")
-            seal.written()
+            seal.add_new_files()
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(staged, ignore_errors=True)  # it may be what fills the disk
+        shutil.rmtree(staged, ignore_errors=True)  # which may be what filled the disk
         raise _not_written(folder, error) from error
     try:
-        _put_in_place(staged, folder)
-    except OSError as error:  # what is staged is whole: the next start puts it in place
+        put_in_place(staged, folder)
+    except OSError as error:  # the staged folder is complete; the next start puts it in place
         raise _not_written(folder, error) from error
+    if removals is None:
+        _remove_quietly(folder)
+    else:
+        removals.start(folder)
 
 
 def write_both_spellings(file: Path) -> None:
-    """Write the rotary embedding's parameters in a ``config.json`` as Transformers 4 reads them, too.
+    """Add the rotary embedding's parameters to a ``config.json`` as Transformers 4 spells them.
 
-    Transformers 5 has them in ``rope_parameters`` alone, which 4 (and with it vLLM and lm-eval on
-    many machines) passes over without a word: it takes a theta of 10,000 and no scaling.
+    Transformers 5 writes only ``rope_parameters``. Transformers 4, and with it many installations
+    of vLLM and lm-eval, silently ignores that and assumes a theta of 10,000 and no scaling.
     """
     content = json.loads(file.read_bytes())
     rope = content.get("rope_parameters")
@@ -110,26 +164,26 @@ def write_both_spellings(file: Path) -> None:
 
 
 def _not_written(folder: Path, error: Exception) -> UserError:
-    intact = (
-        "; earlier ones are intact"
-        if any((folder.parent / name).exists() for name in (BEST, LAST, PREVIOUS))
-        else ""
-    )
+    exists = any((folder.parent / name).exists() for name in (BEST, LAST, PREVIOUS))
+    intact = "; earlier ones are intact" if exists else ""
     return UserError(
-        f"{folder}: the checkpoint can't be written ({one_line(error)[:160]}){intact}: {storage_cure(error)}, "
-        "then type the same command again"
+        f"{folder}: the checkpoint can't be written ({one_line(error)[:160]}){intact}: "
+        f"{storage_cure(error)}, then type the same command again"
     )
 
 
-def _hidden(folder: Path, what: str) -> Path:
-    return folder.with_name(f".{folder.name}.{what}")
+def staged_beside(folder: Path) -> Path:
+    """The folder in which a checkpoint is written before it becomes ``folder``."""
+    return folder.with_name(f".{folder.name}.staged")
 
 
-def _parts(tensors: "Mapping[str, torch.Tensor]") -> "Iterator[dict[str, torch.Tensor]]":
+def _parts(
+    tensors: "Mapping[str, torch.Tensor]", most_bytes: int
+) -> "Iterator[dict[str, torch.Tensor]]":
     part: dict[str, torch.Tensor] = {}
     size = 0
     for name, tensor in tensors.items():
-        if part and size + tensor.nbytes > PART_BYTES:
+        if part and size + tensor.nbytes > most_bytes:
             yield part
             part, size = {}, 0
         part[name] = tensor
@@ -138,42 +192,11 @@ def _parts(tensors: "Mapping[str, torch.Tensor]") -> "Iterator[dict[str, torch.T
         yield part
 
 
-class _Seal:
-    """Syncs and hashes the files of a folder while the next ones are written; at the end the manifest says it all."""
+def put_in_place(staged: Path, folder: Path) -> None:
+    """Rename a complete checkpoint into place: steps 2 to 4 of a save.
 
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._files: dict[str, Future[dict[str, Any]]] = {}
-        self._thread = ThreadPoolExecutor(1)
-
-    def written(self) -> None:
-        """All files that are in the folder by now are complete."""
-        for file in sorted(self._folder.rglob("*")):
-            name = file.relative_to(self._folder).as_posix()
-            if file.is_file() and name not in self._files:
-                self._files[name] = self._thread.submit(_sync_and_hash, file)
-
-    def __enter__(self) -> "_Seal":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._thread.shutdown(cancel_futures=kind is not None)
-        if kind is None:
-            files = {name: future.result() for name, future in self._files.items()}
-            for folder in [path for path in self._folder.rglob("*") if path.is_dir()]:
-                sync(folder)
-            replace_file(
-                self._folder / MANIFEST_FILE, json.dumps({"files": files}, indent=2) + "\n"
-            )
-
-
-def _sync_and_hash(file: Path) -> dict[str, Any]:
-    sync(file)
-    return {"size": file.stat().st_size, HASH: hash_file(file)}
-
-
-def _put_in_place(staged: Path, folder: Path) -> None:
-    """Rename a complete checkpoint into place. Wherever that is cut, doing it again ends it (`_finish_saves`)."""
+    Idempotent: if interrupted at any point, calling it again completes the move.
+    """
     previous = folder.with_name(PREVIOUS)
     if folder.name == LAST and folder.exists() and fault_of(folder, read=False) is None:
         if previous.exists():
@@ -183,34 +206,20 @@ def _put_in_place(staged: Path, folder: Path) -> None:
         take_away(folder)
     move(staged, folder, MANIFEST_FILE)
     sync(folder.parent)
-    _removals.append(_remover.submit(remove_remains, folder))
 
 
 def take_away(folder: Path) -> None:
-    """Rename what is not needed any more to what `remove_remains` removes; where that can't be, remove it."""
+    """Rename a checkpoint for `remove_remains` to delete; delete it here if it can't be renamed."""
     try:
         folder.rename(_free_name(folder, f".{folder.name}.removed"))
     except OSError as error:
-        if not is_no_rename(error):
+        if not is_rename_unsupported(error):
             raise
         remove(folder, MANIFEST_FILE)
 
 
-# What a save replaced is removed while training goes on: tens of gigabytes take seconds.
-_remover = ThreadPoolExecutor(1)
-
-
-_removals: list[Future[None]] = []
-
-
-def wait_for_removals() -> None:
-    """Come back when nothing that was replaced is left."""
-    while _removals:
-        _removals.pop().exception()
-
-
 def _free_name(folder: Path, name: str) -> Path:
-    """``name`` beside ``folder``, or where that is taken ``name-2``, ``name-3``, and so on."""
+    """``name`` next to ``folder``, or the first of ``name-2``, ``name-3``, ... that is free."""
     number, target = 1, folder.with_name(name)
     while target.exists():
         number, target = number + 1, folder.with_name(f"{name}-{number + 1}")
@@ -218,20 +227,23 @@ def _free_name(folder: Path, name: str) -> Path:
 
 
 def remove_remains(folder: Path) -> None:
+    """Delete checkpoints that saves of ``folder`` replaced, and remains of interrupted saves."""
     remains = re.compile(
         rf"\.({folder.name}\.staged|({folder.name}|{PREVIOUS})\.removed(-[0-9]+)?)"
     )
     for path in folder.parent.iterdir() if folder.parent.exists() else ():
         if remains.fullmatch(path.name):
-            # Not all can be removed at once: some network file systems keep what another process has open.
+            # Some network file systems can't delete a file that another process has open.
             shutil.rmtree(path, ignore_errors=True)
 
 
 def newest_intact(run_folder: Path) -> Path | None:
-    """What training goes on from: ``last``, or where that is damaged ``previous``; None where there is neither.
+    """The checkpoint to resume from: ``last``, or ``previous`` if ``last`` is damaged.
+
+    None if neither exists.
 
     Raises:
-        UserError: what there is, is damaged.
+        UserError: all that exist are damaged.
     """
     _finish_saves(run_folder)
     faults: list[str] = []
@@ -241,39 +253,42 @@ def newest_intact(run_folder: Path) -> Path | None:
         fault = fault_of(folder)
         if fault is None:
             if faults:
-                print(f"{faults[0]}: going on from {folder}")
+                print(f"{faults[0]}: resuming from {folder}")
             return folder
         faults.append(f"{folder}: is damaged ({fault})")
     if faults:
         raise UserError(
-            "; ".join(faults) + ": restore it from a copy, or start anew under another --run_name"
+            f"{'; '.join(faults)}: restore it from a copy, or start again under another --run_name"
         )
     return None
 
 
 def _finish_saves(run_folder: Path) -> None:
-    """Put in place what was complete when a kill came, and remove what was not, or was being removed."""
+    """Complete interrupted saves: put complete checkpoints in place, and delete the rest."""
     if (run_folder / FINISHED_FILE).exists() and fault_of(run_folder / LAST, read=False):
         for folder in (run_folder / PREVIOUS, run_folder / LAST):
             if folder.exists():
                 take_away(folder)
     for folder in (run_folder / BEST, run_folder / LAST):
-        staged = _hidden(folder, "staged")
-        is_whole = staged.exists() and fault_of(staged, read=False) is None
-        # Else it was put in place by copying it, and just not removed: once more would replace the predecessor too.
-        if is_whole and not (
-            fault_of(folder, read=False) is None and read_manifest(folder) == read_manifest(staged)
-        ):
-            _put_in_place(staged, folder)
-            wait_for_removals()
-        else:
-            remove_remains(folder)
+        staged = staged_beside(folder)
+        is_complete = staged.exists() and fault_of(staged, read=False) is None
+        # Where folders are copied into place, a kill can leave the staged one behind. Putting it in
+        # place again would replace previous with the same checkpoint as last.
+        is_in_place = (
+            is_complete
+            and fault_of(folder, read=False) is None
+            and read_manifest(folder) == read_manifest(staged)
+        )
+        if is_complete and not is_in_place:
+            put_in_place(staged, folder)
+        remove_remains(folder)
 
 
 def set_damaged_aside(run_folder: Path, start: Path) -> None:
-    """Keep what is damaged from being taken for whole, before a run that goes on from ``start`` saves anything.
+    """Rename damaged checkpoints, before a run that resumes from ``start`` saves anything.
 
-    ``last``, where ``start`` is its predecessor, and ``best`` become ``last.damaged`` and ``best.damaged``.
+    A damaged ``best`` becomes ``best.damaged``. A damaged ``last``, if ``start`` is ``previous``,
+    becomes ``last.damaged``.
     """
     for folder in (run_folder / LAST, run_folder / BEST):
         if folder.exists() and folder != start and (fault := fault_of(folder)):

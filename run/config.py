@@ -1,104 +1,51 @@
-"""What a setting may be, and how it is read.
+"""The settings: their names, types and limits, and how they are read.
 
-The types and rules of all settings are the fields of `Config`, their values stand in
-``config.yaml``, and nothing has a default anywhere else. Every value is read as text and
-parsed by its field's annotation: YAML's own typing would read ``1e-5`` as a string and
-``no`` as False, and would let the second of two equal keys win silently.
+The fields of `Config` define the type and limits of every setting, and ``config.yaml`` its value.
+There are no defaults anywhere else. A ``--config FILE`` overrides ``config.yaml``, and flags
+override both. Every value is read as text and parsed according to its field's annotation. YAML's
+own typing would read ``1e-5`` as a string and ``no`` as False, and would silently accept the second
+of two equal keys.
 """
 
 import difflib
 import os
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-)
 
-from run.errors import UserError
-from run.paths import is_same_place, local_path, with_tilde
+from run.errors import UserError, one_line
+from run.files import say_once
+from run.paths import with_tilde
+from run.setting_types import (
+    Count,
+    Length,
+    Name,
+    NotNegative,
+    Positive,
+    Prompt,
+    Seed,
+    Share,
+    ShareBelowOne,
+    Text,
+    parse,
+)
 
 CONFIG_FILE = Path(__file__).parents[1] / "config.yaml"
 
 
-def _check_prompt(prompt: str) -> str:
-    if prompt.count("{question}") != 1:
-        raise ValueError("must hold {question} exactly once")
-    if "\\n" in prompt:
-        raise ValueError(
-            "holds a backslash and an n: type a real line break (in bash: $'Question: ...\\nAnswer:')"
-        )
-    return prompt
-
-
-def _check_text(text: str) -> str:
-    if not text.isprintable() and any(ord(letter) < 32 and letter not in "\n\t" for letter in text):
-        raise ValueError("must hold no control characters")
-    return text
-
-
-def _check_unicode(value: Any) -> Any:
-    # Bytes that the locale can't decode come as halves of a letter, of which pydantic says less.
-    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise ValueError("must be valid UTF-8, in a locale that reads it (such as LC_ALL=C.UTF-8)")
-    return value
-
-
-def _check_whole(value: Any) -> Any:
-    # pydantic would also take "1.0" and "1_0".
-    if isinstance(value, str) and not re.fullmatch(r"[+-]?[0-9]+", value):
-        raise ValueError("must be a whole number")
-    return value
-
-
-Text = Annotated[
-    str, Field(min_length=1), AfterValidator(_check_text), BeforeValidator(_check_unicode)
-]
-
-
-Prompt = Annotated[Text, AfterValidator(_check_prompt)]
-
-
-Whole = Annotated[int, BeforeValidator(_check_whole)]
-
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)]
-
-
-Count = Annotated[Whole, Field(ge=1)]
-
-
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
-
-
-Positive = Annotated[float, Field(gt=0)]
-
-
-NotNegative = Annotated[float, Field(ge=0)]
-
-
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run. What each one means and in which unit: the comments of ``config.yaml``."""
+    """All settings of a run. The comments in ``config.yaml`` give the meaning and unit of each."""
 
     model: Text
     dataset: Text
     prompt: Prompt
-    max_length: Annotated[Whole, Field(ge=2)]
+    max_length: Length
     validation_size: Count
-    seed: Annotated[Whole, Field(ge=0, lt=2**32)]
+    seed: Seed
     output_dir: Text
     run_name: Name
     epochs: Count
@@ -129,86 +76,174 @@ class Config:
 
 
 KEYS = tuple(field.name for field in fields(Config))
-
-
 _TYPES = get_type_hints(Config, include_extras=True)
-
-
 _PATHS = ("model", "dataset", "output_dir")
-
-
-PLACES = ("model", "dataset")  # each a folder, or else the hub's
+COMMAND_LINE = "command line"  # the name of the layer on top of all files
+PLACES = ("model", "dataset")  # settings that name either a folder or something on the hub
 
 
 def make_config(values: Mapping[str, Any], source: str) -> Config:
-    """Parse and check all values (texts, or what JSON holds); ``null`` is the one empty value.
+    """`merge` for values that all come from one source."""
+    return merge({source: values})
+
+
+def merge(layers: Mapping[str, Mapping[str, Any]]) -> Config:
+    """Parse and check all settings. If several layers set a key, the last one wins.
+
+    Args:
+        layers: the name of each source, and its values by key, as text or JSON values. ``null`` is
+            the only empty value.
 
     Raises:
-        UserError: names ``source`` and every unknown, missing, ill-typed and out-of-range key at once.
+        UserError: lists every unknown, missing, ill-typed and out-of-range key at once, with the
+            source of each.
     """
-    problems = [_unknown_key(key) for key in values if key not in KEYS]
-    parsed: dict[str, Any] = {}
-    for key in KEYS:
-        if key not in values:
-            problems.append(f"{key} is missing: add it (null is the one empty value)")
-            continue
-        value = None if values[key] == "null" else values[key]
-        if key in _PATHS and isinstance(value, str):
-            value = with_tilde(value)
-        try:
-            parsed[key] = TypeAdapter(
-                _TYPES[key], config=ConfigDict(allow_inf_nan=False)
-            ).validate_python(value)
-        except ValidationError as error:
-            problems.append(f"{key}: {_show(value)} {_rule(key, error)}")
-    if {"max_length", "micro_batch_tokens"} <= parsed.keys() and parsed[
-        "micro_batch_tokens"
-    ] < parsed["max_length"]:
-        problems.append(
-            f"micro_batch_tokens: {parsed['micro_batch_tokens']} must be no less than max_length "
-            f"({parsed['max_length']}), or a row of that length would fit no micro-batch"
-        )
-    if problems:
-        raise UserError(f"{source}: " + "; ".join(problems))
+    parsed, problems = _parse(layers)
+    _check_none(problems)
     return Config(**parsed)
 
 
-def _show(value: Any) -> str:
-    shown = "null" if value is None else repr(value)
-    return shown if len(shown) <= 100 else f"{shown[:90]}... ({len(shown)} characters)"
+def _parse(
+    layers: Mapping[str, Mapping[str, Any]],
+) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """The settings that can be parsed, and the problems with the others, by source."""
+    problems = {
+        source: [_unknown(key) for key in values if key not in KEYS]
+        for source, values in layers.items()
+    }
+    origin = {key: source for source, values in layers.items() for key in values}
+    parsed: dict[str, Any] = {}
+    for key in KEYS:
+        if key not in origin:
+            first = next(iter(problems.values()))
+            first.append(f"{key} is missing: add it (null is the only empty value)")
+            continue
+        try:
+            parsed[key] = _parse_value(key, layers[origin[key]][key])
+        except ValueError as error:
+            problems[origin[key]].append(f"{key}: {error}")
+    longest, budget = parsed.get("max_length"), parsed.get("micro_batch_tokens")
+    if longest and budget and budget < longest:
+        problems[origin["micro_batch_tokens"]].append(
+            f"micro_batch_tokens: {budget} must be at least max_length ({longest}), "
+            "or a row of that length would fit no micro-batch"
+        )
+    return parsed, problems
 
 
-def _rule(key: str, error: ValidationError) -> str:
-    details = error.errors(include_url=False)
-    if key in ("run_name", "wandb_project"):
-        return "must be letters, digits, '.', '_' and '-', beginning with a letter or digit, at most 128"
-    messages = dict.fromkeys(
-        re.sub(r"^(Input|String) should", "must", detail["msg"].removeprefix("Value error, "))
-        for detail in details
-        if detail["type"] != "none_required"
-    )
-    nullable = any(detail["type"] == "none_required" for detail in details) or type(
-        None
-    ) in getattr(_TYPES[key], "__args__", ())
-    return ", ".join(messages) + (" or null" if nullable else "")
+def _check_none(problems: Mapping[str, list[str]]) -> None:
+    """Raises UserError if there are any ``problems``, and lists them by source."""
+    lines = [f"{source}: {'; '.join(found)}" for source, found in problems.items() if found]
+    if lines:
+        raise UserError("; ".join(lines))
 
 
-def _unknown_key(key: str) -> str:
+def _parse_value(key: str, value: Any) -> Any:
+    """The value of one setting; raises ValueError as `setting_types.parse` does."""
+    value = None if value == "null" else value
+    if key in _PATHS and isinstance(value, str):
+        value = with_tilde(value)
+    return parse(_TYPES[key], value)
+
+
+def _unknown(key: str) -> str:
     close = difflib.get_close_matches(key, KEYS, n=1)
-    return f"{key!r} is no setting" + (
-        f": did you mean {close[0]!r}?" if close else "; config.yaml lists them all"
-    )
+    cure = f"did you mean {close[0]!r}?" if close else "config.yaml lists them all"
+    return f"unknown setting {key!r}: {cure}"
+
+
+@dataclass(frozen=True)
+class SettingsFiles:
+    """The contents of ``config.yaml`` and of a ``--config FILE`` that overrides it, as text.
+
+    Attributes:
+        layers: the path of each file, ``config.yaml`` first, and its values by key.
+        meanings: the comment of each key in ``config.yaml``.
+    """
+
+    layers: Mapping[str, Mapping[str, str]]
+    meanings: Mapping[str, str]
+
+    @property
+    def values(self) -> dict[str, str]:
+        return {key: value for layer in self.layers.values() for key, value in layer.items()}
+
+    def with_flags(self, typed: Mapping[str, str]) -> Config:
+        """The settings of the files, with the values from the command line on top."""
+        return merge({**self.layers, COMMAND_LINE: typed})
+
+    def report_changes(self, typed: Mapping[str, str]) -> None:
+        """Print, once per process, which settings a ``--config FILE`` changes.
+
+        Args:
+            typed: the settings from the command line, which override the file and are not listed.
+        """
+        if len(self.layers) == 1:
+            return
+        base, overlay = self.layers.values()
+        *_, file = self.layers
+        changed = [
+            key
+            for key in KEYS
+            if key in overlay and key not in typed and not _is_same(key, overlay[key], base)
+        ]
+        listed = f": {', '.join(changed)}" if changed else ", which changes nothing"
+        say_once("settings", f"settings: {len(changed)} from {one_line(file)}{listed}")
+
+
+def _is_same(key: str, value: str, base: Mapping[str, str]) -> bool:
+    try:
+        return _parse_value(key, value) == _parse_value(key, base[key])
+    except (KeyError, ValueError):  # `base` has no such value, or one that `value` repairs
+        return False
+
+
+def load_config(file: Path, typed: Mapping[str, str]) -> Config:
+    """The settings of ``config.yaml``, overridden by ``file``, and both overridden by ``typed``."""
+    return read_files(file).with_flags(typed)
+
+
+def read_files(file: Path, base: Path = CONFIG_FILE) -> SettingsFiles:
+    """Read ``base``, which is ``config.yaml``, and ``file``, which may leave settings out.
+
+    Raises:
+        UserError: as in `read_settings`, and then problems with the values are reported as well.
+    """
+    contents = {str(base): _read(base)}
+    if not (os.path.exists(file) and os.path.samefile(file, base)):
+        name = str(file) if str(file) != COMMAND_LINE else f"./{file}"
+        contents[name] = _read(file)
+    layers = {name: content.values for name, content in contents.items()}
+    if any(content.problems for content in contents.values()):
+        _, others = _parse(layers)
+        _check_none({name: contents[name].problems + others[name] for name in contents})
+    return SettingsFiles(layers, contents[str(base)].comments)
 
 
 def read_settings(file: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Read a settings file without interpreting it.
+    """Read one settings file without interpreting it.
 
     Returns:
         The value of each key as text, and the comment that follows it on its line.
 
     Raises:
-        UserError: the file can't be read, is no flat YAML mapping, or holds a key twice.
+        UserError: the file can't be read, is not a flat YAML mapping, or sets a key twice.
     """
+    content = _read(file)
+    _check_none({str(file): content.problems})
+    return content.values, content.comments
+
+
+@dataclass(frozen=True)
+class _Content:
+    """The content of one settings file; ``problems`` describes lines that are not settings."""
+
+    values: dict[str, str]
+    comments: dict[str, str]
+    problems: list[str]
+
+
+def _read(file: Path) -> _Content:
     try:
         text = file.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.BaseLoader)
@@ -218,71 +253,27 @@ def read_settings(file: Path) -> tuple[dict[str, str], dict[str, str]]:
         ) from None
     except UnicodeDecodeError:
         raise UserError(
-            f"{file}: is no UTF-8 text; name a settings file with --config FILE"
+            f"{file}: is not UTF-8 text; name a settings file with --config FILE"
         ) from None
     except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{file}: is no YAML ({error}); write one 'key: value' a line") from None
+        raise UserError(
+            f"{file}: is not valid YAML ({error}); write one 'key: value' per line"
+        ) from None
     if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"{file}: holds no settings; write one 'key: value' a line")
+        raise UserError(f"{file}: contains no settings; write one 'key: value' per line")
     lines = text.split("\n")
-    values: dict[str, str] = {}
-    comments: dict[str, str] = {}
-    problems: list[str] = []
+    content = _Content({}, {}, [])
     for key_node, value_node in root.value:
         key, line = key_node.value, key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode) or not isinstance(value_node, yaml.ScalarNode):
-            problems.append(f"line {line}: a setting is one value, not a list or a mapping")
-        elif key in values:
-            problems.append(f"{key} is set twice (again on line {line}): keep one")
+            content.problems.append(f"line {line}: a setting is one value, not a list or a mapping")
+        elif key in content.values:
+            content.problems.append(f"{key} is set twice (again on line {line}): keep one")
         else:
-            values[key] = value_node.value
+            content.values[key] = value_node.value
             rest = lines[value_node.end_mark.line][value_node.end_mark.column :].strip()
-            comments[key] = rest.removeprefix("#").strip()
-    if problems:
-        # Duplicates first, then whatever else is wrong: the user sees all of it at once.
-        try:
-            make_config(values, str(file))
-        except UserError as error:
-            problems.append(str(error).removeprefix(f"{file}: "))
-        raise UserError(f"{file}: " + "; ".join(problems))
-    return values, comments
-
-
-def load_config(file: Path, typed: Mapping[str, str]) -> Config:
-    """The settings of ``file``, with those typed as flags in their place."""
-    values = read_settings(file)[0] | dict(typed)
-    return make_config(values, f"{file} and command line" if typed else str(file))
-
-
-def anchored(config: Config, saved: Mapping[str, Any] | None = None) -> Config:
-    """``config`` with the folders of model and data set as absolute paths, free of symbolic links.
-
-    What is a folder now is that folder wherever the run's next command is typed, and never a hub id
-    of the same letters.
-
-    Args:
-        saved: the settings of the run that is gone on with. What was the hub's there stays the hub's;
-            where no such folder is here, the one that it had is meant.
-    """
-    places: dict[str, str] = {}
-    for key in PLACES:
-        typed, before = getattr(config, key), None if saved is None else saved.get(key)
-        if typed == before:
-            continue
-        if local_path(typed).is_dir():
-            places[key] = _absolute(key, typed)
-        elif before is not None and is_same_place(typed, before):
-            places[key] = before
-    return replace(config, **places)
-
-
-def _absolute(key: str, typed: str) -> str:
-    absolute = os.path.realpath(local_path(typed))
-    try:
-        return with_tilde(_check_text(absolute))
-    except ValueError as error:
-        print(f"{key} {typed!r} stays relative to this folder, whose own path {error}")
-        return typed
+            content.comments[key] = rest.removeprefix("#").strip()
+    return content
 
 
 def settings_text(config: Config) -> str:

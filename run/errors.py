@@ -7,9 +7,9 @@ import re
 
 
 class UserError(Exception):
-    """Something the user typed, or a file of theirs, is wrong.
+    """The command line or one of the user's files is wrong. Exit code 2.
 
-    The message names the value, the rule and the cure, on one line. Exit code 2.
+    The message is one line that names the value, the rule and the cure.
     """
 
 
@@ -20,7 +20,8 @@ class NotFiniteError(Exception):
 class Stopped(BaseException):
     """A stop signal arrived and the state is saved. Exit code 128 + signal number.
 
-    Like KeyboardInterrupt no Exception: what guards against other people's errors must not swallow it.
+    A BaseException, like KeyboardInterrupt, so that `except Exception` around third-party calls
+    does not swallow it.
     """
 
     def __init__(self, signal_number: int, message: str):
@@ -29,42 +30,52 @@ class Stopped(BaseException):
 
 
 def one_line(text: object) -> str:
-    """``text`` on one line; what is not printable, such as what steers a terminal, as an escape sequence."""
+    """``text`` on one line, with escape sequences for unprintable characters.
+
+    If printed unchanged, they could control the terminal.
+    """
     line = " ".join(str(text).split())
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
 
 
 def cause_of(error: BaseException) -> str:
-    """Type and message of what ``error`` came from in the first place, on one line."""
+    """Type and message of the error at the beginning of ``error``'s chain, on one line."""
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
     return f"{type(error).__name__}: {one_line(error)[:160]}"
 
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
 def _numbers(names: str) -> set[int]:
-    """Those of ``names`` that this system has."""
+    """The error numbers of those ``names`` that this system has."""
     return {getattr(errno, name) for name in names.split() if hasattr(errno, name)}
 
 
-# Of disks and mounts, and never a fault of these programs. Their other OSErrors stay tracebacks.
-_STORAGE_FAULTS = (
-    _FULL
-    | _numbers(
-        "EROFS EIO EACCES EPERM EBUSY ETXTBSY ENXIO ENODEV ENOMEDIUM EREMOTEIO EUCLEAN EBADMSG ENOLCK EDEADLK "
-        "ESTALE ENOTCONN ETIMEDOUT EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ECONNRESET ECONNABORTED ECONNREFUSED "
-        "ESHUTDOWN ECOMM EPROTO ENOLINK ENOKEY EKEYEXPIRED EKEYREVOKED EKEYREJECTED EREMCHG "
-        "EISDIR ENOTDIR EEXIST ENOTEMPTY ELOOP EMLINK ENAMETOOLONG"  # something is in the way, or the name is
-    )
+_DISK_FULL = _numbers("ENOSPC EDQUOT EFBIG")
+
+
+_DISK = _numbers(
+    "EROFS EIO EACCES EPERM EBUSY ETXTBSY ENXIO ENODEV ENOMEDIUM EUCLEAN EBADMSG ENOLCK EDEADLK"
 )
 
 
+_NETWORK_MOUNT = _numbers(
+    "EREMOTEIO ESTALE ENOTCONN ETIMEDOUT EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ECONNRESET "
+    "ECONNABORTED ECONNREFUSED ESHUTDOWN ECOMM EPROTO ENOLINK EREMCHG "
+    "ENOKEY EKEYEXPIRED EKEYREVOKED EKEYREJECTED"
+)
+
+
+_NAME_TAKEN_OR_IMPOSSIBLE = _numbers("EISDIR ENOTDIR EEXIST ENOTEMPTY ELOOP EMLINK ENAMETOOLONG")
+
+
+# Faults that the user can fix. Any other OSError is a bug in these programs: a traceback.
+STORAGE_FAULTS = _DISK_FULL | _DISK | _NETWORK_MOUNT | _NAME_TAKEN_OR_IMPOSSIBLE
+
+
 def storage_cure(error: Exception) -> str:
-    """What helps against a fault of the disk."""
-    found = re.search(r"\(os error ([0-9]+)\)", str(error))  # so libraries in Rust have it
-    number = getattr(error, "errno", None) or (int(found[1]) if found else None)
-    return (
-        "make room there" if number in _FULL else "check that disk or mount, and your rights there"
-    )
+    """What the user can do about a storage fault."""
+    in_rust = re.search(r"\(os error ([0-9]+)\)", str(error))  # as in "Full (os error 28)"
+    number = getattr(error, "errno", None) or (int(in_rust[1]) if in_rust else None)
+    if number in _DISK_FULL:
+        return "make room there"
+    return "check that disk or mount, and your permissions there"

@@ -1,4 +1,4 @@
-"""Files and folders on any file system: locks, syncs, renames, and what is done where a mount lacks one of them."""
+"""Files and folders on any file system: sync and rename, with fallbacks for mounts without them."""
 
 import errno
 import os
@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-LFS_POINTER = b"version https://git-lfs"  # how a file begins that git has not fetched
+LFS_POINTER = b"version https://git-lfs"  # how a file begins whose content git has not fetched
 
 
-# What mounts of the kinds CIFS, WSL, FUSE, 9p and NFS answer to what they have not. A full or broken disk (ENOSPC,
-# EDQUOT, EIO, EROFS) is none of these: it stays an error.
+# The errors of CIFS, WSL, FUSE, 9p and NFS mounts for unsupported operations. Those of a full or
+# broken disk (ENOSPC, EDQUOT, EIO, EROFS) are not included, and are always raised.
 NOT_SUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
 
 
@@ -23,17 +23,23 @@ _NO_SYNC = NOT_SUPPORTED | {errno.EBADF, errno.EACCES, errno.EISDIR}
 _NO_RENAME = NOT_SUPPORTED | {errno.EXDEV}  # overlayfs: a folder of a lower layer
 
 
-_said: dict[str, str] = {}
+_said: set[str] = set()
 
 
-def say_once(what: str, line: str) -> None:
-    """Print ``line`` if none of the kind ``what`` was printed in this process."""
-    if _said.setdefault(what, line) is line:
+def say_once(subject: str, line: str) -> None:
+    """Print ``line``, unless this process has already printed one on the same ``subject``."""
+    if subject not in _said:
+        _said.add(subject)
         print(line)
 
 
+def forget_what_was_said() -> None:
+    """Let `say_once` print everything again, as in a new process."""
+    _said.clear()
+
+
 def sync(path: Path) -> None:
-    """Have the content of a file, or the names in a folder, on the disk, as far as its file system can."""
+    """Flush a file's content or a folder's entries to disk, if the file system supports it."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
@@ -48,7 +54,7 @@ def sync(path: Path) -> None:
 
 
 def sync_open(descriptor: int, path: Path) -> None:
-    """`sync` of what is open."""
+    """`sync` for an open file or folder."""
     try:
         with naming(path):
             os.fsync(descriptor)
@@ -60,7 +66,7 @@ def sync_open(descriptor: int, path: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let an OSError of what is open say which file it is of: it knows the number alone."""
+    """Add ``path`` to an OSError raised by an operation on a file descriptor."""
     try:
         yield
     except OSError as error:
@@ -72,13 +78,17 @@ def _say_no_sync(path: Path, error: OSError) -> None:
     what, folder = ("folders", path) if path.is_dir() else ("files", path.parent)
     say_once(
         "sync",
-        f"{folder}: this file system can't sync {what} ({error.strerror}): a power cut may lose what was just saved",
+        f"{folder}: this file system can't sync {what} ({error.strerror}): "
+        "a power cut may lose what was just saved",
     )
 
 
 def replace_file(file: Path, content: str | bytes) -> None:
-    """Write a small file so that a reader, or a kill, sees the old one or the new one, never half of it."""
-    # A name of its own: of two processes that write the same file the later one wins, and none trips over the other.
+    """Write a small file atomically: at any moment it has its old or its new content.
+
+    If two processes write the same file, the later one wins. Each uses its own staged file, so
+    neither fails.
+    """
     staged = file.with_name(f".{file.name}.{secrets.token_hex(4)}.staged")
     try:
         with naming(file):
@@ -86,35 +96,36 @@ def replace_file(file: Path, content: str | bytes) -> None:
             sync(staged)
             staged.replace(file)
     finally:
-        with suppress(OSError):  # what it failed of is said
+        with suppress(OSError):  # an error above is the one to report
             staged.unlink(missing_ok=True)
     sync(file.parent)
 
 
 def remove_staged_files(folder: Path) -> None:
-    """Remove what a kill in `replace_file` left, in a folder in which nobody else is writing."""
+    """Remove the staged files of a killed `replace_file`, in a folder that only we write to."""
     for file in folder.iterdir():
         if re.fullmatch(r"\..+\.[0-9a-f]{8}\.staged", file.name) and file.is_file():
             file.unlink(missing_ok=True)
 
 
-def is_no_rename(error: OSError) -> bool:
-    """Whether a file system that can't rename this folder says so, and not a fault."""
+def is_rename_unsupported(error: OSError) -> bool:
+    """Whether ``error`` means that this file system can't rename folders, rather than a fault."""
     return error.errno in _NO_RENAME
 
 
 def move(source: Path, target: Path, last: str) -> None:
-    """Rename a folder to a name that is free; where the file system can't, copy it there and remove it.
+    """Rename a folder to a free name; if the file system can't, copy it and remove the original.
 
     Args:
-        last: the file that says that the folder is whole. It is copied after all others are on the disk, and
-            removed first, so that at any moment the source is whole, or the target.
+        last: the file whose presence means that the folder is complete. It is copied after all
+            others have been synced, and removed first, so that at any moment either source or
+            target is complete.
     """
     try:
         source.rename(target)
         return
     except OSError as error:
-        if not is_no_rename(error):
+        if not is_rename_unsupported(error):
             raise
         reason = error.strerror
     say_once(
@@ -124,7 +135,7 @@ def move(source: Path, target: Path, last: str) -> None:
     try:
         _copy(source, target, last)
     except OSError:
-        shutil.rmtree(target, ignore_errors=True)  # it may be what fills the disk
+        shutil.rmtree(target, ignore_errors=True)  # which may be what filled the disk
         raise
     remove(source, last)
 
@@ -139,7 +150,7 @@ def _copy(source: Path, target: Path, last: str) -> None:
         elif path.is_dir():
             copy.mkdir()
             folders.append(copy)
-        elif path.is_file() and path != source / last:  # a pipe or a device holds nothing to copy
+        elif path.is_file() and path != source / last:  # not pipes or devices
             shutil.copyfile(path, copy)
             sync(copy)
     for folder in folders:
@@ -150,7 +161,10 @@ def _copy(source: Path, target: Path, last: str) -> None:
 
 
 def remove(folder: Path, first: str) -> None:
-    """Remove a folder, its file ``first`` before all else: what a kill leaves is not taken for whole."""
-    with suppress(OSError):  # then it hinders the rest, which says why
+    """Remove a folder, beginning with its file ``first``.
+
+    If this is interrupted, the missing file shows that the folder is not complete.
+    """
+    with suppress(OSError):  # rmtree fails for the same reason and reports it
         (folder / first).unlink()
     shutil.rmtree(folder)

@@ -1,57 +1,66 @@
-"""Whose a run's folder is, whether its training may go on, and what that needs beside the weights."""
+"""A run's folder: claims it, finds the checkpoint to resume from, and rejects changed settings."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from run.checkpoint import newest_intact, wait_for_removals
-from run.config import KEYS, PLACES, Config
-from run.errors import UserError
+from run.checkpoint import newest_intact
+from run.config import KEYS, PLACES
+from run.errors import UserError, one_line
 from run.files import replace_file
 from run.locks import locked
-from run.manifest import BEST, FINISHED_FILE, LAST, PREVIOUS, check_no_links, fault_of
+from run.manifest import (
+    BEST,
+    FINISHED_FILE,
+    LAST,
+    PREVIOUS,
+    STATE_FILES,
+    check_no_links,
+    fault_of,
+)
 from run.paths import is_same_place, local_path
-from run.retention import cure_without_best
+from run.progress import Progress
+from run.retention import cure_without_best, remove_state
+from run.shell import evaluation_command
 from run.training_json import is_of_an_older_version, read_description, saved_settings
 
-# What may differ between a run and its resumption, beside epochs where no learning rate depends on them: nothing
-# here changes which gradient a step has.
+if TYPE_CHECKING:
+    import torch
+
+# Settings that may change when a run is resumed, since none of them changes a step's gradient.
 FREE_SETTINGS = frozenset(
     {
-        *(
-            "output_dir",
-            "run_name",
-            "micro_batch_tokens",
-            "gradient_checkpointing",
-            "compile",
-            "log_every",
-        ),
-        *(
-            "checkpoint_steps",
-            "keep_state",
-            "resume",
-            "max_new_tokens",
-            "decode_slots",
-            "calculator",
-        ),
-        *("wandb_project", "wandb_mode"),
+        "output_dir",
+        "run_name",
+        "micro_batch_tokens",
+        "gradient_checkpointing",
+        "compile",
+        "log_every",
+        "checkpoint_steps",
+        "keep_state",
+        "resume",
+        "max_new_tokens",
+        "decode_slots",
+        "calculator",
+        "wandb_project",
+        "wandb_mode",
     }
 )
 
-
-LOCK_SECONDS = 1.0  # for how long a run's folder is asked for
+LOCK_SECONDS = 1.0  # how long to wait for the lock, since an evaluation holds it only briefly
 
 
 @contextmanager
 def claimed(folder: Path, resume: str) -> Iterator[Path | None]:
-    """Make the run's folder, or find what to resume from, and keep other processes out of it meanwhile.
+    """Make or open the run's folder, and keep other processes out of it inside this context.
 
     Yields:
-        The checkpoint to go on from, or None for a new run.
+        The checkpoint to resume from, or None for a new run.
 
     Raises:
-        UserError: the folder is in use and may not be, or can't be written.
+        UserError: the folder is in use, or can't be written.
     """
     held = (
         f"{folder}: another process is training this run: wait for it, or choose another --run_name"
@@ -60,21 +69,20 @@ def claimed(folder: Path, resume: str) -> Iterator[Path | None]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             check_no_links(folder)
-            # An evaluation that logs its score holds it for a moment.
             stack.enter_context(locked(folder, held, patience=LOCK_SECONDS))
         except OSError as error:
-            raise UserError(
-                f"{folder}: can't be written ({error.strerror}): choose another --output_dir"
-            ) from None
-        stack.callback(wait_for_removals)
+            raise _not_writable(folder, error) from None
         yield _find_start(folder, resume)
+
+
+def _not_writable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"{folder}: can't be written ({error.strerror}): choose another --output_dir")
 
 
 def _find_start(folder: Path, resume: str) -> Path | None:
     if resume == "auto" and (start := newest_intact(folder)):
-        (folder / FINISHED_FILE).unlink(
-            missing_ok=True
-        )  # of a removal that was cut: there is something to go on from
+        # An interrupted removal of the state left this file, but the run can still be resumed.
+        (folder / FINISHED_FILE).unlink(missing_ok=True)
         return start
     if (folder / FINISHED_FILE).exists():
         if fault := fault_of(folder / BEST):
@@ -83,93 +91,137 @@ def _find_start(folder: Path, resume: str) -> Path | None:
                 f"{cure_without_best(folder)}"
             )
         raise UserError(
-            f"{folder}: this run is finished, and its {LAST} and {PREVIOUS} were removed (keep_state false): evaluate "
-            "it, or train another under a new --run_name"
+            f"{folder}: this run is finished, and its {LAST} and {PREVIOUS} were removed "
+            "(keep_state false): evaluate it, or train another under a new --run_name"
         )
     in_use = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     if in_use:
+        cure = "--resume auto resumes from its last; or " if LAST in in_use else ""
         raise UserError(
-            f"{folder}: is in use ({', '.join(in_use[:4])}): "
-            + ("--resume auto goes on from its last; or " if LAST in in_use else "")
-            + "choose another --run_name"
+            f"{folder}: is in use ({', '.join(in_use[:4])}): {cure}choose another --run_name"
         )
     try:
         replace_file(folder / ".write_test", "")
         (folder / ".write_test").unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(
-            f"{folder}: can't be written ({error.strerror}): choose another --output_dir"
-        ) from None
+        raise _not_writable(folder, error) from None
     return None
 
 
-def check_same_run(folder: Path, config: Config, data_sha256: str) -> None:
-    """Say which settings are others than those of the run saved in ``folder``.
+def read_state(folder: Path) -> "dict[str, torch.Tensor]":
+    """The tensors of a checkpoint other than its weights (see `engine.state.pack_state`)."""
+    from safetensors.torch import load_file
+
+    tensors = {}
+    for file in sorted(folder.glob(STATE_FILES)):
+        tensors |= load_file(file)
+    return tensors
+
+
+def check_same_run(folder: Path, settings: Mapping[str, Any], data_sha256: str) -> None:
+    """Check that settings and data still match the run in ``folder``; print permitted changes.
 
     Raises:
-        UserError: with one of them, or with other data, it would be another run.
+        UserError: a setting that must not change has changed, or the training rows have.
     """
     description = read_description(folder)
-    before, now = dict(description["settings"]), asdict(config)
-    older = is_of_an_older_version(description)
-    free = FREE_SETTINGS
-    if (
-        config.lr_schedule == "constant" and config.warmup_ratio == 0
-    ):  # no rate depends on the number of steps
-        free |= {"epochs"}
-    free |= {"dataset"}  # its rows say which one it is
-    before |= saved_settings(folder, description)
-    if has_moved(str(before.get("model")), config.model):
+    before = description["settings"] | saved_settings(folder, description)
+    free = FREE_SETTINGS | {"dataset"}  # which is identified by the hash of its rows
+    if settings["lr_schedule"] == "constant" and settings["warmup_ratio"] == 0:
+        free |= {"epochs"}  # since no learning rate depends on the number of steps
+    if has_moved(str(before.get("model")), settings["model"]):
         free |= {"model"}
-    # A setting that is newer than the checkpoint was none when it was saved.
-    known = [key for key in KEYS if key in before]
-    known = [
-        key
-        for key in known
-        if key not in PLACES or not is_same_folder(str(before[key]), now[key], older)
-    ]
-    others = {
-        key: f"{key} was {before[key]!r} and is {now[key]!r}"
-        for key in known
-        if before[key] != now[key]
+    is_older = is_of_an_older_version(description)
+    differences = {
+        key: f"{key} was {before[key]!r} and is {settings[key]!r}"
+        for key in KEYS
+        if key in before  # a newer setting did not exist when the checkpoint was saved
+        and before[key] != settings[key]
+        and not (key in PLACES and is_same_folder(str(before[key]), settings[key], is_older))
     }
-    changed = [what for key, what in others.items() if key not in free]
+    changed = [text for key, text in differences.items() if key not in free]
     if description["data"].get("train_sha256") != data_sha256:
         changed.append("the rows of the data set are not the same")
     if changed:
         raise UserError(
-            f"{folder}: can't go on with other settings: {'; '.join(changed)}: put them back, or start anew under "
-            "another --run_name"
+            f"{folder}: cannot resume with these changes: {'; '.join(changed)}: restore the old "
+            "values, or start again under another --run_name"
         )
-    if others:
-        print(f"resuming: {'; '.join(others.values())}")
+    if differences:
+        print(f"resuming: {'; '.join(differences.values())}")
 
 
-def is_same_folder(before: str, now: str, older: bool) -> bool:
-    """Whether two paths lead to one folder; ``older``: the first may be relative to a folder that is not known."""
-    if older and is_same_place(before, now):
+def is_same_folder(before: str, now: str, is_older: bool) -> bool:
+    """Whether two paths lead to the same folder.
+
+    Args:
+        is_older: whether ``before`` may be relative to an unknown folder.
+    """
+    if is_older and is_same_place(before, now):
         return True
     one, other = local_path(before), local_path(now)
     return one.is_absolute() and one.is_dir() and other.is_dir() and one.samefile(other)
 
 
 def has_moved(before: str, now: str) -> bool:
-    """Whether a folder is not where it was, and one of its name is where it is now.
+    """Whether the folder ``before`` no longer exists, and ``now`` is a folder of the same name.
 
-    That is enough for the base model: a run that goes on reads nothing more of it.
+    No more need be checked for the base model, since a resumed run no longer reads it.
     """
     old, new = local_path(before), local_path(now)
     return old.is_absolute() and not old.exists() and new.is_dir() and old.name == new.name
 
 
 def check_unfinished(step: int, total_steps: int, run_folder: Path) -> None:
-    if step >= total_steps:
-        if fault := fault_of(run_folder / BEST):
-            raise UserError(
-                f"{run_folder}: this run is finished ({total_steps} steps), and its {BEST} is damaged or gone "
-                f"({fault}): {cure_without_best(run_folder)}"
-            )
+    if step < total_steps:
+        return
+    finished = f"{run_folder}: this run is finished ({total_steps} steps)"
+    if fault := fault_of(run_folder / BEST):
         raise UserError(
-            f"{run_folder}: this run is finished ({total_steps} steps): evaluate it, or train another under a new "
-            "--run_name"
+            f"{finished}, and its {BEST} is damaged or gone ({fault}): "
+            f"{cure_without_best(run_folder)}"
         )
+    raise UserError(f"{finished}: evaluate it, or train another under a new --run_name")
+
+
+def is_finished(checkpoint: Path, steps: int) -> bool:
+    """Whether ``checkpoint`` was saved at the end of a run of ``steps`` steps."""
+    return read_description(checkpoint)["step"] >= steps
+
+
+def restore(folder: Path, unpack: Callable[..., Mapping[str, Any]], steps: int) -> Progress:
+    """Restore the state in ``folder``, for a run of ``steps`` optimizer steps.
+
+    Args:
+        unpack: `engine.state.unpack_state` for the optimizer.
+
+    Raises:
+        UserError: the state is damaged, or does not fit into memory, or the run is finished.
+    """
+    saved = read_description(folder)
+    try:
+        progress = Progress(**unpack(partial(read_state, folder), saved["state"]))
+    except MemoryError:
+        raise UserError(
+            f"{folder}: its optimizer state does not fit into memory: take a larger device"
+        ) from None
+    except Exception as error:  # safetensors and torch raise many types
+        raise UserError(
+            f"{folder}: is damaged, or of another version of this program "
+            f"({one_line(error)[:160]}): restore it from a copy, or start again under another "
+            "--run_name"
+        ) from None
+    check_unfinished(progress.step, steps, folder.parent)
+    print(f"resuming: {folder} at step {progress.step} of {steps}")
+    return progress
+
+
+def finish(folder: Path, keep_state: bool, best_loss: float) -> None:
+    """End a run: remove its state unless ``keep_state``, and print the next command."""
+    if not keep_state:
+        try:
+            remove_state(folder, read_description(folder / LAST))
+        except UserError as error:  # which does not make the run incomplete
+            print(error)
+    command = evaluation_command(folder / BEST)
+    print(f"done: best validation loss {best_loss:.6f}; next: {command}")

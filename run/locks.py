@@ -1,4 +1,4 @@
-"""Folders that one process at a time may write into."""
+"""Locks for folders that only one process at a time may write to."""
 
 import errno
 import fcntl
@@ -11,7 +11,7 @@ from pathlib import Path
 from run.errors import UserError
 from run.files import NOT_SUPPORTED, naming, remove_staged_files, say_once
 
-LOCK_FILE = ".lock"  # made only where a folder itself can't be locked
+LOCK_FILE = ".lock"  # created only where the folder itself cannot be locked
 
 
 _NO_LOCK = NOT_SUPPORTED | {errno.ENOLCK, errno.EBADF, errno.EISDIR, errno.EACCES}
@@ -19,26 +19,28 @@ _NO_LOCK = NOT_SUPPORTED | {errno.ENOLCK, errno.EBADF, errno.EISDIR, errno.EACCE
 
 @contextmanager
 def locked(folder: Path, refusal: str, patience: float = 0.0) -> Iterator[bool]:
-    """Make ``folder`` where it is not there, and keep other processes out of it.
+    """Make ``folder`` if it does not exist, and keep other processes out of it.
 
-    Gone with the process, however it ends. A folder that was made here and is empty at the end is removed.
+    The lock is released when the process ends, in whatever way. A folder that was made here is
+    removed if it is empty at the end.
 
     Args:
-        refusal: what to say where another process holds it.
-        patience: for how many seconds to try, in case that one has it for a moment only.
+        refusal: the error message if another process holds the lock.
+        patience: how many seconds to keep trying, in case the other one holds it only briefly.
 
     Yields:
-        Whether it is held; not where the file system has no locks at all, which is said.
+        Whether the folder is locked. If the file system has no locks, it is not, and this is
+        reported.
 
     Raises:
-        UserError: another process holds it.
-        OSError: it can't be made or opened.
+        UserError: another process holds the lock.
+        OSError: the folder can't be made or opened.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     until = time.monotonic() + patience
     while True:
         try:
-            descriptor, is_locked = _take(folder)
+            descriptor, is_locked = _lock_folder(folder)
             break
         except BlockingIOError:
             if time.monotonic() >= until:
@@ -55,20 +57,27 @@ def locked(folder: Path, refusal: str, patience: float = 0.0) -> Iterator[bool]:
 
 @contextmanager
 def locked_if_free(folder: Path) -> Iterator[bool]:
-    """`locked` where nobody else holds ``folder``, and nothing where somebody does. Yields whether it is held here."""
+    """`locked`, but without an error if another process holds the lock.
+
+    Yields:
+        Whether this process has locked the folder.
+    """
     with ExitStack() as stack:
         try:
-            is_held = stack.enter_context(locked(folder, "held"))
+            is_locked = stack.enter_context(locked(folder, "held"))
         except (UserError, OSError):
-            is_held = False
-        yield is_held
+            is_locked = False
+        yield is_locked
 
 
-def _take(folder: Path, tries: int = 3) -> tuple[int, bool]:
-    """A descriptor of ``folder``'s lock, and whether it is one. Raises BlockingIOError where another process has it."""
+def _lock_folder(folder: Path, tries: int = 3) -> tuple[int, bool]:
+    """A descriptor that holds the lock of ``folder``, and whether the file system has locks at all.
+
+    Raises BlockingIOError if another process holds the lock.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     reasons = []
-    # NFS locks, across machines, what is open for writing; a folder never is.
+    # NFS can only lock what is open for writing, which a folder never is, so there we lock a file.
     for path, flags in (
         (folder, os.O_RDONLY),
         (folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW),
@@ -82,20 +91,23 @@ def _take(folder: Path, tries: int = 3) -> tuple[int, bool]:
                 raise
             reasons.append(error.strerror)
             continue
-        # Other where the process that held it until now has removed an empty folder; or always, where a mount makes up
-        # its inode numbers.
-        if tries > 1 and not (
-            path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
-        ):
+        # The previous holder may have removed the folder just before we locked it. If so, try
+        # again, but not forever, since some mounts invent a new inode number each time.
+        if tries > 1 and not _is_open_file(descriptor, path):
             os.close(descriptor)
-            return _take(folder, tries - 1)
+            return _lock_folder(folder, tries - 1)
         return descriptor, True
-    descriptor = os.open(folder, os.O_RDONLY)  # who may not even do this is told so
+    descriptor = os.open(folder, os.O_RDONLY)
     say_once(
         "lock",
-        f"{folder}: this file system has no locks ({reasons[0]}): nothing keeps a second process out",
+        f"{folder}: this file system has no locks ({reasons[0]}): "
+        "a second process will not be kept out",
     )
     return descriptor, False
+
+
+def _is_open_file(descriptor: int, path: Path) -> bool:
+    return path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
 
 
 def _lock(path: Path, flags: int) -> int:
@@ -106,9 +118,8 @@ def _lock(path: Path, flags: int) -> int:
         return descriptor
     except OSError as error:
         os.close(descriptor)
-        if (
-            path.name == LOCK_FILE and error.errno == errno.EACCES
-        ):  # so some systems call a file that is locked
+        # Some systems report a locked file as EACCES.
+        if path.name == LOCK_FILE and error.errno == errno.EACCES:
             raise BlockingIOError(errno.EAGAIN, error.strerror) from None
         raise
 

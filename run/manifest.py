@@ -1,14 +1,17 @@
-"""Whether a checkpoint is intact: the names, sizes and hashes of its files."""
+"""The manifest of a checkpoint, which shows whether its files are intact."""
 
 import hashlib
 import json
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
 from run.errors import UserError, one_line
+from run.files import replace_file, sync
 
-BEST, LAST, PREVIOUS = "best", "last", "previous"  # all checkpoints that a run has
+BEST, LAST, PREVIOUS = "best", "last", "previous"  # the checkpoints of a run
 
 
 DESCRIPTION_FILE = "training.json"
@@ -20,14 +23,14 @@ MANIFEST_FILE = "manifest.json"
 METRICS_FILE = "metrics.jsonl"
 
 
-FINISHED_FILE = "finished.json"  # of a run whose state was removed at its end
+FINISHED_FILE = "finished.json"  # in a finished run whose state was removed
 
 
 STATE_FILES = "state-*.safetensors"
 
 
-# It finds damage, not forgery: what can write into the folder can write a manifest too. A cryptographic hash would be
-# slower than a fast disk.
+# This detects damage, not forgery, since whoever can change a file can change the manifest too. A
+# cryptographic hash would be slower than a fast disk.
 HASH = "xxh3_128"
 
 
@@ -40,51 +43,71 @@ def hash_file(file: Path) -> str:
     return digest.hexdigest()
 
 
+class Seal:
+    """Writes the manifest of a folder at the end of the context.
+
+    Until then, files that are complete are synced and hashed while others are being written.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._files: dict[str, Future[dict[str, Any]]] = {}
+        self._thread = ThreadPoolExecutor(1)
+
+    def add_new_files(self) -> None:
+        """Add every new file in the folder. All files in it must be complete."""
+        for file in sorted(self._folder.rglob("*")):
+            name = file.relative_to(self._folder).as_posix()
+            if file.is_file() and name not in self._files:
+                self._files[name] = self._thread.submit(_sync_and_hash, file)
+
+    def __enter__(self) -> "Seal":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=kind is not None)
+        if kind is None:
+            files = {name: future.result() for name, future in self._files.items()}
+            for folder in [path for path in self._folder.rglob("*") if path.is_dir()]:
+                sync(folder)
+            replace_file(
+                self._folder / MANIFEST_FILE, json.dumps({"files": files}, indent=2) + "\n"
+            )
+
+
+def _sync_and_hash(file: Path) -> dict[str, Any]:
+    sync(file)
+    return {"size": file.stat().st_size, HASH: hash_file(file)}
+
+
 def _expected_files(folder: Path) -> dict[str, tuple[int, str]]:
-    """Size and hash of each file that the manifest of ``folder`` names."""
+    """Size and hash of each file in the manifest of ``folder``."""
     files = json.loads((folder / MANIFEST_FILE).read_bytes())["files"]
     return {str(name): (int(entry["size"]), str(entry[HASH])) for name, entry in files.items()}
 
 
-def verified_hashes(folder: Path) -> dict[str, str]:
-    """The hash of each file of a folder that `check_whole` has read; nothing of what is no checkpoint of ours."""
-    return (
-        {name: digest for name, (_, digest) in _expected_files(folder).items()}
-        if is_checkpoint(folder)
-        else {}
-    )
-
-
-def check_whole(folder: Path) -> Path:
-    """``folder`` as it is. Raises UserError where it is a checkpoint of ours, and damaged."""
-    if is_checkpoint(folder) and (fault := fault_of(folder)):
-        raise UserError(
-            f"{folder}: is damaged ({fault}): copy or restore the whole folder, or name another one"
-        )
-    return folder
-
-
 def is_checkpoint(folder: Path) -> bool:
-    manifest = folder / MANIFEST_FILE  # other programs have files of this name
+    """Whether a folder is a checkpoint of ours, intact or damaged."""
+    manifest = folder / MANIFEST_FILE  # other programs use this name too
     return (folder / DESCRIPTION_FILE).is_file() or (
         manifest.is_file() and DESCRIPTION_FILE.encode() in manifest.read_bytes()
     )
 
 
-def check_no_links(folder: Path) -> None:
-    """Raises UserError where a symbolic link would lead what is written into ``folder`` out of it."""
-    for path in (folder, *(folder.iterdir() if folder.is_dir() else ())):
-        if path.is_symlink():
-            raise UserError(
-                f"{path}: is a symbolic link, and nothing is written through one: move it away"
-            )
+def check_intact(folder: Path) -> None:
+    """Raises UserError if ``folder`` is a damaged checkpoint of ours."""
+    if is_checkpoint(folder) and (fault := fault_of(folder)):
+        raise UserError(
+            f"{folder}: is damaged ({fault}): copy or restore the complete folder, "
+            "or name another one"
+        )
 
 
 def fault_of(folder: Path, read: bool = True) -> str | None:
-    """What is wrong with a checkpoint; None where it is whole.
+    """Describes the damage to a checkpoint; None if it is intact.
 
     Args:
-        read: whether to read all files and compare their hashes, and not their sizes alone.
+        read: whether to read all files and compare their hashes, not only their sizes.
     """
     try:
         expected = _expected_files(folder)
@@ -105,10 +128,10 @@ def fault_of(folder: Path, read: bool = True) -> str | None:
     for name, (size, digest) in expected.items():
         file = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            return f"its {MANIFEST_FILE} names {name!r}, which is not in it"
+            return f"its {MANIFEST_FILE} names {name!r}, which is outside the folder"
         try:
-            if file.exists() and not file.is_file():  # a pipe or a device could be read for ever
-                return f"{name} is no file"
+            if file.exists() and not file.is_file():  # reading a pipe or device may never return
+                return f"{name} is not a regular file"
             if file.stat().st_size != size:
                 return f"{name} has {file.stat().st_size} bytes, and {MANIFEST_FILE} says {size}"
             if read and hash_file(file) != digest:
@@ -116,6 +139,15 @@ def fault_of(folder: Path, read: bool = True) -> str | None:
         except (OSError, ValueError) as error:  # ValueError: no file can have this name
             return f"{name!r} can't be read: {one_line(error)}"
     return None
+
+
+def check_no_links(folder: Path) -> None:
+    """Raises UserError if a symbolic link would redirect writes to outside ``folder``."""
+    for path in (folder, *(folder.iterdir() if folder.is_dir() else ())):
+        if path.is_symlink():
+            raise UserError(
+                f"{path}: is a symbolic link, and nothing is written through one: move it away"
+            )
 
 
 def read_manifest(folder: Path) -> bytes | None:
@@ -126,8 +158,18 @@ def read_manifest(folder: Path) -> bytes | None:
 
 
 def weights_identity(folder: Path) -> str:
-    """What tells the models in two folders apart: a hash over the names and contents of their files."""
+    """A hash over the names and contents of a model's files, equal only for the same model."""
     files = {folder / "config.json", *folder.glob("*.safetensors")} - {*folder.glob(STATE_FILES)}
-    known = verified_hashes(folder)  # of a checkpoint of ours: 13 GB need not be read again
+    known = _verified_hashes(folder)
     hashes = [[file.name, known.get(file.name) or hash_file(file)] for file in sorted(files)]
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+
+
+def _verified_hashes(folder: Path) -> dict[str, str]:
+    """The hashes in the manifest of a checkpoint of ours that `check_intact` has accepted.
+
+    Using them avoids reading 13 GB a second time. Empty for any other model.
+    """
+    if not is_checkpoint(folder):
+        return {}
+    return {name: digest for name, (_, digest) in _expected_files(folder).items()}

@@ -1,4 +1,4 @@
-"""metrics.jsonl: every logged number, the source of truth."""
+"""metrics.jsonl, the authoritative record of every logged number."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from run.files import replace_file, sync_open
 from run.manifest import METRICS_FILE
 from run.wandb_run import Tracker
 
-LINE_SECONDS = 0.5  # how long another process may take for a line of metrics.jsonl
+LINE_SECONDS = 0.5  # how long another process may take to finish a line of metrics.jsonl
 
 
 class MetricsLog:
@@ -23,14 +23,15 @@ class MetricsLog:
     def __init__(
         self, folder: Path, tracker: Tracker, resume_step: float = math.inf, alone: bool = True
     ):
-        """Open the log of a run; a resumed one stands at optimizer step ``resume_step``.
-
-        Lines of later steps, from before a kill, are dropped: the resumed run writes them again. Those of
-        evaluations stay, since it does not.
+        """Open the log of a run.
 
         Args:
-            alone: whether no other process writes into it. Else nothing is dropped: a line that is only half
-                there may be one that training is just writing, and in a new file it would miss the next.
+            resume_step: the optimizer step at which a run resumes. Lines of later steps, written
+                before a kill, are dropped, since the run will write them again. Lines of
+                evaluations are kept, since it won't.
+            alone: whether this process is the only writer. If not, nothing is dropped. An
+                incomplete line may be one that training is writing at this moment, and if the file
+                were replaced, the next line from training would be lost.
         """
         self._tracker = tracker
         file = self._path = folder / METRICS_FILE
@@ -39,16 +40,15 @@ class MetricsLog:
             kept = [line for line in lines if _is_kept(line, resume_step)]
             if len(kept) < len(lines):
                 replace_file(file, b"".join(kept))
-            self._file = file.open(
-                "a+b", buffering=0
-            )  # each line in one piece, whoever else appends
+            # Unbuffered, so that each line is appended in one piece even if others append too.
+            self._file = file.open("a+b", buffering=0)
             if not alone:
                 self._end_line()
         except OSError as error:
             raise self._not_written(error) from None
 
     def _end_line(self) -> None:
-        """Put what a kill cut in the middle on a line of its own; what is just being written ends by itself."""
+        """End a line that a kill cut short, after waiting in case it is still being written."""
         until = time.monotonic() + LINE_SECONDS
         while (size := self._file.seek(0, os.SEEK_END)) and os.pread(
             self._file.fileno(), 1, size - 1
@@ -58,13 +58,13 @@ class MetricsLog:
             time.sleep(0.01)
 
     def write(self, step: int, epoch: float, numbers: Mapping[str, float]) -> None:
-        """Log ``numbers`` at ``step``; ``epoch`` counts passes over the training rows, with fractions."""
+        """Log ``numbers`` at ``step``; ``epoch`` is the number of passes over the training rows."""
         line = {"step": step, "epoch": round(epoch, 6), "time": round(time.time(), 3), **numbers}
         content = json.dumps(line).encode() + b"\n"
         try:
-            while content:  # a disk that fills up takes a part of it
+            while content:  # a nearly full disk may accept only a part
                 content = content[self._file.write(content) :]
-            # A checkpoint that is on the disk has all lines before it there too.
+            # By the time a checkpoint is on disk, all lines before it must be, too.
             sync_open(self._file.fileno(), self._path)
         except OSError as error:
             raise self._not_written(error) from None
@@ -72,15 +72,15 @@ class MetricsLog:
 
     def _not_written(self, error: OSError) -> UserError:
         return UserError(
-            f"{self._path}: can't be written ({error.strerror}): {storage_cure(error)}, then type the same command "
-            "again to go on from the last save"
+            f"{self._path}: can't be written ({error.strerror}): {storage_cure(error)}, "
+            "then type the same command again to resume from the last save"
         )
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(OSError):  # what did not fit on the disk has been said
+        with suppress(OSError):  # `write` has reported it
             self._file.close()
         self._tracker.finish()
 
@@ -89,14 +89,14 @@ def is_logged(folder: Path, step: int, numbers: Mapping[str, float]) -> bool:
     """Whether a line of the run's ``metrics.jsonl`` has all of ``numbers`` at ``step``."""
     try:
         lines = (folder / METRICS_FILE).read_bytes().splitlines()
-    except OSError:  # that it can't be written either is said where it is opened
+    except OSError:  # MetricsLog reports it
         return False
     expected = numbers | {"step": step}
     return any(expected.items() <= line.items() for line in map(_parsed, lines))
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
-    """A line of ``metrics.jsonl``; empty where a kill cut it."""
+    """A line of ``metrics.jsonl``; empty if a kill cut it short."""
     try:
         content = json.loads(line)
     except (ValueError, RecursionError):
@@ -105,7 +105,7 @@ def _parsed(line: bytes) -> dict[str, Any]:
 
 
 def _is_kept(line: bytes, resume_step: float) -> bool:
-    """Not one that a kill cut in the middle, nor one that is written again."""
+    """Whether a line is complete and won't be repeated by a run that resumes at ``resume_step``."""
     try:
         content = json.loads(line)
         return line.endswith(b"\n") and (

@@ -1,4 +1,4 @@
-"""Paths that a user typed."""
+"""Paths from the command line and the settings."""
 
 import os
 import re
@@ -8,10 +8,10 @@ from run.errors import UserError, one_line
 
 
 def local_path(text: str) -> Path:
-    """The path that a user typed, ``~`` expanded.
+    """The path that a user typed, with ``~`` expanded.
 
     Raises:
-        UserError: no file could have it (an unknown ``~user``, a name that is too long).
+        UserError: no file can have this path (an unknown ``~user``, a name that is too long).
     """
     try:
         path = Path(text).expanduser()
@@ -19,12 +19,12 @@ def local_path(text: str) -> Path:
         return path
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(
-            f"{text[:80]!r}: is no usable path ({one_line(error)[:120]}): check its spelling"
+            f"{text[:80]!r}: is not a usable path ({one_line(error)[:120]}): check its spelling"
         ) from None
 
 
 def is_same_place(relative: str, absolute: str) -> bool:
-    """Whether a relative path is the end of the absolute one that it was once turned into."""
+    """Whether ``absolute`` ends in ``relative``, as if it had been resolved from it."""
     short, long = local_path(relative), local_path(absolute)
     return (
         not short.is_absolute()
@@ -34,7 +34,7 @@ def is_same_place(relative: str, absolute: str) -> bool:
 
 
 def with_tilde(path: str) -> str:
-    """A path with ``~`` for the user's home, if it lies in there; `local_path` takes it back."""
+    """``path``, beginning with ``~`` if it is in the user's home; `local_path` undoes this."""
     for home in _homes():
         if path == home or path.startswith(f"{home}/"):
             return f"~{path[len(home) :]}"
@@ -47,14 +47,14 @@ def _homes() -> set[str]:
 
 
 def hide_home(text: str) -> str:
-    """``text`` with ``~`` for the user's home, which is nobody's business."""
+    """``text`` with ``~`` for the user's home, whose name is private."""
     for name in _homes():
         text = re.sub(rf"(?<![\w.~-]){re.escape(name)}(?![\w.-])", "~", text)
     return text
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether ``name`` has the form of a hub id, ``owner/name``, rather than that of a path."""
+    """Whether ``name`` has the form of a hub id, ``owner/name``, rather than of a path."""
     owner, slash, rest = name.partition("/")
     return (
         bool(slash and owner and rest) and "/" not in rest and not name.startswith((".", "~", "/"))

@@ -1,6 +1,8 @@
-"""Where a training run stands."""
+"""The progress and the speed of a training run."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,15 +11,17 @@ from run.wandb_run import RunPath
 
 @dataclass
 class Progress:
-    """Where a run stands; saved with ``last``, so that a resumed run logs what the unstopped one would.
+    """The progress of a run, saved with ``last``.
+
+    It lets a resumed run log the same lines as an uninterrupted one.
 
     Attributes:
         step: optimizer steps done.
-        nats, num_labels: summed loss, and supervised tokens, since the last logged line.
-        best_loss: validation loss of the best epoch so far, in nats a token.
-        best_exact_match: its exact match on the validation rows, where that is what chooses.
-        fitting: after an out-of-memory error, what micro_batch_tokens was set to and what fits.
-        wandb_run_id, wandb_project, wandb_entity: where W&B has the run.
+        nats, num_labels: summed loss, and number of supervised tokens, since the last logged line.
+        best_loss: validation loss of the best epoch so far, in nats per token.
+        best_exact_match: that epoch's exact match on the validation rows, if it chooses the best.
+        fitting: after memory ran out, the setting micro_batch_tokens and the value that fits.
+        wandb_run_id, wandb_project, wandb_entity: the run's path in W&B.
     """
 
     step: int = 0
@@ -36,59 +40,66 @@ class Progress:
 
     @run.setter
     def run(self, run: RunPath) -> None:
-        self.wandb_run_id, self.wandb_project, self.wandb_entity = (
-            run.run_id,
-            run.project,
-            run.entity,
-        )
+        self.wandb_run_id = run.run_id
+        self.wandb_project = run.project
+        self.wandb_entity = run.entity
 
-    def count(self, nats: float, num_labels: int) -> None:
-        """One more optimizer step is done."""
+    def add_step(self, nats: float, num_labels: int) -> None:
+        """Count one more optimizer step, with the summed loss of its supervised tokens."""
         self.step += 1
         self.nats += nats
         self.num_labels += num_labels
 
-    def budget(self, configured: int) -> int:
-        """``configured`` micro_batch_tokens, or what was found to fit of just that many."""
-        return self.fitting[1] if self.fitting and self.fitting[0] == configured else configured
-
-    def is_best(self, loss: float, exact_match: float | None) -> bool:
-        """Whether an epoch is the best so far, by exact match where there is one, then by loss; it is remembered."""
-        if self.best_loss is not None:
-            before = self.best_exact_match or 0.0, -self.best_loss
-            if (exact_match or 0.0, -loss) <= before:
-                return False
-        self.best_loss, self.best_exact_match = loss, exact_match
-        return True
-
-    def forget_best_without(self, folder: Path) -> bool:
-        """Whether there was a best epoch whose checkpoint is not there any more; then it is none."""
-        if self.best_loss is None or folder.exists():
-            return False
-        self.best_loss = self.best_exact_match = None
-        return True
-
-    def read_and_reset_loss(self) -> float:
+    def take_mean_loss(self) -> float:
         """Mean loss in nats over all supervised tokens since the last call."""
         loss = self.nats / self.num_labels
         self.nats, self.num_labels = 0.0, 0
         return loss
 
+    def budget(self, setting: int) -> int:
+        """The micro_batch_tokens to try: ``setting``, or less where just that ran out of memory."""
+        return self.fitting[1] if self.fitting and self.fitting[0] == setting else setting
+
+    def is_due(self, every: int | None) -> bool:
+        """Whether this step is a multiple of ``every``; never if None."""
+        return every is not None and self.step % every == 0
+
+    def improve(self, loss: float, exact_match: float | None) -> bool:
+        """Record an epoch if it is the best so far, by exact match if measured, then by loss.
+
+        Returns:
+            Whether it is the best.
+        """
+        if self.best_loss is not None:
+            best = self.best_exact_match or 0.0, -self.best_loss
+            if (exact_match or 0.0, -loss) <= best:
+                return False
+        self.best_loss, self.best_exact_match = loss, exact_match
+        return True
+
+    def forget_missing_best(self, folder: Path) -> None:
+        """Forget the best epoch if its checkpoint ``folder`` no longer exists, and report that."""
+        if self.best_loss is not None and not folder.exists():
+            self.best_loss = self.best_exact_match = None
+            print(f"{folder}: missing; the best will be chosen among the remaining epochs")
+
 
 class Speed:
-    """Tokens a second over the optimizer steps alone, without validation and saving."""
+    """Tokens per second of the optimizer steps alone, without validation and saving."""
 
     def __init__(self) -> None:
-        self._tokens, self._seconds, self._started = 0, 0.0, 0.0
+        self._tokens, self._seconds = 0, 0.0
 
-    def start(self) -> None:
-        self._started = time.perf_counter()
+    @contextmanager
+    def timed(self, num_tokens: int) -> Iterator[None]:
+        """Count the time inside this context, which trains on ``num_tokens`` tokens."""
+        started = time.perf_counter()
+        yield
+        self._tokens += num_tokens
+        self._seconds += time.perf_counter() - started
 
-    def stop(self, tokens: int) -> None:
-        self._tokens += tokens
-        self._seconds += time.perf_counter() - self._started
-
-    def read_and_reset(self) -> float:
+    def take_tokens_per_second(self) -> float:
+        """The mean since the last call."""
         rate = self._tokens / self._seconds
         self._tokens, self._seconds = 0, 0.0
         return rate

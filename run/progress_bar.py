@@ -1,4 +1,4 @@
-"""How far a loop is: tqdm's bar on a terminal; elsewhere, under nohup or Slurm, a plain line now and then."""
+"""Progress of a loop: tqdm's bar on a terminal, occasional lines elsewhere (nohup, Slurm)."""
 
 import time
 from collections.abc import Callable
@@ -6,16 +6,15 @@ from datetime import timedelta
 
 from tqdm import tqdm
 
-FIRST_SECONDS, EVERY_SECONDS = (
-    10,
-    30,
-)  # from the start to the first plain line, and from one to the next
+FIRST_SECONDS = 10  # from the start to the first plain line
+EVERY_SECONDS = 30  # from one plain line to the next
 
 
 class ProgressBar:
-    """What a loop over ``total`` things tells of itself, on standard error if that is a terminal, else on output.
+    """Reports the progress of a loop over ``total`` items.
 
-    A loop of a few seconds writes no plain line.
+    If standard error is a terminal, the bar is shown there. If not, lines are printed on standard
+    output, though not for a loop of a few seconds.
     """
 
     def __init__(
@@ -25,16 +24,20 @@ class ProgressBar:
         unit: str,
         done: int = 0,
         leave: bool = True,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] | None = None,
     ):
-        """``unit`` is the name of one thing; ``done`` of them were done before; ``leave``: the bar stays at the end."""
-        self._title, self._total, self._unit, self._leave, self._clock = (
-            title,
-            total,
-            unit,
-            leave,
-            clock,
-        )
+        """
+        Args:
+            unit: the name of one item.
+            done: how many items were done before.
+            leave: whether the bar remains on the terminal at the end.
+            clock: a replacement for ``time.monotonic``.
+        """
+        self._title = title
+        self._total = total
+        self._unit = unit
+        self._leave = leave
+        self._clock = clock or time.monotonic
         self._done = self._done_before = done
         self._postfix: dict[str, str] = {}
 
@@ -45,7 +48,7 @@ class ProgressBar:
             desc=self._title,
             unit=self._unit,
             leave=self._leave,
-            disable=None,  # where standard error is no terminal
+            disable=None,  # unless standard error is a terminal
         )
         self._started = self._clock()
         self._due = self._started + FIRST_SECONDS
@@ -54,12 +57,16 @@ class ProgressBar:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def update(self, **postfix: str) -> None:
-        """One more is done; ``postfix`` is shown beside it, and stays until it is given anew."""
-        self._done += 1
+    def show(self, **postfix: str) -> None:
+        """Set the values shown next to the bar, from its next update on."""
         self._postfix |= postfix
+        self._bar.set_postfix(self._postfix, refresh=False)
+
+    def update(self, **postfix: str) -> None:
+        """Count one more item as done, and `show` the values given."""
+        self._done += 1
         if postfix:
-            self._bar.set_postfix(self._postfix, refresh=False)
+            self.show(**postfix)
         self._bar.update()
         now = self._clock()
         if self._bar.disable and now >= self._due:

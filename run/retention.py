@@ -1,4 +1,4 @@
-"""Which checkpoints are kept, and the disk space that they need."""
+"""Removes checkpoints that are no longer needed, and checks the disk space for the others."""
 
 import json
 import shutil
@@ -6,30 +6,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from run.checkpoint import remove_remains, take_away, wait_for_removals
+from run.checkpoint import remove_remains, take_away
 from run.errors import UserError, one_line
 from run.files import replace_file, sync
 from run.manifest import BEST, FINISHED_FILE, LAST, PREVIOUS, fault_of
 
 
 def remove_state(run_folder: Path, description: Mapping[str, Any]) -> None:
-    """Remove ``last`` and ``previous`` of a run that is finished. Where that is cut, the next start knows what is what.
+    """Remove ``last`` and ``previous`` of a finished run.
+
+    If this is interrupted, the next start completes it.
 
     Args:
-        description: the ``training.json`` of its end; ``finished.json`` keeps what is not state.
+        description: the final ``training.json``; ``finished.json`` keeps all of it but the state.
 
     Raises:
-        UserError: ``best`` is not whole, and nothing is removed; or they can't be.
+        UserError: ``best`` is not intact, so nothing was removed; or the removal failed.
     """
     best, state = run_folder / BEST, [run_folder / PREVIOUS, run_folder / LAST]
-    wait_for_removals()
     if fault := fault_of(best):
         raise UserError(
-            f"{best}: is damaged or gone ({fault}): {LAST} and {PREVIOUS} are not removed (keep_state false): "
-            f"{cure_without_best(run_folder)}"
+            f"{best}: is damaged or gone ({fault}): {LAST} and {PREVIOUS} are not removed "
+            f"(keep_state false): {cure_without_best(run_folder)}"
         )
     try:
-        # First: without it, and without last, the next start would take the run for one that never saved.
+        # Written first, since a run with neither this nor last looks as if it had never saved.
         content = {key: value for key, value in description.items() if key != "state"}
         replace_file(run_folder / FINISHED_FILE, json.dumps(content, indent=2) + "\n")
         for folder in state:
@@ -41,11 +42,11 @@ def remove_state(run_folder: Path, description: Mapping[str, Any]) -> None:
             f"{run_folder}: {LAST} and {PREVIOUS} can't be removed ({one_line(error)[:160]})"
         ) from error
     remove_remains(run_folder / LAST)
-    print(f"removed: {state[1]} and {state[0]}, since {best} is whole (keep_state false)")
+    print(f"removed: {state[1]} and {state[0]}, since {best} is intact (keep_state false)")
 
 
 def cure_without_best(run_folder: Path) -> str:
-    """What can be done with a finished run whose ``best`` is not whole."""
+    """What the user can do about a finished run whose ``best`` is not intact."""
     other = (
         f"evaluate.py --ckpt {run_folder / LAST}"
         if (run_folder / LAST).exists()
@@ -54,30 +55,29 @@ def cure_without_best(run_folder: Path) -> str:
     return f"restore {BEST} from a copy, or {other}"
 
 
-def check_disk_space(run_folder: Path, weights: int, state: int) -> tuple[int, int]:
-    """Make sure that the checkpoints of a run fit on the disk.
+def disk_space(run_folder: Path, weights: int, state: int) -> tuple[int, int]:
+    """How many bytes the checkpoints of a run need, and how many are available for them.
 
     Args:
-        weights, state: in bytes; ``best`` has the first, ``last`` and ``previous`` both, and so has
-            what is being written while all three stand there.
-
-    Returns:
-        The bytes that they take, and those that can be had.
-
-    Raises:
-        UserError: the first is more than the second.
+        weights, state: their sizes in bytes. ``best`` has only the weights. ``last``, ``previous``
+            and the one being written, which exists alongside them, have both.
     """
     needed = weights + 3 * (weights + state)
-    there = sum(
+    present = sum(
         file.stat().st_size
         for name in (BEST, LAST, PREVIOUS)
         for file in (run_folder / name).rglob("*")
         if file.is_file()
     )
-    room = shutil.disk_usage(run_folder).free + there
-    if needed > room:
+    return needed, shutil.disk_usage(run_folder).free + present
+
+
+def check_disk_space(run_folder: Path, weights: int, state: int) -> None:
+    """Raises UserError if the checkpoints of a run do not fit on the disk; see `disk_space`."""
+    needed, available = disk_space(run_folder, weights, state)
+    if needed > available:
         raise UserError(
-            f"{run_folder}: its checkpoints take {needed / 1e9:.1f} GB (best, last, the one before, and one being "
-            f"written), and {room / 1e9:.1f} GB can be had: make room, or begin in another --output_dir"
+            f"{run_folder}: its checkpoints need {needed / 1e9:.1f} GB (best, last, previous, and "
+            f"one being written), and {available / 1e9:.1f} GB are available: "
+            "make room, or start in another --output_dir"
         )
-    return needed, room

@@ -1,4 +1,4 @@
-"""How a script ends: one clear line and an exit code instead of a traceback."""
+"""How a script starts and ends, with one clear line and an exit code instead of a traceback."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 from run import streams
-from run.errors import _STORAGE_FAULTS, NotFiniteError, Stopped, UserError, one_line, storage_cure
+from run.errors import STORAGE_FAULTS, NotFiniteError, Stopped, UserError, one_line, storage_cure
 from run.signals import StopSignal
 
 USER_ERROR, NOT_FINITE = 2, 3
@@ -18,45 +18,52 @@ USER_ERROR, NOT_FINITE = 2, 3
 OLDEST_PYTHON = (3, 11)
 
 
-# Without these no script gets anywhere; all of requirements.txt that is imported here but wandb, which is a guest.
+# Packages that the scripts require. Not wandb, since a run continues without it.
 PACKAGES = (
-    *(
-        "torch",
-        "transformers",
-        "datasets",
-        "pyarrow",
-        "sentencepiece",
-        "safetensors",
-        "xxhash",
-        "optimi",
-        "pydantic",
-    ),
-    *("yaml", "scipy", "tqdm"),
+    "torch",
+    "transformers",
+    "datasets",
+    "pyarrow",
+    "sentencepiece",
+    "safetensors",
+    "xxhash",
+    "optimi",
+    "pydantic",
+    "yaml",
+    "scipy",
+    "tqdm",
 )
 
 
 def check_platform() -> None:
-    """End in one line, exit code 2, where these scripts can't run: before the first import that fails there."""
+    """End with one line and exit code 2 if these scripts can't run here.
+
+    Must be called before the first import that would fail.
+    """
     if sys.version_info < OLDEST_PYTHON:
         found = ".".join(map(str, sys.version_info[:3]))
-        fault = f"Python {found} is too old, 3.11 or newer is needed: start this with such a one (python3.11)"
-        sys.exit(_complain(f"error: {fault}", USER_ERROR))
+        _refuse(
+            f"Python {found} is too old, 3.11 or newer is needed: start this with a newer one, "
+            "such as python3.11"
+        )
     try:
         import fcntl  # noqa: F401
     except ImportError:
-        fault = f"{sys.platform} has no file locks (fcntl): run this on Linux or macOS, on Windows in WSL2"
-        sys.exit(_complain(f"error: {fault}", USER_ERROR))
+        _refuse(
+            f"{sys.platform} has no file locks (fcntl): run this on Linux or macOS, "
+            "on Windows in WSL2"
+        )
     missing = [
         name
         for name in PACKAGES
         if sys.modules.get(name) is None and importlib.util.find_spec(name) is None
     ]
     if missing:
-        sys.exit(
-            _complain(
-                f"error: {sys.executable} lacks {', '.join(missing)}: {_install_cure()}", USER_ERROR
-            )
-        )
+        _refuse(f"{sys.executable} lacks {', '.join(missing)}: {_install_cure()}")
+
+
+def _refuse(fault: str) -> None:
+    sys.exit(_complain(f"error: {fault}", USER_ERROR))
 
 
 def _install_cure() -> str:
@@ -64,11 +71,14 @@ def _install_cure() -> str:
     own = os.path.join(root, ".venv", "bin", "python")
     if os.path.exists(own) and sys.executable != own:
         return f"start this with {own}"
-    return f"install {os.path.join(root, 'requirements.txt')} into it (pip install -r), or start this with one that has"
+    return (
+        f"install {os.path.join(root, 'requirements.txt')} into it (pip install -r), "
+        "or start this with one that has them"
+    )
 
 
 def run_script(story: Callable[..., None], *arguments: object) -> None:
-    """Run ``story(*arguments)`` and end the process with the exit code that interface and shell expect."""
+    """Run ``story(*arguments)``; end the process with the documented exit code if it fails."""
     check_platform()
     streams.prepare()
     StopSignal().listen().tell(_stop)
@@ -80,21 +90,32 @@ def run_script(story: Callable[..., None], *arguments: object) -> None:
         sys.exit(_complain(f"stopped: {one_line(error)}", NOT_FINITE))
     except Stopped as stop:
         sys.exit(_complain(f"stopped: {one_line(stop)}", 128 + stop.signal_number))
-    except KeyboardInterrupt:  # of a library that asks the terminal something
+    except KeyboardInterrupt:  # from a library that installs its own handler to ask a question
         sys.exit(_complain("stopped: SIGINT", 128 + signal.SIGINT))
     except OSError as error:
-        if error.errno not in _STORAGE_FAULTS:
+        if error.errno not in STORAGE_FAULTS:
             raise
         where = f"{error.filename}: " if error.filename else ""
         fault = f"{where}{error.strerror}: {storage_cure(error)}, or choose another folder"
         sys.exit(_complain(f"error: {one_line(fault)}", USER_ERROR))
-    StopSignal().listen().tell(_leave)  # for the heavy imports between a script's two stories
+    StopSignal().listen().tell(_leave)  # during the heavy imports that may follow
+
+
+def read_command_line(read_arguments: Callable[[list[str]], tuple]) -> tuple:
+    """Parse the command line before a script's heavy imports.
+
+    This way --help and mistakes are answered within a second. After the imports, the script runs
+    with the result.
+    """
+    parsed: list[tuple] = []
+    run_script(lambda: parsed.append(read_arguments(sys.argv[1:])))
+    return parsed[0]
 
 
 def _stop(number: int) -> None:
     raise Stopped(
         number,
-        f"{_name(number)}; what was finished is saved, and the same command goes on from there",
+        f"{_name(number)}; what was finished is saved, and the same command resumes from there",
     )
 
 
@@ -107,11 +128,12 @@ def _name(number: int) -> str:
 
 
 def check_printed() -> None:
-    """For a script whose result is only what it prints: was it written?
+    """Check that standard output was written, for a script whose only result is its output.
 
     Raises:
-        UserError: it was not.
-        SystemExit: as by SIGPIPE, where the reader (a `| head`) is gone: not a fault, and nobody is left to tell.
+        UserError: it was not written.
+        SystemExit: the reader, such as `| head`, has exited. That is not an error, and nobody is
+            left to read a message, so the script ends as if by SIGPIPE.
     """
     sys.stdout.flush()
     fault = getattr(sys.stdout, "fault", None)
@@ -120,7 +142,7 @@ def check_printed() -> None:
     if fault is not None:
         why = getattr(fault, "strerror", None) or fault
         raise UserError(
-            f"standard output: can't be written ({why}): make room there, or choose another file for it"
+            f"standard output: can't be written ({why}): make room there, or redirect it elsewhere"
         )
 
 

@@ -10,19 +10,24 @@ from pathlib import Path
 
 
 def command_line(*words: str) -> str:
-    """Python with ``words``, as it can be pasted into the shell (bash, zsh) that this was started from."""
+    """A command that runs Python with ``words``, in the syntax of the user's shell (bash, zsh)."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return " ".join(_quoted(word, encoding) for word in (_this_python(), *words))
 
 
 def _this_python() -> str:
-    """``python`` where the shell finds this one under that name, else where it is: the other has not its packages."""
-    found, this = shutil.which("python"), sys.executable
-    # Not where links lead to: the interpreters of two environments are often links to one file.
-    if not this or (
-        found
-        and _folder(found) == _folder(this)
-        and os.path.realpath(found) == os.path.realpath(this)
+    """``python`` if the shell would find this interpreter by that name, else its path.
+
+    Another interpreter might lack the packages of this one.
+    """
+    in_shell, this = shutil.which("python"), sys.executable
+    if not this:
+        return "python"
+    # The folders are compared too, since two environments' interpreters often link to one file.
+    if (
+        in_shell
+        and _folder(in_shell) == _folder(this)
+        and os.path.realpath(in_shell) == os.path.realpath(this)
     ):
         return "python"
     short = os.path.relpath(this)
@@ -34,7 +39,7 @@ def _folder(file: str) -> str:
 
 
 def _quoted(word: str, encoding: str) -> str:
-    """``word`` for a shell; byte by byte where the stream would show other letters."""
+    """``word`` quoted for a shell, byte by byte if ``encoding`` can't represent it."""
     try:
         word.encode(encoding)
         if word.isprintable():
@@ -49,9 +54,9 @@ def _escaped(byte: int) -> str:
 
 
 def evaluation_command(checkpoint: Path) -> str:
-    """What evaluates ``checkpoint``, as it can be pasted into the shell that this was started from."""
+    """The command that evaluates ``checkpoint``, ready to be pasted into a shell."""
     script = Path(__file__).resolve().parents[1] / "evaluate.py"
-    shown, folder = script.name if script.parent == Path.cwd() else str(script), str(checkpoint)
-    return command_line(
-        shown, *([f"--ckpt={folder}"] if folder.startswith("-") else ["--ckpt", folder])
-    )
+    shown = script.name if script.parent == Path.cwd() else str(script)
+    folder = str(checkpoint)
+    flag = [f"--ckpt={folder}"] if folder.startswith("-") else ["--ckpt", folder]
+    return command_line(shown, *flag)

@@ -14,62 +14,66 @@ STOP_SIGNALS = tuple(
 )
 
 
-INSISTING = (
-    signal.SIGINT,
-    signal.SIGTERM,
-)  # a second one of these, in any order, ends the process at once
+# A second signal from this list, the same or another, ends the process immediately.
+INSISTENT = (signal.SIGINT, signal.SIGTERM)
 
 
-ONE_REQUEST = (
-    0.5  # seconds: `timeout` sends each signal twice, and a terminal and make both send Ctrl-C
-)
+# Two signals within this many seconds count as one request, since `timeout` sends each signal
+# twice, and on Ctrl-C both the terminal and make send one.
+SAME_REQUEST_SECONDS = 0.5
 
 
 class StopSignal:
-    """The first signal that asks this process to end, from when it listens on.
+    """The first signal that asks this process to stop, after it starts listening.
 
-    Signals after the first one change nothing: a closed terminal sends SIGHUP twice, a scheduler SIGUSR1
-    and later SIGTERM. Only a second Ctrl-C or SIGTERM ends the process at once. What the parent has
-    ignored, as nohup does with SIGHUP, stays ignored.
+    Later signals are ignored, since a closed terminal sends SIGHUP twice, and a scheduler SIGUSR1
+    and then SIGTERM. Only a second Ctrl-C or SIGTERM ends the process immediately. A signal that
+    the parent process ignored, as nohup does SIGHUP, remains ignored.
 
     Attributes:
-        signal_number: the first signal, or None so far.
+        signal_number: the first signal; None until it arrives.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, same_request_seconds: float = SAME_REQUEST_SECONDS) -> None:
         self.signal_number: int | None = None
+        self._same_request_seconds = same_request_seconds
         self._listener: Callable[[int], None] | None = None
-        self._insisted: float | None = None  # when the first Ctrl-C or SIGTERM came
-        self._before: dict[int, object] = {}
+        self._first_insistent: float | None = None  # when it arrived
+        self._handlers_before: dict[int, object] = {}
 
     def tell(self, listener: Callable[[int], None]) -> None:
-        """Call ``listener`` with the first signal, between any two instructions; now, if that has come already."""
+        """Call ``listener`` with the first signal, possibly between any two instructions.
+
+        If a signal has already arrived, call it now.
+        """
         self._listener = listener
         if self.signal_number is not None:
             listener(self.signal_number)
 
     def listen(self) -> StopSignal:
         for number in STOP_SIGNALS:
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: not Python's
-                self._before[number] = signal.signal(number, self._hear)
+            # None is a handler that was not installed from Python.
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                self._handlers_before[number] = signal.signal(number, self._receive)
         return self
 
     def __enter__(self) -> StopSignal:
         return self.listen()
 
     def __exit__(self, *_: object) -> None:
-        """Goes on listening once a signal has come: the next one must not cut the clean-up."""
+        """Stop listening, unless a signal has arrived: another must not interrupt the clean-up."""
         if self.signal_number is None:
-            for number, handler in self._before.items():
+            for number, handler in self._handlers_before.items():
                 signal.signal(number, handler)
 
-    def _hear(self, number: int, frame: object) -> None:
-        if number in INSISTING:
+    def _receive(self, number: int, frame: object) -> None:
+        if number in INSISTENT:
             now = time.monotonic()
-            if self._insisted is not None and now - self._insisted > ONE_REQUEST:
+            if self._first_insistent is None:
+                self._first_insistent = now
+            elif now - self._first_insistent > self._same_request_seconds:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
-            self._insisted = self._insisted or now
         if self.signal_number is None:
             self.signal_number = number
             if self._listener:

@@ -1,4 +1,4 @@
-"""Standard output and error that no run dies of: it has files to finish."""
+"""Makes standard output and error tolerant, so that a broken stream does not end a run."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-ENDS = (
-    OSError,
-    ValueError,
-)  # a stream that is broken, and one that is closed or can't write a letter
+# OSError: the stream is broken. ValueError: it is closed, or can't encode a character.
+FAULTS = (OSError, ValueError)
 
 
 class Tolerant:
-    """A text stream whose failures end nothing: what can't be written is dropped.
+    """A text stream that drops what it can't write, instead of raising an error.
 
-    A closed terminal gives EIO, a reader that is gone EPIPE, a log on a full disk ENOSPC.
+    A closed terminal causes EIO, a reader that has exited EPIPE, a log on a full disk ENOSPC.
 
     Attributes:
         fault: the last failure, or None.
@@ -31,7 +29,7 @@ class Tolerant:
     def write(self, text: str) -> int:
         try:
             self._stream.write(text)
-        except ENDS as error:
+        except FAULTS as error:
             self.fault = error
         return len(text)
 
@@ -42,13 +40,13 @@ class Tolerant:
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except ENDS as error:
+        except FAULTS as error:
             self.fault = error
 
     def isatty(self) -> bool:
         try:
             return self._stream.isatty()
-        except ENDS:
+        except FAULTS:
             return False
 
     def __getattr__(self, name: str) -> Any:
@@ -56,44 +54,54 @@ class Tolerant:
 
 
 def prepare() -> None:
-    """Make ``sys.stdout`` and ``sys.stderr`` tolerant, written line by line, with escapes for foreign letters."""
+    """Make ``sys.stdout`` and ``sys.stderr`` tolerant and line-buffered.
+
+    Characters that their encoding lacks are written as escape sequences.
+    """
     for number in range(3):
-        _open_closed(number)
+        _open_if_closed(number)
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         if isinstance(stream, Tolerant):
             continue
         fault = None
-        if stream is None:  # so Python has it where the parent closed it
+        if stream is None:  # as Python sets it if the parent closed the descriptor
             stream = os.fdopen(number, "w", encoding="utf-8", closefd=False)
             fault = OSError(errno.EBADF, "it is closed")
         if hasattr(stream, "reconfigure"):
-            with suppress(*ENDS):
+            with suppress(*FAULTS):
                 stream.reconfigure(errors="backslashreplace", line_buffering=True)
         setattr(sys, name, Tolerant(stream, fault))
-    atexit.unregister(_settle)
-    atexit.register(_settle)
+    atexit.unregister(_discard_unwritten)
+    atexit.register(_discard_unwritten)
 
 
-def _open_closed(number: int) -> None:
-    """Let descriptor ``number``, if it is closed, lead nowhere: else the next file, a checkpoint, would get it."""
+def _open_if_closed(number: int) -> None:
+    """Connect a closed descriptor ``number`` to the null device.
+
+    Otherwise the next file that is opened, such as a checkpoint, would get this number, and
+    anything printed would be written into it.
+    """
     try:
         os.fstat(number)
     except OSError:
         null = os.open(os.devnull, os.O_RDWR)
-        if null != number:  # a lower one is free
+        if null != number:  # a lower number was free
             os.dup2(null, number)
             os.close(null)
         os.set_inheritable(number, True)  # children need one as well
 
 
-def _settle() -> None:
-    # What still can't be written when the interpreter ends must go nowhere: Python 3.13 tells of it, with a traceback.
+def _discard_unwritten() -> None:
+    """Discard output that still can't be written when the interpreter exits.
+
+    Python 3.13 would report it with a traceback.
+    """
     for stream in (sys.stdout, sys.stderr):
         if not isinstance(stream, Tolerant):
             continue
         stream.fault = None
         stream.flush()
         if stream.fault is not None:
-            with suppress(*ENDS):
+            with suppress(*FAULTS):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,21 +1,57 @@
-"""training.json: what a checkpoint says of itself."""
+"""training.json, in which a checkpoint describes itself."""
 
 import importlib.metadata
 import json
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from engine.loss import Measurement
-from engine.tokenizer import Tokenizer
-from run.config import PLACES, Config
+from run.config import PLACES
 from run.errors import UserError, one_line
 from run.manifest import DESCRIPTION_FILE
 from run.paths import local_path, with_tilde
-from run.progress import Progress
+from run.wandb_run import RunPath
+
+VERSIONED_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "torch-optimi")
+
+
+def describe(
+    settings: Mapping[str, Any],
+    *,
+    step: int,
+    epoch: float,
+    data_hashes: Mapping[str, str],
+    tokenizer: Mapping[str, Any],
+    wandb: RunPath,
+    validation_loss: float | None = None,
+    validation_perplexity: float | None = None,
+    validation_exact_match: float | None = None,
+) -> dict[str, Any]:
+    """The content of ``training.json``.
+
+    Args:
+        epoch: passes over the training rows, as a fraction.
+        tokenizer: the tokenizer's description of itself.
+        validation_loss, validation_perplexity, validation_exact_match: None if they were not
+            measured at this step.
+    """
+    return {
+        "step": step,
+        "epoch": epoch,
+        "validation_loss": validation_loss,
+        "validation_perplexity": validation_perplexity,
+        "validation_exact_match": validation_exact_match,
+        "settings": dict(settings),
+        "data": dict(data_hashes),
+        "tokenizer": dict(tokenizer),
+        "wandb_run_id": wandb.run_id,
+        "wandb_project": wandb.project,
+        "wandb_entity": wandb.entity,
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in VERSIONED_PACKAGES},
+    }
 
 
 def read_description(folder: Path, name: str = DESCRIPTION_FILE) -> dict[str, Any]:
@@ -35,15 +71,16 @@ def read_description(folder: Path, name: str = DESCRIPTION_FILE) -> dict[str, An
         return description
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{file}: is damaged or no training.json of this program ({one_line(error)[:160]})"
+            f"{file}: is damaged or not a training.json of this program ({one_line(error)[:160]})"
         ) from None
 
 
 def saved_settings(folder: Path, description: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a checkpoint of ours, its folders as absolute paths.
+    """The settings of a checkpoint of ours, with its folders as absolute paths.
 
-    An older version saved them relative to the folder in which the run was started, which is known
-    where its output_dir was relative, too. Where it is not known, model or data set are left out.
+    Older versions saved paths relative to the folder in which the run was started. If output_dir
+    was relative, too, that folder can be inferred from the checkpoint's location. Otherwise it is
+    unknown, and model and data set are omitted if they are relative.
     """
     settings = dict(description["settings"])
     if not is_of_an_older_version(description):
@@ -57,41 +94,26 @@ def saved_settings(folder: Path, description: Mapping[str, Any]) -> dict[str, An
     ]
     for key in [key for key in PLACES if key in settings]:
         place = local_path(str(settings[key]))
-        if not place.is_absolute():
-            found = [str(start / place) for start in starts if (start / place).is_dir()]
-            settings |= {key: with_tilde(found[0])} if found else {}
-            if not found:
-                del settings[key]
+        if place.is_absolute():
+            continue
+        found = [str(start / place) for start in starts if (start / place).is_dir()]
+        if found:
+            settings[key] = with_tilde(found[0])
+        else:
+            del settings[key]
     return settings
 
 
 def is_of_an_older_version(description: Mapping[str, Any]) -> bool:
-    """Whether it was saved before folders were made absolute, and ids compared with SentencePiece's."""
+    """Whether the checkpoint was saved by a version that did not make folders absolute."""
     return "tokenizer" not in description
 
 
-def describe(
-    config: Config,
-    progress: Progress,
-    steps_per_epoch: int,
-    data_hashes: Mapping[str, str],
-    tokenizer: Tokenizer,
-    result: Measurement | None,
-) -> dict[str, Any]:
-    """The content of ``training.json``."""
-    packages = ("torch", "transformers", "tokenizers", "safetensors", "torch-optimi")
-    return {
-        "step": progress.step,
-        "epoch": progress.step / steps_per_epoch,
-        "validation_loss": result.loss if result else None,
-        "validation_perplexity": result.perplexity if result else None,
-        "validation_exact_match": progress.best_exact_match if result else None,
-        "settings": asdict(config),
-        "data": dict(data_hashes),
-        "tokenizer": tokenizer.describe(),
-        "wandb_run_id": progress.wandb_run_id,
-        "wandb_project": progress.wandb_project,
-        "wandb_entity": progress.wandb_entity,
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in packages},
-    }
+def tokenizer_record(folder: Path) -> Mapping[str, Any] | None:
+    """A checkpoint's description of its tokenizer; None for a folder that is not a checkpoint.
+
+    Empty for a checkpoint of an older version, which has no such description.
+    """
+    if not (folder / DESCRIPTION_FILE).is_file():
+        return None
+    return read_description(folder).get("tokenizer", {})

@@ -1,6 +1,6 @@
-"""Every logged number: into ``metrics.jsonl``, the source of truth, and to Weights & Biases.
+"""Logs to Weights & Biases. A run never waits long for it, and never fails because of it.
 
-W&B is a guest: a run never waits long for it and never dies of it.
+Every number that is sent there is also in ``metrics.jsonl``.
 """
 
 import logging
@@ -14,18 +14,19 @@ from typing import Any, Protocol
 from run.errors import one_line
 from run.paths import hide_home
 
-INIT_SECONDS = 15  # how long a start may wait for W&B to answer
+# How many seconds a run waits for W&B when it starts, unless W&B's own WANDB_INIT_TIMEOUT is set.
+INIT_SECONDS = 15
 
 
-FINISH_SECONDS = 60  # how long an end may wait for the last numbers to be uploaded
+FINISH_SECONDS = 60  # how long a run waits at its end for the last numbers to be uploaded
 
 
 @dataclass(frozen=True)
 class RunPath:
-    """Where W&B has a run.
+    """Where a run is in W&B.
 
     Attributes:
-        entity: the user or team whose ``project`` it is in; None: whom W&B takes where nothing is said.
+        entity: the user or team that owns ``project``; None: W&B's default.
     """
 
     run_id: str
@@ -34,7 +35,7 @@ class RunPath:
 
 
 def new_run(project: str) -> RunPath:
-    """Where a new run goes: under WANDB_RUN_ID where that is set, and where a sweep's agent wants it."""
+    """The path of a new run: a sweep's choice if there is one, and WANDB_RUN_ID if that is set."""
     asked = os.environ.get("WANDB_RUN_ID", "")
     run_id = asked if _is_run_id(asked) else secrets.token_hex(4)
     if not os.environ.get("WANDB_SWEEP_ID"):
@@ -45,7 +46,10 @@ def new_run(project: str) -> RunPath:
 
 
 def _is_run_id(text: str) -> bool:
-    """Whether W&B takes it: an id that it refuses, once in a checkpoint, would keep W&B off for ever."""
+    """Whether W&B accepts ``text`` as a run id.
+
+    If a rejected id got into a checkpoint, W&B would be off each time the run is resumed.
+    """
     return (
         0 < len(text) <= 128
         and text.isprintable()
@@ -55,12 +59,12 @@ def _is_run_id(text: str) -> bool:
 
 
 def saved_run(description: Mapping[str, Any], project: str, project_before: str | None) -> RunPath:
-    """Where the run of a checkpoint is, or goes to from here on.
+    """The path at which the run of a checkpoint continues.
 
     Args:
-        description: the checkpoint's ``training.json``; those of before W&B's own answer was kept have only the id.
-        project, project_before: the setting now, and when the checkpoint was written; where they differ, the
-            one that is asked for now counts.
+        description: the checkpoint's ``training.json``. Older versions saved only the id.
+        project, project_before: the setting now, and when the checkpoint was saved. If they
+            differ, the run continues in ``project``.
     """
     run_id = description["wandb_run_id"]
     if project != project_before:
@@ -71,10 +75,10 @@ def saved_run(description: Mapping[str, Any], project: str, project_before: str 
 
 
 class Tracker(Protocol):
-    """What the scripts ask of W&B; `NoTracker` where there is none.
+    """The operations that the scripts need from W&B; `NoTracker` does nothing.
 
     Attributes:
-        run: where W&B has put the run; None where it has not.
+        run: the run's actual path in W&B; None if there is none.
     """
 
     run: RunPath | None
@@ -95,7 +99,10 @@ class NoTracker:
 
 
 class WandbTracker:
-    """A W&B run whose x axis is our ``step``, so that repeated steps of a resumed run are not dropped."""
+    """A W&B run whose x axis is our ``step``.
+
+    W&B's own step axis drops repeated steps, such as a resumed run's; a custom axis keeps them.
+    """
 
     def __init__(self, run: Any):
         self._run = run
@@ -107,31 +114,33 @@ class WandbTracker:
     def log(self, numbers: Mapping[str, float]) -> None:
         try:
             self._run.log(dict(numbers))
-        except Exception as error:  # whatever it is, it must not cost the run
+        except Exception as error:  # no error of W&B may end the run
             print(f"W&B: a line was not logged ({one_line(error)[:120]}); metrics.jsonl has it")
 
     def finish(self) -> None:
         try:
             self._run.finish()
-        except Exception as error:  # as above
+        except Exception as error:  # as in `log`
             print(
-                f"W&B: did not finish cleanly ({one_line(error)[:120]}); metrics.jsonl has every number"
+                f"W&B: did not finish cleanly ({one_line(error)[:120]}); "
+                "metrics.jsonl has every number"
             )
 
 
 def start_tracker(
     mode: str | None, *, run: RunPath, name: str, folder: Path, settings: Mapping[str, Any]
 ) -> Tracker:
-    """Open a W&B run, new or continued: ``run``, unless a sweep's agent or W&B has another one for this process.
+    """Open a W&B run, new or continued.
 
     Args:
         mode: ``online``, ``offline``, ``disabled``, or None: WANDB_MODE if it is set, else online
-            where the user is logged in and offline where not.
+            if the user is logged in and offline if not.
+        run: where to log, unless a sweep's agent or W&B chooses another run for this process.
         folder: where W&B keeps its own files.
     """
     if mode == "disabled" or _is_disabled():
         return NoTracker()
-    _heed_run_id()
+    _drop_refused_run_id()
     try:
         import wandb
 
@@ -144,64 +153,68 @@ def start_tracker(
             if resolved == "offline":
                 raise
             print(
-                f"W&B: not reached ({one_line(error)[:120]}): logging offline, 'wandb sync' uploads it later"
+                f"W&B: not reached ({one_line(error)[:120]}): logging offline, "
+                "'wandb sync' uploads it later"
             )
-            wandb.teardown()  # else the id would count as in use by the attempt that failed
+            wandb.teardown()  # otherwise the failed attempt would keep the id in use
             opened = _init(wandb, "offline", run, name, folder, settings)
         if not opened.offline:
             print(f"W&B: {opened.url}")
         tracker = WandbTracker(opened)
-        if others := {run.run_id, os.environ.get("WANDB_RUN_ID") or run.run_id} - {opened.id}:
-            print(
-                one_line(f"W&B: logged as run {opened.id}, not as {' or '.join(sorted(others))}")[
-                    :240
-                ]
-            )
+        expected = {run.run_id, os.environ.get("WANDB_RUN_ID") or run.run_id}
+        if others := " or ".join(sorted(expected - {opened.id})):
+            print(one_line(f"W&B: logged as run {opened.id}, not as {others}")[:240])
         return tracker
-    except Exception as error:  # as above
+    except Exception as error:  # no error of W&B may end the run
         print(f"W&B: off ({one_line(error)[:120]}); metrics.jsonl has every number")
         return NoTracker()
 
 
-def _heed_run_id() -> None:
-    """Take a WANDB_RUN_ID that W&B refuses out of the environment: W&B reads it there, whatever id it is given."""
+def _drop_refused_run_id() -> None:
+    """Remove a WANDB_RUN_ID that W&B rejects from the environment.
+
+    W&B would read it from there even though we pass another id.
+    """
     asked = os.environ.get("WANDB_RUN_ID")
     if asked is None or _is_run_id(asked):
         return
     del os.environ["WANDB_RUN_ID"]
     if asked:
         print(
-            f"W&B: WANDB_RUN_ID={one_line(repr(asked))[:60]} is no id that W&B takes: not heeded (at most 128 letters "
-            "without spaces around them, none of : ; , # ? / ')"
+            f"W&B: WANDB_RUN_ID={one_line(repr(asked))[:60]} is ignored, since W&B does not accept "
+            "it as an id (at most 128 characters, no spaces around them, none of : ; , # ? / ')"
         )
 
 
 def _is_disabled() -> bool:
-    """Whether WANDB_DISABLED says so: an older switch of W&B's, which other programs still heed."""
+    """Whether WANDB_DISABLED is set, an older switch of W&B that other programs still obey."""
     value = os.environ.get("WANDB_DISABLED", "").strip()
     if value.lower() in ("true", "1", "yes", "on", "y", "t"):
-        print(f"W&B: off, as WANDB_DISABLED={value} says; metrics.jsonl has every number")
+        print(f"W&B: off, because WANDB_DISABLED={value}; metrics.jsonl has every number")
         return True
     if value.lower() not in ("", "false", "0", "no", "off", "n", "f"):
-        print(f"W&B: WANDB_DISABLED={one_line(value)[:60]} is neither true nor false: not heeded")
+        print(
+            f"W&B: WANDB_DISABLED={one_line(value)[:60]} is ignored, since it is neither true "
+            "nor false"
+        )
     return False
 
 
 def _resolve_mode(wandb: Any, asked: str | None) -> str | None:
-    """``asked``, but offline where nobody is logged in: W&B would stop and ask for a key in the terminal."""
+    """``asked``, but offline if nobody is logged in, since W&B would stop and ask for a key."""
     if asked in ("offline", "disabled"):
         return asked
     try:
-        logged_in = wandb.login(
-            prompt=False, verify=False
-        )  # verify would ask the server, and wait for it
-    except Exception as error:  # such as a key of the wrong form
-        print(f"W&B: the login is refused ({one_line(error)[:80]})")
+        # With verify=True it would query the server, and wait for it.
+        logged_in = wandb.login(prompt=False, verify=False)
+    except Exception as error:  # such as a malformed key
+        print(f"W&B: the login failed ({one_line(error)[:80]})")
         logged_in = False
     if logged_in:
         return asked
     print(
-        "W&B: not logged in, so logging offline ('wandb login' before the run, or 'wandb sync' after it)"
+        "W&B: not logged in, so logging offline "
+        "('wandb login' before the run, or 'wandb sync' after it)"
     )
     return "offline"
 
@@ -218,21 +231,20 @@ def _init(
         dir=str(folder.absolute()),
         mode=mode,
         config=dict(settings),
-        resume=None
-        if mode == "offline"
-        else "allow",  # offline knows no resuming: 'wandb sync' joins by id
+        # Offline runs can't be resumed, but 'wandb sync' joins them by their id.
+        resume=None if mode == "offline" else "allow",
         settings=wandb.Settings(
-            init_timeout=INIT_SECONDS,
+            init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT") or INIT_SECONDS),
             finish_timeout=FINISH_SECONDS,
             silent=True,
             console="off",
             disable_git=True,
-            x_disable_meta=True,  # the command line, and paths of this machine
+            x_disable_meta=True,  # the metadata would contain the command line and local paths
         ),
     )
 
 
 def _hide_home(record: logging.LogRecord) -> bool:
-    """W&B's debug.log names its own place."""
+    """A filter for W&B's debug.log, which contains its own path."""
     record.msg, record.args = hide_home(record.getMessage()), None
     return True

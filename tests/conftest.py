@@ -1,5 +1,6 @@
-"""A tiny real Llama with a tokenizer trained on the spot, small data sets, and a way to call the scripts."""
+"""A tiny real Llama and its tokenizer, small data sets, and a way to call the scripts."""
 
+import itertools
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the tests need no network, and must not reach for it
 os.environ["WANDB_MODE"] = "disabled"
-# Models so small compute longer with a second thread than without, and two processes test side by side.
+# Models this small are slower with a second thread, and two processes test side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -24,7 +25,7 @@ import train
 from engine.loading import load_model, load_tokenizer
 from engine.tokenizer import Tokenizer
 from grading.dataset import Problem
-from run import checkpoint, config, manifest, training_json
+from run import config, manifest, training_json
 from run.manifest import LAST, PREVIOUS
 from run.script import run_script
 from run.signals import STOP_SIGNALS
@@ -113,7 +114,7 @@ def model(model_folder: Path) -> LlamaForCausalLM:
 def model64(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
     """The base model with packed attention, in float64 throughout.
 
-    Transformers' RMSNorm computes in float32 whatever it is given, which would hide faults below 1e-8.
+    Transformers' RMSNorm always computes in float32, which would hide faults below 1e-8.
     """
 
     def forward(norm: LlamaRMSNorm, hidden: torch.Tensor) -> torch.Tensor:
@@ -173,10 +174,10 @@ def make_config(settings: dict[str, str]) -> config.Config:
 
 
 def seal(folder: Path) -> None:
-    """Write the manifest of a checkpoint anew, so that whatever is in it now counts as what was saved."""
-    with checkpoint._Seal(folder) as seal:
+    """Write the manifest again, so that whatever is in the checkpoint now counts as saved."""
+    with manifest.Seal(folder) as seal:
         (folder / manifest.MANIFEST_FILE).unlink(missing_ok=True)
-        seal.written()
+        seal.add_new_files()
 
 
 class Outcome:
@@ -197,10 +198,12 @@ def call(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Outcome]]
     """Runs a script in this process just as its last lines do."""
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
-    def run(script: ModuleType, *argv: str) -> Outcome:
+    def run(script: ModuleType, *argv: str, **parts: Any) -> Outcome:
+        """``parts`` replace parts of the script's story; see its ``main``."""
+
         def story() -> None:
             parsed = script.read_arguments(list(argv))
-            script.main(*(parsed if isinstance(parsed, tuple) else (parsed,)))
+            script.main(*(parsed if isinstance(parsed, tuple) else (parsed,)), **parts)
 
         capsys.readouterr()
         code = 0
@@ -233,16 +236,49 @@ def flip_a_byte(file: Path) -> None:
     file.write_bytes(content)
 
 
+def step_that(action: Callable[[], object], at: int) -> Callable[..., train.StepResult]:
+    """`train.train_step`, with a call of ``action`` before its call number ``at`` (from 1)."""
+    calls = itertools.count(1)
+
+    def step(*arguments: Any) -> train.StepResult:
+        if next(calls) == at:
+            action()
+        return train.train_step(*arguments)
+
+    return step
+
+
+def with_model(arrange: Callable[[Any], object]) -> Callable[..., train.StepResult]:
+    """`train.train_step`, with a call of ``arrange`` with the model before the first step."""
+    calls = itertools.count(1)
+
+    def step(model: Any, *rest: Any) -> train.StepResult:
+        if next(calls) == 1:
+            arrange(model)
+        return train.train_step(model, *rest)
+
+    return step
+
+
+def named(model: torch.nn.Module, name: str) -> torch.nn.Module:
+    """The first module of ``model`` with this name, wherever it is."""
+    return next(module for path, module in model.named_modules() if path.endswith(name))
+
+
+class Killed(Exception):
+    """Raised where a test lets training die, as by a kill: nothing catches it."""
+
+
+def kill() -> None:
+    raise Killed
+
+
 @pytest.fixture
-def stopped(call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Path:
+def stopped(call, settings: dict[str, str]) -> Path:
     """The folder of a run that died in step 9 of 14, with last of step 8 and previous of step 7."""
     settings["checkpoint_steps"] = "4"
-    original = train.accumulate
-    calls = iter(range(1, 100))
-    monkeypatch.setattr(train, "accumulate", lambda *a: original(*a) if next(calls) < 9 else 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        call(train, *flags(settings))
-    monkeypatch.setattr(train, "accumulate", original)
+    with pytest.raises(Killed):
+        call(train, *flags(settings), step=step_that(kill, at=9))
     steps = [
         training_json.read_description(run_folder(settings) / name)["step"]
         for name in (LAST, PREVIOUS)
@@ -260,7 +296,7 @@ def dead_port() -> int:
 
 
 def real_folder(variable: str) -> Path:
-    """The folder of real data that an environment variable names; skips the test, visibly, where it does not."""
+    """The folder of real data that an environment variable names. Without it the test skips."""
     if not os.environ.get(variable):
         pytest.skip(f"{variable} does not say where the real one is")
     return Path(os.environ[variable])

@@ -1,4 +1,4 @@
-"""Labels of wrong completions, accuracy by kinds of problems, and the paired comparison of two runs."""
+"""Labels of wrong completions, accuracy by kind of problem, and the paired comparison."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from conftest import real_folder
 
 import evaluate
-from grading import compare, dataset, mistakes, report
+from grading import compare, dataset, mistakes, report, rules
 from run.errors import UserError
 
 
@@ -16,7 +16,7 @@ from run.errors import UserError
     ("completion", "gold", "stop", "label", "equation"),
     [
         ("3 + 4 = <<3+4=7>>7\n#### 7", "7", "eos", None, None),
-        ("3 + 4 = <<3+4=9>>9\n#### 7", "7", "eos", None, None),  # right all the same
+        ("3 + 4 = <<3+4=9>>9\n#### 7", "7", "eos", None, None),  # right despite it
         ("3 + 4 = <<3+4=8>>8\n#### 8", "7", "eos", "arithmetic", "3 + 4 = 8"),
         ("It is <<3+4=8>>8\n#### 8", "7", "eos", "arithmetic", "<<3+4=8>>"),
         ("It is 3 * 4 = 13", "12", "eos", "arithmetic", "3 * 4 = 13"),
@@ -32,7 +32,7 @@ from run.errors import UserError
         ("#### 7.", "7", "eos", "format", None),
         ("#### 1,450", "-3", "eos", "reasoning", None),
         ("3 + 4 = 7, and 7 + 1", "9", "length", "cut", None),
-        ("3 + 4 = 7, and 7 + 1", "9", None, "reasoning", None),  # not known why it stopped
+        ("3 + 4 = 7, and 7 + 1", "9", None, "reasoning", None),  # it is unknown why it stopped
         ("3 + 4 = 8, and 8 + 1", "9", "length", "cut", "3 + 4 = 8"),
         ("The answer is 7", "7", "length", "cut", None),
         (
@@ -47,7 +47,8 @@ from run.errors import UserError
 def test_labels(
     completion: str, gold: str, stop: str | None, label: str | None, equation: str | None
 ) -> None:
-    assert mistakes.mistake(completion, gold, stop) == (label, equation)
+    verdict = rules.grade(completion, gold, stop)
+    assert (verdict.label, verdict.false_equation) == (label, equation)
 
 
 def row(identity: int, right: bool, **more: Any) -> dict[str, Any]:
@@ -93,21 +94,23 @@ def test_counts() -> None:
 
 
 def test_steps_of_an_answer() -> None:
-    assert mistakes.count_steps("a\nb\n#### 1") == 2
-    assert mistakes.count_steps("#### 1") == 0
-    assert mistakes.count_steps("a\n\n \nb\u2028c\n#### 1\n") == 2
+    assert rules.count_steps("a\nb\n#### 1") == 2
+    assert rules.count_steps("#### 1") == 0
+    assert rules.count_steps("a\n\n \nb\u2028c\n#### 1\n") == 2
 
 
 def test_real_answers_are_without_mistakes() -> None:
-    """Two of the 1,319 published answers hold a false equation; a rule that finds more finds what is not there."""
+    """Two of the 1,319 published answers contain a false equation.
+
+    A rule that finds more is wrong.
+    """
     false = {}
     for number, problem in enumerate(dataset.load_problems(str(real_folder("GSM8K_DIR")), "test")):
-        assert mistakes.mistake(problem.answer, problem.gold, "eos") == (None, None)
-        label, equation = mistakes.mistake(
-            problem.answer.replace("####", "####x"), "123454321", "eos"
-        )
-        if label == "arithmetic":
-            false[number] = equation
+        verdict = rules.grade(problem.answer, problem.gold, "eos")
+        assert (verdict.label, verdict.false_equation) == (None, None)
+        verdict = rules.grade(problem.answer.replace("####", "####x"), "123454321", "eos")
+        if verdict.label == "arithmetic":
+            false[number] = verdict.false_equation
     assert false == {501: "364 / 4 = 273", 1024: "32 -  20 = 300"}
 
 
@@ -207,12 +210,12 @@ def test_only_common_problems_are_compared() -> None:
             [row(0, True, question="a" * 90)],
             f"'{'a' * 20}' in the other",
         ),
-        ([row(0, True), row(0, False)], [row(0, True)], "a: double ids 0"),
+        ([row(0, True), row(0, False)], [row(0, True)], "a: duplicate ids 0"),
         ([], [], "no problem in common"),
     ],
 )
 def test_what_can_not_be_compared(first: list[dict], second: list[dict], fragment: str) -> None:
-    """Guards against a p-value over problems that only share their numbers."""
+    """Guards against a p-value over different problems with the same ids."""
     with pytest.raises(UserError) as error:
         compare.compare(first, second, ("a", "b"))
     assert fragment in str(error.value)
@@ -238,12 +241,12 @@ def test_compare_from_the_command_line(call, tmp_path: Path) -> None:
         assert fragment in outcome.out, fragment
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
     call(evaluate, "--compare", a, b, "--ckpt", "x").assert_user_error(
-        "--ckpt can't go with --compare"
+        "--ckpt can't be used with --compare"
     )
     call(evaluate, "--compare", a, b, "--rescore", a).assert_user_error(
-        "--rescore can't go with --compare"
+        "--rescore can't be used with --compare"
     )
     call(evaluate, "--compare", a, b, "--dtype", "float32").assert_user_error(
-        "--dtype can't go with --compare"
+        "--dtype can't be used with --compare"
     )
     call(evaluate, "--compare", a, str(tmp_path / "none")).assert_user_error("none: can't be read")

@@ -1,21 +1,20 @@
 """Packed attention equals textbook attention of each sequence alone."""
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 
 from engine import attention, packing
-from engine.cpu import attention as cpu_attention
+from engine.cpu import kernels
+from engine.device import cpu_kernels
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 
 
-def batch_of(seqlens: tuple[int, ...]) -> packing.Batch:
-    return packing.collate(
-        [packing.Example([1] * (length + 1), [1] * (length + 1)) for length in seqlens]
-    )
+def batch_of(seqlens: tuple[int, ...]) -> packing.MicroBatch:
+    sequences = [packing.Example([1] * (length + 1), [1] * (length + 1)) for length in seqlens]
+    return packing.collate(sequences, cpu_kernels(with_onednn=False))
 
 
 def textbook(
@@ -33,12 +32,8 @@ def textbook(
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("block", [1, 3, 8, 64])
-def test_kept_attention_equals_the_textbook_with_its_gradients(
-    block: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Guards against a block that sees too much or too little, and gradients added to the wrong sequence."""
-    monkeypatch.setattr(cpu_attention, "QUERY_BLOCK", block)
-    calls = spy(monkeypatch, cpu_attention.KeptAttention, "apply")
+def test_kept_attention_equals_the_textbook_with_its_gradients(block: int, kv_heads: int) -> None:
+    """Guards against a block that sees too much or too little, and gradients in the wrong place."""
     batch = batch_of((9, 1, 16, 8, 5))
     torch.manual_seed(0)
     tokens = batch.num_tokens
@@ -47,9 +42,9 @@ def test_kept_attention_equals_the_textbook_with_its_gradients(
         for heads in (4, kv_heads, kv_heads)
     ]
     upstream = torch.randn(tokens, 4, 6, dtype=torch.float64)
-    ours = attention.PackedAttention(batch)(0, *tensors)
+    ours = kernels.packed_attention(batch, 0.0, 0, *tensors, query_block=block)
     theirs = textbook(*tensors, batch.seqlens)
-    assert len(calls) == 1
+    assert "KeptAttention" in ours.grad_fn.name()
     torch.testing.assert_close(ours, theirs, **EXACT)
     torch.testing.assert_close(
         torch.autograd.grad(ours, tensors, upstream),
@@ -58,25 +53,28 @@ def test_kept_attention_equals_the_textbook_with_its_gradients(
     )
 
 
-def test_a_long_sequence_keeps_no_square(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_sequence_keeps_no_square() -> None:
     """Guards against memory that grows with the square of the length, where the length is large."""
-    monkeypatch.setattr(attention, "LONGEST_KEPT", 60)
-    calls = spy(monkeypatch, cpu_attention.KeptAttention, "apply")
     torch.manual_seed(0)
     batch = batch_of((61, 3))
-    tensors = [torch.randn(64, 4, 6, dtype=torch.float64) for _ in range(3)]
-    output = attention.PackedAttention(batch)(0, *tensors)
-    assert not calls
+    tensors = [torch.randn(64, 4, 6, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    kept = kernels.packed_attention(batch, 0.0, 0, *tensors, longest_kept=61)
+    output = kernels.packed_attention(batch, 0.0, 0, *tensors, longest_kept=60)
+    assert "KeptAttention" in kept.grad_fn.name() and "KeptAttention" not in output.grad_fn.name()
     torch.testing.assert_close(output, textbook(*tensors, batch.seqlens), **EXACT)
 
 
-def spy(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> list[object]:
-    original: Callable[..., torch.Tensor] = getattr(owner, name)
-    calls: list[object] = []
-
-    def recorded(*arguments: object) -> torch.Tensor:
-        calls.append(arguments)
-        return original(*arguments)
-
-    monkeypatch.setattr(owner, name, recorded)
-    return calls
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_every_device_computes_the_same_attention(dtype: torch.dtype, kv_heads: int) -> None:
+    """Guards against a path that only a GPU, another dtype or dropout takes, and nobody tries."""
+    torch.manual_seed(0)
+    batch = batch_of((9, 1, 16, 8, 5))
+    shapes = [(batch.num_tokens, heads, 6) for heads in (4, kv_heads, kv_heads)]
+    tensors = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
+    expected = textbook(*(tensor.double() for tensor in tensors), batch.seqlens)
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+    for function in (attention.packed_attention, kernels.packed_attention):
+        found = function(batch, 0.0, 0, *tensors)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)

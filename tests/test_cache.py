@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
 from engine.cache import StaticCache
-from engine.cpu.cache import BLOCK, BagCache
-from engine.packing import IGNORE, Example, collate
+from engine.cpu.kernels import BLOCK, PagedCache
+from engine.llama import Llama
+from engine.packing import collate_prompts
 
 HEADS, KV_HEADS, HEAD_DIM, LENGTH = 4, 2, 8, 3 * BLOCK
 SLOTS, PROMPTS = [5, 0, 3, 1], [1, BLOCK - 1, BLOCK, 2 * BLOCK + 3]
@@ -31,24 +32,25 @@ def exactly(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> to
     return F.scaled_dot_product_attention(query.double()[:, None], keys, values)[:, 0]
 
 
-@pytest.mark.parametrize("kind", ["bags", "static"])
+@pytest.mark.parametrize("kind", ["paged", "static"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 2**-8)]
 )
 def test_steps_attend_to_all_of_their_own_sequence_and_nothing_else(
     make_llama: Callable[..., LlamaForCausalLM], kind: str, dtype: torch.dtype, tolerance: float
 ) -> None:
-    """Guards against gaps, neighbours and former content that are read, and borders of blocks that are missed."""
+    """Guards against gaps, neighbours and former content that are read, and missed blocks."""
     generator = torch.Generator().manual_seed(0)
-    model = make_llama(50, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS).to(dtype)
-    cache = (BagCache if kind == "bags" else StaticCache)(model, 6, LENGTH)
+    shape = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
+    model = Llama(make_llama(50, **shape).to(dtype))
+    cache = (PagedCache if kind == "paged" else StaticCache)(model, 6, LENGTH)
     for tensor in (*cache.keys, *cache.values):  # what another sequence left there
-        tensor.fill_(torch.nan if kind == "bags" else 1e4)
+        tensor.fill_(torch.nan if kind == "paged" else 1e4)
 
     def rows(heads: int, count: int) -> torch.Tensor:
         return random_tensor(generator, dtype, count, heads)
 
-    batch = collate([Example([7] * (length + 1), [IGNORE] * length + [7]) for length in PROMPTS])
+    batch = collate_prompts([[7] * length for length in PROMPTS], model.kernels)
     total = batch.num_tokens
     query, key, value = rows(HEADS, total), rows(KV_HEADS, total), rows(KV_HEADS, total)
     seen = [
@@ -69,7 +71,7 @@ def test_steps_attend_to_all_of_their_own_sequence_and_nothing_else(
     for step in range(STEPS):
         lengths = [length + step for length in PROMPTS]
         query, key, value = rows(HEADS, 4), rows(KV_HEADS, 4), rows(KV_HEADS, 4)
-        if kind == "bags":
+        if kind == "paged":
             attend = cache.step(SLOTS, lengths)
             found = [attend(layer, query, key, value) for layer in range(2)]
         else:  # of all slots, the idle ones at position 0
@@ -95,10 +97,11 @@ def test_steps_attend_to_all_of_their_own_sequence_and_nothing_else(
 
 
 def test_blocks_are_used_again_and_stay_dense(make_llama: Callable[..., LlamaForCausalLM]) -> None:
-    """Guards against blocks that are lost or shared, memory beyond what is held, and NaN of those who held them."""
+    """Guards against blocks that are lost or shared, and NaN left by those who held them."""
     generator = torch.Generator().manual_seed(0)
-    model = make_llama(50, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS).double()
-    cache = BagCache(model, 8, LENGTH)
+    shape = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
+    model = Llama(make_llama(50, **shape).double())
+    cache = PagedCache(model, 8, LENGTH)
     stock = sorted(cache.stock)
 
     def rows(heads: int, count: int) -> torch.Tensor:
@@ -107,9 +110,7 @@ def test_blocks_are_used_again_and_stay_dense(make_llama: Callable[..., LlamaFor
     def read(
         slots: list[int], lengths: list[int], poisoned: bool = False
     ) -> dict[int, list[torch.Tensor]]:
-        batch = collate(
-            [Example([7] * (length + 1), [IGNORE] * length + [7]) for length in lengths], 16
-        )
+        batch = collate_prompts([[7] * length for length in lengths], model.kernels)
         key, value = rows(KV_HEADS, batch.num_tokens), rows(KV_HEADS, batch.num_tokens)
         if poisoned:
             key, value = key * torch.nan, value * torch.nan
@@ -137,7 +138,8 @@ def test_blocks_are_used_again_and_stay_dense(make_llama: Callable[..., LlamaFor
             block for slot in range(8) for block in cache.blocks[slot, : cache.used[slot]].tolist()
         ]
         assert sorted(held + cache.stock) == stock
-        # Two of slot 0, one of slot 1, three of slot 2, one of slots 3 and 4; a step opened none beyond these.
+        # Two of slot 0, one of slot 1, three of slot 2, one of slots 3 and 4. A step opened none
+        # beyond these.
         assert max(held) < 8
         cache.release(2)
         cache.release(4)

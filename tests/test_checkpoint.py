@@ -1,4 +1,7 @@
-"""Checkpoints are whole or absent: what is damaged is named, the newest intact one is used, nothing else is touched."""
+"""Checkpoints are complete or absent.
+
+Damage is named, the newest intact one is used, and nothing else is touched.
+"""
 
 import errno
 import fcntl
@@ -14,14 +17,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import flags, flip_a_byte, run_folder, seal, tree
+from conftest import Killed, flags, flip_a_byte, kill, run_folder, seal, step_that, tree
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import evaluate
 import perplexity
 import train
 from engine import optimizer
-from run import checkpoint, files, manifest, training_json
+from engine.loading import load_tokenizer
+from engine.measure import Measurement
+from run import checkpoint, manifest, training_json
 from run.manifest import BEST, LAST, MANIFEST_FILE, PREVIOUS
 
 ROOT = Path(train.__file__).parent
@@ -44,7 +50,7 @@ def test_the_manifest_names_every_file_with_size_and_hash(stopped: Path) -> None
 
 
 def test_the_hash_is_xxh3(tmp_path: Path) -> None:
-    """Published: the XXH3 128 bits hash of nothing, and of what is longer than a chunk as of the whole."""
+    """The published XXH3 128-bit hash of nothing; and a long file is hashed as one piece."""
     (tmp_path / "empty").touch()
     assert manifest.hash_file(tmp_path / "empty") == "99aa06d3014798d86001c324468d497f"
     import xxhash
@@ -77,7 +83,7 @@ def test_the_hash_is_xxh3(tmp_path: Path) -> None:
             lambda f: (f / "tokenizer.json").unlink(),
             "'tokenizer.json' can't be read: [Errno 2] No such file",
         ),
-        (lambda f: be_a_pipe(f / "tokenizer.json"), "tokenizer.json is no file"),
+        (lambda f: be_a_pipe(f / "tokenizer.json"), "tokenizer.json is not a regular file"),
         (
             lambda f: (f / MANIFEST_FILE).unlink(),
             "it has no manifest.json, which a save writes last",
@@ -98,18 +104,18 @@ def test_the_hash_is_xxh3(tmp_path: Path) -> None:
         ),
         (
             lambda f: add_to_manifest(f, "../outside"),
-            "its manifest.json names '../outside', which is not in it",
+            "its manifest.json names '../outside', which is outside the folder",
         ),
         (
             lambda f: add_to_manifest(f, "/etc/passwd"),
-            "its manifest.json names '/etc/passwd', which is not in it",
+            "its manifest.json names '/etc/passwd', which is outside the folder",
         ),
     ],
 )
 def test_a_damaged_last_is_named_and_its_predecessor_used(
     call, settings: dict[str, str], stopped: Path, damage: Callable[[Path], Any], fault: str
 ) -> None:
-    """And the run ends as if nothing had been."""
+    """And the run ends as if nothing had happened."""
     whole = settings | {"run_name": "whole"}
     assert call(train, *flags(whole)).code == 0
     damage(stopped / LAST)
@@ -117,13 +123,17 @@ def test_a_damaged_last_is_named_and_its_predecessor_used(
     outcome = call(train, *flags(settings))
     assert outcome.code == 0, outcome.err
     assert f"{stopped / LAST}: is damaged ({fault}" in outcome.out
-    assert f"going on from {stopped / PREVIOUS}" in outcome.out and "at step 7 of 14" in outcome.out
+    assert f"resuming from {stopped / PREVIOUS}" in outcome.out and "at step 7 of 14" in outcome.out
     assert "set aside as last.damaged" in outcome.out
     assert tree(stopped / "last.damaged") == damaged
     for name in (BEST, LAST, PREVIOUS):
         assert manifest.fault_of(stopped / name) is None
         for file in (stopped / name).glob("*.safetensors"):
             assert file.read_bytes() == (run_folder(whole) / name / file.name).read_bytes()
+
+
+def path_of(descriptor: int) -> Path:
+    return Path(os.readlink(f"/proc/self/fd/{descriptor}"))
 
 
 def be_a_pipe(file: Path) -> None:
@@ -140,7 +150,7 @@ def add_to_manifest(folder: Path, name: str) -> None:
 def test_nothing_is_changed_where_both_are_damaged(
     call, settings: dict[str, str], stopped: Path
 ) -> None:
-    """Guards against a run that starts anew over the remains of another."""
+    """Guards against a run that starts again over the remains of another."""
     flip_a_byte(stopped / LAST / "model.safetensors")
     flip_a_byte(stopped / PREVIOUS / "state-00001.safetensors")
     before = tree(stopped)
@@ -186,40 +196,59 @@ def test_what_a_user_puts_beside_the_files_is_no_damage(call, stopped: Path) -> 
     assert call(perplexity, "--ckpt", str(stopped / BEST), "--limit", "4").code == 0
 
 
-# ---------------------------------------------------------------- whole or absent
+# ---------------------------------------------------------------- complete or absent
+
+
+def save_in_parts(folder: Path, part_bytes: int) -> None:
+    """Save a checkpoint again, in files of at most ``part_bytes``."""
+    state: dict[str, torch.Tensor] = {}
+    for file in folder.glob(manifest.STATE_FILES):
+        state |= load_file(file)
+    checkpoint.save_checkpoint(
+        folder,
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        load_tokenizer(folder, training_json.tokenizer_record(folder)),
+        training_json.read_description(folder),
+        state,
+        part_bytes=part_bytes,
+    )
 
 
 def test_large_states_are_written_in_parts_and_read_back(
-    call, settings: dict[str, str], stopped: Path, monkeypatch: pytest.MonkeyPatch
+    call, settings: dict[str, str], stopped: Path
 ) -> None:
-    """Guards against a second copy of all tensors on the way from a GPU, and against a part that is not read."""
+    """Guards against a second copy of all tensors on the way from a GPU, and an unread part."""
     whole = settings | {"run_name": "whole"}
     assert call(train, *flags(whole)).code == 0
-    monkeypatch.setattr(checkpoint, "PART_BYTES", 50_000)
-    assert call(train, *flags(settings)).code == 0
+    one = load_file(stopped / LAST / "state-00001.safetensors")
+    for name in (BEST, LAST):
+        save_in_parts(stopped / name, 50_000)
     parts, weights = (
         sorted((stopped / LAST).glob(name)) for name in (manifest.STATE_FILES, "model*.safetensors")
     )
     assert len(parts) > 2 and len(weights) > 1
-    for file in parts:
-        tensors = load_file(file)
-        assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= 50_000
-    one = load_file(run_folder(whole) / LAST / "state-00001.safetensors")
     read = [load_file(file) for file in parts]
     assert sum(map(len, read)) == len(one)
     for tensors in read:
+        assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= 50_000
         assert all(torch.equal(one[name], tensor) for name, tensor in tensors.items())
     assert call(evaluate, "--ckpt", str(stopped / BEST), "--limit", "2").code == 0
+    assert call(train, *flags(settings)).code == 0
+    for file in (run_folder(whole) / LAST).glob("*.safetensors"):
+        assert file.read_bytes() == (stopped / LAST / file.name).read_bytes()
 
 
 def test_everything_is_on_the_disk_before_it_is_renamed_into_place(
     call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards against a complete-looking checkpoint of empty files after a loss of power; no kill would show it."""
+    """Guards against a complete-looking checkpoint of empty files after a power cut.
+
+    No kill would show it.
+    """
     events: list[tuple[str, Path]] = []
-    sync, rename = files.sync_open, Path.rename
+    fsync, rename = os.fsync, Path.rename
     monkeypatch.setattr(
-        files, "sync_open", lambda number, path: (events.append(("sync", path)), sync(number, path))
+        os, "fsync", lambda number: (events.append(("sync", path_of(number))), fsync(number))
     )
     monkeypatch.setattr(
         Path, "rename", lambda self, to: (events.append(("rename", self)), rename(self, to))[1]
@@ -251,7 +280,7 @@ def test_everything_is_on_the_disk_before_it_is_renamed_into_place(
 def test_a_save_that_was_cut_among_its_renames_is_ended(
     call, settings: dict[str, str], stopped: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    """What was complete is not thrown away: the run goes on from the newest one, and nothing half is left."""
+    """The run resumes from the newest complete checkpoint, and no half of one is left."""
     renames = ["before the first rename", "after it", "between the two", "after the last"].index(
         when
     )
@@ -264,14 +293,13 @@ def test_a_save_that_was_cut_among_its_renames_is_ended(
         return original(self, target)
 
     monkeypatch.setattr(Path, "rename", rename)
-    monkeypatch.setattr(checkpoint, "remove_remains", lambda folder: None)
-    source = checkpoint._hidden(stopped / LAST, "staged")
+    source = checkpoint.staged_beside(stopped / LAST)
     shutil.copytree(stopped / LAST, source)
     description = json.loads((source / "training.json").read_text())
     (source / "training.json").write_text(json.dumps(description | {"step": 9}))
     seal(source)
     try:
-        checkpoint._put_in_place(source, stopped / LAST)
+        checkpoint.put_in_place(source, stopped / LAST)
     except KeyboardInterrupt:
         assert renames < 3
     monkeypatch.undo()
@@ -282,7 +310,7 @@ def test_a_save_that_was_cut_among_its_renames_is_ended(
 
 
 def test_a_save_that_was_cut_before_its_manifest_is_removed(stopped: Path) -> None:
-    staged = checkpoint._hidden(stopped / LAST, "staged")
+    staged = checkpoint.staged_beside(stopped / LAST)
     shutil.copytree(stopped / LAST, staged)
     (staged / MANIFEST_FILE).unlink()
     before = tree(stopped / LAST)
@@ -293,11 +321,11 @@ def test_a_save_that_was_cut_before_its_manifest_is_removed(stopped: Path) -> No
 def test_a_damaged_last_never_becomes_the_predecessor(
     call, settings: dict[str, str], stopped: Path
 ) -> None:
-    """Guards against a retention that counts what is not complete."""
+    """Guards against a retention that counts incomplete checkpoints."""
     (stopped / LAST / "tokenizer.json").unlink()
     before = tree(stopped / PREVIOUS)
-    shutil.copytree(stopped / BEST, staged := checkpoint._hidden(stopped / LAST, "staged"))
-    checkpoint._put_in_place(staged, stopped / LAST)
+    shutil.copytree(stopped / BEST, staged := checkpoint.staged_beside(stopped / LAST))
+    checkpoint.put_in_place(staged, stopped / LAST)
     assert tree(stopped / PREVIOUS) == before
 
 
@@ -324,7 +352,7 @@ def test_retention_touches_nothing_else(call, settings: dict[str, str], stopped:
 def test_space_for_all_checkpoints_is_checked_before_training(
     call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And says in which folder how much is missing; what a resumed run has there already counts as there."""
+    """The error names the folder and how much is missing; what a resumed run has there counts."""
     usage = shutil.disk_usage("/")
     assert call(train, *flags(settings | {"run_name": "other"})).code == 0
     folder = run_folder(settings | {"run_name": "other"})
@@ -333,20 +361,18 @@ def test_space_for_all_checkpoints_is_checked_before_training(
     )
     needed = weights + 3 * (weights + 2 * weights)
 
-    def with_free(free: float) -> Any:
+    def with_free(free: float, **parts: Any) -> Any:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=int(free)))
-        return call(train, *flags(settings))
+        return call(train, *flags(settings), **parts)
 
     with_free(0.5 * needed).assert_user_error(
-        "test: its checkpoints take 0.0 GB", "can be had", "--output_dir"
+        "test: its checkpoints need 0.0 GB", "are available", "--output_dir"
     )
     assert not (run_folder(settings) / LAST).exists()
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "accumulate", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            with_free(needed)
+    with pytest.raises(Killed):
+        with_free(needed, step=step_that(kill, at=1))
     there = sum(len(content) for content in tree(run_folder(settings) / LAST).values())
-    with_free(needed - there - 1).assert_user_error("its checkpoints take")
+    with_free(needed - there - 1).assert_user_error("its checkpoints need")
     assert with_free(needed - there).code == 0
 
 
@@ -377,22 +403,17 @@ def test_a_disk_that_fills_up_in_a_later_save_leaves_the_earlier_ones(
     for fails in range(1, 1 + len(list((stopped / LAST).iterdir()))):
         before = {name: tree(stopped / name) for name in names}
         syncs = iter(range(1, 1000))
-        original = files.sync_open
+        original = os.fsync
 
-        def sync(
-            number: int,
-            path: Path,
-            syncs: Any = syncs,
-            fails: int = fails,
-            original: Any = original,
+        def fsync(
+            number: int, syncs: Any = syncs, fails: int = fails, original: Any = original
         ) -> None:
-            if path.parent.suffix == ".staged" and next(syncs) == fails:
+            if path_of(number).parent.suffix == ".staged" and next(syncs) == fails:
                 raise OSError(28, "No space left on device")
-            original(number, path)
+            original(number)
 
         with monkeypatch.context() as patch:
-            patch.setattr(files, "sync_open", sync)
-            patch.setattr(train, "accumulate", lambda *a, original=train.accumulate: original(*a))
+            patch.setattr(os, "fsync", fsync)
             outcome = call(train, *flags(settings | {"checkpoint_steps": "1"}))
         outcome.assert_user_error(
             "can't be written (", "No space left on device", "earlier ones are intact"
@@ -407,7 +428,7 @@ def test_a_disk_that_fills_up_in_a_later_save_leaves_the_earlier_ones(
 def test_two_processes_do_not_train_the_same_run(
     call, settings: dict[str, str], stopped: Path
 ) -> None:
-    """Guards against the same command typed twice, whose saves would take each other's folders away."""
+    """Guards against the same command typed twice: each would move the other's folders away."""
     code = (
         "import sys, pathlib\nfrom run import folder\n"
         "with folder.claimed(pathlib.Path(sys.argv[1]), 'auto'):\n"
@@ -477,15 +498,14 @@ def test_a_file_system_without_locks_is_trained_on(
     assert call(train, *flags(settings | {"epochs": "1"})).code == 0
 
 
-def test_an_error_of_another_kind_is_not_taken_for_a_lock(
-    call, settings: dict[str, str], monkeypatch
-) -> None:
-    """Such as that of a terminal that does not wait."""
-    monkeypatch.setattr(
-        train, "accumulate", lambda *_: (_ for _ in ()).throw(BlockingIOError("terminal"))
-    )
+def test_an_error_of_another_kind_is_not_taken_for_a_lock(call, settings: dict[str, str]) -> None:
+    """Such as the error of a terminal that does not wait."""
+
+    def fail(*_: Any) -> None:
+        raise BlockingIOError("terminal")
+
     with pytest.raises(BlockingIOError, match="terminal"):
-        call(train, *flags(settings))
+        call(train, *flags(settings), step=fail)
 
 
 def test_a_refused_resume_changes_nothing(call, settings: dict[str, str], stopped: Path) -> None:
@@ -499,36 +519,35 @@ def test_a_refused_resume_changes_nothing(call, settings: dict[str, str], stoppe
     assert tree(stopped) == before
 
 
-# ---------------------------------------------------------------- what a resumed run finds beside its start
+# ---------------------------------------------------------------- resuming beside other checkpoints
 
 
 @pytest.mark.parametrize("lost", ["damaged", "gone"])
 def test_a_best_that_is_damaged_or_gone_is_chosen_again(
-    call, settings: dict[str, str], stopped: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+    call, settings: dict[str, str], stopped: Path, lost: str
 ) -> None:
-    """Guards against a run that ends with the name of a best that is not there, since no later epoch beat it."""
+    """Guards against a run that ends by naming a best that is missing, since no epoch beat it."""
     if lost == "damaged":
         flip_a_byte(stopped / BEST / "model.safetensors")
     else:
         shutil.rmtree(stopped / BEST)
-    worse = train.Measurement(99.0, 1e43, 1)
-    monkeypatch.setattr(train, "measure", lambda *_: worse)
-    outcome = call(train, *flags(settings))
+    worse = Measurement(99.0, 1e43, 1)
+    outcome = call(train, *flags(settings), measure=lambda *_: worse)
     assert outcome.code == 0, outcome.err
-    assert f"{stopped / BEST}: is gone: the best is chosen among the epochs to come" in outcome.out
+    missing = "missing; the best will be chosen among the remaining epochs"
+    assert f"{stopped / BEST}: {missing}" in outcome.out
     assert (stopped / "best.damaged").exists() == (lost == "damaged")
     assert manifest.fault_of(stopped / BEST) is None
     assert training_json.read_description(stopped / BEST)["validation_loss"] == 99.0
 
 
 def test_a_resumed_run_maps_none_of_its_files(
-    call, settings: dict[str, str], stopped: Path, monkeypatch: pytest.MonkeyPatch
+    call, settings: dict[str, str], stopped: Path
 ) -> None:
     """Guards against a checkpoint that was removed and keeps its room on the disk all the same."""
     mapped = []
-    original = train.accumulate
 
-    def accumulate(*arguments: Any) -> Any:
+    def step(*arguments: Any) -> train.StepResult:
         mapped.append(
             [
                 line
@@ -536,10 +555,9 @@ def test_a_resumed_run_maps_none_of_its_files(
                 if str(stopped) in line
             ]
         )
-        return original(*arguments)
+        return train.train_step(*arguments)
 
-    monkeypatch.setattr(train, "accumulate", accumulate)
-    assert call(train, *flags(settings)).code == 0
+    assert call(train, *flags(settings), step=step).code == 0
     assert mapped == [[]] * 6
 
 
@@ -568,15 +586,15 @@ def test_a_checkpoint_that_is_replaced_while_it_is_loaded_is_not_evaluated(
     call, stopped: Path, monkeypatch: pytest.MonkeyPatch, script
 ) -> None:
     """Guards against a score of one checkpoint under the name of another."""
-    original = script.load_model
+    original = LlamaForCausalLM.from_pretrained
 
-    def load_model(*arguments: Any) -> Any:
-        model = original(*arguments)
+    def from_pretrained(*arguments: Any, **keywords: Any) -> Any:
+        model = original(*arguments, **keywords)
         shutil.rmtree(stopped / LAST)
         shutil.copytree(stopped / PREVIOUS, stopped / LAST)  # as training would
         return model
 
-    monkeypatch.setattr(script, "load_model", load_model)
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", from_pretrained)
     outcome = call(script, "--ckpt", str(stopped / LAST), "--limit", "2")
     outcome.assert_user_error("last: training has just saved another one in its place: start again")
     assert not (stopped / "eval").exists()
@@ -594,7 +612,7 @@ def test_a_rename_that_fails_loses_nothing(
     fails: int,
     step: int,
 ) -> None:
-    """Guards against a whole checkpoint that is thrown away where it stands, and takes the one before along."""
+    """Guards against deleting a complete staged checkpoint, and the previous one with it."""
     whole = settings | {"run_name": "whole"}
     assert call(train, *flags(whole)).code == 0
     with monkeypatch.context() as patch:

@@ -1,15 +1,16 @@
 """Settings: all faults at once, by name; nothing guessed."""
 
-from dataclasses import fields
+import json
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-from conftest import flags
+from conftest import flags, seal
 
 import evaluate
 import perplexity
 import train
-from run import config
+from run import config, files, model_source
 from run.errors import UserError
 
 ROOT = Path(config.__file__).parents[1]
@@ -26,16 +27,32 @@ def edited(tmp_path: Path, *changes: tuple[str, str]) -> Path:
     return file
 
 
+@pytest.fixture(autouse=True)
+def _nothing_said_yet() -> None:
+    files.forget_what_was_said()
+
+
 @pytest.mark.parametrize("name", ["config.yaml", "demo.yaml"])
 def test_shipped_files_hold_exactly_the_fields_each_with_a_comment(name: str) -> None:
+    """And demo.yaml those that differ, so that a reader sees which."""
     values, comments = config.read_settings(ROOT / name)
-    assert list(values) == [field.name for field in fields(config.Config)]
+    shipped = config.load_config(ROOT / name, {})
+    default = config.load_config(config.CONFIG_FILE, {})
+    keys = [field.name for field in fields(config.Config)]
+    if name == "demo.yaml":
+        keys = [key for key in keys if getattr(shipped, key) != getattr(default, key)]
+        assert 10 < len(keys) < 20
+    assert list(values) == keys
     assert all(comments.values())
-    config.load_config(ROOT / name, {})
+
+
+def test_shipped_files_are_narrow() -> None:
+    for name in ("config.yaml", "demo.yaml"):
+        assert max(map(len, (ROOT / name).read_text().splitlines())) <= 100
 
 
 def test_the_default_is_the_published_recipe() -> None:
-    """gsm8k-ScRel: 3 epochs, 128 sequences a step, AdamW 2e-5, cosine, 3 % warmup, no weight decay."""
+    """gsm8k-ScRel: 3 epochs, 128 sequences a step, AdamW 2e-5, cosine, 3 % warmup, no decay."""
     found = config.load_config(config.CONFIG_FILE, {})
     assert (found.model, found.dataset) == ("meta-llama/Llama-2-7b-hf", "openai/gsm8k")
     assert (found.epochs, found.batch_size, found.learning_rate) == (3, 128, 2e-5)
@@ -62,14 +79,18 @@ def test_all_faults_are_reported_together_by_name(call, tmp_path: Path) -> None:
     outcome = call(train, "--config", str(file))
     outcome.assert_user_error(
         f"{file}: ",
-        "batch_size: 'many' must be a whole number",
-        "learning_rate: '-2e-5' must be greater than 0",
-        "'sead' is no setting: did you mean 'seed'?",
-        "seed is missing",
+        "batch_size: 'many' must be a positive integer",
+        "learning_rate: '-2e-5' must be a positive, finite number",
+        "unknown setting 'sead': did you mean 'seed'?",
         "epochs is set twice",
         "dtype: 'fp16' must be 'bfloat16' or 'float32'",
-        "warmup_ratio: '.inf' must be a valid number",
+        "warmup_ratio: '.inf' must be a number of at least 0 and below 1",
     )
+    with pytest.raises(UserError) as error:  # of config.yaml itself, which has every setting
+        config.read_files(file, base=file)
+    assert str(error.value).startswith(f"{file}: epochs is set twice")
+    for fragment in ("seed is missing: add it", "unknown setting 'sead'", "batch_size: 'many'"):
+        assert fragment in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +196,23 @@ def test_a_flag_repairs_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("script", [train, evaluate, perplexity])
+def test_a_config_file_is_named_once(call, script) -> None:
+    """Guards against a settings file that is ignored silently."""
+    twice = ["--config", "demo.yaml", "--config=demo.yaml"]
+    call(script, *twice).assert_user_error("--config is given twice")
+    call(script, "--config=").assert_user_error("--config names no file")
+
+
+def test_a_file_may_have_the_name_of_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against an overlay that is taken for the flags."""
+    monkeypatch.chdir(tmp_path)
+    Path("command line").write_text("epochs: 7\n")
+    assert train.read_arguments(["--config", "command line", "--seed", "5"])[0].epochs == 7
+
+
+@pytest.mark.parametrize("script", [train, evaluate, perplexity])
 @pytest.mark.parametrize(
     "argument", [["--epoch", "3"], ["--conf", "x"], ["stray"], ["--epochs"], ["--lr", "1"]]
 )
@@ -210,11 +248,11 @@ def test_missing_file_and_folder(call, tmp_path: Path) -> None:
 
 
 def test_python_objects_in_yaml_stay_text(call, tmp_path: Path) -> None:
-    """Guards against a YAML loader that makes objects: the tag must do nothing but fail the type check."""
+    """Guards against a YAML loader that makes objects: the tag must only fail the type check."""
     marker = tmp_path / "executed"
     tag = f"!!python/object/apply:os.system ['touch {marker}']"
     outcome = call(train, "--config", str(edited(tmp_path, ("seed: 0", f"seed: {tag}"))))
-    outcome.assert_user_error("seed is missing")
+    outcome.assert_user_error("a setting is one value, not a list or a mapping")
     assert not marker.exists()
 
 
@@ -233,3 +271,149 @@ def test_what_the_locale_cannot_read_says_what_helps(key: str) -> None:
         error.value
     )
     assert "LC_ALL=C.UTF-8" in str(error.value) and "parse raw data" not in str(error.value)
+
+
+# ---------------------------------------------------------------- files that hold what differs
+
+
+def overlay(tmp_path: Path, text: str, name: str = "mine.yaml") -> Path:
+    file = tmp_path / name
+    file.write_text(text)
+    return file
+
+
+def test_a_file_may_hold_only_what_differs(tmp_path: Path) -> None:
+    file = overlay(tmp_path, "epochs: 5\n")
+    default = config.load_config(config.CONFIG_FILE, {})
+    assert config.load_config(file, {}) == replace(default, epochs=5)
+    assert train.read_arguments(["--config", str(file)])[0] == replace(default, epochs=5)
+
+
+def test_the_flag_beats_the_file_and_the_file_beats_config_yaml(tmp_path: Path) -> None:
+    file = overlay(tmp_path, "epochs: 5\nbatch_size: 6\n")
+    found = train.read_arguments(["--batch_size", "7", "--config", str(file)])[0]
+    assert (found.epochs, found.batch_size, found.seed) == (5, 7, 0)
+
+
+def test_a_relative_file_is_found_from_where_it_is_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overlay(tmp_path, "epochs: 5\n")
+    monkeypatch.chdir(tmp_path)
+    assert train.read_arguments(["--config", "mine.yaml"])[0].epochs == 5
+
+
+def test_faults_are_named_with_the_source_that_they_come_from(call, tmp_path: Path) -> None:
+    """Guards against a fault of the command line that is looked for in a file."""
+    file = overlay(tmp_path, "epoch: 5\nseed: x\nepochs: 0\n")
+    outcome = call(train, "--config", str(file), "--batch_size", "0", "--epochs", "1")
+    outcome.assert_user_error(
+        f"error: {file}: unknown setting 'epoch': did you mean 'epochs'?; seed: 'x' must be",
+        "; command line: batch_size: '0' must be a positive integer",
+    )
+    assert "epochs: " not in outcome.err  # the flag repairs it
+
+
+def test_what_two_sources_disagree_on_is_named_with_the_smaller_one(tmp_path: Path) -> None:
+    file = overlay(tmp_path, "micro_batch_tokens: 512\n")
+    with pytest.raises(UserError, match=f"^{file}: micro_batch_tokens: 512 must be at least"):
+        config.load_config(file, {})
+    assert config.load_config(file, {"max_length": "512"}).micro_batch_tokens == 512
+
+
+def test_config_yaml_itself_leaves_nothing_out(tmp_path: Path) -> None:
+    """What no file sets is missing from config.yaml, not from the file on top of it."""
+    base = edited(tmp_path, ("epochs: 3 ", "# "), ("seed: 0 ", "# "))
+    file = overlay(tmp_path, "seed: 5\n")
+    with pytest.raises(UserError, match=f"^{base}: epochs is missing: add it [^;]*$"):
+        config.read_files(file, base).with_flags({})
+    assert config.read_files(file, base).with_flags({"epochs": "2"}).seed == 5
+
+
+@pytest.mark.parametrize("fault", ["", "epochs: 3\nepochs: 4\n", "seed: [1]\n"])
+def test_a_faulty_file_is_reported_with_what_is_wrong_in_config_yaml(
+    tmp_path: Path, fault: str
+) -> None:
+    base = edited(tmp_path, ("epochs: 3 ", "epochs: 3\nepochs: 4 "), ("seed: 0 ", "seed: x "))
+    with pytest.raises(UserError) as error:
+        config.read_files(overlay(tmp_path, f"dtype: float\n{fault}"), base)
+    assert f"{base}: epochs is set twice" in str(error.value)
+    assert "dtype: 'float' must be" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_file_changes_is_reported_at_the_start(
+    call, settings: dict[str, str], tmp_path: Path
+) -> None:
+    """Guards against a demo whose reader cannot see what differs, and noise about the rest."""
+    file = overlay(tmp_path, "epochs: 1\nseed: 0\nlearning_rate: 2.0e-05\nlog_every: 3\n")
+    with_file = ["--config", str(file), *flags({k: settings[k] for k in settings if k != "epochs"})]
+    del with_file[with_file.index("--learning_rate") : with_file.index("--learning_rate") + 2]
+    outcome = call(train, *with_file)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.startswith(f"settings: 2 from {file}: epochs, log_every\n")
+    assert outcome.out.count("settings: ") == 1
+    files.forget_what_was_said()
+    outcome = call(perplexity, "--ckpt", settings["model"], "--limit", "1", *with_file)
+    assert outcome.out.startswith(f"settings: 2 from {file}: epochs, log_every\n")
+    for arguments in ([], ["--config", str(config.CONFIG_FILE)]):
+        files.forget_what_was_said()
+        assert "settings: " not in call(train, *flags(settings | {"model": "x"}), *arguments).out
+
+
+def test_a_resolved_file_changes_what_its_run_changed(
+    call, settings: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against 2.0e-05 reported as another value than 2e-5."""
+    resolved, _ = train.read_arguments(["--epochs", "5", "--max_grad_norm", "null"])
+    file = overlay(tmp_path, config.settings_text(resolved))
+    assert len(config.read_settings(file)[0]) == len(config.KEYS)
+    again, _ = train.read_arguments(["--config", str(file)])
+    assert again == resolved
+    assert capsys.readouterr().out == f"settings: 2 from {file}: epochs, max_grad_norm\n"
+    files.forget_what_was_said()
+    train.read_arguments(["--config", str(overlay(tmp_path, "epochs: 3\n"))])
+    assert capsys.readouterr().out.endswith("mine.yaml, which changes nothing\n")
+
+
+@pytest.mark.parametrize("script", [train, evaluate, perplexity])
+def test_help_shows_every_setting_with_the_value_of_the_file_on_top(
+    script, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And its meaning, also where the file has none; and nothing is reported as of a start."""
+    file = overlay(tmp_path, "epochs: 55 # mine\n")
+    with pytest.raises(SystemExit):
+        script.read_arguments(["--config", str(file), "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "settings (values from mine.yaml and config.yaml)" in shown
+    assert "passes over the training rows (now '55')" in shown
+    assert "sequences per optimizer step (now '128')" in shown
+    assert "settings: " not in shown
+
+
+def test_each_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a file that is edited between two looks at it."""
+    file, read = overlay(tmp_path, "epochs: 5\n"), []
+    original = Path.read_text
+
+    def read_text(self: Path, **keywords: object) -> str:
+        read.append(self)
+        return original(self, **keywords)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    train.read_arguments(["--config", str(file)])
+    assert read == [config.CONFIG_FILE, file]
+
+
+def test_a_setting_newer_than_the_checkpoint_is_taken_from_the_files(
+    call, settings: dict[str, str], tmp_path: Path
+) -> None:
+    assert call(train, *flags(settings | {"epochs": "1"})).code == 0
+    best = Path(settings["output_dir"]) / settings["run_name"] / "best"
+    description = json.loads((best / "training.json").read_text())
+    del description["settings"]["max_new_tokens"]
+    (best / "training.json").write_text(json.dumps(description))
+    seal(best)
+    found = config.read_files(overlay(tmp_path, "max_new_tokens: 11\nepochs: 9\n"))
+    resolved = model_source.resolve_source(str(best), found, {"seed": "4"}).config
+    assert (resolved.max_new_tokens, resolved.epochs, resolved.seed) == (11, 1, 4)

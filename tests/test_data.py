@@ -1,9 +1,10 @@
-"""From rows to labels: nothing supervised but answer and EOS, nothing seen twice, nothing lost unsaid."""
+"""From rows to labels: only answer and EOS are supervised, no row is repeated or lost silently."""
 
 import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet
@@ -13,6 +14,7 @@ from sentencepiece import SentencePieceProcessor
 
 import data
 from engine import packing
+from engine.device import cpu_kernels
 from engine.loading import load_tokenizer
 from engine.tokenizer import Tokenizer
 from grading import dataset, rules
@@ -21,7 +23,7 @@ from run.errors import UserError, one_line
 
 
 def assert_boundary(folder: Path, problems: Sequence[Problem], prompt: str) -> None:
-    """Prompt ids + answer ids == SentencePiece's ids of the joint text, and only answer and EOS are supervised."""
+    """Prompt ids + answer ids == SentencePiece's ids of the joint text; the rest is unlabelled."""
     tokenizer, reference = (
         load_tokenizer(folder),
         SentencePieceProcessor(model_file=str(folder / "tokenizer.model")),
@@ -54,7 +56,7 @@ def assert_boundary(folder: Path, problems: Sequence[Problem], prompt: str) -> N
 def test_boundary_of_fixture_rows(
     tokenizer_folder: Path, problems: list[Problem], prompt: str
 ) -> None:
-    """Guards against a second BOS, a lost EOS, an answer's first token that decoding would never produce."""
+    """Guards against a second BOS, a lost EOS, and a first answer token that is never decoded."""
     assert_boundary(
         tokenizer_folder,
         [p for p in problems if not (prompt[-1] == "\n" and p.answer[0] == " ")],
@@ -75,8 +77,28 @@ def test_boundary_of_all_real_rows(layout: str) -> None:
     )
 
 
+def test_the_example_in_the_docstring_is_the_first_row() -> None:
+    """Guards against an example that is not what the code does."""
+    tokenizer = load_tokenizer(real_folder("TOKENIZER_DIR"))
+    rows = dataset.load_problems(str(real_folder("GSM8K_DIR")), "train")[:1]
+    [example] = data.encode(tokenizer, rows, PROMPT)
+    shown = " ".join(data.__doc__.split())
+    for text in (rows[0].question, rows[0].answer):
+        assert " ".join(text.split()) in shown
+    assert f"it becomes {len(example.input_ids)} tokens" in shown
+    first_label = example.labels.count(packing.IGNORE)
+    columns = [*range(5), *range(first_label - 2, first_label + 2), -2, -1]
+    for name, values in (
+        ("token", [tokenizer.piece(index) for index in example.input_ids]),
+        ("input_ids", example.input_ids),
+        ("labels", example.labels),
+    ):
+        cells = [str(values[column]) for column in columns]
+        assert " ".join([name, *cells[:5], "...", *cells[5:9], "...", *cells[9:]]) in shown
+
+
 def test_a_prompt_that_merges_with_the_answer_is_refused(tokenizer: Tokenizer) -> None:
-    """Guards against training on ids that differ from those decoded: '▁' + 'x' became '▁x'."""
+    """Guards against training on ids that are never decoded: '▁' + 'x' became '▁x'."""
     with pytest.raises(UserError, match=r"merges its end .* line 4,"):
         data.encode(
             tokenizer,
@@ -86,7 +108,7 @@ def test_a_prompt_that_merges_with_the_answer_is_refused(tokenizer: Tokenizer) -
 
 
 def test_special_tokens_in_text_stay_text(tokenizer: Tokenizer) -> None:
-    """Guards against a question that holds </s>, which would end the sequence there."""
+    """Guards against a question that contains </s>, which would end the sequence there."""
     [example] = data.encode(tokenizer, [Problem("</s><s>", "<unk></s> #1\n#### 1")], PROMPT)
     assert example.input_ids[0] == tokenizer.bos_token_id
     assert not {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id} & set(
@@ -95,7 +117,7 @@ def test_special_tokens_in_text_stay_text(tokenizer: Tokenizer) -> None:
 
 
 def test_a_question_with_braces_is_text(tokenizer: Tokenizer) -> None:
-    """Guards against str.format on what a row holds."""
+    """Guards against str.format on the texts of a row."""
     [ids] = data.encode_prompts(
         tokenizer, [Problem("{x} {question} {0}", "1\n#### 1")], "{{q}} {question}"
     )
@@ -113,7 +135,7 @@ def test_long_rows_are_left_out_counted_and_reported(
     left_out = sum(length > limit for length in lengths)
     assert [e for e in examples if len(e.input_ids) <= limit] == kept
     assert capsys.readouterr().out == (
-        f"train: {left_out} of {len(examples)} rows have over {limit} tokens: left out\n"
+        f"train: left out {left_out} of {len(examples)} rows, which have more than {limit} tokens\n"
     )
     assert data.leave_out_long(kept, limit, "train") == kept
     assert capsys.readouterr().out == ""
@@ -125,7 +147,7 @@ def test_long_rows_are_left_out_counted_and_reported(
 
 
 def test_validation_is_disjoint_from_train_and_stable(problems: list[Problem]) -> None:
-    """Guards against a split that moves with the machine, a library version, or the order of the file."""
+    """Guards against a split that depends on machine, library version or the file's order."""
     train, validation = data.carve_validation(problems, 30, seed=7)
     assert len(validation) == 30 and len(train) == len(problems) - 30
     assert not set(train) & set(validation) and set(train) | set(validation) == set(problems)
@@ -135,7 +157,7 @@ def test_validation_is_disjoint_from_train_and_stable(problems: list[Problem]) -
 
 
 def test_split_and_order_are_those_of_every_other_machine() -> None:
-    """Fixed values: a change here means that resumed and compared runs would no longer see the same rows."""
+    """Fixed values: if they change, resumed and compared runs no longer see the same rows."""
     rows = [Problem(f"question {number}", "#### 1") for number in range(12)]
     chosen = [problem.question for problem in data.carve_validation(rows, 3, seed=0)[1]]
     assert chosen == EXPECTED_VALIDATION
@@ -163,60 +185,76 @@ def test_real_splits_are_disjoint() -> None:
 
 
 def test_a_test_question_in_train_is_refused(problems: list[Problem]) -> None:
-    with pytest.raises(UserError, match="1 questions stand both in train"):
+    with pytest.raises(UserError, match="1 questions are in both train and test"):
         data.check_disjoint(problems[:20], problems[19:30])
     data.check_disjoint(problems[:20], problems[20:30])
+
+
+def test_rows_of_a_run_are_disjoint_and_have_fingerprints(
+    tmp_path: Path, problems: list[Problem]
+) -> None:
+    """Guards against a fingerprint of other rows: resumed runs and evaluations compare it."""
+    for split, rows in (("train", problems[12:]), ("test", problems[:12])):
+        write_rows(tmp_path / f"{split}.jsonl", rows)
+    found = data.load_for_training(str(tmp_path), 17, seed=3)
+    assert (found.train, found.validation) == data.carve_validation(problems[12:], 17, seed=3)
+    assert found.sha256 == {
+        "train_sha256": data.fingerprint(problems[12:]),
+        "validation_sha256": data.fingerprint(found.validation),
+        "test_sha256": data.fingerprint(problems[:12]),
+    }
+    write_rows(tmp_path / "test.jsonl", problems[:13])
+    with pytest.raises(UserError, match="1 questions are in both train and test"):
+        data.load_for_training(str(tmp_path), 17, seed=3)
 
 
 def test_windows_cover_each_epoch_once_in_another_order(
     tokenizer: Tokenizer, problems: list[Problem]
 ) -> None:
-    """Guards against rows that are skipped or repeated, and against the same order in each epoch."""
+    """Guards against skipped or repeated rows, and against the same order in each epoch."""
     examples = data.encode(tokenizer, problems[:50], PROMPT)
-    training = data.TrainingData(examples, batch_size=16, seed=3)
-    assert training.steps_per_epoch == 4
-    epochs = [
-        [training.window(step) for step in range(4 * epoch, 4 * epoch + 4)] for epoch in range(3)
-    ]
+    batches = data.Batches(examples, batch_size=16, seed=3)
+    assert batches.per_epoch == 4
+    epochs = [[batches[step] for step in range(4 * epoch, 4 * epoch + 4)] for epoch in range(3)]
     for epoch in epochs:
-        assert [len(window) for window in epoch] == [16, 16, 16, 2]
-        flat = [example for window in epoch for example in window]
+        assert [len(batch) for batch in epoch] == [16, 16, 16, 2]
+        flat = [example for batch in epoch for example in batch]
         assert sorted(map(id, flat)) == sorted(map(id, examples))
     assert epochs[0] != epochs[1] != epochs[2]
-    # Computed, not replayed: asking for a later step first gives the same window.
-    fresh = data.TrainingData(examples, batch_size=16, seed=3)
-    assert fresh.window(9) == epochs[2][1] and fresh.window(2) == epochs[0][2]
+    # Computed, not replayed: asking for a later step first gives the same batch.
+    fresh = data.Batches(examples, batch_size=16, seed=3)
+    assert fresh[9] == epochs[2][1] and fresh[2] == epochs[0][2]
 
 
 # ---------------------------------------------------------------- packing
 
 
+@pytest.mark.parametrize("multiple", [64, 1])
 @pytest.mark.parametrize("budget", [150, 300, 1000])
 def test_packing_loses_nothing_and_keeps_the_budget(
-    tokenizer: Tokenizer, problems: list[Problem], budget: int
+    tokenizer: Tokenizer, problems: list[Problem], budget: int, multiple: int
 ) -> None:
-    """Guards against padding, cut sequences, positions that run on, and labels of the wrong place."""
+    """Guards against padding, cut sequences, positions that run on, and misplaced labels."""
     examples = data.encode(tokenizer, problems, PROMPT)
-    batches = packing.pack(examples, budget)
+    kernels = replace(cpu_kernels(with_onednn=False), row_multiple=multiple)
+    batches = packing.pack(examples, budget, kernels)
     found = []
     for batch in batches:
         borders = batch.cu_seqlens.tolist()
         assert (
-            borders[0] == 0
-            and borders[-1] == batch.num_tokens
-            and batch.num_tokens % packing.ROWS == 0
+            borders[0] == 0 and borders[-1] == batch.num_tokens and batch.num_tokens % multiple == 0
         )
-        labelled = batch.loss_positions[: batch.num_labels].tolist()
-        assert len(batch.loss_positions) == batch.num_labels + -batch.num_labels % packing.ROWS
+        labelled = batch.output_positions[: batch.num_labels].tolist()
+        assert len(batch.output_positions) == batch.num_labels + -batch.num_labels % multiple
         next_token = dict(zip(labelled, batch.labels.tolist(), strict=True))
         sequences = list(itertools.pairwise(borders))
-        if max(labelled) < sequences[-1][0]:  # without a label: the filler
+        if max(labelled) < sequences[-1][0]:  # without a label: the padding
             start, end = sequences.pop()
-            assert end - start < packing.ROWS
+            assert end - start < multiple
         assert sequences[-1][1] <= budget
         for start, end in sequences:
-            ids = batch.input_ids[0, start:end].tolist()
-            assert batch.position_ids[0, start:end].tolist() == list(range(end - start))
+            ids = batch.input_ids[start:end].tolist()
+            assert batch.position_ids[start:end].tolist() == list(range(end - start))
             labels = [packing.IGNORE] + [
                 next_token.get(start + p, packing.IGNORE) for p in range(end - start)
             ]
@@ -232,7 +270,7 @@ def test_packing_loses_nothing_and_keeps_the_budget(
 
 
 def test_local_folder_is_read_to_the_letter(problems: list[Problem], tmp_path: Path) -> None:
-    """Guards against splitlines, which breaks a row that holds U+2028, and against stripped texts."""
+    """Guards against splitlines, which breaks a row with U+2028, and against stripped texts."""
     write_rows(tmp_path / "train.jsonl", problems)
     assert dataset.load_problems(str(tmp_path), "train") == problems
 
@@ -250,11 +288,11 @@ GOOD = json.dumps({"question": "1 + 1?", "answer": "2\n#### 2"})
 @pytest.mark.parametrize(
     ("bad", "fragment"),
     [
-        ("", "is no JSON"),
-        ("{", "is no JSON"),
-        ("[" * 100_000, "is no JSON"),
-        ("[1]", "is no JSON object"),
-        ('"text"', "is no JSON object"),
+        ("", "is not valid JSON"),
+        ("{", "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
+        ("[1]", "is not a JSON object"),
+        ('"text"', "is not a JSON object"),
         ('{"question": "x"}', "'answer' is missing"),
         ('{"answer": "#### 1"}', "'question' is missing"),
         ('{"question": 5, "answer": "#### 1"}', "'question' is 5"),
@@ -268,8 +306,8 @@ GOOD = json.dumps({"question": "1 + 1?", "answer": "2\n#### 2"})
         ('{"question": "x", "answer": "#### ."}', "'.'"),
         ('{"question": "x", "answer": "####  18"}', r"'####\x20\x2018'"),
         ('{"question": "x", "answer": "#### ٣"}', r"'\u0663'"),
-        ('{"question": "\\ud800", "answer": "#### 5"}', "surrogate"),
-        ('{"question": "\udcff", "answer": "#### 5"}', "is no JSON"),
+        ('{"question": "\\ud800", "answer": "#### 5"}', "an unpaired surrogate"),
+        ('{"question": "\udcff", "answer": "#### 5"}', "is not valid JSON"),
     ],
 )
 def test_bad_rows_name_file_and_line(tmp_path: Path, bad: str, fragment: str) -> None:
@@ -283,41 +321,41 @@ def test_bad_rows_name_file_and_line(tmp_path: Path, bad: str, fragment: str) ->
 @pytest.mark.parametrize(
     ("answer", "shown", "what"),
     [
-        ("It is 5", "'It is 5'", "but holds none"),
-        ("So #### 5", "'So #### 5'", "but 'So ' stands before it on its line"),
-        (" #### 5", "' #### 5'", "but ' ' stands before it"),
-        ("x\r#### 5", r"'x\r#### 5'", r"but 'x\r' stands before it"),
-        ("x\u2028#### 5", r"'x\u2028#### 5'", r"but 'x\u2028' stands before it"),
-        ("##### 5", "'##### 5'", "but '#' stands before it"),
-        ("#### 4 #### 4", "'#### 4 #### 4'", "but holds it 2 times"),
+        ("It is 5", "'It is 5'", "but contains none"),
+        ("So #### 5", "'So #### 5'", "but 'So ' precedes it on its line"),
+        (" #### 5", "' #### 5'", "but ' ' precedes it"),
+        ("x\r#### 5", r"'x\r#### 5'", r"but 'x\r' precedes it"),
+        ("x\u2028#### 5", r"'x\u2028#### 5'", r"but 'x\u2028' precedes it"),
+        ("##### 5", "'##### 5'", "but '#' precedes it"),
+        ("#### 4 #### 4", "'#### 4 #### 4'", "but contains it 2 times"),
         ("x\n####", r"'x\n####'", "but no number follows it on its line"),
         ("####\n5", r"'####\n5'", "but no number follows it on its line"),
-        ("#### 5\nor  6", r"'#### 5\nor\x20\x206'", r"but 'or\x20\x206' stands after its line"),
-        ("####5", "'####5'", "but '5' stands where one space must"),
-        ("####  5", r"'####\x20\x205'", r"but '\x20\x20' stands where one space must"),
-        ("####\xa05", r"'####\xa05'", r"but '\xa0' stands where one space must"),
-        ("#### \xa05", r"'#### \xa05'", r"but ' \xa0' stands where one space must"),
-        ("####\t5", r"'####\t5'", r"but '\t' stands where"),
-        ("#### 5\u200b", r"'#### 5\u200b'", r"(it holds '\u200b', ZERO WIDTH SPACE)"),
-        ("#### 5\x00", r"'#### 5\x00'", r"(it holds '\x00')"),
-        ("#### 5\r6", r"'#### 5\r6'", r"(it holds '\r')"),
-        ("#### \u22125", r"'#### \u22125'", r"(it holds '\u2212', MINUS SIGN)"),
-        ("#### \uff15", r"'#### \uff15'", r"(it holds '\uff15', FULLWIDTH DIGIT FIVE)"),
-        ("#### 1/2", "'#### 1/2'", "(it holds '/')"),
-        ("#### $5", "'#### $5'", "(it holds '$')"),
-        ("#### 1e3", "'#### 1e3'", "(it holds 'e')"),
-        ("#### 3.", "'#### 3.'", "the gold '3.' is no number"),
+        ("#### 5\nor  6", r"'#### 5\nor\x20\x206'", r"but 'or\x20\x206' follows its line"),
+        ("####5", "'####5'", "but '5' is where a single space must"),
+        ("####  5", r"'####\x20\x205'", r"but '\x20\x20' is where a single space must"),
+        ("####\xa05", r"'####\xa05'", r"but '\xa0' is where a single space must"),
+        ("#### \xa05", r"'#### \xa05'", r"but ' \xa0' is where a single space must"),
+        ("####\t5", r"'####\t5'", r"but '\t' is where"),
+        ("#### 5\u200b", r"'#### 5\u200b'", r"(it contains '\u200b', ZERO WIDTH SPACE)"),
+        ("#### 5\x00", r"'#### 5\x00'", r"(it contains '\x00')"),
+        ("#### 5\r6", r"'#### 5\r6'", r"(it contains '\r')"),
+        ("#### \u22125", r"'#### \u22125'", r"(it contains '\u2212', MINUS SIGN)"),
+        ("#### \uff15", r"'#### \uff15'", r"(it contains '\uff15', FULLWIDTH DIGIT FIVE)"),
+        ("#### 1/2", "'#### 1/2'", "(it contains '/')"),
+        ("#### $5", "'#### $5'", "(it contains '$')"),
+        ("#### 1e3", "'#### 1e3'", "(it contains 'e')"),
+        ("#### 3.", "'#### 3.'", "the gold answer '3.' is not a number"),
         (
             "y" * 900 + "\n####  5" + "z" * 900,
             r"yyy\n####\x20\x205zzz",
-            "stands where one space must",
+            "is where a single space must",
         ),
     ],
 )
 def test_a_bad_gold_is_shown_to_the_letter(
     tmp_path: Path, answer: str, shown: str, what: str
 ) -> None:
-    """Guards against a message that shows a text which looks right, since one_line makes spaces of white space."""
+    """Guards against a message in which the gold looks right, as one_line normalises spaces."""
     row = json.dumps({"question": "x", "answer": answer})
     (tmp_path / "train.jsonl").write_text(f"{GOOD}\n{row}\n")
     with pytest.raises(UserError) as error:
@@ -330,7 +368,7 @@ def test_a_bad_gold_is_shown_to_the_letter(
 def test_golds_in_an_unusual_spelling_are_said(
     tmp_path: Path, problems: list[Problem], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards against a 3.0 that no completion with a 3 ever equals, without a word."""
+    """Guards against a gold of 3.0, which a completion with 3 never equals, going unreported."""
     odd = {
         "3.0": "3",
         "007": "7",
@@ -348,7 +386,10 @@ def test_golds_in_an_unusual_spelling_are_said(
         assert rules.correct_openai(f"#### {spelt}", gold) == (gold in plain)
         assert (out == "") == (gold in plain)
         if out:
-            assert f"test: 1 of 3 golds are not spelt plainly, the first in row 3: {gold}," in out
+            assert (
+                f"test: 1 of 3 gold answers are not spelt plainly, the first in row 3: {gold},"
+                in out
+            )
             assert f": {spelt} does not count" in out and out.count("\n") == 1
 
 
@@ -375,7 +416,7 @@ def write_shards(folder: Path, problems: Sequence[Problem]) -> None:
 
 
 def write_clone(folder: Path, problems: Sequence[Problem]) -> None:
-    """As git clones the hub's repository, which also holds the rows in another wording."""
+    """As git clones the hub's repository, which also has the rows in another wording."""
     write_parquet(
         folder / "main" / "train-00000-of-00001.parquet", problems, source=["x"] * len(problems)
     )
@@ -413,7 +454,7 @@ FORMS: dict[str, Callable[[Path, Sequence[Problem]], None]] = {
 def test_every_form_gives_the_same_rows(
     tmp_path: Path, problems: list[Problem], form: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards against rows that are lost, changed, out of order or taken from a neighbour of another name."""
+    """Guards against rows that are lost, changed, out of order or taken from another file."""
     FORMS[form](tmp_path, problems)
     write_rows(tmp_path / "trains.jsonl", problems[:1])  # of no split
     found = dataset.load_problems(str(tmp_path), "train")
@@ -438,7 +479,7 @@ def test_real_rows_are_the_same_from_parquet(
 def test_several_forms_of_a_split_are_refused_by_name(
     tmp_path: Path, problems: list[Problem]
 ) -> None:
-    """Guards against a choice of which nothing is said."""
+    """Guards against a silent choice between them."""
     for form, name in (
         ("array", "train.json"),
         ("parquet", "train.parquet"),
@@ -464,21 +505,25 @@ ROW = {"question": ["1 + 1?"], "answer": ["2\n#### 2"]}
     ("name", "put", "fragment"),
     [
         ("train.json", b"[]", "is empty"),
-        ("train.json", b"[1]", "train.json, row 1: is no JSON object"),
+        ("train.json", b"[1]", "train.json, row 1: is not a JSON object"),
         ("train.json", f"[{GOOD}, {{}}]".encode(), "train.json, row 2: 'question' is missing"),
-        ("train.json", f"[{GOOD}\n,{GOOD}\n{GOOD}]".encode(), "train.json, line 3: is no JSON"),
-        ("train.json", f"[{GOOD},\n".encode(), "train.json, line 2: is no JSON"),
-        ("train.json", b'[\n\n"caf\xe9"]', "train.json, line 3: is no JSON"),
-        ("train.json", b"[" * 100_000, "train.json, line 1: is no JSON"),
-        ("train.json", b"[" + b"9" * 10_000 + b"]", "train.json, line 1: is no JSON"),
+        (
+            "train.json",
+            f"[{GOOD}\n,{GOOD}\n{GOOD}]".encode(),
+            "train.json, line 3: is not valid JSON",
+        ),
+        ("train.json", f"[{GOOD},\n".encode(), "train.json, line 2: is not valid JSON"),
+        ("train.json", b'[\n\n"caf\xe9"]', "train.json, line 3: is not valid JSON"),
+        ("train.json", b"[" * 100_000, "train.json, line 1: is not valid JSON"),
+        ("train.json", b"[" + b"9" * 10_000 + b"]", "train.json, line 1: is not valid JSON"),
         (
             "train.json",
             f'{{"rows": [{GOOD}]}}'.encode(),
             "train.json, line 1: 'question' is missing",
         ),
         ("train.json", b"\xef\xbb\xbf", "is empty"),
-        ("train.parquet", b"", "is damaged, or no Parquet file"),
-        ("train.parquet", b"PAR1" * 9, "is damaged, or no Parquet file"),
+        ("train.parquet", b"", "is damaged or not a Parquet file"),
+        ("train.parquet", b"PAR1" * 9, "is damaged or not a Parquet file"),
         ("train.parquet", {"question": ["x"]}, "has 0 columns 'answer'"),
         ("train.parquet", ROW | {"answer": [5]}, "its column 'answer' is of type int64"),
         ("train.parquet", ROW | {"answer": [b"x"]}, "its column 'answer' is of type binary"),
@@ -497,11 +542,15 @@ ROW = {"question": ["1 + 1?"], "answer": ["2\n#### 2"]}
         ("train.parquet", {"question": [], "answer": []}, "its column 'question' is of type null"),
         ("train-00000-of-00002.parquet", ROW, "lacks train-00001-of-00002.parquet"),
         ("train-00001-of-00001.parquet", ROW, "lacks train-00000-of-00001.parquet"),
-        ("train-00000-of-00000.parquet", ROW, "holds train-00000-of-00000.parquet beside 0 others"),
+        (
+            "train-00000-of-00000.parquet",
+            ROW,
+            "has train-00000-of-00000.parquet in addition to 0 others",
+        ),
         (
             "train.arrow",
             b"x",
-            "train.jsonl: can't be read (No such file or directory): a data set folder holds",
+            "train.jsonl: can't be read (No such file or directory): a data set folder contains",
         ),
     ],
 )
@@ -524,7 +573,7 @@ def test_bad_files_of_every_form_are_one_line(
 @pytest.mark.parametrize("shape", [None, 2])
 @pytest.mark.parametrize("name", ["train.json", "train.jsonl"])
 def test_an_object_of_arrays_is_said_as_such(tmp_path: Path, name: str, shape: int | None) -> None:
-    """On one line and on many: the first line alone would only lack a question, or be no JSON."""
+    """On one line, which would only lack a question, and on many, whose first is not valid JSON."""
     rows = {"version": "1", "train": [json.loads(GOOD)], "test": []}
     (tmp_path / name).write_text(json.dumps(rows, indent=shape))
     with pytest.raises(
@@ -563,17 +612,19 @@ def test_a_file_that_git_has_not_fetched_is_said(tmp_path: Path, name: str) -> N
 def test_parts_of_another_split_in_parts_are_refused(
     tmp_path: Path, problems: list[Problem]
 ) -> None:
-    """Guards against the same rows twice, from two downloads into one folder."""
+    """Guards against duplicate rows from two downloads into one folder."""
     write_shards(tmp_path, problems)
     write_parquet(tmp_path / "train-00000-of-00001.parquet", problems)
-    with pytest.raises(UserError, match=r"holds train-00000-of-00001\.parquet beside 3 others"):
+    with pytest.raises(
+        UserError, match=r"has train-00000-of-00001\.parquet in addition to 3 others"
+    ):
         dataset.load_problems(str(tmp_path), "train")
 
 
 def test_a_parquet_file_damaged_anywhere_is_read_or_refused(
     tmp_path: Path, problems: list[Problem]
 ) -> None:
-    """Guards against a traceback, whichever byte it is; where a page has a checksum, no other row is read."""
+    """Guards against a traceback, and, with page checksums, against other rows."""
     file = tmp_path / "train.parquet"
     table = pyarrow.table(
         {"question": [p.question for p in problems], "answer": [p.answer for p in problems]}
@@ -599,10 +650,10 @@ def test_bad_places_are_refused(tmp_path: Path) -> None:
         (tmp_path / "folder", "can't be read"),
         (
             tmp_path / "empty" / "train.jsonl",
-            "is a file: name the folder that holds it; a data set folder holds",
+            "is a file: name the folder that contains it; a data set folder contains",
         ),
-        (tmp_path / "nowhere", "is no folder here"),
-        ("gsm8k", "is no folder here"),
+        (tmp_path / "nowhere", "is neither a folder here nor a hub id"),
+        ("gsm8k", "is neither a folder here nor a hub id"),
         ("owner/gsm8k", "can't be loaded from the hub"),
     ):
         with pytest.raises(UserError, match=fragment):
@@ -610,7 +661,7 @@ def test_bad_places_are_refused(tmp_path: Path) -> None:
 
 
 def test_hub_rows_are_checked_like_local_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hub itself is out of reach here: what it hands over passes the same checks."""
+    """The hub is out of reach here. What it would return passes the same checks."""
     import datasets
 
     asked = []

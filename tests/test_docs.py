@@ -1,9 +1,13 @@
-"""Every command that README, docstrings and demo show can be typed; what they say of settings is so."""
+"""What the documents show is so: commands can be typed; files, tests and settings exist."""
 
+import ast
+import json
 import re
 import shlex
 import shutil
 import subprocess
+import sys
+import xml.etree.ElementTree as ET
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,22 +17,38 @@ import demo
 import evaluate
 import perplexity
 import train
-from run import config
+from run import config, folder
 
 ROOT = Path(config.__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RELIABILITY = (ROOT / "RELIABILITY.md").read_text(encoding="utf-8")
+REFERENCE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+CONFIG = config.CONFIG_FILE.read_text(encoding="utf-8")
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "checkpoints/README.md"])
 SCRIPTS = {"train.py": train, "evaluate.py": evaluate, "perplexity.py": perplexity}
+SETTINGS = {field.name for field in fields(config.Config)}
+POINTER = re.compile(r"`([\w/]+\.py)`, `(\w+)`")  # a file and a function or class in there
+
+
+def code_blocks(text: str) -> str:
+    return "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+
+
+def without_code_blocks(text: str) -> str:
+    return re.sub(r"^```\w*\n.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def code_spans(text: str) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", without_code_blocks(text))
 
 
 def commands() -> list[str]:
     """Each ``python SCRIPT.py ...`` in a code block or docstring line, once."""
-    blocks = "\n".join(
-        re.findall(r"^```\w*\n(.*?)^```", README + RELIABILITY, re.DOTALL | re.MULTILINE)
-    )
-    texts = [blocks, *(module.__doc__ for module in (*SCRIPTS.values(), demo))]
+    texts = [code_blocks(document.read_text(encoding="utf-8")) for document in DOCUMENTS]
+    texts += [module.__doc__ for module in (*SCRIPTS.values(), demo)]
     texts += [
-        path.read_text() for path in (ROOT / "RESULTS.md", *(ROOT / "benchmarks").glob("*.py"))
+        ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        for path in (ROOT / "benchmarks").glob("*.py")
     ]
     lines = [
         line.strip().removeprefix("$ ")
@@ -51,6 +71,10 @@ def test_shown_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert (ROOT / script).is_file()
     if script in SCRIPTS:
         SCRIPTS[script].read_arguments(arguments)
+    else:
+        source = (ROOT / script).read_text()
+        for flag in re.findall(r"(?<!\S)--[\w-]+", command):
+            assert f'"{flag}"' in source, flag
 
 
 def test_commands_were_found() -> None:
@@ -62,23 +86,56 @@ def test_commands_were_found() -> None:
         "python train.py",
         "python evaluate.py --ckpt",
         "python perplexity.py",
+        "python benchmarks/picture.py",
     ):
         assert any(command.startswith(start) for command in found), start
 
 
-def test_readme_table_has_every_setting_with_its_value() -> None:
-    values, comments = config.read_settings(config.CONFIG_FILE)
-    rows = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \| .* \|$", README, re.MULTILINE))
-    assert list(rows) == [field.name for field in fields(config.Config)]
-    for key, shown in rows.items():
-        assert shown == values[key].replace("\n", "\\n"), key
-    for key, comment in comments.items():
-        assert f"| {comment} |" in README, key
+def test_every_setting_has_a_one_line_comment() -> None:
+    """Guards against a setting without a meaning: config.yaml is the only list of them."""
+    lines = [line for line in CONFIG.splitlines() if line and not line.startswith("#")]
+    commented = [re.fullmatch(r"(\w+): .*\S +# +\S.*", line) for line in lines]
+    assert all(commented), [line for line, match in zip(lines, commented, strict=True) if not match]
+    assert [match[1] for match in commented] == [field.name for field in fields(config.Config)]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_settings_that_documents_name_exist(document: Path) -> None:
+    """Guards against a renamed setting: `name: value`, and `snake_case` that is nowhere in code."""
+    source = "\n".join(path.read_text() for path in python_files())
+    text = POINTER.sub("", document.read_text(encoding="utf-8"))
+    for span in code_spans(text):
+        if match := re.fullmatch(r"([a-z_]+): \S+", span):
+            assert match[1] in SETTINGS, span
+        elif re.fullmatch(r"[a-z]+(_[a-z]+)+", span):
+            assert span in SETTINGS or re.search(rf"\b{span}\b", source), span
+
+
+def python_files() -> list[Path]:
+    rooms = ("engine", "grading", "run", "benchmarks", "tests")
+    return [*ROOT.glob("*.py"), *(path for room in rooms for path in ROOT.glob(f"{room}/**/*.py"))]
+
+
+def test_free_settings_are_those_of_the_reference() -> None:
+    """Guards against a list of what may change on resuming that is not the program's."""
+    listed = re.search(r"may change on resuming.*?:\n\n(.*?)\n\n", REFERENCE, re.DOTALL)[1]
+    assert set(re.findall(r"`(\w+)`", listed)) == folder.FREE_SETTINGS
+
+
+def test_every_flag_is_in_the_reference(capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards against a flag that only the source knows."""
+    for name, script in SCRIPTS.items():
+        with pytest.raises(SystemExit):
+            script.read_arguments(["--help"])
+        flags = set(re.findall(r"(?<!\S)--([a-z][\w-]*)", capsys.readouterr().out))
+        assert flags >= SETTINGS
+        for flag in flags - SETTINGS:
+            assert f"`--{flag}" in REFERENCE, (name, flag)
 
 
 def test_readme_tree_is_what_is_there() -> None:
     """Guards against a file tree that shows what is gone, or lacks what has come."""
-    tree = re.search(r"^## The files\n.*?```\n(.*?)```", README, re.DOTALL | re.MULTILINE)[1]
+    tree = re.search(r"^## Read the code\n.*?```\n(.*?)```", README, re.DOTALL | re.MULTILINE)[1]
     shown = {line.split()[0] for line in tree.splitlines() if line and not line.startswith(" ")}
     there = {
         path.name + "/" * path.is_dir()
@@ -90,7 +147,10 @@ def test_readme_tree_is_what_is_there() -> None:
 
 
 def tracked() -> set[str]:
-    """What git tracks of the root, where a user's models, runs and logs lie too; nothing in a copy without git."""
+    """The names at the root that git tracks; nothing in a copy without git.
+
+    A user's models, runs and logs lie at the root too.
+    """
     if shutil.which("git") is None:
         return set()
     listed = subprocess.run(
@@ -99,24 +159,109 @@ def tracked() -> set[str]:
     return {re.sub("/.*", "/", name) for name in listed.splitlines() if not name.startswith(".")}
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_documents_name_exist(document: Path) -> None:
+    """Guards against a pointer to a file that has moved: `engine/optimizer.py`, `run/`."""
+    rooms = "engine|grading|run|benchmarks|tests|docs"
+    for span in code_spans(document.read_text(encoding="utf-8")):
+        if re.fullmatch(rf"(?:{rooms})/(?:[\w/]+\.\w+|[\w/]*)|\w+\.py", span):
+            assert (ROOT / span).exists(), span
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_functions_that_documents_point_to_exist(document: Path) -> None:
+    """Guards against a renamed function: `train.py`, `accumulate_gradients`."""
+    for file, name in POINTER.findall(document.read_text(encoding="utf-8")):
+        source = (ROOT / file).read_text(encoding="utf-8")
+        assert re.search(rf"^ *(?:def|class) {name}\b", source, re.MULTILINE), (file, name)
+
+
 def test_every_promise_names_tests_that_exist() -> None:
     """Guards against a promise whose test was renamed or never written."""
-    rows = re.findall(r"^\| (\d+) \| (.+?) \| (.+) \|$", RELIABILITY, re.MULTILINE)
-    assert [int(number) for number, _, _ in rows] == list(range(1, 32))
+    text, _, tests = RELIABILITY.partition("## The tests of each promise")
+    promises = numbered(without_code_blocks(text))
+    named = {number: re.findall(r"`([^`]+)`", words) for number, words in numbered(tests).items()}
+    assert list(promises) == list(named) == list(range(1, 32))
     defined = {
         name
         for file in (ROOT / "tests").glob("test_*.py")
         for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)
     }
-    for number, _, tests in rows:
-        named = re.findall(r"`(\w+)`", tests)
-        assert named and set(named) <= defined, (number, set(named) - defined)
+    for number, names in named.items():
+        missing = [name for name in names if name not in defined and not (ROOT / name).is_file()]
+        assert any(name in defined for name in names) and not missing, (number, missing)
 
 
-def test_links_lead_somewhere() -> None:
-    for document in (README, RELIABILITY, (ROOT / "RESULTS.md").read_text()):
-        for target in re.findall(r"\]\(([^)#]+)\)", document):
-            assert target.startswith("https://") or (ROOT / target).exists(), target
+def numbered(text: str) -> dict[int, str]:
+    """The items of a document's numbered lists."""
+    items = re.findall(r"^(\d+)\. (.+?)(?=^\d+\. |^#|\Z)", text, re.DOTALL | re.MULTILINE)
+    return {int(number): words for number, words in items}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    """Guards against a link to a file or a heading that is not there."""
+    for target in re.findall(r"\]\(([^)]+)\)", document.read_text(encoding="utf-8")):
+        if target.startswith("https://"):
+            continue
+        name, _, heading = target.partition("#")
+        file = document.parent / name if name else document
+        assert file.is_file(), target
+        assert not heading or heading in headings(file), target
+
+
+def headings(document: Path) -> set[str]:
+    """The anchors that GitHub gives to a document's headings."""
+    titles = re.findall(
+        r"^#+ (.+)$", without_code_blocks(document.read_text(encoding="utf-8")), re.MULTILINE
+    )
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_lines_are_at_most_100_columns(document: Path) -> None:
+    lines = document.read_text(encoding="utf-8").splitlines()
+    assert [number for number, line in enumerate(lines, start=1) if len(line) > 100] == []
+
+
+def test_picture_shows_the_losses_and_the_score(tmp_path: Path) -> None:
+    """Guards against a picture that is not well-formed or shows another epoch than the best."""
+    metrics = [
+        {"step": step, "train/loss": 2.0 / step, **({"val/loss": loss} if loss else {})}
+        for step, loss in ((1, None), (2, 0.5), (3, None), (4, 0.25), (6, 0.75))
+    ]
+    best = {"step": 4, "epoch": 2.0, "validation_loss": 0.25}
+    scores = {
+        "split": "test", "exact_match": 0.5, "num_correct": 4, "num_problems": 8,
+        "ci95": [0.2152, 0.7848],
+    }  # fmt: skip
+    run = tmp_path / "run"
+    (run / "best").mkdir(parents=True)
+    (run / "eval" / "test").mkdir(parents=True)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    (run / "best" / "training.json").write_text(json.dumps(best))
+
+    command = [sys.executable, "benchmarks/picture.py", "--run", run, "--output", tmp_path / "svg"]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and "scores.json: missing" in refused.stderr
+
+    (run / "eval" / "test" / "scores.json").write_text(json.dumps(scores))
+    subprocess.run(command, cwd=ROOT, check=True)
+    elements = list(ET.parse(tmp_path / "svg").iter())
+    words = [element.text for element in elements if element.text]
+    for shown in (
+        "best: epoch 2, 0.25",
+        "50.0%",
+        "4 of 8 correct",
+        "95 % interval 21.5% to 78.5%",
+    ):
+        assert shown in words
+    circles = [element.attrib for element in elements if element.tag.endswith("circle")]
+    centres = {circle["r"]: [] for circle in circles}
+    for circle in circles:
+        centres[circle["r"]].append((circle["cx"], circle["cy"]))
+    assert len(centres["3.5"]) == 3  # validation losses
+    assert centres["7"] == [centres["3.5"][1]]  # the best of them
 
 
 def test_every_requirement_is_pinned() -> None:

@@ -1,4 +1,4 @@
-"""The evaluation as a whole: whole lines as it goes, going on where it stopped, the right settings."""
+"""Evaluation from end to end: complete lines, resuming, and the right settings."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ import evaluate
 import train
 from engine.decoding import Completion
 from engine.loading import load_tokenizer
-from grading import dataset, predictions, rules
+from engine.strategy import Sampling, decode
+from grading import dataset, rules
+from grading.predictions import PredictionsFile
 from run.errors import Stopped, UserError
 
 
 @pytest.fixture
 def run_folder(call, settings: dict[str, str]) -> Path:
-    """A trained run: its model writes something, none of it right."""
+    """A trained run, whose model writes something, none of it right."""
     assert call(train, *flags(settings | {"max_new_tokens": "12"})).code == 0
     return Path(settings["output_dir"]) / "test"
 
@@ -37,7 +40,7 @@ def read(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 def test_evaluation_of_a_run(call, settings: dict[str, str], run_folder: Path) -> None:
-    """Everything it needs it reads from the checkpoint; the files are those of the interface."""
+    """It needs the checkpoint alone, and writes the files of the interface."""
     best = run_folder / "best"
     outcome = call(evaluate, "--ckpt", str(best))
     assert outcome.code == 0, outcome.err
@@ -94,19 +97,18 @@ def test_evaluation_of_a_run(call, settings: dict[str, str], run_folder: Path) -
 
 
 def test_exact_match_of_a_model_that_knows_the_answers(
-    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    call, settings: dict[str, str], tmp_path: Path
 ) -> None:
-    """Guards against predictions that are scored against another problem's gold."""
+    """Guards against predictions that are scored against another problem's gold answer."""
     problems = dataset.load_problems(settings["dataset"], "test")
     tokenizer = load_tokenizer(Path(settings["model"]))
 
-    def oracle(model, prompts, **_):
+    def oracle(model, prompts, *_, **__):
         for index in reversed(range(len(prompts))):
             answer = problems[index].answer if index % 4 else "#### 123456"
             ids = tokenizer.ids_of([answer])[0]
             yield Completion(index, len(prompts[index]), ids, "eos")
 
-    monkeypatch.setattr(evaluate, "greedy_decode", oracle)
     arguments = [
         "--ckpt",
         settings["model"],
@@ -115,7 +117,8 @@ def test_exact_match_of_a_model_that_knows_the_answers(
         "--verify-batching",
         "0",
     ]
-    outcome = call(evaluate, *arguments, *flags(settings))
+    parts = evaluate.Parts(decode=oracle)
+    outcome = call(evaluate, *arguments, *flags(settings), parts=parts)
     assert outcome.code == 0, outcome.err
     assert read(tmp_path / "out")[1]["exact_match"] == 0.75
 
@@ -138,7 +141,7 @@ def test_a_flag_overrides_the_checkpoint(call, run_folder: Path, tmp_path: Path)
 def test_validation_split_is_the_one_training_held_out(
     call, settings: dict[str, str], run_folder: Path
 ) -> None:
-    """Guards against a seed or size of the split that evaluation does not know of."""
+    """Guards against an evaluation that ignores the seed or the size of the split."""
     assert call(evaluate, "--ckpt", str(run_folder / "best"), "--split", "validation").code == 0
     rows, _ = read(run_folder / "eval" / "validation")
     expected = data.load_split(settings["dataset"], "validation", 17, 0)
@@ -166,23 +169,23 @@ def test_slots_change_nothing(call, run_folder: Path, tmp_path: Path) -> None:
 
 
 def test_limit_then_all_goes_on(call, run_folder: Path) -> None:
-    """A first look at a few problems is no waste, and is not logged as the run's score."""
+    """A first look at a few problems is not wasted, nor logged as the run's score."""
     best = str(run_folder / "best")
     assert call(evaluate, "--ckpt", best, "--limit", "5").code == 0
     rows, scores = read(run_folder / "eval" / "test")
     assert sorted(row["id"] for row in rows) == list(range(5)) and scores["num_problems"] == 5
     assert "eval/" not in (run_folder / "metrics.jsonl").read_text()
     outcome = call(evaluate, "--ckpt", best)
-    assert "going on: 5 of 12" in outcome.out
+    assert "resuming: 5 of 12" in outcome.out
     assert read(run_folder / "eval" / "test")[0][:5] == rows
     outcome = call(evaluate, "--ckpt", best, "--limit", "5")
-    outcome.assert_user_error("holds 12 problems, with 5 asked for now", "--output")
+    outcome.assert_user_error("contains 12 problems, but 5 are asked for now", "--output")
 
 
 def test_an_interrupted_evaluation_goes_on(
     call, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards against lost completions, and against the half line of a kill."""
+    """Guards against lost completions, and against the half line that a kill leaves."""
     best, folder = str(run_folder / "best"), run_folder / "eval" / "test"
     assert call(evaluate, "--ckpt", best).code == 0
     whole, file = read(folder), folder / "predictions.jsonl"
@@ -190,7 +193,7 @@ def test_an_interrupted_evaluation_goes_on(
     file.write_bytes(content[: content.index(b"\n", len(content) // 2) + 20])
     (folder / "scores.json").unlink()
     outcome = call(evaluate, "--ckpt", best)
-    assert outcome.code == 0 and "going on: " in outcome.out
+    assert outcome.code == 0 and "resuming: " in outcome.out
     rows, scores = read(folder)
     assert sorted(rows, key=str) == sorted(whole[0], key=str)
     assert {k: v for k, v in scores.items() if k not in ("seconds", "tokens_per_second")} == {
@@ -207,7 +210,7 @@ def test_lines_are_synced(
     seconds: float,
     syncs: int,
 ) -> None:
-    """Guards against completions that the loss of power takes; the last ones are synced at the end."""
+    """Guards against completions lost in a power cut. The last ones are synced at the end."""
     calls, file = [], tmp_path / "out" / "predictions.jsonl"
     original = os.fsync
 
@@ -216,8 +219,8 @@ def test_lines_are_synced(
             calls.append(file.read_bytes().count(b"\n"))
         original(descriptor)
 
-    monkeypatch.setattr(predictions, "SECONDS_BETWEEN_SYNCS", seconds)
     monkeypatch.setattr(os, "fsync", fsync)
+    parts = evaluate.Parts(open_predictions=partial(PredictionsFile, seconds_between_syncs=seconds))
     file.parent.mkdir()
     with file.open("wb") as opened:
         assert (
@@ -228,6 +231,7 @@ def test_lines_are_synced(
                 *flags(settings),
                 "--output",
                 str(file.parent),
+                parts=parts,
             ).code
             == 0
         )
@@ -237,7 +241,7 @@ def test_lines_are_synced(
 def test_kills_at_any_moment_lose_nothing_that_was_written(
     call, settings: dict[str, str], tmp_path: Path
 ) -> None:
-    """Guards against completions held back in memory, and a rerun that decodes them again or otherwise."""
+    """Guards against completions kept in memory, and a rerun that decodes them again or differs."""
     arguments = [
         "--ckpt",
         settings["model"],
@@ -264,7 +268,7 @@ def test_kills_at_any_moment_lose_nothing_that_was_written(
         process.kill()
         process.wait()
         left = file.read_bytes()
-        assert left.startswith(seen)  # what was there is there, byte for byte
+        assert left.startswith(seen)  # what was there still is, byte for byte
         seen = left[: left.rindex(b"\n") + 1]
     assert kills >= 2
     assert call(evaluate, *arguments, str(file.parent)).code == 0
@@ -316,7 +320,7 @@ def test_the_spelling_of_a_path_is_no_difference(
 
 
 def test_a_refused_evaluation_leaves_nothing_behind(call, run_folder: Path) -> None:
-    """Guards against a mistake whose traces make the correct command fail."""
+    """Guards against a mistake whose remains make the correct command fail."""
     best = str(run_folder / "best")
     call(evaluate, "--ckpt", best, "--max_new_tokens", "5000").assert_user_error("1024 positions")
     assert not (run_folder / "eval").exists()
@@ -328,7 +332,7 @@ def test_a_refused_evaluation_leaves_nothing_behind(call, run_folder: Path) -> N
     (run_folder / "other").mkdir()
     (run_folder / "other" / "predictions.jsonl").write_text("precious")
     outcome = call(evaluate, "--ckpt", best, "--output", str(run_folder / "other"))
-    outcome.assert_user_error("is no predictions.jsonl of this program")
+    outcome.assert_user_error("is not a predictions.jsonl of this program")
     assert (run_folder / "other" / "predictions.jsonl").read_text() == "precious"
 
 
@@ -367,7 +371,7 @@ def test_a_score_on_other_data_is_not_logged_as_the_runs(
 def test_files_of_a_foreign_folder_are_not_replaced(call, run_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "scores.json").write_text("precious")
     outcome = call(evaluate, "--ckpt", str(run_folder / "best"), "--output", str(tmp_path))
-    outcome.assert_user_error("holds scores.json of something else")
+    outcome.assert_user_error("contains scores.json of something else")
     assert (tmp_path / "scores.json").read_text() == "precious"
 
 
@@ -378,7 +382,7 @@ def test_last_has_a_folder_of_its_own(call, run_folder: Path) -> None:
 
 
 def test_a_plain_model_folder(call, settings: dict[str, str]) -> None:
-    """A base model takes the settings of the file, and nothing is written into its folder."""
+    """A base model takes the settings of the file. Nothing is written into its folder."""
     before = sorted(Path(settings["model"]).iterdir())
     outcome = call(evaluate, "--ckpt", settings["model"], *flags(settings))
     assert outcome.code == 0, outcome.err
@@ -390,7 +394,7 @@ def test_a_plain_model_folder(call, settings: dict[str, str]) -> None:
 def test_a_checkpoint_copied_out_of_its_run(
     call, settings: dict[str, str], run_folder: Path, tmp_path: Path
 ) -> None:
-    """Guards against files beside a folder that is not ours."""
+    """Guards against files next to a folder that is not ours."""
     shutil.copytree(run_folder / "best", tmp_path / "elsewhere" / "best")
     outcome = call(evaluate, "--ckpt", str(tmp_path / "elsewhere" / "best"))
     assert outcome.code == 0, outcome.err
@@ -411,36 +415,35 @@ def test_completions_that_do_not_fit_the_model_are_refused(call, settings: dict[
 
 
 def test_the_score_with_a_calculator_stands_beside_the_one_without(
-    call, settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call, settings: dict[str, str], tmp_path: Path
 ) -> None:
-    """Guards against a headline that a calculator has helped, and a gain that is not paired."""
+    """Guards against a headline that includes the calculator, and a gain that is not paired."""
     problems = dataset.load_problems(settings["dataset"], "test")
     tokenizer = load_tokenizer(Path(settings["model"]))
-    original = evaluate.greedy_decode
 
-    def oracle(model, prompts, *, calculator, **limits):
-        for completion in original(model, prompts, calculator=calculator, **limits):
-            right = completion.index % 4 == 0 or (calculator and completion.index % 2 == 0)
+    def oracle(model, prompts, how, names, **limits):
+        for completion in decode(model, prompts, how, names, **limits):
+            right = completion.index % 4 == 0 or (how.calculator and completion.index % 2 == 0)
             text = problems[completion.index].answer if right else "#### 123456"
             completion.token_ids = tokenizer.ids_of([text])[0]
             yield completion
 
-    monkeypatch.setattr(evaluate, "greedy_decode", oracle)
+    parts = evaluate.Parts(decode=oracle)
     arguments = ["--ckpt", settings["model"], *flags(settings), "--output", str(tmp_path / "out")]
     arguments += ["--verify-batching", "0"]
-    assert call(evaluate, *arguments).code == 0
+    assert call(evaluate, *arguments, parts=parts).code == 0
     assert "calculator" not in read(tmp_path / "out")[1]
-    outcome = call(evaluate, *arguments, "--calculator", "true")
+    outcome = call(evaluate, *arguments, "--calculator", "true", parts=parts)
     assert outcome.code == 0, outcome.err
     assert (
-        "going on: 12 of 12" in outcome.out
+        "resuming: 12 of 12" in outcome.out
         and "with the calculator        50.00%   6 of 12, won 3, lost 0" in outcome.out
     )
     scores = read(tmp_path / "out")[1]
     assert scores["exact_match"] == 0.25 and scores["calculator"]["exact_match"] == 0.5
     assert scores["calculator"]["won"] == [2, 6, 10] and scores["calculator"]["lost"] == []
     assert scores["calculator"]["p_value"] == pytest.approx(0.25)
-    # Nothing is lost by an evaluation without it, or by scoring again.
+    # An evaluation without it loses nothing, nor does scoring again.
     for again in (arguments, ["--rescore", str(tmp_path / "out" / "predictions.jsonl")]):
         assert call(evaluate, *again).code == 0
         assert read(tmp_path / "out")[1] == scores
@@ -450,7 +453,7 @@ def test_the_score_with_a_calculator_stands_beside_the_one_without(
         == 0
     )
     assert read(tmp_path / "out" / "calculator")[1] == own and own["exact_match"] == 0.5
-    # A folder of one kind is not taken for another's: the calculator would help the headline.
+    # Completions with the calculator must not be resumed as those without.
     elsewhere = [
         word.replace(str(tmp_path / "out"), str(tmp_path / "out" / "calculator"))
         for word in arguments
@@ -472,7 +475,7 @@ def test_calculator_decoding_is_verified(call, settings: dict[str, str], tmp_pat
         "true",
     )
     assert outcome.code == 0, outcome.err
-    assert "verified: 4 of 4 completions with the calculator are those" in outcome.out
+    assert "verified: 4 of 4 completions with the calculator match " in outcome.out
     rows, scores = read(tmp_path / "calculator")
     assert (
         len(rows) == 12
@@ -482,7 +485,7 @@ def test_calculator_decoding_is_verified(call, settings: dict[str, str], tmp_pat
 
 
 def test_samples(call, settings: dict[str, str], tmp_path: Path) -> None:
-    """Samples are the same whatever the slots, whatever was drawn before, and with more of them."""
+    """Samples do not depend on the slots, on earlier samples, or on how many there are."""
     found = {}
     for name, samples, slots in (("a", "3", "1"), ("b", "3", "5"), ("c", "4", "64")):
         arguments = [
@@ -512,14 +515,14 @@ def test_samples(call, settings: dict[str, str], tmp_path: Path) -> None:
         (row["id"], row["sample"]): row["completion"] for row in read(tmp_path / "a" / "samples")[0]
     } == found["c"]
     outcome = call(evaluate, *arguments, "--samples", "3")
-    outcome.assert_user_error("holds 4 samples, with 3 asked for now")
+    outcome.assert_user_error("contains 4 samples, but 3 are asked for now")
     outcome = call(evaluate, *arguments, "--samples", "4", "--temperature", "0.5")
     outcome.assert_user_error("belongs to another evaluation", "temperature was 0.7 and is 0.5")
     outcome = call(evaluate, *arguments, "--samples", "4", "--seed", "1")
     outcome.assert_user_error("seed was 0 and is 1")
     outcome = call(evaluate, *arguments, "--samples", "4", "--calculator", "true")
     outcome.assert_user_error("with_calculator was False and is True")
-    assert not (tmp_path / "a" / "calculator").exists()  # refused before the calculator's turn
+    assert not (tmp_path / "a" / "calculator").exists()  # refused before any decoding
     scores = read(tmp_path / "a")[1]
     for folder in (tmp_path / "a", tmp_path / "a" / "samples"):
         before = read(folder)[1]
@@ -529,7 +532,7 @@ def test_samples(call, settings: dict[str, str], tmp_path: Path) -> None:
 
 
 def test_interrupted_samples_go_on(call, settings: dict[str, str], tmp_path: Path) -> None:
-    """Guards against random numbers that depend on what was drawn before; half of them leave no half score."""
+    """Guards against samples that depend on earlier ones, and a score of half of them."""
     arguments = [
         "--ckpt",
         settings["model"],
@@ -545,10 +548,10 @@ def test_interrupted_samples_go_on(call, settings: dict[str, str], tmp_path: Pat
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])
     outcome = call(evaluate, "--rescore", str(tmp_path / "predictions.jsonl"))
-    assert "is not complete" in outcome.out and "samples" not in read(tmp_path)[1]
-    file.write_bytes(b"damaged\n")  # what stands beside takes nothing from the greedy score
+    assert "is incomplete" in outcome.out and "samples" not in read(tmp_path)[1]
+    file.write_bytes(b"damaged\n")  # must not cost the greedy score
     outcome = call(evaluate, "--rescore", str(tmp_path / "predictions.jsonl"))
-    assert outcome.code == 0 and "is not complete" in outcome.out
+    assert outcome.code == 0 and "is incomplete" in outcome.out
     file.write_bytes(content[: len(content) // 2])
     assert call(evaluate, *arguments).code == 0
     again, rescored = read(tmp_path / "samples")
@@ -562,11 +565,11 @@ def test_interrupted_samples_go_on(call, settings: dict[str, str], tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
-        (["--temperature", "0.5"], "say how many with --samples K"),
-        (["--samples", "0"], "'0' must be a whole number from 1 on"),
-        (["--samples", "2", "--temperature", "0"], "'0' must be a number above 0"),
-        (["--samples", "2", "--temperature", "nan"], "'nan' must be a number above 0"),
-        (["--samples", "2", "--rescore", "x"], "--samples can't go with --rescore"),
+        (["--temperature", "0.5"], "set their number with --samples K"),
+        (["--samples", "0"], "'0' must be a positive integer"),
+        (["--samples", "2", "--temperature", "0"], "'0' must be a positive, finite number"),
+        (["--samples", "2", "--temperature", "nan"], "'nan' must be a positive, finite number"),
+        (["--samples", "2", "--rescore", "x"], "--samples can't be used with --rescore"),
         (["--calculator", "yes please"], "calculator"),
     ],
 )
@@ -578,21 +581,20 @@ def test_mistyped_samples(
 
 
 def test_a_stop_among_the_samples_takes_nothing_from_the_greedy_score(
-    call, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+    call, run_folder: Path
 ) -> None:
     """Guards against an exact match that is never logged, since the rerun decodes nothing."""
 
-    def stopped(*arguments, **settings):
-        raise KeyboardInterrupt
-        yield
+    def stopped(model, prompts, how, names, **limits):
+        if isinstance(how, Sampling):
+            raise KeyboardInterrupt
+        yield from decode(model, prompts, how, names, **limits)
 
     def logged() -> dict[str, float]:
         return json.loads((run_folder / "metrics.jsonl").read_text().splitlines()[-1])
 
     arguments = ["--ckpt", str(run_folder / "best"), "--samples", "2"]
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "sample_decode", stopped)
-        assert call(evaluate, *arguments).code == 130
+    assert call(evaluate, *arguments, parts=evaluate.Parts(decode=stopped)).code == 130
     assert logged()["eval/exact_match"] == read(run_folder / "eval" / "test")[1]["exact_match"]
     assert call(evaluate, *arguments).code == 0
     assert {
@@ -603,6 +605,26 @@ def test_a_stop_among_the_samples_takes_nothing_from_the_greedy_score(
     assert "eval/calculator_exact_match" in logged() and "eval/exact_match" not in logged()
 
 
+def test_a_kill_among_the_samples_keeps_what_was_measured(call, run_folder: Path) -> None:
+    """Guards against a greedy decoding whose time nobody knows, and that is verified again."""
+    output = run_folder / "eval" / "test"
+    killed: list[dict[str, Any]] = []
+
+    def look(model, prompts, how, names, **limits):
+        if isinstance(how, Sampling):  # where a kill would leave no scores.json
+            assert not (output / "scores.json").exists()
+            killed.append(json.loads((output / "evaluation.json").read_text())["timing"])
+        yield from decode(model, prompts, how, names, **limits)
+
+    arguments = ["--ckpt", str(run_folder / "best"), "--samples", "2"]
+    assert call(evaluate, *arguments, parts=evaluate.Parts(decode=look)).code == 0
+    assert killed[0].keys() == {"seconds", "tokens_per_second", "verified_batching"}
+    (output / "scores.json").unlink()
+    outcome = call(evaluate, *arguments[:2])
+    assert outcome.code == 0 and "verified" not in outcome.out
+    assert killed[0].items() <= read(output)[1].items()
+
+
 def end_by_an_error(*_: object, **__: object) -> None:
     raise UserError("the disk is full")
 
@@ -611,23 +633,92 @@ def end_by_a_signal(*_: object, **__: object) -> None:
     raise Stopped(15, "SIGTERM")
 
 
-@pytest.mark.parametrize("place", ["verify.differences", "write_scores", "track", "start_tracker"])
+@pytest.mark.parametrize("place", ["verification", "scores.json", "metrics.jsonl", "tracker"])
 @pytest.mark.parametrize("end", [end_by_an_error, end_by_a_signal])
 def test_what_ends_after_the_last_completion_does_not_cost_the_score(
     call, run_folder: Path, monkeypatch: pytest.MonkeyPatch, place: str, end
 ) -> None:
-    """Whatever ended the first evaluation, the next one, which decodes nothing, logs the score; and once."""
+    """Whatever ended it, the next evaluation decodes nothing and logs the score, once."""
     best, folder = str(run_folder / "best"), run_folder / "eval" / "test"
 
     def logged() -> list[float]:
         lines = map(json.loads, (run_folder / "metrics.jsonl").read_text().splitlines())
         return [line["eval/exact_match"] for line in lines if "eval/exact_match" in line]
 
+    parts = evaluate.Parts()
     with monkeypatch.context() as patch:
-        patch.setattr(f"evaluate.{place}", end)
-        assert call(evaluate, "--ckpt", best).code in (2, 143)
+        if place == "verification":
+            patch.setattr(LlamaForCausalLM, "generate", end)
+        elif place == "tracker":
+            parts = evaluate.Parts(start_tracker=end)
+        elif place == "scores.json":
+            replace = Path.replace
+            patch.setattr(
+                Path, "replace", lambda p, to: (end if to.name == place else replace)(p, to)
+            )
+        else:
+            path_open = Path.open
+            patch.setattr(
+                Path,
+                "open",
+                lambda p, mode="r", *a, **s: (
+                    end if mode == "a+b" and p.name == place else path_open
+                )(p, mode, *a, **s),
+            )
+        assert call(evaluate, "--ckpt", best, parts=parts).code in (2, 143)
     assert len((folder / "predictions.jsonl").read_text().splitlines()) == 12 and logged() == []
+    assert (folder / "scores.json").exists() == (place in ("metrics.jsonl", "tracker"))
     for _ in range(2):
         outcome = call(evaluate, "--ckpt", best, "--verify-batching", "0")
-        assert outcome.code == 0 and "going on: 12 of 12" in outcome.out
+        assert outcome.code == 0 and "resuming: 12 of 12" in outcome.out
         assert logged() == [read(folder)[1]["exact_match"]]
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_scores_are_written_once(
+    call, settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops: bool
+) -> None:
+    """Guards against scores that are written, read back and written again; a stop included."""
+    written: list[str] = []
+    original = Path.replace
+
+    def replace(path: Path, target: Path) -> Path:
+        if target.name == "scores.json":
+            written.append(str(target.parent.relative_to(tmp_path)))
+        return original(path, target)
+
+    def stopped(model, prompts, how, names, **limits):
+        if stops and isinstance(how, Sampling):
+            raise KeyboardInterrupt
+        yield from decode(model, prompts, how, names, **limits)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    arguments = ["--ckpt", settings["model"], *flags(settings), "--output", str(tmp_path / "out")]
+    arguments += ["--samples", "2", "--calculator", "true"]
+    outcome = call(evaluate, *arguments, parts=evaluate.Parts(decode=stopped))
+    assert outcome.code == (130 if stops else 0)
+    folders = ["out", "out/calculator"] if stops else ["out", "out/calculator", "out/samples"]
+    assert sorted(written) == folders
+    scores = read(tmp_path / "out")[1]
+    assert scores["calculator"]["num_problems"] == 12 and ("samples" in scores) != stops
+
+
+def test_a_decoding_that_failed_its_verification_is_left_out(
+    call, settings: dict[str, str], tmp_path: Path
+) -> None:
+    """Guards against a greedy scores.json that reports what its own evaluation has just refused."""
+
+    def broken(model, prompts, how, names, **limits):
+        for completion in decode(model, prompts, how, names, **limits):
+            if how.calculator:
+                completion.token_ids[2:3] = [9]
+            yield completion
+
+    arguments = ["--ckpt", settings["model"], *flags(settings), "--output", str(tmp_path)]
+    outcome = call(
+        evaluate, *arguments, "--calculator", "true", parts=evaluate.Parts(decode=broken)
+    )
+    outcome.assert_user_error("4 of 4 completions differ")
+    scores = read(tmp_path)[1]
+    assert scores["num_problems"] == 12 and "calculator" not in scores
+    assert not (tmp_path / "calculator" / "scores.json").exists()

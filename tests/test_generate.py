@@ -1,7 +1,8 @@
-"""Batched decoding writes what Transformers' generate writes for each problem alone; samples hang on their seed."""
+"""Batched decoding writes what generate writes alone; samples depend on their seed alone."""
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,14 @@ from conftest import PROMPT
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 import data
-from engine import decoding, memory
-from engine.cpu import cache
-from engine.decoding import Completion, greedy_decode, plan_slots, sample_decode
+from engine import device, memory
+from engine.cache import StaticCache
+from engine.cpu.kernels import BLOCK, PagedCache, most_probable
+from engine.decoding import Completion, Queue, greedy_decode, sample_decode
+from engine.decoding import decode as decode_queue
+from engine.llama import Llama
 from engine.loading import load_model
+from engine.memory import CACHE_SHARE, plan_slots
 from grading import dataset
 from run.errors import UserError
 
@@ -33,14 +38,14 @@ def sharp_folder(
     tokenizer: PreTrainedTokenizerBase,
     tmp_path_factory,
 ) -> Path:
-    """A model whose random weights are large, so that its completions differ from prompt to prompt."""
+    """A model whose random weights are large, so that each prompt has another completion."""
     folder = tmp_path_factory.mktemp("sharp")
     make_llama(len(tokenizer), seed=5, std=0.4).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def sharp(sharp_folder: Path) -> LlamaForCausalLM:
+def plain_sharp(sharp_folder: Path) -> Llama:
     return load_model(sharp_folder, torch.float32, torch.device("cpu"))
 
 
@@ -48,7 +53,7 @@ def sharp(sharp_folder: Path) -> LlamaForCausalLM:
 def references(
     sharp_folder: Path, prompts: list[list[int]]
 ) -> tuple[frozenset[int], list[Completion]]:
-    """What generate writes for each prompt alone; EOS is a set of tokens that end some of them early."""
+    """What generate writes for each prompt alone; several tokens are EOS and end some early."""
     model = LlamaForCausalLM.from_pretrained(sharp_folder, dtype=torch.float32).eval()
 
     def alone(prompt: list[int], eos: list[int] | None) -> list[int]:
@@ -77,22 +82,31 @@ def references(
     return frozenset(eos), expected
 
 
-@pytest.fixture(params=["bags", "static"])
-def either_cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU's cache, or CUDA's with its steps of fixed shapes; both with what was in their memory before: NaN."""
-    monkeypatch.setattr(decoding, "FIXED_SHAPES", {"cpu"} if request.param == "static" else set())
-    original = cache.BagCache.__init__
+class DirtyCache(PagedCache):
+    """With NaN in memory where another program may have left anything."""
 
-    def dirty(self: cache.BagCache, *arguments) -> None:
-        original(self, *arguments)
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
         for tensor in (*self.keys, *self.values):
             tensor.fill_(torch.nan)
 
-    monkeypatch.setattr(cache.BagCache, "__init__", dirty)
+
+@pytest.fixture
+def sharp(plain_sharp: Llama, request: pytest.FixtureRequest) -> Llama:
+    """The model with the cache of a CPU, or of a GPU with its steps of fixed shapes."""
+    kernels = plain_sharp.kernels
+    if getattr(request, "param", "paged") == "static":
+        kernels = replace(kernels, cache=StaticCache, replays_steps=True)
+    else:
+        kernels = replace(kernels, cache=DirtyCache)
+    return Llama(plain_sharp.pretrained, kernels)
+
+
+either_cache = pytest.mark.parametrize("sharp", ["paged", "static"], indirect=True)
 
 
 def decode(
-    model: LlamaForCausalLM, prompts: list[list[int]], eos: frozenset[int], slots: int
+    model: Llama, prompts: list[list[int]], eos: frozenset[int], slots: int
 ) -> list[Completion]:
     found = list(
         greedy_decode(model, prompts, max_new_tokens=NEW_TOKENS, eos_token_ids=eos, slots=slots)
@@ -100,12 +114,12 @@ def decode(
     return sorted(found, key=lambda completion: completion.index)
 
 
-@pytest.mark.usefixtures("either_cache")
+@either_cache
 @pytest.mark.parametrize("slots", [1, 2, 3, 7, 16, 100])
 def test_completions_equal_generate_one_by_one(
     sharp, references, prompts: list[list[int]], slots: int
 ) -> None:
-    """Guards against padding, neighbours, positions or a slot's former content that change a completion."""
+    """Guards against padding, neighbours or a slot's former content that change a completion."""
     eos, expected = references
     assert decode(sharp, prompts, eos, slots) == expected
 
@@ -122,26 +136,26 @@ def test_order_and_neighbours_change_nothing(
     ]
 
 
-@pytest.mark.usefixtures("either_cache")
-@pytest.mark.parametrize("room", [0, 1, 2, cache.BLOCK - 1])
+@either_cache
+@pytest.mark.parametrize("room", [0, 1, 2, BLOCK - 1])
 def test_a_completion_that_fills_the_cache(
     sharp, references, prompts: list[list[int]], room: int
 ) -> None:
-    """Guards against the last position of a slot, at, before and behind a block's border, that is lost or overrun."""
+    """Guards against a slot's last position, around a block's boundary, being lost or overrun."""
     _, expected = references
     number = next(
         index
         for index, one in enumerate(expected)
         if one.stop == "length" and one.prompt_length > 40
     )
-    limit = -len(prompts[number]) % cache.BLOCK + cache.BLOCK - room
+    limit = -len(prompts[number]) % BLOCK + BLOCK - room
     found = list(
         greedy_decode(
             sharp, [prompts[number]], max_new_tokens=limit, eos_token_ids=frozenset(), slots=1
         )
     )
     ids = torch.tensor([prompts[number]])
-    alone = sharp.generate(
+    alone = sharp.pretrained.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         do_sample=False,
@@ -157,41 +171,35 @@ def test_prefill_budget_changes_nothing(
     references,
     prompts: list[list[int]],
     prefill_tokens: int,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     eos, expected = references
-    monkeypatch.setattr(decoding, "PREFILL_TOKENS", prefill_tokens)
-    assert decode(sharp, prompts, eos, slots=5) == expected
+    queue = Queue(prompts, NEW_TOKENS, prefill_tokens=prefill_tokens)
+    found = decode_queue(sharp, queue, None, eos, slots=5)
+    assert sorted(found, key=lambda completion: completion.index) == expected
 
 
-def test_prompts_are_read_together(
-    sharp, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Guards against a pass over the weights for each prompt, and against slots that wait for prompts that never come.
+def test_prompts_are_read_together(plain_sharp: Llama, prompts: list[list[int]]) -> None:
+    """Guards against a pass over the weights for each prompt, and slots that wait in vain.
 
     Limits make one completion end after the other, in steps of one token.
     """
     passes: list[tuple[int, int]] = []
     idle: list[tuple[int, int]] = []
-    originals = decoding._Decoder.prefill, decoding._Decoder.step
+    limits = [1 + 7 * index % 23 for index in range(41)]
+    queue = Queue([prompts[1]] * 41, limits, admitted_share=4)
 
-    def prefill(self: decoding._Decoder, slots: list[int], some: list[list[int]]) -> torch.Tensor:
-        passes.append((len(slots), len(self.free)))
-        return originals[0](self, slots, some)
+    class Recorded(PagedCache):
+        def prefill(self, slots, packed):
+            passes.append((len(slots), len(queue.free)))
+            return super().prefill(slots, packed)
 
-    def step(self: decoding._Decoder, running: dict[int, Completion]) -> torch.Tensor:
-        idle.append((len(self.free), 41 - sum(size for size, _ in passes)))
-        return originals[1](self, running)
+        def step(self, slots, lengths):
+            idle.append((len(queue.free), 41 - sum(size for size, _ in passes)))
+            return super().step(slots, lengths)
 
-    monkeypatch.setattr(decoding._Decoder, "prefill", prefill)
-    monkeypatch.setattr(decoding._Decoder, "step", step)
-    monkeypatch.setattr(decoding, "ADMITTED_SHARE", 4)
-    work = [prompts[1]] * 41
-    limits = {
-        "max_new_tokens": [1 + 7 * index % 23 for index in range(41)],
-        "eos_token_ids": frozenset(),
-    }
-    assert len(list(greedy_decode(sharp, work, slots=16, **limits))) == 41
+    model = Llama(plain_sharp.pretrained, replace(plain_sharp.kernels, cache=Recorded))
+    found = decode_queue(model, queue, None, frozenset(), slots=16)
+    assert len(list(found)) == 41
     sizes = [size for size, _ in passes]
     assert sizes[0] == 16 and sum(sizes) == 41
     assert all(size >= 4 for size in sizes[:-1])  # a quarter of the slots, or what is left
@@ -246,7 +254,7 @@ class Insisting:
         return [5, 6, 7] if len(token_ids) == 3 or token_ids[-2:] == [5, 6] else []
 
 
-@pytest.mark.usefixtures("either_cache")
+@either_cache
 @pytest.mark.parametrize("limit", [3, 4, NEW_TOKENS])
 def test_forced_tokens_take_the_place_of_the_newest(
     sharp, prompts: list[list[int]], limit: int
@@ -278,14 +286,14 @@ def test_argmax_is_the_first_of_the_largest() -> None:
         for values in (2, 7, 10**6):
             logits = torch.randint(values, (50, size), generator=generator).float()
             first = [row.index(max(row)) for row in logits.tolist()]
-            assert decoding.argmax(logits).tolist() == first
+            assert most_probable(logits) == first == device.most_probable(logits)
 
 
 # ---------------------------------------------------------------- samples
 
 
 def samples(
-    model: LlamaForCausalLM, prompts: list[list[int]], seeds: list[str], **settings
+    model: Llama, prompts: list[list[int]], seeds: list[str], **settings
 ) -> list[list[int]]:
     settings = {
         "temperature": 1.0,
@@ -297,9 +305,9 @@ def samples(
     return [one.token_ids for one in sorted(found, key=lambda completion: completion.index)]
 
 
-@pytest.mark.usefixtures("either_cache")
+@either_cache
 def test_samples_hang_on_their_seed_alone(sharp, prompts: list[list[int]]) -> None:
-    """Guards against random numbers that are shared by the slots, or used up by what came before."""
+    """Guards against random numbers shared by the slots, or used up by earlier samples."""
     seeds = [f"{index}" for index in range(len(prompts))]
     expected = samples(sharp, prompts, seeds, slots=1)
     assert samples(sharp, prompts, seeds, slots=7) == expected
@@ -325,7 +333,7 @@ def test_extreme_temperatures(
 
 
 def test_samples_have_the_probabilities_of_the_model(sharp, prompts: list[list[int]]) -> None:
-    """Guards against a temperature that multiplies, and an off-by-one in the inverse distribution function."""
+    """Guards against a temperature that multiplies, and an off-by-one in the inverse."""
     prompt, count, temperature = prompts[3], 4000, 2.5
     drawn = samples(
         sharp,
@@ -336,7 +344,7 @@ def test_samples_have_the_probabilities_of_the_model(sharp, prompts: list[list[i
         slots=100,
     )
     with torch.no_grad():
-        logits = sharp(torch.tensor([prompt])).logits[0, -1]
+        logits = sharp.pretrained(torch.tensor([prompt])).logits[0, -1]
     expected = (logits / temperature).softmax(-1)
     found = torch.zeros_like(expected)
     for ids in drawn:
@@ -356,49 +364,44 @@ def test_a_low_temperature_is_greedy(sharp, references, prompts: list[list[int]]
 # ---------------------------------------------------------------- memory
 
 
-def test_slots_are_planned_from_the_free_memory(
-    sharp, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
+def test_slots_are_planned_from_the_free_memory(sharp: Llama, capsys) -> None:
     """Guards against a cache that runs out of memory in the middle of an evaluation."""
-    each = cache.slot_bytes(sharp, 100)
-    assert (
-        each == 2 * 2 * 2 * 8 * 128 * 4
-    )  # keys and values, layers, heads, head_dim, whole blocks, float32
-    built = cache.BagCache(sharp, 3, 100)
+    each = PagedCache.slot_bytes(sharp, 100)
+    # Keys and values, layers, heads, head_dim, full blocks, float32.
+    assert each == 2 * 2 * 2 * 8 * 128 * 4
+    built = PagedCache(sharp, 3, 100)
     assert sum(tensor.nbytes for tensor in (*built.keys, *built.values)) == 3 * each
 
-    def free(slots: float) -> None:
-        monkeypatch.setattr(
-            memory, "free_bytes", lambda device: int(slots * each / decoding.CACHE_SHARE) + 1
-        )
+    def plan(room: float, slots: int | None, prompts: int) -> int:
+        return plan_slots(sharp, slots, 100, prompts, int(room * each / CACHE_SHARE) + 1)
 
-    free(9.5)
-    assert [plan_slots(sharp, None, 100, prompts) for prompts in (4, 9, 1000)] == [4, 9, 9]
-    assert plan_slots(sharp, 9, 100, 1000) == 9 and plan_slots(sharp, 50, 100, 7) == 7
+    assert [plan(9.5, None, prompts) for prompts in (4, 9, 1000)] == [4, 9, 9]
+    assert plan(9.5, 9, 1000) == 9 and plan(9.5, 50, 7) == 7
     assert capsys.readouterr().out == ""
-    assert plan_slots(sharp, 10, 100, 1000) == 9
-    assert capsys.readouterr().out.startswith("decode_slots 10: 9 fit into the ")
-    free(1000)
-    assert (
-        plan_slots(sharp, None, 100, 10**6) == decoding.MOST_SLOTS["cpu"]
-        and plan_slots(sharp, 500, 100, 600) == 500
-    )
-    free(0.5)
+    assert plan(9.5, 10, 1000) == 9
+    assert capsys.readouterr().out.startswith("decode_slots 10: only 9 fit into the ")
+    assert plan(1000, None, 10**6) == sharp.kernels.most_slots and plan(1000, 500, 600) == 500
     for slots in (None, 1):
         with pytest.raises(UserError, match="a smaller max_new_tokens"):
-            plan_slots(sharp, slots, 100, 1000)
+            plan(0.5, slots, 1000)
 
 
-def test_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slots_of_the_static_cache_are_as_large_as_planned(sharp: Llama) -> None:
+    """Guards against a plan for one cache and the memory of the other."""
+    built = StaticCache(sharp, 3, 100)
+    held = sum(tensor.nbytes for tensor in (*built.keys, *built.values))
+    assert held == 3 * StaticCache.slot_bytes(sharp, 100)
+
+
+def test_free_memory(tmp_path: Path) -> None:
     """Guards against a container's limit that is overlooked."""
     cpu = torch.device("cpu")
-    monkeypatch.setattr(memory, "CONTROL_GROUP", str(tmp_path))
-    assert 2**20 < memory.free_bytes(cpu) < 2**50
+    assert 2**20 < memory.free_bytes(cpu, tmp_path) < 2**50
     (tmp_path / "memory.current").write_text("1000\n")
     (tmp_path / "memory.stat").write_text(
         "anon 500\ninactive_file 200\nactive_file 30\n"
     )  # files can go
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory.free_bytes(cpu) > 2**20
+    assert memory.free_bytes(cpu, tmp_path) > 2**20
     (tmp_path / "memory.max").write_text("5000\n")
-    assert memory.free_bytes(cpu) == 4230
+    assert memory.free_bytes(cpu, tmp_path) == 4230

@@ -3,27 +3,27 @@
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import PROMPT
-from transformers import LlamaForCausalLM
 
 import data
 import train
-from engine import loss as loss_module
 from engine import packing
-from engine.cpu import onednn
-from engine.llama import _compiled_parts, checkpoint_activations, compile_layers
+from engine.compiling import compile_layers, compiled_parts
+from engine.device import cpu_kernels, kernels_for
+from engine.llama import Llama
 from engine.loading import load_model
-from engine.loss import summed_loss
 from engine.optimizer import build_optimizer
 from engine.tokenizer import Tokenizer
 from grading import dataset
 from run.errors import UserError
 
 CPU = torch.device("cpu")
+KERNELS = kernels_for(CPU)
 EXACT = {"rtol": 0, "atol": 1e-10}
 
 
@@ -33,9 +33,9 @@ def examples(tokenizer: Tokenizer, problems: list[dataset.Problem]) -> list[pack
     return data.encode(tokenizer, ragged, PROMPT)
 
 
-def padded_loss(model: LlamaForCausalLM, examples: Sequence[packing.Example]) -> torch.Tensor:
+def padded_loss(model: Llama, examples: Sequence[packing.Example]) -> torch.Tensor:
     """The textbook big batch: Transformers' own attention, padding, mask, and its own mean loss."""
-    reference = copy.deepcopy(model)
+    reference = copy.deepcopy(model.pretrained)
     reference.set_attn_implementation("sdpa")
     longest = max(len(example.input_ids) for example in examples)
 
@@ -55,21 +55,21 @@ def padded_loss(model: LlamaForCausalLM, examples: Sequence[packing.Example]) ->
     return loss.detach()
 
 
-def step(model: LlamaForCausalLM) -> None:
+def step(model: Llama) -> None:
     optimizer = build_optimizer(
         model.parameters(), learning_rate=1e-2, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.1
     )
     optimizer.step()
 
 
-def gradients(model: LlamaForCausalLM) -> list[torch.Tensor]:
+def gradients(model: Llama) -> list[torch.Tensor]:
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
-def mean_of_means(model: LlamaForCausalLM, window: list[packing.Batch], *_: object) -> None:
-    """The fault of other projects: each micro-batch's mean counts the same, however few its labels."""
-    for batch in window:
-        (summed_loss(model, batch) / batch.num_labels / len(window)).backward()
+def mean_of_means(model: Llama, micro_batches: list[packing.MicroBatch], *_: object) -> None:
+    """The fault of other projects: each micro-batch counts the same, however few its labels."""
+    for micro_batch in micro_batches:
+        (model(micro_batch) / micro_batch.num_labels / len(micro_batches)).backward()
 
 
 @pytest.mark.parametrize(
@@ -77,14 +77,16 @@ def mean_of_means(model: LlamaForCausalLM, window: list[packing.Batch], *_: obje
 )
 @pytest.mark.parametrize("budget", [96, 200, 333, 10_000])
 def test_accumulated_gradients_and_weights_equal_one_big_batch(
-    model64: LlamaForCausalLM, examples: list[packing.Example], budget: int, rows: int
+    model64: Llama, examples: list[packing.Example], budget: int, rows: int
 ) -> None:
     """Guards against micro-batches weighed by anything but their supervised tokens."""
     window = examples[:rows]
     budget = max(budget, max(len(example.input_ids) for example in window))
     big, ours = copy.deepcopy(model64), copy.deepcopy(model64)
     expected_loss = padded_loss(big, window)
-    nats, num_labels, grad_norm = train.accumulate(ours, packing.pack(window, budget), CPU, None)
+    nats, num_labels, grad_norm = train.accumulate_gradients(
+        ours, packing.pack(window, budget, KERNELS), None
+    )
     torch.testing.assert_close(nats / num_labels, expected_loss.item(), **EXACT)
     torch.testing.assert_close(gradients(ours), gradients(big), **EXACT)
     torch.testing.assert_close(
@@ -98,12 +100,12 @@ def test_accumulated_gradients_and_weights_equal_one_big_batch(
 
 
 def test_mean_of_micro_batch_means_fails_the_same_comparison(
-    model64: LlamaForCausalLM, examples: list[packing.Example]
+    model64: Llama, examples: list[packing.Example]
 ) -> None:
-    """The negative control: were this to pass, the test above could not see the fault it guards against."""
+    """The negative control: if this passed, the test above could not see its fault."""
     big, ours = copy.deepcopy(model64), copy.deepcopy(model64)
     padded_loss(big, examples)
-    window = packing.pack(examples, 333)
+    window = packing.pack(examples, 333, KERNELS)
     assert len({batch.num_labels for batch in window}) > 1
     mean_of_means(ours, window)
     with pytest.raises(AssertionError):
@@ -117,64 +119,62 @@ def test_mean_of_micro_batch_means_fails_the_same_comparison(
 
 
 def test_packed_loss_and_gradients_equal_those_of_each_sequence_alone(
-    model64: LlamaForCausalLM, examples: list[packing.Example]
+    model64: Llama, examples: list[packing.Example]
 ) -> None:
-    """Guards against attention or positions that reach across a border, and labels shifted over one."""
+    """Guards against attention, positions or labels that reach across a boundary."""
     packed, alone = copy.deepcopy(model64), copy.deepcopy(model64)
-    loss = summed_loss(packed, packing.collate(examples[:9]))
+    loss = packed(packing.collate(examples[:9], KERNELS))
     loss.backward()
-    losses = [summed_loss(alone, packing.collate([example])) for example in examples[:9]]
+    losses = [alone(packing.collate([example], KERNELS)) for example in examples[:9]]
     torch.stack(losses).sum().backward()
     torch.testing.assert_close(loss, torch.stack(losses).sum(), **EXACT)
     torch.testing.assert_close(gradients(packed), gradients(alone), **EXACT)
 
 
 def test_each_packed_sequence_has_the_loss_transformers_gives_it_alone(
-    model64: LlamaForCausalLM,
-    make_llama: Callable[..., LlamaForCausalLM],
+    model64: Llama,
     examples: list[packing.Example],
 ) -> None:
     """The same against a model that has nothing of ours in it, sequence by sequence."""
-    reference = copy.deepcopy(model64)
+    reference = copy.deepcopy(model64.pretrained)
     reference.set_attn_implementation("sdpa")
     for example in examples[:9]:
         ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])
         theirs = reference(input_ids=ids, labels=labels, use_cache=False).loss * sum(
             label != packing.IGNORE for label in example.labels
         )
-        ours = summed_loss(model64, packing.collate([example]))
+        ours = model64(packing.collate([example], KERNELS))
         # Transformers takes its own loss in float32.
         torch.testing.assert_close(ours.item(), theirs.item(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("elements", [1, 420 * 130, 2**30])
 def test_chunks_of_the_head_change_nothing(
-    model64: LlamaForCausalLM,
+    model64: Llama,
     examples: list[packing.Example],
     elements: int,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Guards against a chunk that is left out, counted twice, or not differentiated."""
     whole, chunked = copy.deepcopy(model64), copy.deepcopy(model64)
-    batch = packing.collate(examples[:5])
-    assert batch.num_labels > 128  # several chunks, the last one part filler
-    expected = summed_loss(whole, batch)
+    batch = packing.collate(examples[:5], KERNELS)
+    assert batch.num_labels > 128  # several chunks, the last one part padding
+    expected = whole(batch)
     expected.backward()
-    monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", elements)
-    loss = summed_loss(chunked, batch)
+    chunked.kernels = replace(chunked.kernels, logits_at_once=elements)
+    loss = chunked(batch)
     loss.backward()
     torch.testing.assert_close(loss, expected, **EXACT)
     torch.testing.assert_close(gradients(chunked), gradients(whole), **EXACT)
 
 
 def test_gradient_checkpointing_changes_nothing(
-    model64: LlamaForCausalLM, examples: list[packing.Example]
+    model64: Llama, examples: list[packing.Example]
 ) -> None:
     """Guards against keyword arguments (the borders) that do not reach the recomputation."""
     plain, checkpointed = copy.deepcopy(model64).train(), copy.deepcopy(model64).train()
-    checkpoint_activations(checkpointed)
+    checkpointed.recompute_activations = True
     for each in (plain, checkpointed):
-        summed_loss(each, packing.collate(examples[:7])).backward()
+        each(packing.collate(examples[:7], KERNELS)).backward()
     torch.testing.assert_close(gradients(checkpointed), gradients(plain), **EXACT)
 
 
@@ -183,43 +183,41 @@ def fresh_compiler() -> Iterator[None]:
     """Nothing compiled before, and nothing left for the next test."""
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
-    _compiled_parts.cache_clear()
+    compiled_parts.cache_clear()
     yield
     torch.compiler.reset()
-    _compiled_parts.cache_clear()
+    compiled_parts.cache_clear()
 
 
 @pytest.mark.parametrize(("checkpointing", "fast"), [(False, False), (True, False), (False, True)])
 def test_compiled_layers_give_the_gradients_of_float64_and_are_compiled_once(
-    model64: LlamaForCausalLM,
+    model64: Llama,
     examples: list[packing.Example],
     checkpointing: bool,
     fast: bool,
     fresh_compiler: None,
-    monkeypatch: pytest.MonkeyPatch,
+    model_folder: Path,
 ) -> None:
-    """Guards against wrong kernels, and against compiling anew for each layer or number of tokens."""
-    monkeypatch.setattr(onednn, "ONEDNN", fast)
-    compiled = copy.deepcopy(model64).float().train()
-    onednn.use_fast_products(compiled)
+    """Guards against wrong kernels, and compiling again for each layer or number of tokens."""
+    compiled = load_model(model_folder, torch.float32, CPU, cpu_kernels(with_onednn=fast))
     if checkpointing:
-        checkpoint_activations(compiled)
+        compiled.recompute_activations = True
     compile_layers(compiled)
     assert all(parameter.grad is None for parameter in compiled.parameters())
-    train.accumulate(model64, packing.pack(examples, 333), CPU, None)
+    train.accumulate_gradients(model64.train(), packing.pack(examples, 333, KERNELS), None)
     assert (
         torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     )  # before and after attention, of any layer
     with torch.compiler.set_stance("fail_on_recompile"):
         for budget in (96, 150, 1000):
-            train.accumulate(compiled, packing.pack(examples[:9], budget), CPU, None)
+            train.accumulate_gradients(compiled, packing.pack(examples[:9], budget, KERNELS), None)
         compiled.zero_grad()
-        train.accumulate(compiled, packing.pack(examples, 333), CPU, None)
+        train.accumulate_gradients(compiled, packing.pack(examples, 333, KERNELS), None)
     assert relative_error(gradients(compiled), gradients(model64)) < 1e-6
 
 
 def test_a_machine_that_cannot_compile_is_told_so(
-    model: LlamaForCausalLM, monkeypatch, fresh_compiler: None
+    model: Llama, monkeypatch, fresh_compiler: None
 ) -> None:
     def fail(*args: object, **settings: object) -> Callable[..., torch.Tensor]:
         raise RuntimeError("no compiler found")
@@ -230,36 +228,34 @@ def test_a_machine_that_cannot_compile_is_told_so(
 
 
 def test_bfloat16_follows_float32(
-    model_folder: Path, model64: LlamaForCausalLM, examples: list[packing.Example]
+    model_folder: Path, model64: Llama, examples: list[packing.Example]
 ) -> None:
-    """Guards against sums and softmaxes in bfloat16, whose error is many times that of rounded weights."""
+    """Guards against sums and softmaxes in bfloat16, whose error exceeds that of the weights."""
     half = load_model(model_folder, torch.bfloat16, CPU)
     with torch.no_grad():
         for rounded, exact in zip(half.parameters(), model64.parameters(), strict=True):
             exact.copy_(rounded)
-    window = packing.pack(examples, 333)
-    nats, num_labels, _ = train.accumulate(half, window, CPU, None)
-    expected, _, _ = train.accumulate(model64, window, CPU, None)
+    window = packing.pack(examples, 333, KERNELS)
+    nats, num_labels, _ = train.accumulate_gradients(half, window, None)
+    expected, _, _ = train.accumulate_gradients(model64, window, None)
     assert abs(nats - expected) / num_labels < 1e-4
     assert relative_error(gradients(half), gradients(model64)) < 2**-7
 
 
 def relative_error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """L2 norm of the difference as a share of that of what is expected, over all parameters together."""
+    """L2 norm of the difference relative to the expected one, over all parameters together."""
     off = sum(
         (f.double() - e.double()).square().sum() for f, e in zip(found, expected, strict=True)
     )
     return math.sqrt(off / sum(e.double().square().sum() for e in expected))
 
 
-def test_clipping_scales_to_the_norm(
-    model64: LlamaForCausalLM, examples: list[packing.Example]
-) -> None:
-    """Guards against clipping each micro-batch instead of their sum, and against reporting the clipped norm."""
+def test_clipping_scales_to_the_norm(model64: Llama, examples: list[packing.Example]) -> None:
+    """Guards against clipping each micro-batch, and against reporting the clipped norm."""
     free, clipped = copy.deepcopy(model64), copy.deepcopy(model64)
-    window = packing.pack(examples, 333)
-    _, _, norm = train.accumulate(free, window, CPU, None)
-    _, _, reported = train.accumulate(clipped, window, CPU, norm / 4)
+    window = packing.pack(examples, 333, KERNELS)
+    _, _, norm = train.accumulate_gradients(free, window, None)
+    _, _, reported = train.accumulate_gradients(clipped, window, norm / 4)
     torch.testing.assert_close(reported, norm, **EXACT)
     # clip_grad_norm_ adds 1e-6 to the norm that it divides by.
     scaled = [gradient * (norm / 4) / (norm + 1e-6) for gradient in gradients(free)]

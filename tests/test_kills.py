@@ -1,16 +1,18 @@
-"""SIGKILL at points of the saves and at random moments, and what train.py --selftest says of this machine."""
+"""SIGKILL at points of the saves and at random moments, and train.py --selftest."""
 
+import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from conftest import flags, make_config, write_rows
+from conftest import flags, make_config
 
-import selftest
 import train
 from grading.dataset import Problem, load_problems
+from run import selftest
 from run.errors import UserError
 
 ROOT = Path(train.__file__).parent
@@ -33,21 +35,39 @@ def test_kills_lose_nothing() -> None:
 # ---------------------------------------------------------------- the self-test
 
 
+def test_a_kill_waits_for_something_to_resume_from(tmp_path: Path) -> None:
+    """Guards against a self-test that compares two runs from the beginning."""
+    (tmp_path / "last").mkdir()
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 3}) + "\n")
+    content = {"settings": {}, "data": {}, "epoch": 0.0, "wandb_run_id": ""}
+    for saved, expected in ((0, False), (2, True)):
+        (tmp_path / "last" / "training.json").write_text(json.dumps(content | {"step": saved}))
+        assert selftest.is_time_to_kill(tmp_path, 3) is expected
+    assert not selftest.is_time_to_kill(tmp_path, 4)
+
+
 def test_the_self_test_passes(settings: dict[str, str]) -> None:
-    """In processes of its own, one of which kills itself; and nothing of it is left."""
+    """In processes of its own, one of which it kills; and nothing of it is left."""
     result = run("train.py", "--selftest", *flags(settings))
     assert result.returncode == 0, result.stdout + result.stderr
     for fragment in (
         "trained:   4 steps, validation loss",
-        "killed:    SIGKILL in step 4",
+        "killed:    SIGKILL after step ",
         "resumed:   losses, weights and optimizer state are identical, bit for bit",
         "export:    best loads in Transformers",
-        "GB can be had",
+        "GB are available",
         "W&B:       off",
         "selftest: passed",
     ):
         assert fragment in result.stdout, result.stdout
     assert list(Path(settings["output_dir"]).iterdir()) == []
+
+
+EXPECTED = selftest.Results(
+    losses=[(1, 2.0), (2, 1.0)],
+    weights={"model.safetensors": 1},
+    optimizer={"state-00001.safetensors": 1},
+)
 
 
 @pytest.mark.parametrize(
@@ -56,43 +76,30 @@ def test_the_self_test_passes(settings: dict[str, str]) -> None:
         (
             "losses",
             [(1, 2.0), (2, 1.5)],
-            "losses are not those of the run that was not killed (step 2: 1.0 and 1.5)",
+            "losses of the resumed run differ from the uninterrupted run (step 2: 1.0 and 1.5)",
         ),
         (
             "losses",
             [(1, 2.0)],
-            "losses are not those of the run that was not killed (another number of them)",
+            "losses of the resumed run differ from the uninterrupted run (2 and 1 of them)",
         ),
-        ("weights", {"model.safetensors": 2}, "weights are not those .* (model.safetensors)"),
+        ("weights", {"model.safetensors": 2}, "weights of .* differ .* (model.safetensors)"),
         (
             "optimizer",
             {"state-00001.safetensors": 2},
-            "optimizer are not those .* (state-00001.safetensors)",
+            "optimizer of .* differ .* (state-00001.safetensors)",
         ),
     ],
 )
 def test_the_self_test_sees_what_is_not_identical(
-    settings: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-    what: str,
-    value: object,
-    fragment: str,
+    tmp_path: Path, what: str, value: object, fragment: str
 ) -> None:
-    whole = {"losses": [(1, 2.0), (2, 1.0)], "weights": {"model.safetensors": 1}}
-    whole |= {"optimizer": {"state-00001.safetensors": 1}}
-    results = iter([whole, {}, whole | {what: value}])
-
-    def run(config, folder: Path, name: str, kill_in: int | None = None) -> object:
-        (folder / name).mkdir(exist_ok=True)
-        return next(results)
-
-    monkeypatch.setattr(selftest, "run", run)
-    monkeypatch.setattr(selftest, "try_disk", lambda _: "")
-    monkeypatch.setattr(selftest, "try_export", lambda _: "")
     pattern = ".*".join(map(re.escape, fragment.split(" .* ")))
-    with pytest.raises(UserError, match=pattern):
-        selftest.run_selftest(make_config(settings))
-    assert list(Path(settings["output_dir"]).iterdir()) == []
+    with pytest.raises(UserError, match=pattern), selftest.temporary_folder(tmp_path) as folder:
+        (folder / "something").touch()
+        selftest.check_identical(EXPECTED, replace(EXPECTED, **{what: value}))
+    assert list(tmp_path.iterdir()) == []
+    selftest.check_identical(EXPECTED, replace(EXPECTED))
 
 
 def test_the_self_test_says_why_training_fails(call, settings: dict[str, str]) -> None:
@@ -110,17 +117,41 @@ def test_the_self_test_says_why_training_fails(call, settings: dict[str, str]) -
     assert list(Path(settings["output_dir"]).iterdir()) == []
 
 
-def test_the_self_test_takes_one_row_of_each_question(
-    settings: dict[str, str], tmp_path: Path
-) -> None:
+def test_the_self_test_takes_one_row_of_each_question(tmp_path: Path) -> None:
     """Augmented data has many; on both sides of the validation split they would be refused."""
-    write_rows(
-        tmp_path / "many" / "train.jsonl",
-        [Problem(f"{n // 10}?", f"{n}\n#### 1") for n in range(600)],
-    )
-    write_rows(tmp_path / "many" / "test.jsonl", [Problem("test?", "#### 1")])
-    selftest.write_data(
-        make_config(settings | {"dataset": str(tmp_path / "many")}), tmp_path / "data"
-    )
+    many = [Problem(f"{n // 10}?", f"{n}\n#### 1") for n in range(600)]
+    rows = {"train": [asdict(row) for row in many], "test": [asdict(Problem("test?", "#### 1"))]}
+    selftest.write_data(rows, 16, tmp_path / "data")
     rows = load_problems(str(tmp_path / "data"), "train")
     assert len(rows) == len({row.question for row in rows}) == 2 * 16 + selftest.VALIDATION_ROWS
+
+
+def test_a_kill_that_comes_too_late_is_tried_again_earlier(
+    settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a fast machine, whose finished run would be refused instead of resumed."""
+    settings["epochs"] = "2"
+    output = Path(settings["output_dir"])
+    rows = {
+        split: [asdict(row) for row in load_problems(settings["dataset"], split)]
+        for split in ("train", "test")
+    }
+    config, starts = make_config(settings), []
+
+    class Late(subprocess.Popen):
+        """A process of which nothing is seen until it has ended; the first time."""
+
+        def poll(self) -> int | None:
+            return self.wait() if len(starts) == 1 else super().poll()
+
+    def start(*arguments: object, **keywords: object) -> subprocess.Popen[bytes]:
+        starts.append(arguments)
+        return Late(*arguments, **keywords)
+
+    with selftest.temporary_folder(output) as folder:
+        selftest.write_data(rows, config.batch_size, folder / "data")
+        expected = selftest.train(config, folder, "expected")
+        monkeypatch.setattr(subprocess, "Popen", start)
+        killed_after = selftest.train_and_kill(config, folder, "killed", 4)
+        assert len(starts) >= 2 and 1 <= killed_after < 4
+        selftest.check_identical(expected, selftest.train(config, folder, "killed"))

@@ -1,25 +1,53 @@
 """Products by oneDNN equal PyTorch's own, with their gradients."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import PROMPT
-from transformers import LlamaForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
-from engine import packing
+from engine import device as devices
 from engine.cpu import onednn
+from engine.device import cpu_kernels
+from engine.llama import Llama
 from engine.loading import load_model
-from engine.loss import summed_loss
+from engine.packing import collate
 from grading import dataset
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def load(model_folder: Path) -> Callable[[bool], Llama]:
+    """Loads the base model with or without oneDNN, whichever processor this is."""
+
+    def load(with_onednn: bool) -> Llama:
+        return load_model(model_folder, torch.float32, CPU, cpu_kernels(with_onednn))
+
+    return load
+
+
+class ShapesByOnednn(TorchDispatchMode):
+    """Records the shapes of all products by oneDNN that run under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.mkldnn._linear_pointwise:
+            self.calls.append((*args[0].shape, args[1].shape[0]))
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64])
-def test_products_equal_float64(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    """Guards against an operand that is transposed once too often, and products in a lower precision."""
-    monkeypatch.setattr(onednn, "ONEDNN", True)
+def test_products_equal_float64(rows: int) -> None:
+    """Guards against an operand transposed once too often, and products in a lower precision."""
     torch.manual_seed(0)
     layer = onednn.Linear(24, 40, bias=False)
     exact = copy.deepcopy(layer).double()
@@ -33,134 +61,117 @@ def test_products_equal_float64(monkeypatch: pytest.MonkeyPatch, rows: int) -> N
 
 
 def test_a_model_with_fast_products_has_the_gradients_of_one_without(
-    model: LlamaForCausalLM,
-    tokenizer,
-    problems: list[dataset.Problem],
-    monkeypatch: pytest.MonkeyPatch,
+    load: Callable[[bool], Llama], tokenizer, problems: list[dataset.Problem]
 ) -> None:
-    """Guards against a layer that is left out, or that trains something else, on either kind of processor."""
-    batch = packing.collate(data.encode(tokenizer, problems[:6], PROMPT))
+    """Guards against a layer that is left out, or trains something else, on either processor."""
     gradients = []
     for fast in (True, False):
-        monkeypatch.setattr(onednn, "ONEDNN", fast)
-        each = copy.deepcopy(model)
-        for module in each.modules():
-            if isinstance(module, torch.nn.Linear):
-                module.__class__ = torch.nn.Linear
-        onednn.use_fast_products(each)
-        fast_layers = sum(type(module) is onednn.Linear for module in each.modules())
+        model = load(fast)
+        batch = collate(data.encode(tokenizer, problems[:6], PROMPT), model.kernels)
+        fast_layers = sum(type(module) is onednn.Linear for module in model.modules())
         assert fast_layers == (1 + 7 * model.config.num_hidden_layers if fast else 0)
-        summed_loss(each, batch).backward()
-        gradients.append([parameter.grad for parameter in each.parameters()])
+        model(batch).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
 
 
-def test_onednn_sees_few_shapes(
-    model: LlamaForCausalLM,
-    tokenizer,
-    problems: list[dataset.Problem],
-    monkeypatch: pytest.MonkeyPatch,
+def test_replaced_layers_are_saved_and_trained_as_those_before(
+    load: Callable[[bool], Llama], tmp_path: Path
 ) -> None:
-    """Guards against memory that grows with every new number of tokens: what oneDNN keeps for a shape, it keeps."""
-    monkeypatch.setattr(onednn, "ONEDNN", True)
-    onednn.use_fast_products(model)
-    original, shapes, calls = onednn._onednn, set(), []
+    """Guards against a replaced layer whose weight is a copy, has another name or another place."""
+    fast, plain = load(True), load(False)
+    names = [[name for name, _ in each.pretrained.named_parameters()] for each in (fast, plain)]
+    assert names[0] == names[1]
+    for one, other in zip(fast.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert len(list(fast.parameters())) == len(names[0])
+    fast.pretrained.save_pretrained(tmp_path / "fast")
+    plain.pretrained.save_pretrained(tmp_path / "plain")
+    saved = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("fast", "plain")]
+    assert saved[0] == saved[1]
 
-    def recorded(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        shapes.add((*left.shape, right.shape[1]))
-        calls.append(left)
-        return original(left, right)
 
-    monkeypatch.setattr(onednn, "_onednn", recorded)
+def test_onednn_sees_few_shapes(
+    load: Callable[[bool], Llama], tokenizer, problems: list[dataset.Problem]
+) -> None:
+    """Guards against memory that grows with each number of tokens: oneDNN never frees a shape."""
+    model = load(True)
     config = model.config
     of_the_model = {size for parameter in model.parameters() for size in parameter.shape}
-    for count in range(1, 12):
-        summed_loss(
-            model, packing.collate(data.encode(tokenizer, problems[:count], PROMPT))
-        ).backward()
-    assert len(calls) == 11 * (3 * (7 * config.num_hidden_layers + 1))
-    assert all(
-        size in of_the_model or size % packing.ROWS == 0 for shape in shapes for size in shape
-    )
-    calls.clear()
-    layer = model.model.layers[0].mlp.up_proj
-    for rows in (packing.ROWS + 1, packing.ROWS - 1):
-        layer(torch.randn(rows, config.hidden_size, requires_grad=True)).sum().backward()
-    assert len(calls) == 3  # the shorter one's: there can't be many like it
+    with ShapesByOnednn() as products:
+        for count in range(1, 12):
+            examples = data.encode(tokenizer, problems[:count], PROMPT)
+            model(collate(examples, model.kernels)).backward()
+    assert len(products.calls) == 11 * (3 * (7 * config.num_hidden_layers + 1))
+    sizes = {size for shape in products.calls for size in shape}
+    assert all(size in of_the_model or size % onednn.ROWS == 0 for size in sizes)
+    layer = model.pretrained.model.layers[0].mlp.up_proj
+    with ShapesByOnednn() as products:
+        for rows in (onednn.ROWS + 1, onednn.ROWS - 1):
+            layer(torch.randn(rows, config.hidden_size, requires_grad=True)).sum().backward()
+    assert len(products.calls) == 3  # the shorter one's: there can't be many like it
 
 
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_a_product_is_added_in_the_dtype_of_its_total(
-    dtype: torch.dtype, fast: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Guards against rows that are left out, and against a total that is rounded to the factors' dtype."""
-    monkeypatch.setattr(onednn, "ONEDNN", fast)
-    monkeypatch.setattr(onednn, "ADDED_ROWS", 3)
+def test_a_product_is_added_in_the_dtype_of_its_total(dtype: torch.dtype, fast: bool) -> None:
+    """Guards against rows that are left out, and a total rounded to the factors' dtype."""
     torch.manual_seed(0)
     left, right = torch.randn(6, 10, dtype=dtype).T, torch.randn(6, 4, dtype=dtype)
     total = torch.randn(10, 4, dtype=torch.promote_types(dtype, torch.float32))
     expected = total.double() + (left.double() @ right.double()).to(dtype)
-    onednn.add_product(total, left, right)
+    add_product = onednn.add_product if fast else devices.add_product
+    add_product(total, left, right, added_rows=3)
     torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_products_with_what_follows_them(
-    model: LlamaForCausalLM, packed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(onednn, "ONEDNN", packed)
-    onednn.use_fast_products(model)
-    layer = model.model.layers[0].mlp.gate_proj
+@pytest.mark.parametrize("room", [10**9, 0])
+def test_products_with_what_follows_them(load: Callable[[bool], Llama], room: int) -> None:
+    model = load(True)
+    layer = model.pretrained.model.layers[0].mlp.gate_proj
     hidden, other = torch.randn(7, layer.in_features), torch.randn(7, layer.out_features)
-    with torch.inference_mode(), onednn.packed_weights(model):
+    with torch.inference_mode(), onednn.packed_weights(model, room):
         plain = (hidden.double() @ layer.weight.double().T).float()
-        assert (getattr(layer, "packed", None) is not None) == packed
+        assert (layer.packed is not None) == bool(room)
         for found, expected in (
-            (onednn.product_times(layer, hidden, other), plain * other),
-            (onednn.product_plus(layer, hidden, other), plain + other),
+            (layer.times(hidden, other), plain * other),
+            (layer.plus(hidden, other), plain + other),
         ):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_packed_weights_change_no_product_and_do_not_stay(
-    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packed_weights_change_no_product_and_do_not_stay(load: Callable[[bool], Llama]) -> None:
     """Guards against a copy of the weights that trains on, or outlives an error."""
-    monkeypatch.setattr(onednn, "ONEDNN", True)
-    onednn.use_fast_products(model)
+    model = load(True)
     layers = [module for module in model.modules() if type(module) is onednn.Linear]
     layer = layers[0]
     inputs = {rows: torch.randn(rows, layer.in_features) for rows in (1, 7, 64)}
     with torch.no_grad():
         plain = {rows: layer(hidden) for rows, hidden in inputs.items()}
-        with pytest.raises(KeyboardInterrupt), onednn.packed_weights(model):
-            assert len(layers) == 1 + 7 * model.config.num_hidden_layers and all(
-                each.packed is not None for each in layers
-            )
+        with pytest.raises(KeyboardInterrupt), onednn.packed_weights(model, 10**9):
+            assert len(layers) == 1 + 7 * model.config.num_hidden_layers
+            assert all(each.packed is not None for each in layers)
             for rows, hidden in inputs.items():
                 torch.testing.assert_close(layer(hidden), plain[rows], rtol=1e-5, atol=1e-6)
             with torch.enable_grad():
                 found = torch.autograd.grad(layer(inputs[64]).sum(), layer.weight)[0]
-            torch.testing.assert_close(
-                found, inputs[64].sum(0).expand_as(found), rtol=1e-5, atol=1e-5
-            )
+            expected = inputs[64].sum(0).expand_as(found)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
             weight = layer.weight.clone()
-            layer.weight.zero_()
-            torch.testing.assert_close(
-                layer(inputs[7]), plain[7], rtol=1e-5, atol=1e-6
-            )  # it is the copy that is read
+            layer.weight.zero_()  # it is the copy that is read
+            torch.testing.assert_close(layer(inputs[7]), plain[7], rtol=1e-5, atol=1e-6)
             layer.weight.copy_(weight)
             raise KeyboardInterrupt
         assert all(each.packed is None for each in layers)
         torch.testing.assert_close(layer(inputs[7]), plain[7], rtol=0, atol=0)
 
 
-def test_a_model_on_another_device_keeps_its_own_layers(
-    model_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Guards against layers on a GPU whose class depends on the processor beside it."""
-    monkeypatch.setattr(onednn, "ONEDNN", True)
-    for device, kind in (("meta", torch.nn.Linear), ("cpu", onednn.Linear)):
-        model = load_model(model_folder, torch.float32, torch.device(device))
+def test_a_model_on_another_device_keeps_its_own_layers(model_folder: Path) -> None:
+    """Guards against layers on a GPU whose class depends on the processor next to it."""
+    meta = torch.device("meta")
+    for kernels, kind in (
+        (devices.cuda_kernels(meta), torch.nn.Linear),
+        (cpu_kernels(with_onednn=True), onednn.Linear),
+    ):
+        model = load_model(model_folder, torch.float32, kernels.device, kernels).pretrained
         assert type(model.lm_head) is type(model.model.layers[0].mlp.up_proj) is kind

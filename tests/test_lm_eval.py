@@ -1,4 +1,4 @@
-"""lm-evaluation-harness gives a checkpoint of ours the scores and answers that evaluate.py gives it."""
+"""lm-evaluation-harness and evaluate.py agree on the scores and answers of a checkpoint."""
 
 import importlib.util
 import json
@@ -30,7 +30,7 @@ num_fewshot: 0
 """
 
 
-# The harness's own code, over completions that come in; out come the filtered answer and the verdict of each filter.
+# The harness's own code: reads completions, prints the answer and the verdict of each filter.
 FILTERS = """
 import json, sys, yaml
 from lm_eval.api.metrics import exact_match_fn
@@ -46,14 +46,15 @@ for completion, gold in json.load(sys.stdin):
     for entry in task["filter_list"]:
         settings = {key: value for key, value in entry["filter"][0].items() if key != "function"}
         [[answer]] = RegexFilter(**settings).apply([[text]], [{}])
-        score = exact_match_fn(predictions=[answer], references=[f"so\\n#### {gold}"], **ignore)["exact_match"]
-        results.append([answer, bool(score)])
+        references = [f"so\\n#### {gold}"]
+        score = exact_match_fn(predictions=[answer], references=references, **ignore)
+        results.append([answer, bool(score["exact_match"])])
 print(json.dumps(results))
 """
 
 
 def published_task() -> Path:
-    """The harness's own file of the task; skips the test, visibly, where it is not installed."""
+    """The harness's own definition of the task. Skips the test if it is not installed."""
     spec = importlib.util.find_spec("lm_eval")
     if spec is None:
         pytest.skip("lm_eval is not installed: pip install -r benchmarks/requirements.txt")
@@ -61,7 +62,7 @@ def published_task() -> Path:
 
 
 def run(command: list[str], folder: Path, text: str = "") -> str:
-    """Run the harness in ``folder``: it imports an `evaluate` that is not ours."""
+    """Run the harness in ``folder``, since it imports another `evaluate` than ours."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_HOME": str(folder / "cache"), "HF_DATASETS_OFFLINE": "1"}
     result = subprocess.run(
@@ -72,7 +73,7 @@ def run(command: list[str], folder: Path, text: str = "") -> str:
 
 
 def test_the_harness_extracts_the_same_from_hard_completions(tmp_path: Path) -> None:
-    """Guards against a filter that differs where models rarely go."""
+    """Guards against a filter that differs on unusual completions."""
     rng = random.Random(0)
     pieces = [
         "#### ",
@@ -126,7 +127,7 @@ def test_the_harness_extracts_the_same_from_hard_completions(tmp_path: Path) -> 
 def test_the_harness_gives_the_same_scores_and_answers(
     call, settings: dict[str, str], make_llama, tokenizer: Tokenizer, problems, tmp_path: Path
 ) -> None:
-    """Guards against another prompt, BOS, stop or filter than the harness has, over the same local rows."""
+    """Guards against a prompt, BOS, stop or filter that differs from the harness's."""
     gsm8k = published_task()
     base = tmp_path / "base"
     make_llama(len(tokenizer), hidden_size=64, intermediate_size=96, std=0.02).save_pretrained(base)
@@ -143,7 +144,7 @@ def test_the_harness_gives_the_same_scores_and_answers(
     learn |= {"validation_size": "4", "max_new_tokens": "100", "learning_rate": "5e-3"}
     assert call(train, *flags(settings | learn)).code == 0
     best = Path(settings["output_dir"]) / "test" / "best"
-    # Rows it has learned, so that some answers are right; the headline score is of no interest here.
+    # Rows that it has learned, so that some answers are right.
     rows = tmp_path / "rows"
     write_rows(rows / "test.jsonl", [*seen, *unseen])
     write_rows(rows / "train.jsonl", problems[40:60])

@@ -2,31 +2,36 @@
 
 import contextlib
 import copy
+import gc
 import json
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Container
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import PROMPT, flags
+from conftest import PROMPT, Killed, flags, kill, named, step_that
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
 import data
 import train
-from engine import functions, memory, packing
-from engine import loss as loss_module
-from engine.cpu import cache
+from engine import functions, packing
+from engine.cpu import heap
+from engine.device import cpu_kernels, cuda_kernels, kernels_for
+from engine.llama import KEEPING_LESS, PLAIN, LayerParts, Llama
 from engine.tokenizer import Tokenizer
 from grading import dataset
 from run.errors import UserError
 
 CPU = torch.device("cpu")
+KERNELS = kernels_for(CPU)
 
 
 @pytest.fixture
@@ -34,38 +39,70 @@ def examples(tokenizer: Tokenizer, problems: list[dataset.Problem]) -> list[pack
     return data.encode(tokenizer, problems[:24], PROMPT)
 
 
-@pytest.fixture
-def run_out(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
-    """Injects errors at the micro-batches with the given numbers (from 0, over all tries)."""
+def out_of_memory() -> Exception:
+    return torch.OutOfMemoryError("CUDA out of memory")
 
-    def arrange(
-        numbers: set[int], where: str = "forward", error: Callable[[], Exception] | None = None
-    ) -> list[int]:
-        calls: list[int] = []
-        original = loss_module.summed_loss
-        make = error or (lambda: torch.OutOfMemoryError("CUDA out of memory"))
 
-        class Fail(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, loss: torch.Tensor) -> torch.Tensor:
-                return loss.clone()
+def run_out(
+    model: torch.nn.Module,
+    numbers: Container[int],
+    where: str = "forward",
+    error: Callable[[], Exception] = out_of_memory,
+) -> list[int]:
+    """Makes ``model`` raise in the training passes with these numbers (from 0, over all attempts).
 
-            @staticmethod
-            def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
-                raise make()
+    Returns:
+        The number of tokens in each pass, as they come.
+    """
+    calls: list[int] = []
 
-        def summed_loss(model: LlamaForCausalLM, batch: packing.Batch) -> torch.Tensor:
-            calls.append(batch.num_tokens)
-            fails = len(calls) - 1 in numbers
-            if fails and where == "forward":
-                original(model, batch)
-                raise make()
-            return Fail.apply(original(model, batch)) if fails else original(model, batch)
+    class Fail(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.clone()
 
-        monkeypatch.setattr(train, "summed_loss", summed_loss)
-        return calls
+        @staticmethod
+        def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+            raise error()
 
-    return arrange
+    def hook(module: Llama, inputs: tuple[packing.MicroBatch], loss: torch.Tensor) -> Any:
+        if not torch.is_grad_enabled():  # validation
+            return None
+        calls.append(inputs[0].num_tokens)
+        if len(calls) - 1 not in numbers:
+            return None
+        if where == "forward":
+            raise error()
+        return Fail.apply(loss)
+
+    model.register_forward_hook(hook)
+    return calls
+
+
+class Recorder:
+    """In the place of an optimizer: keeps the gradients of the last step."""
+
+    def __init__(self, model: Llama):
+        self.model = model
+        self.param_groups: list[dict[str, Any]] = []
+
+    def step(self) -> None:
+        self.gradients = gradients(self.model)
+
+    def zero_grad(self, set_to_none: bool) -> None:
+        self.model.zero_grad()
+
+
+def step_on(
+    model: Llama,
+    examples: list[packing.Example],
+    micro_batch_tokens: int,
+    max_grad_norm: float | None = None,
+) -> tuple[train.StepResult, list[torch.Tensor]]:
+    """The result and the gradients of one optimizer step."""
+    optimizer = Recorder(model)
+    result = train.train_step(model, optimizer, examples, 1.0, micro_batch_tokens, max_grad_norm)
+    return result, optimizer.gradients
 
 
 class CountProducts(TorchDispatchMode):
@@ -81,84 +118,103 @@ class CountProducts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def gradients(model: LlamaForCausalLM) -> list[torch.Tensor]:
+def gradients(model: Llama) -> list[torch.Tensor]:
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("numbers", [{0}, {1}, {2}, {0, 1}, {2, 4, 9}])
 def test_out_of_memory_anywhere_leaves_the_gradient_as_it_was(
-    model64: LlamaForCausalLM,
+    model64: Llama,
     examples: list[packing.Example],
-    run_out,
     where: str,
     numbers: set[int],
 ) -> None:
-    """Guards against gradients of the failed try that stay, sequences that are lost, and a wrong divisor."""
+    """Guards against leftover gradients of the failed attempt, lost rows, and a wrong divisor."""
     plain, healed = copy.deepcopy(model64), copy.deepcopy(model64)
-    *expected, budget = train.accumulate_in_memory(plain, examples, 1024, CPU, 1.0)
-    assert budget == 1024
-    run_out(numbers, where)
-    *found, budget = train.accumulate_in_memory(healed, examples, 1024, CPU, 1.0)
-    assert budget == 1024 // 2 ** len(numbers)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
-    torch.testing.assert_close(gradients(healed), gradients(plain), rtol=0, atol=1e-10)
-    # Bit for bit what the smaller budget gives from the start.
-    small = copy.deepcopy(model64)
-    train.accumulate_in_memory(small, examples, budget, CPU, 1.0)
-    assert all(map(torch.equal, gradients(healed), gradients(small)))
+    expected, expected_gradients = step_on(plain, examples, 1024, 1.0)
+    assert expected.micro_batch_tokens == 1024
+    run_out(healed, numbers, where)
+    found, found_gradients = step_on(healed, examples, 1024, 1.0)
+    assert found.micro_batch_tokens == 1024 // 2 ** len(numbers)
+    for name in ("nats", "num_labels", "grad_norm"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=0, abs=1e-9)
+    torch.testing.assert_close(found_gradients, expected_gradients, rtol=0, atol=1e-10)
+    # Bit for bit what the smaller limit gives from the start.
+    _, small_gradients = step_on(copy.deepcopy(model64), examples, found.micro_batch_tokens, 1.0)
+    assert all(map(torch.equal, found_gradients, small_gradients))
+
+
+def test_a_failed_attempt_is_gone_before_memory_is_released(
+    model: Llama, examples: list[packing.Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a traceback that keeps the tensors whose memory the next attempt needs."""
+    kept: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    collect = gc.collect
+
+    def count_and_collect() -> int:
+        alive.append(sum(reference() is not None for reference in kept))
+        return collect()
+
+    calls = run_out(model, {0})
+    named(model, "up_proj").register_forward_hook(
+        lambda module, inputs, output: kept.append(weakref.ref(output))
+    )
+    monkeypatch.setattr(gc, "collect", count_and_collect)
+    step_on(model, examples, 512)
+    assert len(calls) > 1 and alive == [0]
 
 
 @pytest.mark.parametrize(
     "message", ["[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 5 bytes", ""]
 )
 def test_main_memory_runs_out_too(
-    model: LlamaForCausalLM, examples: list[packing.Example], run_out, message: str
+    model: Llama, examples: list[packing.Example], message: str
 ) -> None:
-    calls = run_out({0}, error=lambda: RuntimeError(message) if message else MemoryError())
-    assert train.accumulate_in_memory(model, examples, 512, CPU, None)[3] == 256
+    calls = run_out(model, {0}, error=lambda: RuntimeError(message) if message else MemoryError())
+    assert step_on(model, examples, 512)[0].micro_batch_tokens == 256
     assert max(calls[1:]) <= 256 < calls[0]
 
 
 def test_other_errors_are_no_reason_to_try_again(
-    model: LlamaForCausalLM, examples, run_out
+    model: Llama, examples: list[packing.Example]
 ) -> None:
     """Guards against a fault that is hidden, and met again with smaller batches."""
-    calls = run_out({0}, error=lambda: RuntimeError("shapes do not match"))
+    calls = run_out(model, {0}, error=lambda: RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        train.accumulate_in_memory(model, examples, 512, CPU, None)
+        step_on(model, examples, 512)
     assert len(calls) == 1
 
 
 def test_one_sequence_that_does_not_fit_is_an_error_with_a_cure(
-    model: LlamaForCausalLM, examples, run_out
+    model: Llama, examples: list[packing.Example]
 ) -> None:
-    run_out(set(range(1000)))
+    run_out(model, range(1000))
     with pytest.raises(
         UserError, match=r"each sequence alone, the longest of \d+ tokens: set gradient"
     ):
-        train.accumulate_in_memory(model, examples, 512, CPU, None)
+        step_on(model, examples, 512)
 
 
 def test_a_run_that_runs_out_once_goes_on_with_the_smaller_budget(
-    call, settings: dict[str, str], run_out, monkeypatch: pytest.MonkeyPatch
+    call, settings: dict[str, str]
 ) -> None:
-    """The rest of the run, resumed or not, is bit for bit that of the smaller budget; said in log and metrics."""
+    """The rest of the run, resumed or not, is bit-identical to one with the smaller limit."""
     small = settings | {"run_name": "small", "micro_batch_tokens": "256"}
     assert call(train, *flags(small)).code == 0
-    original = train.accumulate
-    with monkeypatch.context():
-        calls = run_out({0})
-        steps = iter(range(100))
-        monkeypatch.setattr(
-            train, "accumulate", lambda *a: original(*a) if next(steps) < 9 else 1 / 0
-        )
-        with pytest.raises(ZeroDivisionError):
-            call(train, *flags(settings | {"checkpoint_steps": "4"}))
-    monkeypatch.setattr(train, "accumulate", original)
-    monkeypatch.setattr(train, "summed_loss", loss_module.summed_loss)
+    calls: list[list[int]] = []
+    dies = step_that(kill, at=9)
+
+    def step(model: Any, *rest: Any) -> train.StepResult:
+        if not calls:
+            calls.append(run_out(model, {0}))
+        return dies(model, *rest)
+
+    with pytest.raises(Killed):
+        call(train, *flags(settings | {"checkpoint_steps": "4"}), step=step)
     outcome = call(train, *flags(settings))
-    assert outcome.code == 0 and max(calls[1:]) <= 256
+    assert outcome.code == 0 and calls[0][0] > 256 >= max(calls[0][1:])
     folder = Path(settings["output_dir"])
     assert '"train/micro_batch_tokens": 256' in (folder / "test" / "metrics.jsonl").read_text()
     ours, theirs = (
@@ -168,30 +224,35 @@ def test_a_run_that_runs_out_once_goes_on_with_the_smaller_budget(
 
 
 def test_dropout_is_drawn_again_after_a_failed_try(
-    settings: dict[str, str], model: LlamaForCausalLM, examples, run_out
-):
-    """Guards against a random state that the failed try has moved."""
+    model: Llama, examples: list[packing.Example]
+) -> None:
+    """Guards against a random state that the failed attempt has moved."""
     model.config.attention_dropout = 0.3
-    model.train()
     torch.manual_seed(5)
-    expected = train.accumulate_in_memory(copy.deepcopy(model), examples, 256, CPU, None)
-    run_out({2})
+    expected, _ = step_on(copy.deepcopy(model), examples, 256)
+    torch.manual_seed(6)
+    other, _ = step_on(copy.deepcopy(model), examples, 256)
+    run_out(model, {2})
     torch.manual_seed(5)
-    assert train.accumulate_in_memory(model, examples, 512, CPU, None)[:3] == expected[:3]
+    found, _ = step_on(model, examples, 512)
+    assert (found.nats, found.grad_norm) == (expected.nats, expected.grad_norm)
+    assert found.nats != other.nats
 
 
 def test_the_loss_holds_no_full_logits() -> None:
-    """Peak memory of the loss grows with tokens + vocabulary, not with their product: measured in a process."""
+    """Peak memory of the loss grows with tokens + vocabulary, not with their product."""
     code = """
 import resource, sys, torch
 from engine import loss
+from engine.device import kernels_for
+kernels = kernels_for(torch.device("cpu"))
 tokens, vocabulary, hidden = map(int, sys.argv[1:])
 h = torch.randn(tokens, hidden, requires_grad=True)
 w = torch.randn(vocabulary, hidden, requires_grad=True)
 y = torch.randint(vocabulary, (tokens,))
-loss.LinearCrossEntropy.apply(h[:300], w, y[:300], True).backward()
+loss.LinearCrossEntropy.apply(h[:300], w, y[:300], True, kernels).backward()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-loss.LinearCrossEntropy.apply(h, w, y, True).backward()
+loss.LinearCrossEntropy.apply(h, w, y, True, kernels).backward()
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
     tokens, vocabulary = 16_384, 32_000
@@ -206,30 +267,28 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
     assert int(result.stdout) < full_logits / 8
 
 
-def test_validation_computes_no_gradients(
-    model: LlamaForCausalLM, examples: list[packing.Example]
-) -> None:
-    """Guards against the two matrix products of the gradients in every evaluation, three times the work."""
-    batch = packing.collate(examples[:2])
+def test_validation_computes_no_gradients(model: Llama, examples: list[packing.Example]) -> None:
+    """Guards against computing gradients in every evaluation, three times the work."""
+    batch = packing.collate(examples[:2], KERNELS)
     linears = 7 * model.config.num_hidden_layers
     for grad, expected in ((True, linears + 3), (False, linears + 1)):
         with torch.set_grad_enabled(grad), CountProducts() as count:
-            loss_module.summed_loss(model, batch)
+            model(batch)
         assert count.products == expected
 
 
 def test_the_last_layer_computes_nothing_for_positions_without_a_label(
-    model: LlamaForCausalLM, examples: list[packing.Example]
+    model: Llama, examples: list[packing.Example]
 ) -> None:
     """Guards against the MLP of the last layer over the prompts, whose result nobody reads."""
-    batch, rows = packing.collate(examples[:4]), []
-    for layer in model.model.layers:
+    batch, rows = packing.collate(examples[:4], KERNELS), []
+    for layer in model.pretrained.model.layers:
         layer.mlp.down_proj.register_forward_hook(
             lambda module, inputs, output: rows.append(len(inputs[0]))
         )
-    loss_module.summed_loss(model, batch)
-    assert rows == [batch.num_tokens] * (len(rows) - 1) + [len(batch.loss_positions)]
-    assert len(batch.loss_positions) < batch.num_tokens
+    model(batch)
+    assert rows == [batch.num_tokens] * (len(rows) - 1) + [len(batch.output_positions)]
+    assert len(batch.output_positions) < batch.num_tokens
 
 
 @pytest.mark.parametrize(
@@ -238,7 +297,7 @@ def test_the_last_layer_computes_nothing_for_positions_without_a_label(
 def test_loading_never_holds_two_copies_of_the_weights(
     make_llama: Callable[..., LlamaForCausalLM], tmp_path: Path, stored: str, loaded: str
 ) -> None:
-    """Guards against weights that are read in one dtype and then copied into another, or onto a second model."""
+    """Guards against weights read in one dtype and copied into another, or a second model."""
     make_llama(32_000, hidden_size=512, intermediate_size=1024).to(
         getattr(torch, stored)
     ).save_pretrained(tmp_path)
@@ -248,22 +307,27 @@ def test_loading_never_holds_two_copies_of_the_weights(
     )
     sizes = json.loads(result.stdout.splitlines()[-1])
     assert sizes["weights"] > 60e6
-    # Where the file has the dtype the weights are mapped from it; else there is one copy, and the tensor being read.
+    # Where the file has the dtype the weights are mapped from it. Otherwise there is one copy, and
+    # the tensor being read.
     assert sizes["own"] < (0.3 if stored == loaded else 1.3) * sizes["weights"]
 
 
-@pytest.mark.parametrize(("device", "kept"), [("cpu", True), ("cuda", False)])
 def test_gradients_are_cleared_in_their_place_on_a_cpu(
-    model: LlamaForCausalLM, device: str, kept: bool
+    model: Llama, examples: list[packing.Example]
 ) -> None:
-    """Guards against gradients that lie elsewhere in each step, amid the activations, and tear the heap."""
-    optimizer = torch.optim.SGD(model.parameters())
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    before = [parameter.grad for parameter in model.parameters()]
-    memory.clear_gradients(optimizer, torch.device(device))
-    for parameter, grad in zip(model.parameters(), before, strict=True):
-        assert (parameter.grad is grad and not grad.any()) if kept else parameter.grad is None
+    """Guards against new gradients in each step, amid the activations, that fragment the heap."""
+    assert not cpu_kernels(with_onednn=False).frees_gradients
+    assert cuda_kernels(torch.device("meta")).frees_gradients
+    assert not model.kernels.frees_gradients
+    for kept in (True, False):
+        model.kernels = replace(model.kernels, frees_gradients=not kept)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        before = [parameter.grad for parameter in model.parameters()]
+        optimizer = torch.optim.SGD(model.parameters())
+        train.train_step(model, optimizer, examples, 1e-3, 1024, None)
+        for parameter, grad in zip(model.parameters(), before, strict=True):
+            assert (parameter.grad is grad and not grad.any()) if kept else parameter.grad is None
 
 
 def test_what_is_remade_is_not_kept_and_changes_no_gradient() -> None:
@@ -280,7 +344,7 @@ def test_what_is_remade_is_not_kept_and_changes_no_gradient() -> None:
     def gradients(kept: bool) -> tuple[torch.Tensor, ...]:
         tensor = make()
         alive = weakref.ref(tensor)
-        with contextlib.nullcontext() if kept else functions.remade(tensor, make):
+        with contextlib.nullcontext() if kept else functions.recomputed(tensor, make):
             output = sum((tensor @ weight).sum() for weight in weights)
         del tensor
         assert (alive() is not None) is kept
@@ -293,36 +357,38 @@ def test_what_is_remade_is_not_kept_and_changes_no_gradient() -> None:
 
 
 def test_training_keeps_neither_normed_nor_activated_tensors(
-    model: LlamaForCausalLM, examples: list[packing.Example], monkeypatch: pytest.MonkeyPatch
+    model: Llama, examples: list[packing.Example]
 ) -> None:
-    """Guards against the largest activations of a layer, cheap to make again, kept for the backward pass."""
-    batch = packing.collate(examples[:4])
-    outputs: list[weakref.ref[torch.Tensor]] = []
-    original = functions.SwiGLU.apply
+    """Guards against keeping the largest activations of a layer, which are cheap to recompute."""
+    batch = packing.collate(examples[:4], KERNELS)
+    inputs: list[weakref.ref[torch.Tensor]] = []
+    for layer in model.pretrained.model.layers:
+        for linear in (layer.self_attn.q_proj, layer.mlp.gate_proj, layer.mlp.down_proj):
+            linear.register_forward_pre_hook(
+                lambda module, arguments: inputs.append(weakref.ref(arguments[0]))
+            )
 
-    def apply(*inputs: torch.Tensor) -> torch.Tensor:
-        output = original(*inputs)
-        outputs.append(weakref.ref(output))
-        return output
+    def loss(parts: LayerParts) -> torch.Tensor:
+        attend = partial(KERNELS.attention, batch, 0.0)
+        inputs.clear()
+        return model.hidden_states(batch.input_ids, batch.position_ids, attend, parts=parts).sum()
 
-    monkeypatch.setattr(functions.SwiGLU, "apply", apply)
-    loss = loss_module.summed_loss(model, batch)
-    layers = model.config.num_hidden_layers
-    assert [output() for output in outputs] == [None] * layers
-    loss.backward()
-    assert len(outputs) == 2 * layers
-    remade = gradients(model)
+    kept = loss(PLAIN)
+    assert all(tensor() is not None for tensor in inputs)
+    kept.backward()
+    expected = gradients(model.blocks)
     model.zero_grad()
-    monkeypatch.setattr(functions, "remade", lambda tensor, make: contextlib.nullcontext())
-    loss_module.summed_loss(model, batch).backward()
-    assert all(map(torch.equal, gradients(model), remade))
+    del kept
+    sparing = loss(KEEPING_LESS)
+    assert len(inputs) == 3 * len(model.blocks)
+    assert [tensor() for tensor in inputs] == [None] * len(inputs)
+    sparing.backward()
+    assert all(map(torch.equal, gradients(model.blocks), expected))
 
 
-def test_a_loss_is_differentiated_once(
-    model: LlamaForCausalLM, examples: list[packing.Example]
-) -> None:
+def test_a_loss_is_differentiated_once(model: Llama, examples: list[packing.Example]) -> None:
     """Guards against gradients, scaled in place, that a second backward pass would scale again."""
-    loss = loss_module.summed_loss(model, packing.collate(examples[:2]))
+    loss = model(packing.collate(examples[:2], KERNELS))
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
         loss.backward()
@@ -344,7 +410,7 @@ def advised_spans() -> list[tuple[int, int]]:
 def test_large_pages_are_asked_for() -> None:
     """Guards against advice for memory before or behind the tensor, or for none."""
     before = advised_spans()
-    tensor = cache.empty_in_large_pages(5, 2**20, dtype=torch.float64)
+    tensor = heap.empty_in_large_pages(5, 2**20, dtype=torch.float64)
     assert tensor.shape == (5, 2**20) and tensor.dtype == torch.float64
     first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
 
@@ -362,4 +428,4 @@ def test_large_pages_are_asked_for() -> None:
         else tensor.nbytes - 4 * 2**20 < inside(after) <= tensor.nbytes
     )
     assert outside(after) == outside(before)
-    assert cache.empty_in_large_pages(3, dtype=torch.float32).shape == (3,)
+    assert heap.empty_in_large_pages(3, dtype=torch.float32).shape == (3,)

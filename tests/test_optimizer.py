@@ -11,8 +11,9 @@ from conftest import PROMPT
 import data
 import train
 from engine import packing
+from engine.device import kernels_for
 from engine.loading import load_model
-from engine.optimizer import build_optimizer, scheduled_rate
+from engine.optimizer import Schedule, build_optimizer
 from engine.tokenizer import Tokenizer
 from grading import dataset
 
@@ -29,7 +30,8 @@ def rounded_to_nearest(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.
 
 
 def test_bfloat16_updates_do_not_stall() -> None:
-    """Guards against plain rounding: at 2e-5 a weight of 1 would never move, since bf16 steps there are 2**-7."""
+    """Guards against plain rounding: at 2e-5 a weight of 1 would never move, as bfloat16 there has
+    steps of 2**-7."""
     weight = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
     optimizer = ours([weight])
     for _ in range(1000):
@@ -43,15 +45,16 @@ def test_bfloat16_updates_do_not_stall() -> None:
 def test_the_loss_in_bfloat16_falls_as_in_float32(
     model_folder: Path, tokenizer: Tokenizer, problems: list[dataset.Problem]
 ) -> None:
-    """Guards against an update that stalls in part: the loss would fall, and by too little for anybody to see why."""
-    window = packing.pack(data.encode(tokenizer, problems[:6], PROMPT), 1024)
+    """Guards against an update that stalls in part: the loss would fall, but by too little."""
+    examples = data.encode(tokenizer, problems[:6], PROMPT)
+    micro_batches = packing.pack(examples, 1024, kernels_for(CPU))
 
     def gain(dtype: torch.dtype, make: Callable[..., torch.optim.Optimizer]) -> float:
         model = load_model(model_folder, dtype, CPU).train()
         optimizer = make(model.parameters())
         losses = []
         for _ in range(50):
-            nats, num_labels, _ = train.accumulate(model, window, CPU, 1.0)
+            nats, num_labels, _ = train.accumulate_gradients(model, micro_batches, 1.0)
             losses.append(nats / num_labels)
             optimizer.step()
             optimizer.zero_grad()
@@ -66,12 +69,8 @@ def test_schedule() -> None:
     """Guards against a first step at rate zero, a peak never reached, and a floor ignored."""
 
     def rates(schedule: str, minimum: float = 0.0) -> list[float]:
-        return [
-            scheduled_rate(
-                step, 100, peak=2.0, schedule=schedule, warmup_ratio=0.03, min_ratio=minimum
-            )
-            for step in range(100)
-        ]
+        made = Schedule(100, peak=2.0, shape=schedule, warmup_ratio=0.03, min_ratio=minimum)
+        return [made.learning_rate(step) for step in range(100)]
 
     for schedule in ("cosine", "linear", "constant"):
         assert rates(schedule)[:4] == pytest.approx([2 / 3, 4 / 3, 2.0, 2.0])

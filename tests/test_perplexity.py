@@ -7,15 +7,14 @@ import random
 import pytest
 import torch
 from conftest import PROMPT, flags
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 import data
 import perplexity
-from engine import loss as loss_module
 from engine import packing
+from engine.llama import Llama
+from engine.measure import measure
 from grading import dataset
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -26,19 +25,19 @@ def examples(
 
 
 def test_uniform_model_has_the_vocabulary_size(
-    model: LlamaForCausalLM, examples: list[packing.Example]
+    model: Llama, examples: list[packing.Example]
 ) -> None:
     """Guards against a base other than e, and against a mean over the wrong number of tokens."""
-    torch.nn.init.zeros_(model.lm_head.weight)
-    result = loss_module.measure(model, examples, 512, CPU)
+    torch.nn.init.zeros_(model.pretrained.lm_head.weight)
+    result = measure(model, examples, 512)
     assert result.perplexity == pytest.approx(model.config.vocab_size, rel=1e-6)
 
 
 def test_equals_a_plain_loop_over_transformers_logits(
-    model: LlamaForCausalLM, examples: list[packing.Example]
+    model: Llama, examples: list[packing.Example]
 ) -> None:
-    """Guards against labels off by one, unsupervised prompt tokens that count, and a missing EOS."""
-    reference = copy.deepcopy(model)
+    """Guards against labels off by one, prompt tokens that count, and a missing EOS."""
+    reference = copy.deepcopy(model.pretrained)
     reference.set_attn_implementation("sdpa")
     nats, tokens = 0.0, 0
     for example in examples:
@@ -52,7 +51,7 @@ def test_equals_a_plain_loop_over_transformers_logits(
             if example.labels[position] != packing.IGNORE:
                 nats -= logits[position - 1].log_softmax(-1)[example.input_ids[position]].item()
                 tokens += 1
-    result = loss_module.measure(model, examples, 512, CPU)
+    result = measure(model, examples, 512)
     assert result.num_tokens == tokens
     assert result.loss == pytest.approx(nats / tokens, rel=1e-6)
     assert result.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-6)
@@ -60,34 +59,31 @@ def test_equals_a_plain_loop_over_transformers_logits(
 
 @pytest.mark.parametrize("budget", [110, 256, 1000, 100_000])
 def test_budget_and_order_change_nothing(
-    model: LlamaForCausalLM, examples: list[packing.Example], budget: int
+    model: Llama, examples: list[packing.Example], budget: int
 ) -> None:
     """Guards against the mean of batch means as validation loss."""
     budget = max(budget, max(len(example.input_ids) for example in examples))
-    expected = loss_module.measure(model, examples, 10_000, CPU)
+    expected = measure(model, examples, 10_000)
     shuffled = random.Random(budget).sample(examples, len(examples))
-    assert loss_module.measure(model, shuffled, budget, CPU).perplexity == pytest.approx(
+    assert measure(model, shuffled, budget).perplexity == pytest.approx(
         expected.perplexity, rel=1e-6
     )
 
 
 def test_measuring_leaves_the_mode_alone_and_uses_eval(
-    model: LlamaForCausalLM, examples: list[packing.Example], monkeypatch: pytest.MonkeyPatch
+    model: Llama, examples: list[packing.Example]
 ) -> None:
     """Guards against validation with dropout, and against training on without it."""
-    modes = []
-    original = loss_module.summed_loss
-    monkeypatch.setattr(
-        loss_module, "summed_loss", lambda m, b: (modes.append(m.training), original(m, b))[1]
-    )
+    modes: list[bool] = []
+    model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
     for training in (True, False):
-        loss_module.measure(model.train(training), examples, 10_000, CPU)
+        measure(model.train(training), examples, 10_000)
         assert model.training is training
-    assert modes == [False] * len(modes)
+    assert modes and not any(modes)
 
 
 def test_script_reports_what_measure_says(
-    call, settings: dict[str, str], model: LlamaForCausalLM, tokenizer
+    call, settings: dict[str, str], model: Llama, tokenizer
 ) -> None:
     """The command line, on a plain Hugging Face folder, on every split."""
     for split, count in (("train", 100), ("validation", 17), ("test", 12)):
@@ -95,7 +91,7 @@ def test_script_reports_what_measure_says(
         assert outcome.code == 0, outcome.err
         problems = data.load_split(settings["dataset"], split, 17, 0)
         assert len(problems) == count
-        expected = loss_module.measure(model, data.encode(tokenizer, problems, PROMPT), 512, CPU)
+        expected = measure(model, data.encode(tokenizer, problems, PROMPT), 512)
         printed = dict(line.split() for line in outcome.out.splitlines()[-2:])
         assert float(printed["loss"]) == pytest.approx(expected.loss, rel=1e-7)
         assert float(printed["perplexity"]) == pytest.approx(expected.perplexity, rel=1e-7)

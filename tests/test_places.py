@@ -2,32 +2,37 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
+import datasets
+import huggingface_hub
 import pytest
 from conftest import flags, seal, write_rows
 
 import evaluate
 import perplexity
 import train
-from engine import hub as hub_module
 from grading import dataset
 from grading.dataset import Problem
 
 
 @pytest.fixture
 def here(settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to start in, with model and data set beside it under names that could be hub ids; no hub is there."""
+    """A folder to start in, with model and data set in it under names that could be hub ids.
+
+    There is no hub.
+    """
     folder = tmp_path / "here"
     shutil.copytree(settings["model"], folder / "base" / "llama")
     shutil.copytree(settings["dataset"], folder / "demo" / "data")
     settings |= {"model": "base/llama", "dataset": "demo/data", "epochs": "1"}
 
     def hub(*_: object, **__: object) -> None:
-        raise AssertionError("the hub was asked")
+        pytest.fail("the hub was asked")
 
-    monkeypatch.setattr(dataset, "_download", hub)
-    monkeypatch.setattr(hub_module, "snapshot_download", hub)
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
     monkeypatch.chdir(folder)
     return folder
 
@@ -50,7 +55,7 @@ def settings_of(checkpoint: Path) -> dict[str, str]:
 def test_a_relative_folder_is_found_from_everywhere(
     call, settings: dict[str, str], here: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards against half a minute of asking the hub, and another data set's rows if there is one of that name."""
+    """Guards against half a minute of asking the hub, and another data set of that name."""
     settings["output_dir"] = "runs"
     assert call(train, *flags(settings)).code == 0
     best = best_of(settings, here)
@@ -166,7 +171,7 @@ def test_a_folder_that_is_gone_is_no_hub_id(
 def test_a_run_behind_a_link_is_of_the_folder_around_the_link(
     call, settings: dict[str, str], here: Path, tmp_path: Path, problems: list[Problem]
 ) -> None:
-    """As where checkpoints is a link to a larger disk, on which another folder of the data set's name lies."""
+    """As where checkpoints is a link to a larger disk with another folder of that name."""
     settings["output_dir"] = "runs"
     disk = tmp_path / "disk"
     (disk / "runs").mkdir(parents=True)
@@ -180,7 +185,7 @@ def test_a_run_behind_a_link_is_of_the_folder_around_the_link(
     # Found by the link's target alone, it is noticed that those are other rows.
     outcome = call(perplexity, "--ckpt", str(disk / "runs" / "test" / "best"))
     outcome.assert_user_error(
-        "the test rows of dataset", "are not those that this run knew", "--dataset"
+        "the test rows of dataset", "are not the ones that this run used", "--dataset"
     )
     for rows in ("demo/data", str(disk / "demo" / "data")):  # these, or those nevertheless
         assert (
@@ -196,10 +201,14 @@ def test_what_was_the_hubs_stays_the_hubs(
     problems: list[Problem],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Guards against a folder that has come to have the name of the hub id that a run was made from."""
-    rows = {split: dataset.load_problems("demo/data", split) for split in ("train", "test")}
-    monkeypatch.setattr(dataset, "_download", lambda dataset, split: rows[split])
-    monkeypatch.setattr(train, "fetch", lambda name: here / "base" / "llama")
+    """Guards against a folder that now has the name of the hub id that a run was made from."""
+    rows = {
+        split: [asdict(problem) for problem in dataset.load_problems("demo/data", split)]
+        for split in ("train", "test")
+    }
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: rows[split])
+    base = str(here / "base" / "llama")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: base)
     settings |= {
         "model": "owner/name",
         "dataset": "owner/rows",
@@ -219,7 +228,7 @@ def test_what_was_the_hubs_stays_the_hubs(
     call(train, *more).assert_user_error("model was 'owner/name' and is '")
     write_rows(here / "owner" / "rows" / "test.jsonl", problems[20:27])
     call(evaluate, "--ckpt", str(best)).assert_user_error(
-        "the test rows of dataset 'owner/rows' are not those"
+        "the test rows of dataset 'owner/rows' are not the ones"
     )
 
 

@@ -1,10 +1,11 @@
-"""What is no Llama with full weights is refused by its own cause and cure, and best/ opens in other programs."""
+"""Folders that are not a Llama with full weights are refused; best/ opens in other programs."""
 
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import flags
@@ -14,9 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import evaluate
 import perplexity
 import train
-from engine import hub
 from engine.hub import fetch
 from engine.loading import load_model, load_tokenizer
+from engine.packing import Example, collate
 
 
 def edit(file: Path, **changes: object) -> None:
@@ -42,7 +43,7 @@ def quantised(method: str) -> Callable[[Path], None]:
 
 
 def old_gptq(folder: Path) -> None:
-    """As saved before config.json said so."""
+    """As saved before config.json mentioned quantisation."""
 
     def pack(tensors: dict[str, torch.Tensor]) -> None:
         name = "model.layers.0.mlp.up_proj"
@@ -130,29 +131,30 @@ def two_vocabularies(folder: Path) -> None:
         ),
         (
             lambda f: rename_weights(f, "consolidated.safetensors"),
-            "has consolidated.safetensors, and neither a model.s",
+            "has consolidated.safetensors, but neither model.safetensors nor the model.s",
         ),
         (
             lambda f: rename_weights(f, "model-00001-of-00002.safetensors"),
             "copy the index too, or rename the file",
         ),
-        (lambda f: rename_weights(f, "adapter_model.safetensors"), "holds a PEFT adapter"),
+        (lambda f: rename_weights(f, "adapter_model.safetensors"), "contains a PEFT adapter"),
         (
             lora_inside,
-            "its files hold a PEFT adapter among the weights (model.layers.0.self_attn.q_proj.lora_A.weight)",
+            "its files contain a PEFT adapter among the weights "
+            "(model.layers.0.self_attn.q_proj.lora_A.weight)",
         ),
         (
             adapted_names,
-            "its files hold a PEFT adapter among the weights (base_model.model.lm_head.weight)",
+            "its files contain a PEFT adapter among the weights (base_model.model.lm_head.weight)",
         ),
-        (two_vocabularies, "rows: they do not belong together, copy its weights anew"),
+        (two_vocabularies, "rows: they do not belong together, copy its weights again"),
         (
             lambda f: edit(f / "config.json", vocab_size=None),
-            "no Llama can be made of its config.json (",
+            "its config.json does not describe a Llama (",
         ),
         (
             lambda f: edit(f / "config.json", rope_parameters={"rope_type": "banana"}),
-            "no Llama can be made of its conf",
+            "its config.json does not describe a Llama (",
         ),
         (lambda f: edit(f / "config.json", num_attention_heads=5), "correct that setting"),
         (lambda f: without_weights(f), "has no weights in safetensors: copy its *.safetensors too"),
@@ -181,29 +183,29 @@ def two_vocabularies(folder: Path) -> None:
         (quantised("fp8"), "its weights are quantised (its config.json says fp8)"),
         (
             quantised("compressed-tensors"),
-            "quantised (its config.json says compressed-tensors), and are no weights to",
+            "quantised (its config.json says compressed-tensors), so they can't be trained",
         ),
         (old_gptq, "its weights are quantised (they come with model.layers.0.mlp.up_proj.qweight)"),
         (
             float8,
             "its weights are quantised (model.layers.0.mlp.down_proj.weight is stored as F8_E4M3)",
         ),
-        (more_rows, "rows, and its config.json says vocab_size"),
+        (more_rows, "rows, but its config.json says vocab_size"),
         (
             lambda f: edit(f / "config.json", pad_token_id=99999),
             "pad_token_id 99999 with vocab_size",
         ),
         (
             lambda f: adapter(f, True, True),
-            "holds a PEFT adapter (adapter_config.json) beside its weights: merge",
+            "contains a PEFT adapter (adapter_config.json) alongside its weights: merge",
         ),
         (
             lambda f: adapter(f, False, True),
-            "holds a PEFT adapter (adapter_config.json) and not the weights themselves",
+            "contains a PEFT adapter (adapter_config.json) but not the weights themselves",
         ),
         (
             lambda f: adapter(f, False, False),
-            "holds a PEFT adapter (adapter_config.json) and not the weights themselves",
+            "contains a PEFT adapter (adapter_config.json) but not the weights themselves",
         ),
         (
             lambda f: edit(f / "tokenizer_config.json", bos_token="", eos_token="", unk_token=""),
@@ -215,7 +217,7 @@ def two_vocabularies(folder: Path) -> None:
         ),
         (
             lambda f: edit(f / "config.json", intermediate_size=64),
-            "mlp.down_proj.weight has the shape (32, 48), and its",
+            "mlp.down_proj.weight has the shape (32, 48), but its",
         ),
     ],
 )
@@ -228,7 +230,7 @@ def test_each_kind_of_folder_has_its_own_cause_and_cure(
     damage: Callable[[Path], None],
     words: str,
 ) -> None:
-    """Guards against "damaged or incomplete, copy it anew" for what is neither."""
+    """Guards against "damaged or incomplete, copy it again" for folders that are neither."""
     shutil.copytree(settings["model"], folder := tmp_path / "base")
     damage(folder)
     arguments = flags(settings | {"model": str(folder)})
@@ -247,13 +249,13 @@ def test_an_empty_quantization_is_none(settings: dict[str, str], tmp_path: Path)
 def test_a_head_of_its_own_is_not_tied_in_what_is_saved(
     call, settings: dict[str, str], tmp_path: Path
 ) -> None:
-    """Transformers 5 trains it as it is; 4 would go by the config, and use the embedding in its place."""
+    """Transformers 5 loads such a head; 4 would go by the config, and use the embedding."""
     shutil.copytree(settings["model"], folder := tmp_path / "base")
     edit(folder / "config.json", tie_word_embeddings=True)
     outcome = call(train, *flags(settings | {"model": str(folder), "epochs": "1"}))
     assert (
         outcome.code == 0
-        and "has a head of its own, though its config.json says tie_word_embeddings" in outcome.out
+        and "its head is not tied to its embedding, though its config.json sets" in outcome.out
     )
     best = Path(settings["output_dir"]) / "test" / "best"
     assert json.loads((best / "config.json").read_text())["tie_word_embeddings"] is False
@@ -263,7 +265,7 @@ def test_a_head_of_its_own_is_not_tied_in_what_is_saved(
 def test_a_pad_id_that_the_embedding_has_is_no_fault(
     settings: dict[str, str], tmp_path: Path
 ) -> None:
-    """-1 stood in the first Llamas, 0 stands in Llama-2's generation_config."""
+    """The first Llamas had -1, and Llama-2's generation_config has 0."""
     for pad in (-1, 0, 2, None):
         shutil.copytree(settings["model"], folder := tmp_path / str(pad))
         edit(folder / "config.json", pad_token_id=pad)
@@ -281,7 +283,7 @@ def test_offline_is_said_where_it_is_set(
 
     monkeypatch.setenv("HF_HUB_OFFLINE", value)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", constants._is_true(value))
-    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: 1 / 0)
     outcome = call(train, *flags(settings | {"model": "owner/name"}))
     outcome.assert_user_error("model 'owner/name' can't be loaded from the hub")
     assert ("(HF_HUB_OFFLINE is set)" in outcome.err) == said
@@ -321,7 +323,7 @@ def test_rope_is_written_as_both_generations_read_it(
     theta: float,
     scaling: object,
 ) -> None:
-    """Transformers 4 passes over rope_parameters without a word, and decodes with a theta of 10,000."""
+    """Transformers 4 ignores rope_parameters silently, and decodes with a theta of 10,000."""
     shutil.copytree(settings["model"], folder := tmp_path / "base")
     content = json.loads((folder / "config.json").read_text())
     del content["rope_parameters"]
@@ -347,8 +349,12 @@ def test_the_loss_is_the_same_in_transformers_own_model(call, settings: dict[str
     ids = torch.tensor([[1, *load_tokenizer(best).encode(["Question: How many?\nAnswer: 3"])[0]]])
     with torch.no_grad():
         theirs = LlamaForCausalLM.from_pretrained(best)(ids, labels=ids).loss
-        ours = load_model(best, torch.float32, torch.device("cpu"))(ids, labels=ids).loss
-    assert torch.equal(theirs, ours)
+        model = load_model(best, torch.float32, torch.device("cpu"))
+        loaded = model.pretrained(ids, labels=ids).loss
+        example = Example(ids[0].tolist(), ids[0].tolist())
+        ours = model(collate([example], model.kernels)) / (ids.shape[1] - 1)
+    assert torch.equal(theirs, loaded)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
 
 
 def test_a_folder_is_fetched_as_it_is(settings: dict[str, str]) -> None:

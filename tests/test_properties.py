@@ -14,7 +14,9 @@ from hypothesis import HealthCheck, example, given, settings
 
 import data
 from engine import packing
-from grading import arithmetic, dataset, mistakes, predictions, rules, score
+from engine.device import cpu_kernels
+from engine.faults import is_each_alone
+from grading import arithmetic, dataset, predictions, rules, score
 from grading.dataset import Problem
 from run import config, manifest, training_json
 from run.errors import UserError
@@ -190,10 +192,13 @@ def test_micro_batches_hold_every_sequence_once(lengths: list[int], budget: int)
         packing.Example([number] * length, [number] * length)
         for number, length in enumerate(lengths)
     ]
-    batches = packing.pack(examples, budget)
+    kernels = cpu_kernels(with_onednn=False)
+    batches = packing.pack(examples, budget, kernels)
     for batch in batches:
-        assert sum(batch.seqlens) == batch.num_tokens and batch.num_tokens % packing.ROWS == 0
+        assert sum(batch.seqlens) == batch.num_tokens
+        assert batch.num_tokens % kernels.row_multiple == 0
         assert batch.num_labels <= budget
+    assert is_each_alone(examples, budget) == (len(batches) == len(examples))
     labels = Counter(label for batch in batches for label in batch.labels.tolist())
     assert labels == {number: length - 1 for number, length in enumerate(lengths)}
 
@@ -206,9 +211,10 @@ def test_micro_batches_hold_every_sequence_once(lengths: list[int], budget: int)
 @example("#### -", "-1", "eos")
 def test_any_completion_gets_a_score_and_one_label(completion: str, gold: str, stop: str) -> None:
     verdicts = {name: rule(completion, gold) for name, rule in rules.RULES.items()}
-    label, equation = mistakes.mistake(completion, gold, stop)
-    assert (label is None) == verdicts["openai"]
-    assert (equation is not None) <= (label is not None)
+    verdict = rules.grade(completion, gold, stop)
+    assert verdict.by_rule == verdicts
+    assert (verdict.label is None) == verdict.correct == verdicts["openai"]
+    assert (verdict.false_equation is not None) <= (verdict.label is not None)
 
 
 @given(
@@ -242,7 +248,7 @@ def test_predictions_are_read_as_they_were_written(completions: list[str]) -> No
     problem = Problem("?", "1 + 1 = 2\n#### 2")
     with predictions.PredictionsFile(folder / "eval", {}, len(completions)) as file:
         for number, completion in enumerate(completions):
-            file.write((number, 0), problem, completion, "eos", 1)
+            file.write(predictions.graded_row(number, None, problem, completion, "eos", 1))
     rows = predictions.read_predictions(folder / "eval" / "predictions.jsonl")
     assert [row["completion"] for row in rows] == completions
 
@@ -291,7 +297,7 @@ def test_an_expression_is_worth_what_it_is(tree: Any) -> None:
         expected = value_of(tree)
     except ZeroDivisionError:
         expected = None
-    found = arithmetic.evaluate(text_of(tree))
+    found = arithmetic.value_of(text_of(tree))
     assert found == expected or (found is None and len(text_of(tree)) > arithmetic.LONGEST)
 
 
@@ -312,7 +318,7 @@ def test_products_come_before_sums_and_the_left_before_the_right(
         else:
             terms.append(value)
             signs.append(1 if operator == "+" else -1)
-    assert arithmetic.evaluate(" ".join(words)) == sum(
+    assert arithmetic.value_of(" ".join(words)) == sum(
         sign * term for sign, term in zip(signs, terms, strict=True)
     )
 
@@ -322,7 +328,7 @@ def test_products_come_before_sums_and_the_left_before_the_right(
 @example("(" * 150 + "1" + ")" * 150)
 @example("9**9")
 def test_any_text_has_a_bounded_value_or_none(text: str) -> None:
-    value = arithmetic.evaluate(text)
+    value = arithmetic.value_of(text)
     assert value is None or abs(value) <= arithmetic.LARGEST
 
 

@@ -1,4 +1,4 @@
-"""The published rules to the letter, and no score where the predictions are not whole."""
+"""The published rules to the letter, and no score of incomplete predictions."""
 
 import itertools
 import json
@@ -9,10 +9,10 @@ from conftest import real_folder
 
 import evaluate
 from grading import dataset, rules, score
-from grading.predictions import PredictionsFile
+from grading.predictions import PredictionsFile, graded_row
 from run.errors import UserError
 
-# Where the rules part; run on the code of grade-school-math and lm-evaluation-harness.
+# Where the rules disagree; verified with the code of grade-school-math and lm-evaluation-harness.
 TABLE = [
     ("#### 18.", "18", "nYY"),
     ("#### 18.0", "18", "nnn"),
@@ -28,7 +28,7 @@ TABLE = [
     ("So she makes $18 every day.", "18", "nnY"),
     ("The total is 18...", "18", "nnn"),
     ("#### 018", "18", "nnn"),
-    # Beyond the published table: what a completion may also hold.
+    # Beyond the published table: what else a completion may contain.
     ("", "18", "nnn"),
     ("#### ", "18", "nnn"),
     ("#### -10", "-10", "YYY"),
@@ -56,7 +56,7 @@ def test_every_rule_on_every_row(completion: str, gold: str, verdicts: str) -> N
 
 
 def test_every_real_gold_parses_and_scores_itself() -> None:
-    """Guards against a gold that no completion could ever match."""
+    """Guards against a gold answer that no completion could ever match."""
     folder = str(real_folder("GSM8K_DIR"))
     commas = 0
     for split in ("train", "test"):
@@ -91,7 +91,7 @@ def test_score_counts() -> None:
 
 
 def test_wilson_interval_against_published_values() -> None:
-    """Newcombe, Statistics in Medicine 17 (1998), table I, method 3: 81 of 263, 15 of 148, 0 of 20, 1 of 29."""
+    """Newcombe, Statistics in Medicine 17 (1998), table I, method 3."""
     for correct, total, low, high in (
         (81, 263, 0.2553, 0.3662),
         (15, 148, 0.0624, 0.1605),
@@ -105,17 +105,17 @@ def test_wilson_interval_against_published_values() -> None:
     ("rows", "count", "fragment"),
     [
         ([prediction(0), prediction(1)], 3, "missing ids 2"),
-        ([prediction(0), prediction(0), prediction(1)], 2, "double ids 0"),
+        ([prediction(0), prediction(0), prediction(1)], 2, "duplicate ids 0"),
         ([prediction(0), prediction(2)], 2, "missing ids 1, unknown ids 2"),
         ([prediction(0), prediction(5)], 1, "unknown ids 5"),
         ([], 0, "no problems"),
-        ([prediction(0), prediction(1, "", "")], 2, "problem 1: the gold ''"),
-        ([prediction(0, "#### x", "x")], 1, "the gold 'x'"),
-        ([prediction(0, "", "[invalid]")], 1, "the gold '[invalid]'"),
+        ([prediction(0), prediction(1, "", "")], 2, "problem 1: the gold answer ''"),
+        ([prediction(0, "#### x", "x")], 1, "the gold answer 'x'"),
+        ([prediction(0, "", "[invalid]")], 1, "the gold answer '[invalid]'"),
     ],
 )
 def test_incomplete_predictions_give_no_score(rows: list[dict], count: int, fragment: str) -> None:
-    """Guards against a percentage of the wrong number of problems, and 'no answer' equal to 'no gold'."""
+    """Guards against a wrong denominator, and against 'no answer' that equals 'no gold'."""
     with pytest.raises(UserError) as error:
         score.score(rows, count, "rows")
     assert fragment in str(error.value)
@@ -150,12 +150,12 @@ def test_rescore_does_not_trust_the_verdicts_in_the_file(call, tmp_path: Path) -
 
 
 def bare(identity: int, completion: str = "#### 1", **more: object) -> dict[str, object]:
-    """A row as another program may write it."""
+    """A row as another program might write it."""
     return {"id": identity, "gold": "1", "completion": completion} | more
 
 
 def test_rescore_of_rows_without_verdict_and_stop(call, tmp_path: Path) -> None:
-    """Guards against a KeyError, and against a 0 where nothing is known of how completions ended."""
+    """Guards against a KeyError, and against a 0 where the count is unknown."""
     write(tmp_path / "p.jsonl", [bare(0), bare(1, "#### 2"), bare(2, "It is 1", steps=-1), bare(3)])
     outcome = call(evaluate, "--rescore", str(tmp_path / "p.jsonl"))
     assert outcome.code == 0, outcome.err
@@ -166,7 +166,7 @@ def test_rescore_of_rows_without_verdict_and_stop(call, tmp_path: Path) -> None:
         4,
     )
     assert scores["errors"] == {"arithmetic": 0, "reasoning": 1, "format": 1, "cut": None}
-    assert "max_new_tokens   not known" in outcome.out and "cut not known" in outcome.out
+    assert "max_new_tokens   unknown" in outcome.out and "cut unknown" in outcome.out
     assert "contradicts" not in outcome.out
     assert call(evaluate, "--compare", *[str(tmp_path / "p.jsonl")] * 2).code == 0
 
@@ -183,7 +183,7 @@ def test_how_completions_ended_is_counted_where_it_is_known(call, tmp_path: Path
         1,
         1,
     )
-    assert "       2   and not known of 1\n" in outcome.out
+    assert "       2   and unknown for 1\n" in outcome.out
     write(tmp_path / "p.jsonl", [prediction(0)])
     (tmp_path / "scores.json").unlink()
     outcome = call(evaluate, "--rescore", str(tmp_path / "p.jsonl"))
@@ -194,11 +194,12 @@ def test_how_completions_ended_is_counted_where_it_is_known(call, tmp_path: Path
 
 
 def test_a_verdict_that_the_rule_contradicts_is_said(call, tmp_path: Path) -> None:
-    """Guards against a file from another grader, whose numbers nobody would miss."""
+    """Guards against another grader's file, whose different numbers nobody would notice."""
     rows = [bare(0, correct=False), bare(1, "#### 2", correct=True), bare(2, correct=True), bare(3)]
     write(tmp_path / "p.jsonl", rows)
     write(tmp_path / "agreed.jsonl", rows[2:])
-    said = "p.jsonl: 2 rows have a 'correct' that the headline rule contradicts (ids 0, 1): the rule counts"
+    said = "p.jsonl: 2 rows have a 'correct' that the headline rule contradicts (ids 0, 1): "
+    said += "the rule counts"
     for arguments in (["--rescore", "p.jsonl"], ["--compare", "agreed.jsonl", "p.jsonl"]):
         outcome = call(evaluate, arguments[0], *(str(tmp_path / name) for name in arguments[1:]))
         assert (
@@ -229,16 +230,16 @@ def test_what_is_there_must_be_of_its_type(
     for arguments in (["--rescore"], ["--compare", str(tmp_path / "p.jsonl")]):
         outcome = call(evaluate, *arguments, str(tmp_path / "p.jsonl"))
         outcome.assert_user_error(
-            "line 2: is no prediction", fragment, "an object with id, gold, completion"
+            "line 2: is not a valid prediction", fragment, "an object with id, gold, completion"
         )
 
 
 def test_an_evaluation_goes_on_from_rows_without_verdict(tmp_path: Path) -> None:
-    """Guards against a running score that counts what the file says of itself."""
+    """Guards against a running score that trusts the verdicts in the file."""
     problem = dataset.Problem("1 - 0?", "1\n#### 1")
     with PredictionsFile(tmp_path, {}, 4) as file:
         for index, completion in enumerate(("#### 1", "#### 1", "#### 3")):
-            file.write((index, 0), problem, completion, "eos", 1)
+            file.write(graded_row(index, None, problem, completion, "eos", 1))
     rows = [json.loads(line) for line in file.file.read_text().splitlines()]
     del rows[0]["correct"], rows[0]["stop"]
     rows[1]["correct"], rows[2]["correct"] = False, True
@@ -246,13 +247,13 @@ def test_an_evaluation_goes_on_from_rows_without_verdict(tmp_path: Path) -> None
     again = PredictionsFile(tmp_path, {}, 4)
     assert (again.num_correct, again.missing()) == (2, [(3, 0)])
     with again:
-        again.write((3, 0), problem, "#### 1", "eos", 1)
+        again.write(graded_row(3, None, problem, "#### 1", "eos", 1))
     assert again.num_correct == 3
 
 
 @pytest.mark.parametrize("beside", ["evaluation.json", "scores.json"])
 def test_rescore_knows_how_many_problems_were_asked(call, tmp_path: Path, beside: str) -> None:
-    """Guards against a file whose end was lost: the ids alone would not tell."""
+    """Guards against a file whose end was lost, which the ids alone would not reveal."""
     write(tmp_path / "predictions.jsonl", [prediction(0), prediction(1)])
     (tmp_path / beside).write_text('{"num_problems": 3, "exact_match": 1.0}')
     call(evaluate, "--rescore", str(tmp_path / "predictions.jsonl")).assert_user_error(
@@ -306,7 +307,7 @@ def evaluation(tmp_path: Path) -> Path:
     "name", ["fixed.jsonl", "fixed", "predictions.jsonl.old", "predictions.json"]
 )
 def test_a_file_beside_an_evaluation_is_another_one(call, evaluation: Path, name: str) -> None:
-    """Guards against rows that were never verified with the weights, the seconds and the place of those that were."""
+    """Guards against scores that claim another file's weights, seconds and verification."""
     write(evaluation / name, [bare(0), bare(1, "#### 2"), bare(2)])
     before = content(evaluation)
     assert call(evaluate, "--rescore", str(evaluation / name)).code == 0
@@ -316,7 +317,7 @@ def test_a_file_beside_an_evaluation_is_another_one(call, evaluation: Path, name
     scores = json.loads(after[new])
     assert (scores["num_problems"], scores["num_correct"], scores["predictions"]) == (3, 2, name)
     assert not {"weights", "seconds", "verified_batching", "data_sha256"} & scores.keys()
-    write(evaluation / name, [bare(0), bare(1)])  # its own are replaced
+    write(evaluation / name, [bare(0), bare(1)])  # replaces its own scores
     assert call(evaluate, "--rescore", str(evaluation / name)).code == 0
     assert json.loads((evaluation / new).read_text())["num_problems"] == 2
     assert call(evaluate, "--rescore", str(evaluation / "predictions.jsonl")).code == 0
@@ -337,13 +338,13 @@ def test_the_scores_of_an_evaluation_that_has_begun_have_their_place(
     outcome = call(evaluate, "--rescore", str(evaluation / "a.jsonl"))
     assert (
         outcome.code == 0
-        and f"scores: {evaluation / 'a.scores.json'}, since scores.json is that of" in outcome.out
+        and f"scores: {evaluation / 'a.scores.json'}, since scores.json belongs to" in outcome.out
     )
     assert {path.name for path in evaluation.iterdir()} == {held, "a.jsonl", "a.scores.json"}
 
 
 def test_several_files_share_a_folder(call, tmp_path: Path) -> None:
-    """Of as many rows, and of other many."""
+    """With the same number of rows, and with different numbers."""
     for name, rows in (("a", 6), ("b", 4), ("c", 6)):
         write(
             tmp_path / f"{name}.jsonl",
@@ -351,7 +352,7 @@ def test_several_files_share_a_folder(call, tmp_path: Path) -> None:
         )
     for name in "abc":
         assert call(evaluate, "--rescore", str(tmp_path / f"{name}.jsonl")).code == 0
-    for name in "ac":  # each into its own again
+    for name in "ac":  # each again into its own scores
         assert call(evaluate, "--rescore", str(tmp_path / f"{name}.jsonl")).code == 0
     files = ("scores.json", "b.scores.json", "c.scores.json")
     assert {path.name for path in tmp_path.glob("*.json")} == set(files)
@@ -368,7 +369,7 @@ def test_several_files_share_a_folder(call, tmp_path: Path) -> None:
 def test_scores_of_other_predictions_are_not_replaced(
     call, evaluation: Path, held: str, name: str
 ) -> None:
-    """Of an evaluation, a whole or a begun one, under --output."""
+    """Those of a complete or unfinished evaluation in --output."""
     for file in list(evaluation.iterdir()):
         if held not in ("all", file.name):
             file.unlink()
@@ -391,7 +392,7 @@ def test_scores_elsewhere_are_replaced_by_those_of_the_same(call, evaluation: Pa
         )
         (evaluation / "evaluation.json").write_text(
             json.dumps(OWN | {"num_problems": 3})
-        )  # it went on
+        )  # it was resumed
         write(evaluation / "predictions.jsonl", [prediction(0), prediction(1), prediction(2)])
     assert json.loads((new / "scores.json").read_text())["num_problems"] == 3
     write(foreign, [bare(0)])
@@ -404,7 +405,7 @@ def test_scores_elsewhere_are_replaced_by_those_of_the_same(call, evaluation: Pa
     (foreign.parent / "scores.json").write_text('{"predictions": "b.jsonl"}')
     (foreign.parent / "a.scores.json").write_text("precious")
     call(evaluate, "--rescore", str(foreign)).assert_user_error(
-        "holds a.scores.json of other predictions"
+        "contains a.scores.json of other predictions"
     )
     assert content(new) == before and (foreign.parent / "a.scores.json").read_text() == "precious"
 
@@ -412,10 +413,10 @@ def test_scores_elsewhere_are_replaced_by_those_of_the_same(call, evaluation: Pa
 @pytest.mark.parametrize(
     ("ids", "fragment"),
     [
-        ([1, 2, 3], "with ids from 0: they are 1 to 3: take 1 from each"),
+        ([1, 2, 3], "of each id from 0: they are 1 to 3: subtract 1 from each"),
         ([3, 1, 2], "they are 1 to 3"),
-        ([7, 8], "number them from 0 on"),
-        ([0, 0, 1], "double ids 0"),
+        ([7, 8], "numbered from 0"),
+        ([0, 0, 1], "duplicate ids 0"),
         ([1], "they are 1 to 1"),
     ],
 )
@@ -438,7 +439,7 @@ def test_going_on_is_the_cure_only_where_it_is_one(call, evaluation: Path) -> No
 
 
 def test_rows_as_other_programs_write_them(call, tmp_path: Path) -> None:
-    """A byte order mark, and null for a stop that is not known."""
+    """A byte order mark, and null for an unknown stop."""
     write(tmp_path / "p.jsonl", [bare(0, stop=None), bare(1, stop="length")])
     (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "p.jsonl").read_bytes())
     outcome = call(evaluate, "--rescore", str(tmp_path / "p.jsonl"))
@@ -457,14 +458,19 @@ def test_odd_golds_are_said_when_a_file_is_scored_again(call, tmp_path: Path) ->
     ]
     write(tmp_path / "p.jsonl", rows)
     outcome = call(evaluate, "--rescore", str(tmp_path / "p.jsonl"))
-    assert "p.jsonl: 2 of 4 golds are not spelt plainly, the first in id 1: 3.0, and" in outcome.out
+    assert (
+        "p.jsonl: 2 of 4 gold answers are not spelt plainly, the first in id 1: 3.0, and"
+        in outcome.out
+    )
     write(tmp_path / "q.jsonl", [rows[0], rows[3]])
     assert "spelt" not in call(evaluate, "--rescore", str(tmp_path / "q.jsonl")).out
 
 
 def test_rescore_goes_with_no_model_flags(call, tmp_path: Path) -> None:
     outcome = call(evaluate, "--rescore", "x", "--ckpt", "y", "--dtype", "float32")
-    outcome.assert_user_error("--ckpt, --dtype can't go with --rescore")
+    outcome.assert_user_error("--ckpt, --dtype can't be used with --rescore")
+    outcome = call(evaluate, "--rescore", "x", "--verify-batching", "0")
+    outcome.assert_user_error("--verify-batching can't be used with --rescore")
     call(evaluate, "--rescore", str(tmp_path / "none")).assert_user_error("none: can't be read")
     call(evaluate, "--rescore", str(tmp_path)).assert_user_error("can't be read")
 
@@ -489,9 +495,9 @@ def drawn(problem: int, answers: list[str | None], gold: str = "7") -> list[dict
     ("answers", "voted"),
     [
         (["7", "8", "7"], "7"),
-        (["8", "7", "7", "8"], "8"),  # a tie: the first
+        (["8", "7", "7", "8"], "8"),  # a tie goes to the first
         (["9", "8", "7", "8", "7"], "8"),
-        ([None, None, "7"], "7"),  # no answer is no vote
+        ([None, None, "7"], "7"),  # no answer is not a vote
         ([None], None),
         ([], None),
     ],
@@ -502,7 +508,7 @@ def test_majority_vote(answers: list[str | None], voted: str | None) -> None:
 
 @pytest.mark.parametrize("num_samples", [1, 3, 6])
 def test_pass_at_is_the_share_of_all_subsets(num_samples: int) -> None:
-    """Guards against the biased 1 - (1 - c / n) ** k: by counting every subset."""
+    """Guards against the biased 1 - (1 - c / n) ** k, by counting every subset."""
     for num_correct in range(num_samples + 1):
         for k in range(1, num_samples + 1):
             subsets = list(itertools.combinations(range(num_samples), k))
@@ -528,11 +534,11 @@ def test_scores_of_samples_by_hand() -> None:
 @pytest.mark.parametrize(
     ("rows", "fragment"),
     [
-        (drawn(0, ["1", "2"]), "each sample 0 to 2 a problem (not so in 0)"),
+        (drawn(0, ["1", "2"]), "each sample 0 to 2 (violated by 0)"),
         ([*drawn(0, ["1", "2", "3"]), *drawn(0, ["1", "2", "3"])], "exactly one"),
-        ([*drawn(0, ["1", "2"]), *drawn(1, ["1", "2", "3", "4"])], "(not so in 0, 1)"),
+        ([*drawn(0, ["1", "2"]), *drawn(1, ["1", "2", "3", "4"])], "(violated by 0, 1)"),
         (drawn(1, ["1", "2", "3"]), "missing ids 0"),
-        (drawn(0, ["1", "2", "3"], gold="x"), "the gold 'x' is no number"),
+        (drawn(0, ["1", "2", "3"], gold="x"), "the gold answer 'x' is not a number"),
         ([], "0 predictions"),
     ],
 )

@@ -57,12 +57,11 @@ def test_demo_replaces_its_own_folder_only(tmp_path: Path) -> None:
 
 
 def test_demo_prints_the_score_and_where_everything_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "ROOT", tmp_path)
     folder = tmp_path / "demo" / "run" / "eval" / "test"
     folder.mkdir(parents=True)
     (folder / "scores.json").write_text(json.dumps({"exact_match": 0.945, "num_problems": 200}))
-    demo.report(tmp_path / "demo" / "run")
+    demo.report(tmp_path / "demo" / "run", root=tmp_path)
     out = capsys.readouterr().out
     assert "exact match 94.5% on 200 problems" in out and "demo/run/best" in out

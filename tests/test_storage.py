@@ -10,19 +10,21 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import flags, flip_a_byte, run_folder, tree
+from conftest import Killed, flags, flip_a_byte, kill, run_folder, step_that, tree
 
 import evaluate
 import perplexity
 import train
 from engine.decoding import Completion
 from grading.dataset import Problem
-from grading.predictions import PredictionsFile
+from grading.predictions import PredictionsFile, graded_row
 from run import checkpoint, errors, files, locks, manifest, model_source, training_json
-from run.config import CONFIG_FILE
+from run.config import CONFIG_FILE, read_files
+from run.evaluation import newest_description
 from run.manifest import BEST, FINISHED_FILE, LAST, PREVIOUS
 
 ROOT = Path(train.__file__).parent
@@ -31,8 +33,8 @@ NO_RENAME = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EP
 
 
 @pytest.fixture(autouse=True)
-def nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_said", {})
+def _nothing_said_yet() -> None:
+    files.forget_what_was_said()
 
 
 @contextmanager
@@ -67,6 +69,10 @@ def fail(
     return call
 
 
+def path_of(descriptor: int) -> Path:
+    return Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+
 def of_folder(descriptor: int, *_: Any) -> bool:
     return os.path.isdir(f"/proc/self/fd/{descriptor}")
 
@@ -75,7 +81,7 @@ def of_folder(descriptor: int, *_: Any) -> bool:
 
 
 def test_an_evaluation_into_a_folder_of_another_process_is_refused(
-    call, settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call, settings: dict[str, str], tmp_path: Path
 ) -> None:
     """Guards against 251 rows for 150 problems; and it is said before the model is loaded."""
     out = tmp_path / "out"
@@ -83,9 +89,9 @@ def test_an_evaluation_into_a_folder_of_another_process_is_refused(
     assert call(evaluate, *arguments, "--calculator", "true", "--samples", "2").code == 0
     before = tree(out)
     refusal = "another process is evaluating into it", "wait for it", "--output"
-    with monkeypatch.context() as patch, held_by_another_process(out):
-        patch.setattr(evaluate, "load_model", lambda *_: 1 / 0)
-        call(evaluate, *arguments).assert_user_error(str(out), *refusal)
+    parts = evaluate.Parts(load_model=lambda *_: 1 / 0)
+    with held_by_another_process(out):
+        call(evaluate, *arguments, parts=parts).assert_user_error(str(out), *refusal)
         call(evaluate, "--rescore", str(out / "predictions.jsonl")).assert_user_error(
             str(out), *refusal
         )
@@ -100,9 +106,9 @@ def test_an_evaluation_into_a_folder_of_another_process_is_refused(
             == 0
         )
     for name, flag in (("calculator", ("--calculator", "true")), ("samples", ("--samples", "2"))):
-        with monkeypatch.context() as patch, held_by_another_process(out / name):
-            patch.setattr(evaluate, "load_model", lambda *_: 1 / 0)
-            call(evaluate, *arguments, *flag).assert_user_error(str(out / name), *refusal)
+        with held_by_another_process(out / name):
+            outcome = call(evaluate, *arguments, *flag, parts=parts)
+            outcome.assert_user_error(str(out / name), *refusal)
             file = out / name / "predictions.jsonl"
             call(evaluate, "--rescore", str(file)).assert_user_error(str(out / name), *refusal)
     assert tree(out) == before
@@ -155,7 +161,7 @@ def test_where_nothing_can_be_locked_work_goes_on_and_it_is_said_once(
     monkeypatch.setattr(fcntl, "flock", fail(fcntl.flock, number, lambda *_: True))
     outcome = call(train, *flags(settings | {"epochs": "1"}))
     assert outcome.code == 0 and outcome.out.count("this file system has no locks") == 1
-    files._said.clear()
+    files.forget_what_was_said()
     outcome = call(
         evaluate, "--ckpt", str(run_folder(settings) / BEST), "--samples", "2", "--limit", "3"
     )
@@ -185,7 +191,10 @@ def test_a_lock_is_of_the_folder_that_is_there(
 def test_two_writers_of_one_small_file_do_not_collide(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards against a traceback of the one whose staged file the other has renamed; and a kill leaves nothing."""
+    """Guards against a traceback where the other has renamed the staged file.
+
+    And what a kill leaves is removed.
+    """
     file, original = tmp_path / "scores.json", Path.replace
 
     def replace(self: Path, target: Path) -> Path:
@@ -231,24 +240,24 @@ def all_cut(lines: list[bytes]) -> bytes:
 @pytest.mark.parametrize(
     ("damage", "said", "kept"),
     [
-        (doubled, "dropped 3 lines that stood there before,", 12),
-        (interleaved, "dropped 4 lines that can't be read,", 11),
+        (doubled, "dropped 3 duplicate lines,", 12),
+        (interleaved, "dropped 4 invalid lines,", 11),
         (
             lambda lines: doubled(lines[:-1]) + lines[4][:9],
-            "dropped 3 lines that stood there before,",
+            "dropped 3 duplicate lines,",
             11,
         ),
         (
             lambda lines: interleaved(lines) + lines[5],
-            "1 line that stood there before and 4 lines that can't be",
+            "1 duplicate line and 4 invalid lines",
             11,
         ),
         (
             lambda lines: b"".join(lines) + lines[3].replace(b'"id": ', b'"id": -', 1),
-            "1 line that can't be read",
+            "1 invalid line",
             12,
         ),
-        (all_cut, "dropped 1 line that can't be read,", 0),
+        (all_cut, "dropped 1 invalid line,", 0),
     ],
 )
 def test_evaluating_again_mends_what_two_writers_left(
@@ -272,7 +281,7 @@ def test_evaluating_again_mends_what_two_writers_left(
     assert call(evaluate, "--rescore", str(file)).code == 2
     outcome = call(evaluate, *arguments)
     assert outcome.code == 0, outcome.err
-    assert said in outcome.out and (f"going on: {kept} of 12" in outcome.out) == (kept > 0)
+    assert said in outcome.out and (f"resuming: {kept} of 12" in outcome.out) == (kept > 0)
     assert sorted(file.read_bytes().splitlines()) == sorted(whole.splitlines())
     assert call(evaluate, "--rescore", str(file)).code == 0
     again = json.loads((tmp_path / "scores.json").read_bytes())
@@ -294,7 +303,7 @@ def test_doubled_samples_are_mended(call, settings: dict[str, str], tmp_path: Pa
     file = tmp_path / "samples" / "predictions.jsonl"
     whole = file.read_bytes()
     file.write_bytes(whole + whole[: whole.index(b"\n") + 1])
-    assert "dropped 1 line that stood there before" in call(evaluate, *arguments).out
+    assert "dropped 1 duplicate line" in call(evaluate, *arguments).out
     assert file.read_bytes() == whole
 
 
@@ -308,7 +317,7 @@ def test_what_is_not_of_this_evaluation_is_not_mended(
     whole = file.read_bytes()
     file.write_bytes(content)
     call(evaluate, *arguments).assert_user_error(
-        "is no predictions.jsonl of this program", "--output"
+        "is not a predictions.jsonl of this program", "--output"
     )
     assert file.read_bytes() == content
     file.write_bytes(doubled(whole.splitlines(keepends=True)))
@@ -316,7 +325,7 @@ def test_what_is_not_of_this_evaluation_is_not_mended(
     other = [*arguments, "--prompt", "{question}"]
     call(evaluate, *other).assert_user_error("belongs to another evaluation", "prompt was")
     call(evaluate, *arguments, "--limit", "5").assert_user_error(
-        "holds 12 problems, with 5 asked for now"
+        "contains 12 problems, but 5 are asked for now"
     )
     assert tree(tmp_path) == before
     (tmp_path / "evaluation.json").write_bytes(b"{")
@@ -325,7 +334,7 @@ def test_what_is_not_of_this_evaluation_is_not_mended(
     )
 
 
-# ---------------------------------------------------------------- metrics.jsonl beside a run that trains
+# ---------------------------------------------------------------- metrics.jsonl during training
 
 
 def test_an_evaluation_only_appends_to_the_metrics_of_a_run_that_trains(
@@ -333,7 +342,10 @@ def test_an_evaluation_only_appends_to_the_metrics_of_a_run_that_trains(
     settings: dict[str, str],
     stopped: Path,
 ) -> None:
-    """Guards against a line that is just being written, taken for a cut one: in a new file training's next are lost."""
+    """Guards against taking a line that training is just writing for a cut one.
+
+    Training's next lines would be lost with the old file.
+    """
     file, best = stopped / "metrics.jsonl", str(stopped / BEST)
     before = file.read_bytes() + b'{"step": 9, "train/lo'
     file.write_bytes(before)
@@ -349,7 +361,7 @@ def test_an_evaluation_only_appends_to_the_metrics_of_a_run_that_trains(
     assert call(train, *flags(settings)).code == 0
 
 
-# ---------------------------------------------------------------- file systems without syncs or renames
+# ---------------------------------------------------------------- no syncs or no renames
 
 
 @pytest.mark.parametrize("number", NO_SYNC)
@@ -416,20 +428,22 @@ NETWORK = ["ESTALE", "ENOTCONN", "ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "ECON
 FULL = ["EDQUOT", "ENOSPC", "EFBIG"]
 
 
+def script_that_raises(error: Exception) -> SimpleNamespace:
+    def main() -> None:
+        raise error
+
+    return SimpleNamespace(read_arguments=lambda argv: (), main=main)
+
+
 def said_of(outcome, name: str) -> None:
     outcome.assert_user_error(os.strerror(getattr(errno, name)))
     assert ("make room" in outcome.err) == (name in FULL), outcome.err
 
 
 @pytest.mark.parametrize("name", [*MOUNT, *NETWORK, *FULL])
-def test_a_fault_of_disk_or_mount_is_one_line(
-    call, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    def main(*_: Any) -> None:
-        raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)), "some/file")
-
-    monkeypatch.setattr(train, "main", main)
-    outcome = call(train)
+def test_a_fault_of_disk_or_mount_is_one_line(call, name: str) -> None:
+    number = getattr(errno, name)
+    outcome = call(script_that_raises(OSError(number, os.strerror(number), "some/file")))
     said_of(outcome, name)
     assert outcome.err.startswith("error: some/file: ")
 
@@ -437,15 +451,9 @@ def test_a_fault_of_disk_or_mount_is_one_line(
 @pytest.mark.parametrize(
     "fault", [OSError(number, "x") for number in (errno.EBADF, errno.EINVAL)] + [KeyError("x")]
 )
-def test_a_fault_of_the_program_is_a_traceback(
-    call, monkeypatch: pytest.MonkeyPatch, fault: Exception
-) -> None:
-    def main(*_: Any) -> None:
-        raise fault
-
-    monkeypatch.setattr(train, "main", main)
+def test_a_fault_of_the_program_is_a_traceback(call, fault: Exception) -> None:
     with pytest.raises(type(fault)):
-        call(train)
+        call(script_that_raises(fault))
 
 
 @pytest.mark.parametrize("name", ["EIO", "ESTALE", "ENOSPC"])
@@ -458,18 +466,17 @@ def test_a_fault_while_evaluating_names_the_file(
     file: str,
     name: str,
 ) -> None:
-    """What fsync says has a number alone."""
+    """An error of fsync has a number and no name."""
     out = tmp_path / "out"
 
     def is_meant(descriptor: int) -> bool:
         return os.readlink(f"/proc/self/fd/{descriptor}").startswith(str(out / file))
 
-    monkeypatch.setattr(
-        evaluate, "greedy_decode", lambda model, prompts, **_: [Completion(0, 1, [5], "eos")]
-    )
+    parts = evaluate.Parts(decode=lambda *_, **__: [Completion(0, 1, [5], "eos")])
     monkeypatch.setattr(os, "fsync", fail(os.fsync, getattr(errno, name), is_meant))
     arguments = ["--limit", "1", "--verify-batching", "0", "--output", str(out)]
-    outcome = call(evaluate, "--ckpt", settings["model"], *flags(settings), *arguments)
+    arguments += ["--ckpt", settings["model"], *flags(settings)]
+    outcome = call(evaluate, *arguments, parts=parts)
     if "evaluation" in file:  # found out before anything is decoded
         outcome.assert_user_error(f"{out}: can't be written ({os.strerror(getattr(errno, name))}")
         return
@@ -480,12 +487,17 @@ def test_a_fault_while_evaluating_names_the_file(
 def test_a_full_disk_under_a_prediction_names_the_file(
     tmp_path: Path, call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(OSError, match="No space") as error:
-        file = PredictionsFile(tmp_path, {}, 1)
-        with file:
-            file._stream.close()
-            file._stream = open("/dev/full", "a")  # noqa: SIM115
-            file.write((0, 0), Problem("1?", "#### 1"), "1", "eos", 1)
+    original = Path.open
+
+    def full(path: Path, mode: str = "r", **settings: Any) -> Any:
+        return original(Path("/dev/full") if mode == "a" else path, mode, **settings)
+
+    monkeypatch.setattr(Path, "open", full)
+    with (
+        pytest.raises(OSError, match="No space") as error,
+        PredictionsFile(tmp_path, {}, 1) as file,
+    ):
+        file.write(graded_row(0, None, Problem("1?", "#### 1"), "1", "eos", 1))
     assert error.value.filename == str(tmp_path / "predictions.jsonl")
 
 
@@ -496,7 +508,9 @@ def test_a_save_that_fails_says_what_helps(
     """And does not call earlier checkpoints intact where there are none."""
     number = getattr(errno, name)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_put_in_place", fail(lambda *_: None, number, lambda *_: True))
+        of_staged = fail(Path.rename, number, lambda path, _: path.suffix == ".staged")
+        patch.setattr(Path, "rename", of_staged)
+        patch.setattr(shutil, "copyfile", fail(shutil.copyfile, number, lambda *_: True))
         outcome = call(train, *flags(settings))
     said_of(outcome, name)
     assert "intact" not in outcome.err
@@ -564,20 +578,21 @@ def test_a_folder_that_can_not_be_renamed_is_copied_as_it_is(
 def test_what_says_that_a_folder_is_whole_is_copied_last_and_removed_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards against a complete-looking copy of empty files after a loss of power; no kill would show it."""
+    """Guards against a complete-looking copy of empty files after a power cut.
+
+    No kill would show it.
+    """
     source, target, synced = tmp_path / "source", tmp_path / "target", []
     (source / "sub").mkdir(parents=True)
     for name in ("a", "manifest.json", "sub/b", "z"):
         (source / name).touch()
-    sync, rmtree = files.sync_open, shutil.rmtree
+    fsync, rmtree = os.fsync, shutil.rmtree
 
     def remove(folder: Path) -> None:
         assert folder == source and {path.name for path in folder.iterdir()} == {"a", "sub", "z"}
         rmtree(folder)
 
-    monkeypatch.setattr(
-        files, "sync_open", lambda number, path: (synced.append(path), sync(number, path))
-    )
+    monkeypatch.setattr(os, "fsync", lambda number: (synced.append(path_of(number)), fsync(number)))
     monkeypatch.setattr(shutil, "rmtree", remove)
     monkeypatch.setattr(Path, "rename", fail(Path.rename, errno.EXDEV, lambda *_: True))
     files.move(source, target, "manifest.json")
@@ -634,7 +649,7 @@ def test_a_disk_that_fills_up_under_a_copy_leaves_what_was_whole(
     number: int,
 ) -> None:
     before = tree(stopped / LAST)
-    shutil.copytree(stopped / LAST, staged := checkpoint._hidden(stopped / LAST, "staged"))
+    shutil.copytree(stopped / LAST, staged := checkpoint.staged_beside(stopped / LAST))
     monkeypatch.setattr(Path, "rename", fail(Path.rename, errno.EXDEV, lambda *_: True))
     monkeypatch.setattr(
         shutil,
@@ -642,14 +657,14 @@ def test_a_disk_that_fills_up_under_a_copy_leaves_what_was_whole(
         fail(shutil.copyfile, number, lambda file, _: "state" in Path(file).name),
     )
     with pytest.raises(OSError, match=os.strerror(number)):
-        checkpoint._put_in_place(staged, stopped / LAST)
+        checkpoint.put_in_place(staged, stopped / LAST)
     assert tree(stopped / LAST) == before and not (stopped / PREVIOUS).exists()
 
 
 KILLS = """
 import errno, json, os, pathlib, shutil, sys
 
-from run import checkpoint, files, locks, retention
+from run import checkpoint, locks, manifest, retention
 from run.manifest import BEST, FINISHED_FILE, LAST, MANIFEST_FILE, PREVIOUS, fault_of
 
 WATCHED = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.copyfile"}
@@ -659,20 +674,19 @@ if not can_rename:
     def rename(self, target):
         raise OSError(errno.EXDEV, "Invalid cross-device link")
     pathlib.Path.rename = rename
-checkpoint._remover.submit = lambda call, *arguments: call(*arguments)  # no thread: processes are forked from here
-checkpoint._removals = type("Nothing", (list,), {"append": lambda *_: None})()
 
 def make(folder, step):
     (folder / "sub").mkdir(parents=True)
     for name in ("model.safetensors", "state-00001.safetensors", "sub/file"):
         (folder / name).write_text(f"{name} of step {step}")
     (folder / "training.json").write_text(json.dumps({"step": step}))
-    with checkpoint._Seal(folder) as seal:
-        seal.written()
+    with manifest.Seal(folder) as seal:
+        seal.add_new_files()
 
 def act(run):
     if what == "save":
-        checkpoint._put_in_place(checkpoint._hidden(run / LAST, "staged"), run / LAST)
+        checkpoint.put_in_place(checkpoint.staged_beside(run / LAST), run / LAST)
+        checkpoint.remove_remains(run / LAST)
     else:
         retention.remove_state(run, {"step": 3})
 
@@ -689,7 +703,8 @@ def check(run, number):
         assert (step_of(run / LAST), step_of(run / PREVIOUS)) == (3, 2), number
     else:
         assert fault_of(run / BEST) is None
-        assert LAST in whole or (run / FINISHED_FILE).is_file(), f"neither finished nor to be resumed at {number}"
+        resumable = LAST in whole or (run / FINISHED_FILE).is_file()
+        assert resumable, f"neither finished nor to be resumed at {number}"
         if (start := checkpoint.newest_intact(run)):
             assert start == run / LAST and fault_of(start) is None, number
             retention.remove_state(run, {"step": 3})
@@ -699,7 +714,9 @@ def check(run, number):
 number, killed = 0, True
 while killed:
     run = place / str(number)
-    names = {PREVIOUS: 1, LAST: 2, ".last.staged": 3, BEST: 2} if what == "save" else {PREVIOUS: 2, LAST: 3, BEST: 2}
+    names = {PREVIOUS: 2, LAST: 3, BEST: 2}
+    if what == "save":
+        names = {PREVIOUS: 1, LAST: 2, ".last.staged": 3, BEST: 2}
     for name, step in names.items():
         make(run / name, step)
     if not (process := os.fork()):
@@ -745,7 +762,7 @@ def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(
 
 
 def test_a_finished_run_gives_its_state_back_when_asked(call, settings: dict[str, str]) -> None:
-    """Not before it is finished, not by default; and the same command again never trains anew."""
+    """Not before it is finished, not by default; and the same command never trains it again."""
     folder = run_folder(settings)
     outcome = call(train, *flags(settings | {"keep_state": "false"}))
     assert outcome.code == 0 and "removed: " in outcome.out
@@ -757,8 +774,8 @@ def test_a_finished_run_gives_its_state_back_when_asked(call, settings: dict[str
     }
     description = training_json.read_description(folder, FINISHED_FILE)
     assert description["step"] == 14 and "state" not in description
-    source = model_source.resolve_source(str(folder / BEST), CONFIG_FILE, {})
-    assert evaluate.newest_description(source) == description != source.description
+    source = model_source.resolve_source(str(folder / BEST), read_files(CONFIG_FILE), {})
+    assert newest_description(folder) == description != source.description
     before = tree(folder)
     for again in (
         ("--resume", "auto"),
@@ -792,21 +809,21 @@ def test_the_state_of_a_run_that_finished_with_it_is_removed_later(
 
 
 @pytest.mark.parametrize("lost", ["damaged", "gone"])
-def test_the_state_stays_where_best_is_not_whole(
-    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, lost: str
-) -> None:
-    folder, original = run_folder(settings), train.remove_state
+def test_the_state_stays_where_best_is_not_whole(call, settings: dict[str, str], lost: str) -> None:
+    folder, last_epoch = run_folder(settings), int(settings["epochs"])
 
-    def remove_state(*arguments: Any) -> None:
-        flip_a_byte(folder / BEST / "model.safetensors") if lost == "damaged" else shutil.rmtree(
-            folder / BEST
-        )
-        original(*arguments)
+    def save(
+        target: Path, model: Any, tokenizer: Any, description: Any, *rest: Any, **keywords: Any
+    ) -> None:
+        checkpoint.save_checkpoint(target, model, tokenizer, description, *rest, **keywords)
+        if target.name == LAST and description["epoch"] == last_epoch:
+            if lost == "damaged":
+                flip_a_byte(folder / BEST / "model.safetensors")
+            else:
+                shutil.rmtree(folder / BEST)
 
-    monkeypatch.setattr(train, "remove_state", remove_state)
-    outcome = call(train, *flags(settings | {"keep_state": "false"}))
+    outcome = call(train, *flags(settings | {"keep_state": "false"}), save=save)
     assert outcome.code == 0 and f"{folder / BEST}: is damaged or gone" in outcome.out
-    monkeypatch.undo()
     for name in (LAST, PREVIOUS):
         assert manifest.fault_of(folder / name) is None
     before = tree(folder)
@@ -821,7 +838,7 @@ def test_the_state_stays_where_best_is_not_whole(
 def test_a_finished_run_without_best_says_what_can_be_done(
     call, settings: dict[str, str], state: str, lost: str
 ) -> None:
-    """Guards against the advice to evaluate what is not there; the cure that is named is one."""
+    """Guards against the advice to evaluate a missing best; the cure that is named works."""
     folder, kept = run_folder(settings), {"keep_state": "true" if state == "kept" else "false"}
     assert call(train, *flags(settings | {"epochs": "1"} | kept)).code == 0
     flip_a_byte(folder / BEST / "model.safetensors") if lost == "damaged" else shutil.rmtree(
@@ -839,10 +856,7 @@ def test_a_finished_run_without_best_says_what_can_be_done(
 
 
 def test_a_run_that_is_not_finished_keeps_its_state(
-    call,
-    settings: dict[str, str],
-    stopped: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    call, settings: dict[str, str], stopped: Path
 ) -> None:
     """And a setting that is newer than the checkpoint is not said to have changed."""
     for name in (LAST, PREVIOUS):
@@ -850,12 +864,10 @@ def test_a_run_that_is_not_finished_keeps_its_state(
         del description["settings"]["keep_state"]
         (stopped / name / "training.json").write_text(json.dumps(description))
         (stopped / name / "manifest.json").unlink()
-        with checkpoint._Seal(stopped / name) as seal:
-            seal.written()
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "accumulate", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            call(train, *flags(settings | {"keep_state": "false"}))
+        with manifest.Seal(stopped / name) as seal:
+            seal.add_new_files()
+    with pytest.raises(Killed):
+        call(train, *flags(settings | {"keep_state": "false"}), step=step_that(kill, at=1))
     assert manifest.fault_of(stopped / LAST) is None and not (stopped / FINISHED_FILE).exists()
     outcome = call(train, *flags(settings | {"keep_state": "false"}))
     assert outcome.code == 0 and "keep_state was" not in outcome.out

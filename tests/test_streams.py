@@ -1,8 +1,9 @@
-"""No run dies of its output, of a terminal that is closed, or of a signal that asks it to end; and how far it is."""
+"""A run survives its output, a closed terminal and stop signals, and shows its progress."""
 
 import ast
 import errno
 import io
+import itertools
 import os
 import pty
 import shlex
@@ -18,13 +19,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import flags
+from conftest import flags, step_that
 from test_train import STEPS, assert_same_bits, logged, run_folder
 
 import evaluate
 import perplexity
 import train
 from run import config, progress_bar, script, shell, signals, streams, training_json
+from run.checkpoint import save_checkpoint
 
 ROOT = Path(config.__file__).parents[1]
 PLAIN = {
@@ -64,7 +66,10 @@ print("after it", end="")
     "code", ["1>/dev/full", "1>/dev/full 2>&1", "1>&-", "1>&- 2>&-", "0>&- 1>&- 2>&-", "| true"]
 )
 def test_what_cannot_be_written_ends_nothing(tmp_path: Path, code: str) -> None:
-    """Guards against a run that dies of a full disk under its log, or of a reader that left, even while it ends."""
+    """Guards against a run that dies of a full disk under its log, or of a reader that left.
+
+    Even while the interpreter ends.
+    """
     file = tmp_path / "story.py"
     file.write_text(LONG_STORY)
     command = f"set -o pipefail; {sys.executable} {file} {tmp_path / 'result'} {code}"
@@ -97,10 +102,11 @@ def test_a_file_does_not_get_the_number_of_a_closed_output(tmp_path: Path) -> No
 
 
 def test_what_is_left_at_the_end_goes_nowhere() -> None:
-    """Guards against an interpreter (3.13) that tells, while it ends, of what it could not write."""
+    """Guards against Python 3.13, which reports at its end what it could not write."""
     code = (
         "import atexit, os\nfrom run import script\n"
-        "atexit.register(lambda: os.write(1, b'nor this'))\n"  # the first to be registered runs last
+        # The first to be registered runs last.
+        "atexit.register(lambda: os.write(1, b'nor this'))\n"
         "script.run_script(lambda: print('never written', end=''))\n"
     )
     with open("/dev/full", "w") as full:
@@ -121,6 +127,12 @@ class Broken(io.TextIOBase):
         self.write("")
 
 
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes a minute pass between any two looks at the clock, so that each step writes a line."""
+    minutes = itertools.count(1)
+    monkeypatch.setattr(time, "monotonic", lambda: 60.0 * next(minutes))
+
+
 def code_of(story: Callable[[], None]) -> int:
     try:
         script.run_script(story)
@@ -133,7 +145,7 @@ def code_of(story: Callable[[], None]) -> int:
 def test_a_run_without_output_finishes(
     call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    monkeypatch.setattr(progress_bar, "FIRST_SECONDS", 0)
+    hurry(monkeypatch)
     monkeypatch.setattr(sys, "stdout", Broken(number))
     monkeypatch.setattr(sys, "stderr", Broken(number))
     arguments = flags(settings | {"epochs": "1"})
@@ -153,16 +165,20 @@ def test_a_run_without_output_finishes(
     ("number", "code"), [(errno.ENOSPC, 2), (errno.EIO, 2), (errno.EPIPE, 141)]
 )
 def test_a_result_that_is_only_printed_is_missed_if_it_was_not(
-    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, number: int, code: int
+    call,
+    settings: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    code: int,
 ) -> None:
     """Guards against an exit code that says all is done where nobody got the result."""
-    monkeypatch.setattr(evaluate, "read_predictions", lambda _: [])
-    monkeypatch.setattr(evaluate.comparing, "compare", lambda *_: {})
-    monkeypatch.setattr(evaluate.report, "comparison_table", lambda *_: "table")
+    file = str(tmp_path / "predictions.jsonl")
+    Path(file).write_text('{"id": 0, "gold": "1", "completion": "#### 1"}\n')
     arguments = ["--ckpt", settings["model"], "--limit", "2", *flags(settings)]
     for story in (
         lambda: perplexity.main(*perplexity.read_arguments(arguments)),
-        lambda: evaluate.main(*evaluate.read_arguments(["--compare", "a", "b"])),
+        lambda: evaluate.main(*evaluate.read_arguments(["--compare", file, file])),
     ):
         monkeypatch.setattr(sys, "stdout", Broken(number))
         assert code_of(story) == code
@@ -170,10 +186,11 @@ def test_a_result_that_is_only_printed_is_missed_if_it_was_not(
 
 @pytest.mark.parametrize("closed", ["1>&-", "0>&- 1>&-", "1</dev/null"])
 def test_a_result_printed_to_a_closed_output_is_missed(tmp_path: Path, closed: str) -> None:
-    """As `perplexity.py >&-` and `evaluate.py --compare` have it; and a script that has written its result is done."""
+    """As in `perplexity.py >&-`; but a script that has written its result to a file is done."""
     for last, code in (("script.check_printed()", 2), ("pass", 0)):
         story = f"from run import script\ndef story():\n    print('result')\n    {last}\n"
-        story += "script.run_script(lambda: None)\nscript.run_script(story)\n"  # as scripts do: once for the arguments
+        # Twice, as scripts do: the first is for the arguments.
+        story += "script.run_script(lambda: None)\nscript.run_script(story)\n"
         result = python(story, "bash", "-c", f'exec "$@" {closed}', "sh")
         assert result.returncode == code, result
         assert result.stderr.startswith("error: standard output: can't be written (") == bool(
@@ -218,51 +235,41 @@ def test_a_sample_in_any_letters_is_shown(
     call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, encoding: str
 ) -> None:
     """Guards against a run that ends at its first epoch's sample."""
-    monkeypatch.setattr(train, "write_sample", lambda *_: f"sample: {TEXT}")
     shown = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding=encoding))
-    assert (
-        code_of(lambda: train.main(*train.read_arguments(flags(settings | {"epochs": "1"})))) == 0
-    )
-    assert b"sample: It\\u2019s \\u4e03" in shown.getvalue() and b"done: " in shown.getvalue()
+    arguments = train.read_arguments(flags(settings | {"epochs": "1"}))
+    assert code_of(lambda: train.main(*arguments, complete=lambda *_: [(TEXT, "eos")])) == 0
+    assert b"It\\u2019s \\u4e03" in shown.getvalue() and b"done: " in shown.getvalue()
 
 
 # ---------------------------------------------------------------- signals
 
 
-def test_nohup_is_respected(
-    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What the parent ignores stays ignored: SIGHUP under nohup, Ctrl-C in a shell's background job."""
-    original, ignored = train.accumulate, (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
+def test_nohup_is_respected(call, settings: dict[str, str]) -> None:
+    """What the parent ignores stays ignored: SIGHUP under nohup, Ctrl-C in a background job."""
+    ignored = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
 
-    def accumulate(*arguments: Any) -> Any:
+    def step(*arguments: Any) -> train.StepResult:
         for number in ignored:
             os.kill(os.getpid(), number)
-        return original(*arguments)
+        return train.train_step(*arguments)
 
-    monkeypatch.setattr(train, "accumulate", accumulate)
-    outcome = call(train, *flags(settings | {"epochs": "1"}))
+    outcome = call(train, *flags(settings | {"epochs": "1"}), step=step)
     assert outcome.code == 0 and "done: " in outcome.out
     assert all(signal.getsignal(number) is signal.SIG_IGN for number in ignored)
 
 
-def test_further_signals_do_not_cut_the_save(
-    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A closed terminal sends SIGHUP twice, a scheduler first SIGUSR1 and then SIGTERM, `timeout` SIGTERM twice."""
-    original, save = train.accumulate, train.save_checkpoint
-    calls, heard = iter(range(1, 100)), []
+def test_further_signals_do_not_cut_the_save(call, settings: dict[str, str]) -> None:
+    """A closed terminal sends SIGHUP twice, `timeout` SIGTERM, a scheduler SIGUSR1 then SIGTERM."""
+    heard: list[bool] = []
 
-    def accumulate(*arguments: Any) -> Any:
-        if next(calls) == 3:
-            os.kill(os.getpid(), signal.SIGHUP)
-            heard.append(True)
-        return original(*arguments)
+    def hang_up() -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        heard.append(True)
 
-    def save_checkpoint(*arguments: Any) -> None:
+    def save(*arguments: Any, **keywords: Any) -> None:
         for number in [
             signal.SIGHUP,
             signal.SIGUSR1,
@@ -271,11 +278,9 @@ def test_further_signals_do_not_cut_the_save(
             signal.SIGUSR2,
         ] * len(heard):
             os.kill(os.getpid(), number)
-        save(*arguments)
+        save_checkpoint(*arguments, **keywords)
 
-    monkeypatch.setattr(train, "accumulate", accumulate)
-    monkeypatch.setattr(train, "save_checkpoint", save_checkpoint)
-    outcome = call(train, *flags(settings))
+    outcome = call(train, *flags(settings), step=step_that(hang_up, at=3), save=save)
     assert outcome.code == 129 and outcome.err.startswith("stopped: SIGHUP after step 3, saved in ")
     assert training_json.read_description(run_folder(settings) / "last")["step"] == 3
 
@@ -283,9 +288,8 @@ def test_further_signals_do_not_cut_the_save(
 REPEATED = """
 import os, signal, time
 from run import errors, script, signals
-signals.ONE_REQUEST = {apart}
 def story():
-    with signals.StopSignal() as stop:
+    with signals.StopSignal(same_request_seconds={apart}) as stop:
         for name in {names}:
             os.kill(os.getpid(), getattr(signal, name))
             time.sleep(0.001)
@@ -348,20 +352,22 @@ os.close(os.open(os.ttyname(0), os.O_RDWR))  # the terminal of this session from
 folder = pathlib.Path(sys.argv.pop(1))
 import train
 from run.script import run_script
-original, steps = train.accumulate, iter(range(1, 100))
-def accumulate(*arguments):
+steps = iter(range(1, 100))
+def step(*arguments):
     if next(steps) == 5:
         (folder / "in step 5").touch()
         while not (folder / "closed").exists():
             time.sleep(0.005)
-    return original(*arguments)
-train.accumulate = accumulate
-run_script(lambda: train.main(*train.read_arguments(sys.argv[1:])))
+    return train.train_step(*arguments)
+run_script(lambda: train.main(*train.read_arguments(sys.argv[1:]), step=step))
 """
 
 
 def test_a_closed_terminal_loses_nothing(call, settings: dict[str, str], tmp_path: Path) -> None:
-    """A real terminal that goes away in mid-training, as with a dropped connection: SIGHUP, and EIO for each line."""
+    """A real terminal that goes away during training, as with a dropped connection.
+
+    It sends SIGHUP, and answers each line with EIO.
+    """
     whole = settings | {"run_name": "whole"}
     assert call(train, *flags(whole)).code == 0
     terminal, inside = pty.openpty()
@@ -413,7 +419,10 @@ script.run_script(story)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 @pytest.mark.parametrize("whom", ["demo", "both"])
 def test_the_demo_waits_for_what_it_stops(tmp_path: Path, number: int, whom: str) -> None:
-    """Guards against a script of the demo that is killed while it saves: by Ctrl-C, or a SIGTERM to the demo alone."""
+    """Guards against a script of the demo that is killed while it saves.
+
+    By Ctrl-C, or by a SIGTERM to the demo alone.
+    """
     (tmp_path / "child.py").write_text(CHILD)
     process = subprocess.Popen(
         [sys.executable, "-c", DEMO, str(tmp_path)],
@@ -514,8 +523,7 @@ def test_on_a_terminal_it_is_a_bar(
 def test_every_long_loop_says_how_far_it_is(
     call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, script: ModuleType
 ) -> None:
-    monkeypatch.setattr(progress_bar, "FIRST_SECONDS", 0)
-    monkeypatch.setattr(progress_bar, "EVERY_SECONDS", 0)
+    hurry(monkeypatch)
     ckpt = [] if script is train else ["--ckpt", settings["model"], "--limit", "3"]
     outcome = call(script, *ckpt, *flags(settings | {"epochs": "1"}))
     assert outcome.code == 0, outcome.err
@@ -523,10 +531,10 @@ def test_every_long_loop_says_how_far_it_is(
         train: [
             "training: step 1 of 7, loss ",
             "training: step 7 of 7, loss ",
-            "loss: batch 1 of ",
+            "loss: micro-batch 1 of ",
         ],
         evaluate: ["decoding: problem 1 of 3, exact_match ", ", tok_s "],
-        perplexity: ["loss: batch 1 of "],
+        perplexity: ["loss: micro-batch 1 of "],
     }
     for fragment in expected[script]:
         assert fragment in outcome.out, outcome.out
@@ -539,7 +547,7 @@ def test_every_long_loop_says_how_far_it_is(
 def test_the_next_command_can_be_pasted(
     call, settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
 ) -> None:
-    """With blanks, quotes and a dollar in the path; from the scripts' folder and from another one."""
+    """With blanks, quotes and a dollar in the path; from the scripts' folder and elsewhere."""
     monkeypatch.chdir(tmp_path if elsewhere else ROOT)
     output = tmp_path / "it's $HOME; my runs"
     outcome = call(train, *flags(settings | {"output_dir": str(output), "epochs": "1"}))
@@ -559,7 +567,7 @@ def test_the_next_command_can_be_pasted(
 
 @pytest.fixture
 def interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The ``python`` of an environment that this process seems to run in, and PATH empty of others."""
+    """The ``python`` of an environment that this process seems to run in; PATH has no other."""
     file = tmp_path / "env" / "bin" / "python"
     file.parent.mkdir(parents=True)
     (file.parent / "base").symlink_to(sys.executable)
@@ -574,7 +582,10 @@ def interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_next_command_names_an_interpreter_that_has_the_packages(
     interpreter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards against the system's python, which lacks them; it may be the very file that the environment links to."""
+    """Guards against the system's python, which lacks them.
+
+    It may be the very file that the environment's links lead to.
+    """
 
     def first() -> str:
         return shell.command_line("x").split()[0]
@@ -614,7 +625,7 @@ ODD = [
 def test_a_command_for_the_shell_is_the_same_words_again(
     monkeypatch: pytest.MonkeyPatch, encoding: str
 ) -> None:
-    """Guards against the escape sequences that a stream shows for letters which it lacks: they name another file."""
+    """Guards against escape sequences for letters that a stream lacks: they name another file."""
     raw = io.BytesIO()
     monkeypatch.setattr(
         sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, errors="backslashreplace")
@@ -640,10 +651,14 @@ def test_the_next_command_of_a_folder_that_looks_like_a_flag() -> None:
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py", "perplexity.py", "demo.py"])
 @pytest.mark.parametrize("lacking", ["yaml", "pydantic", "scipy"])
 def test_lacking_packages_are_one_line(script: str, lacking: str) -> None:
-    """As of the system's python, where the environment is not active: those of the first import, and later ones."""
+    """As with the system's python while the environment is not active.
+
+    Of the first import, and of later ones.
+    """
     code = (
         f"import runpy, sys\nsys.modules[{lacking!r}] = None\n"
-        f"sys.argv = [{script!r}]\nsys.path.insert(0, '.')\nrunpy.run_path({script!r}, run_name='__main__')\n"
+        f"sys.argv = [{script!r}]\nsys.path.insert(0, '.')\n"
+        f"runpy.run_path({script!r}, run_name='__main__')\n"
     )
     result = python(code)
     assert result.returncode == 2 and result.stdout == "", result
@@ -696,9 +711,10 @@ def test_an_unsupported_platform_is_one_line(
     """Before any package is imported: an old Python may have none of them."""
     code = (
         f"import runpy, sys\n{change}\n"
-        "for name in ('yaml', 'pydantic', 'torch', 'transformers', 'resume'):\n"
+        "for name in ('yaml', 'pydantic', 'torch', 'transformers', 'run.config', 'engine'):\n"
         "    sys.modules[name] = None\n"
-        f"sys.argv = [{script!r}]\nsys.path.insert(0, '.')\nrunpy.run_path({script!r}, run_name='__main__')\n"
+        f"sys.argv = [{script!r}]\nsys.path.insert(0, '.')\n"
+        f"runpy.run_path({script!r}, run_name='__main__')\n"
     )
     result = python(code)
     assert result.returncode == 2 and result.stdout == "", result

@@ -1,4 +1,4 @@
-"""The ids are those of the vocabulary file, no text is lost on the way, and other programs read the same ids."""
+"""Ids are the vocabulary file's, no text is lost, and other programs read the same ids."""
 
 import json
 import random
@@ -19,42 +19,21 @@ import perplexity
 import standin
 import train
 from engine.loading import load_tokenizer
-from engine.tokenizer import PROBES, Tokenizer, made_without_scores, read_files
+from engine.sentencepiece_bpe import PROBES
+from engine.tokenizer import Tokenizer
+from engine.tokenizer_files import made_without_scores, read_files
 from grading.dataset import Problem
 from run.errors import UserError
+from run.training_json import tokenizer_record
 
 
 def texts(count: int, seed: int = 0) -> list[str]:
-    """Random texts full of what tokenizers disagree on: runs of blanks, line ends, digits, peculiar signs."""
+    """Random texts full of what tokenizers disagree on: blanks, line ends, digits, rare signs."""
     rng = random.Random(seed)
-    parts = [
-        *(" " * n for n in range(1, 20)),
-        "\n",
-        "\n\n",
-        "\t",
-        "12",
-        "1,450",
-        "<<3+4=7>>",
-        "####",
-        "’",
-        "½",
-        "七",
-    ]
-    parts += [
-        "Question:",
-        "Answer:",
-        "How",
-        "many",
-        "apples",
-        "does",
-        "she",
-        "x",
-        ".",
-        "</s>",
-        "<unk>",
-        "e\u0301",
-        "€",
-    ]
+    parts = [" " * count for count in range(1, 20)]
+    parts += ["\n", "\n\n", "\t", "12", "1,450", "<<3+4=7>>", "####", "’", "½", "七"]
+    parts += ["Question:", "Answer:", "How", "many", "apples", "does", "she", "x", "."]
+    parts += ["</s>", "<unk>", "e\u0301", "€"]
     return ["".join(rng.choice(parts) for _ in range(rng.randrange(1, 30))) for _ in range(count)]
 
 
@@ -87,11 +66,11 @@ def corpus(problems: list[Problem]) -> list[str]:
     return [line for p in problems for line in f"{p.question}\n{p.answer}".split("\n") if line]
 
 
-# ---------------------------------------------------------------- whose ids
+# ---------------------------------------------------------------- which ids
 
 
 def test_a_tokenizer_model_has_the_ids_of_sentencepiece(tokenizer_folder: Path) -> None:
-    """Guards against merges without the scores of the vocabulary, and a first blank that is swallowed."""
+    """Guards against merges that ignore the vocabulary's scores, and a lost first blank."""
     tokenizer = load_tokenizer(tokenizer_folder)
     reference = SentencePieceProcessor(model_file=str(tokenizer_folder / "tokenizer.model"))
     for text in [*texts(500), *PROBES, " x", "  x", "\n", ""]:
@@ -121,12 +100,12 @@ def test_other_kinds_of_sentencepiece_models(
 
 
 def test_a_unigram_model_is_refused(tmp_path: Path, corpus: list[str]) -> None:
-    """Of two segmentations with one probability the tokenizers library may take the other one."""
+    """Of two equally probable segmentations the tokenizers library may choose the other one."""
     folder = sentencepiece_folder(
         tmp_path / "plain", corpus * 3, model_type="unigram", vocab_size=380
     )
     with pytest.raises(
-        UserError, match=r"can't write the ids of its tokenizer.model \(not of type BPE"
+        UserError, match=r"can't reproduce the ids of its tokenizer.model \(not of type BPE"
     ):
         load_tokenizer(folder)
 
@@ -140,7 +119,10 @@ def rewrite_scores(folder: Path, score: Callable[[str, float], float]) -> None:
 
 
 def with_blanks_merged_last(folder: Path, corpus: list[str], vocab_size: int = 420) -> Path:
-    """Llama-2's runs of blanks stand early in the vocabulary, and are merged last: a quarter of GSM8K's rows."""
+    """As in Llama-2: runs of blanks come early in the vocabulary, but are merged last.
+
+    A quarter of GSM8K's rows depends on it.
+    """
     standin.make_tokenizer(corpus, folder, vocab_size)
     proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString((folder / "tokenizer.model").read_bytes())
@@ -165,15 +147,15 @@ def test_scores_that_do_not_follow_the_vocabulary_count(tmp_path: Path, corpus: 
     [ids] = load_tokenizer(folder).ids_of([text])
     assert ids == reference.encode(text)
     theirs = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False).input_ids
-    assert ids != theirs, "Transformers reads it right by now: is all of this still needed?"
+    assert ids != theirs, "Transformers now reads it correctly: is all of this still needed?"
 
 
 def test_ids_that_cannot_be_had_are_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
-    """Pieces that share one score, as where two vocabularies were joined, are merged from the left."""
+    """Pieces with equal scores, as in two joined vocabularies, are merged from the left."""
     shutil.copytree(tokenizer_folder, folder := tmp_path / "joined")
     rewrite_scores(folder, lambda piece, score: 0.0)
     with pytest.raises(
-        UserError, match=r"the tokenizers library can't write the ids of its tokenizer\.model \("
+        UserError, match=r"tokenizers library can't reproduce the ids of its tokenizer\.model \("
     ):
         load_tokenizer(folder).encode(["How many apples does she have?"])
 
@@ -202,7 +184,10 @@ def byte_level(folder: Path, corpus: list[str], **config: object) -> Path:
     "kind", ["PreTrainedTokenizerFast", "LlamaTokenizer", "LlamaTokenizerFast"]
 )
 def test_a_tokenizer_json_has_its_own_ids(tmp_path: Path, corpus: list[str], kind: str) -> None:
-    """Guards against a class name that makes another tokenizer of the same vocabulary, and so does the export."""
+    """Guards against a class name for which Transformers builds another tokenizer.
+
+    The export must guard against it too.
+    """
     folder = byte_level(tmp_path / "bytes", corpus, tokenizer_class=kind)
     tokenizer, own = load_tokenizer(folder), Backend.from_file(str(folder / "tokenizer.json"))
     wanted = [own.encode(text, add_special_tokens=False).ids for text in texts(100)]
@@ -219,7 +204,7 @@ def test_a_tokenizer_json_has_its_own_ids(tmp_path: Path, corpus: list[str], kin
 
 
 def test_rules_of_a_tokenizer_json_outlive_its_class(tmp_path: Path, model_folder: Path) -> None:
-    """Transformers' LlamaTokenizer takes vocabulary and merges from it, and leaves its other rules out."""
+    """Transformers' LlamaTokenizer uses its vocabulary and merges, and ignores its other rules."""
     shutil.copytree(model_folder, folder := tmp_path / "ruled")
     (folder / "tokenizer.model").unlink()
     backend = Backend.from_file(str(folder / "tokenizer.json"))
@@ -268,23 +253,36 @@ def test_two_vocabulary_files_that_disagree_are_refused(
         load_tokenizer(tmp_path / name)
 
 
-def test_rows_are_compared_too(tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class BreakingTokenizer(Tokenizer):
+    """A tokenizer that reads every text correctly until its ``fault`` is set."""
+
+    fault: Callable[[list[int]], list[int]] | None = None
+
+    def ids_of(self, texts: list[str]) -> list[list[int]]:
+        ids = super().ids_of(texts)
+        return [self.fault(one) for one in ids] if self.fault else ids
+
+
+def test_rows_are_compared_too(tokenizer_folder: Path) -> None:
     """Guards against a disagreement that no probe shows."""
-    tokenizer = load_tokenizer(tokenizer_folder)
-    tokenizer.encode(["How many?"])
-    monkeypatch.setattr(
-        tokenizer,
-        "ids_of",
-        lambda texts: [[*ids, *ids] for ids in Tokenizer.ids_of(tokenizer, texts)],
-    )
+    tokenizer = BreakingTokenizer(read_files(tokenizer_folder), str(tokenizer_folder))
+    [ids] = tokenizer.encode(["How many?"])
+    tokenizer.fault = lambda ids: [*ids, *ids]
     with pytest.raises(UserError, match="loses text"):
+        tokenizer.encode(["How many?"])
+    # The same text in pieces of one sign each: only SentencePiece's ids are others.
+    pieces = {tokenizer.piece(index): index for index in range(len(tokenizer))}
+    signs = [pieces[sign] for index in ids for sign in tokenizer.piece(index)]
+    assert signs != ids and tokenizer.decode(signs) == "How many?"
+    tokenizer.fault = lambda ids: signs
+    with pytest.raises(UserError, match=r"can't reproduce the ids of its tokenizer\.model \("):
         tokenizer.encode(["How many?"])
 
 
 def test_a_checkpoint_keeps_the_ids_that_it_was_trained_on(
     call, settings: dict[str, str], make_llama, corpus: list[str], tmp_path: Path
 ) -> None:
-    """As older versions saved it: Transformers' own merges, in a tokenizer.json that came alone."""
+    """As older versions saved it: a tokenizer.json alone, with Transformers' own merges."""
     tokenizer_folder = with_blanks_merged_last(tmp_path / "base", corpus, 600)
     make_llama(600).save_pretrained(tokenizer_folder)
     settings["model"] = str(tokenizer_folder)
@@ -299,31 +297,30 @@ def test_a_checkpoint_keeps_the_ids_that_it_was_trained_on(
     seal(best)
     assert made_without_scores(read_files(best))
     outcome = call(perplexity, "--ckpt", str(best))
-    assert (
-        outcome.code == 0
-        and "was trained, by an older version, on ids that may not be SentencePiece's"
-        in outcome.out
-    )
+    assert outcome.code == 0
+    assert "was trained by an older version" in outcome.out
+    assert "with ids that may not be SentencePiece's; they are kept" in outcome.out
     some = [f"x{text}" for text in texts(300)]
-    kept = load_tokenizer(best).ids_of(some)
+    kept = load_tokenizer(best, tokenizer_record(best)).ids_of(some)
     assert kept == theirs(some, add_special_tokens=False, split_special_tokens=True).input_ids
     assert kept != load_tokenizer(tokenizer_folder).ids_of(some)
-    # A run that begins with it says no less of its own.
+    # A run that starts from it records the same of its own checkpoints.
     assert call(train, *flags(settings | {"run_name": "next", "model": str(best)})).code == 0
     saved = best.parent.with_name("next") / "best"
     assert json.loads((saved / "training.json").read_text())["tokenizer"]["other_ids"] is True
     outcome = call(perplexity, "--ckpt", str(saved))
     assert outcome.code == 0 and "ids that may not be SentencePiece's" in outcome.out
-    assert load_tokenizer(saved).ids_of(some) == kept
-    # And where its base's own file stands beside it.
+    assert load_tokenizer(saved, tokenizer_record(saved)).ids_of(some) == kept
+    # The same with the base's own tokenizer.model beside it.
     shutil.copyfile(tokenizer_folder / "tokenizer.model", best / "tokenizer.model")
     seal(best)
     outcome = call(perplexity, "--ckpt", str(best))
-    assert (
-        outcome.code == 0
-        and "was trained on other ids than its tokenizer.model gives; they are kept" in outcome.out
-    )
-    assert load_tokenizer(best).ids_of(some) == kept
+    assert outcome.code == 0
+    assert "was trained with ids other than its tokenizer.model's; they are kept" in outcome.out
+    outcome = call(evaluate, "--ckpt", str(best), "--limit", "1", "--verify-batching", "0")
+    assert outcome.code == 0
+    assert "was trained with ids other than its tokenizer.model's; they are kept" in outcome.out
+    assert load_tokenizer(best, tokenizer_record(best)).ids_of(some) == kept
 
 
 # ---------------------------------------------------------------- no text is lost
@@ -332,7 +329,7 @@ def test_a_checkpoint_keeps_the_ids_that_it_was_trained_on(
 def test_a_folder_without_a_vocabulary_is_refused(
     call, settings: dict[str, str], tmp_path: Path
 ) -> None:
-    """Guards against a tokenizer of three tokens, to which every text is nothing."""
+    """Guards against a tokenizer of three tokens, which turns every text into nothing."""
     shutil.copytree(settings["model"], folder := tmp_path / "bare")
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").unlink()
@@ -367,7 +364,7 @@ def no_bytes(folder: Path) -> None:
 
 
 def text_is_special(folder: Path) -> None:
-    """A question holds "</s>", which becomes EOS; and so does what is decoded."""
+    """A question contains "</s>", which becomes EOS and is decoded as "</s>" again."""
     edit(
         folder / "tokenizer.json", lambda content: content["added_tokens"][2].update(special=False)
     )
@@ -386,12 +383,12 @@ def test_a_tokenizer_that_loses_text_is_refused(
     call(train, *flags(settings | {"model": str(folder)})).assert_user_error(words, "losing")
     rows = ["--ckpt", str(folder), *flags(settings)]
     call(perplexity, *rows, "--split", "train").assert_user_error(words)
-    if damage is not text_is_special:  # no question that evaluate.py reads here holds one
+    if damage is not text_is_special:  # no question that evaluate.py reads here contains one
         call(evaluate, *rows).assert_user_error(words)
 
 
 def test_text_never_becomes_a_special_token(tmp_path: Path, corpus: list[str]) -> None:
-    """Where it does, the text is not lost, and the sequence ends in its middle."""
+    """If it does, no text is lost, but the sequence ends in its middle."""
     folder = byte_level(tmp_path / "bytes", corpus)
     assert load_tokenizer(folder).encode(["a <|end_of_text|> b"])
     edit(
@@ -408,7 +405,7 @@ def test_blanks_and_peculiar_signs_are_no_loss(
 
 
 def test_blanks_are_not_cleaned_up(tmp_path: Path, corpus: list[str]) -> None:
-    """Guards against " ." becoming "." in what the model wrote, as Llama-3's settings ask Transformers for."""
+    """Guards against " ." becoming "." in completions, which Llama-3's settings ask for."""
     tokenizer = load_tokenizer(
         byte_level(tmp_path / "bytes", corpus, clean_up_tokenization_spaces=True)
     )
@@ -428,11 +425,15 @@ def test_blanks_are_not_cleaned_up(tmp_path: Path, corpus: list[str]) -> None:
         ),
         ({"eos_token": {"content": ""}}, "has an empty eos_token"),
         ({"unk_token": ""}, "has an empty unk_token"),
-        ({"bos_token": ["<s>"]}, "says .*, which it does not hold"),
-        ({"bos_token": None}, r"its tokenizer has no bos_token \(there is none\)"),
+        (
+            {"bos_token": ["<s>"]},
+            "its tokenizer_config.json says .*, which its vocabulary does not contain",
+        ),
+        ({"bos_token": None}, r"its tokenizer has no bos_token \(no file names one\)"),
         (
             {"eos_token": "<end>"},
-            r"has no eos_token \(its tokenizer_config.json says '<end>', which it does not hold",
+            r"has no eos_token \(its tokenizer_config.json says '<end>', which its "
+            "vocabulary does not contain",
         ),
     ],
 )
@@ -446,7 +447,7 @@ def test_special_tokens_that_are_none(
 
 
 def test_special_tokens_of_a_lone_vocabulary_file(tmp_path: Path, tokenizer_folder: Path) -> None:
-    """A tokenizer.model knows its own, and the borders of a text that other programs expect are put there."""
+    """A tokenizer.model names its own special tokens."""
     tmp_path.joinpath("lone").mkdir()
     shutil.copyfile(tokenizer_folder / "tokenizer.model", tmp_path / "lone" / "tokenizer.model")
     tokenizer = load_tokenizer(tmp_path / "lone")
@@ -456,7 +457,7 @@ def test_special_tokens_of_a_lone_vocabulary_file(tmp_path: Path, tokenizer_fold
 def test_more_tokens_than_the_embedding_has_rows(
     call, settings: dict[str, str], tmp_path: Path
 ) -> None:
-    """Mirrors of Llama-2 with a pad token, Code Llama: only what a row needs must be there."""
+    """As in mirrors of Llama-2 with a pad token: only tokens in the data need an embedding."""
     base = Path(settings["model"])
     for name, files in (("json", ["tokenizer.json"]), ("model", ["tokenizer.model"])):
         shutil.copytree(base, folder := tmp_path / name)
@@ -491,7 +492,7 @@ def test_a_row_that_needs_a_row_that_is_not_there_is_refused(
     folder = tmp_path / "short"
     make_llama(len(tokenizer) - 60).save_pretrained(folder)
     tokenizer.save(folder)
-    words = f"and its embedding has {len(tokenizer) - 60} rows"
+    words = f"but its embedding has only {len(tokenizer) - 60} rows"
     call(train, *flags(settings | {"model": str(folder)})).assert_user_error(words)
     for script in (evaluate, perplexity):
         call(script, "--ckpt", str(folder), *flags(settings)).assert_user_error(words)
@@ -510,7 +511,7 @@ def test_an_added_token_with_another_id_is_refused(tmp_path: Path, tokenizer_fol
 def test_a_checkpoint_holds_the_tokenizer_files_of_its_base(
     call, settings: dict[str, str], tokenizer_folder: Path, tmp_path: Path
 ) -> None:
-    """And a tokenizer.json where there was none, from which Transformers reads the same ids, BOS first."""
+    """If there was no tokenizer.json it gets one, with the same ids for Transformers, BOS first."""
     shutil.copytree(settings["model"], folder := tmp_path / "base")
     (folder / "tokenizer.json").unlink()
     (folder / "special_tokens_map.json").write_text('{"bos_token": "<s>", "pad_token": "</s>"}')
@@ -530,7 +531,7 @@ def test_a_checkpoint_holds_the_tokenizer_files_of_its_base(
 def test_what_one_generation_of_transformers_cannot_read_is_changed(
     tmp_path: Path, corpus: list[str]
 ) -> None:
-    """A class that 4 does not know, and a list where it wants a dictionary."""
+    """A class unknown to 4, and a list where 4 expects a dictionary."""
     folder = byte_level(
         tmp_path / "five",
         corpus,
@@ -567,7 +568,7 @@ def test_a_class_that_one_generation_does_not_know_is_not_saved(
     tokenizer.save(folder)
     saved = json.loads((folder / "tokenizer_config.json").read_text())
     assert saved.get("tokenizer_class") == saved_as
-    if saved_as == "PreTrainedTokenizerFast":  # which has no special tokens of its own
+    if saved_as == "PreTrainedTokenizerFast":  # which has no default special tokens
         assert (saved["bos_token"], saved["eos_token"], saved["unk_token"]) == (
             "<s>",
             "</s>",
@@ -584,7 +585,7 @@ def test_a_class_that_one_generation_does_not_know_is_not_saved(
 def test_borders_that_the_config_asks_for_are_in_what_is_saved(
     tmp_path: Path, corpus: list[str], bos: bool, eos: bool
 ) -> None:
-    """Transformers 4 takes them from the config, 5 from the tokenizer.json: of one without, they would differ."""
+    """Transformers 4 takes them from the config, and 5 from the tokenizer.json alone."""
     folder = byte_level(
         tmp_path / "bytes",
         corpus,
@@ -602,16 +603,16 @@ def test_dropout_is_refused(tmp_path: Path, model_folder: Path) -> None:
     shutil.copytree(model_folder, folder := tmp_path / "random")
     edit(folder / "tokenizer.json", lambda content: content["model"].update(dropout=0.2))
     with pytest.raises(
-        UserError, match=r"has a dropout of 0.2, with which no text has the same ids twice"
+        UserError, match=r"has a dropout of 0.2, which gives a text different ids each time"
     ):
         load_tokenizer(folder)
 
 
 def test_what_a_vocabulary_can_not_hold_is_said_with_its_line(tokenizer: Tokenizer) -> None:
-    """SentencePiece's own sign for a blank becomes one."""
+    """SentencePiece's sign for a blank is decoded as a blank."""
     with pytest.raises(
         UserError,
-        match=r"loses text in line 7: '.*a▁b.*' becomes '.*a b.*take what they can't hold",
+        match=r"loses text in line 7: '.*a▁b.*' becomes '.*a b.*remove what they can't represent",
     ):
         data.encode(tokenizer, [Problem("a▁b", "1\n#### 1", line=7)], PROMPT)
 
@@ -659,7 +660,7 @@ def test_added_tokens_of_any_form_are_read_or_refused(
 def test_a_tiktoken_file_beside_a_tokenizer_json_is_passed_over(
     tmp_path: Path, corpus: list[str]
 ) -> None:
-    """Mirrors of Llama-3 hold one, by SentencePiece's name."""
+    """Mirrors of Llama-3 have one, under the name of SentencePiece's file."""
     folder = byte_level(tmp_path / "three", corpus)
     (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
     assert load_tokenizer(folder).encode(["How many?"])
@@ -679,7 +680,7 @@ def test_encode_of_rows(tokenizer: Tokenizer, problems: list[Problem]) -> None:
 def test_normalisers_of_every_kind_are_seen(
     tmp_path: Path, model_folder: Path, problems: list[Problem]
 ) -> None:
-    """NFKC makes other signs of ½ and of a hard blank, which GSM8K holds."""
+    """NFKC changes ½ and the no-break space, both of which GSM8K contains."""
     shutil.copytree(model_folder, folder := tmp_path / "nfkc")
     (folder / "tokenizer.model").unlink()
     backend = Backend.from_file(str(folder / "tokenizer.json"))

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import flags
+from conftest import Killed, flags, kill, step_that
 
 import evaluate
 import train
-from run import metrics_log, progress, wandb_run
+from engine.measure import Measurement
+from run import metrics_log, wandb_run
 
 AGENTS = {
     "WANDB_SWEEP_ID": "s1",
@@ -57,7 +58,8 @@ class FakeRun:
 def fake(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Any], FakeRun]]:
     """Takes wandb.init's place; holds the arguments and the run of each call.
 
-    Like wandb 0.31 it takes id, project and entity from the environment alone where a sweep's agent has started us.
+    Like wandb 0.31 it takes id, project and entity from the environment alone if a sweep's agent
+    has started us.
     """
     import wandb
 
@@ -128,16 +130,10 @@ def test_exact_match_goes_into_the_run_that_trained(call, settings: dict[str, st
     assert run.finished
 
 
-def test_a_resumed_run_continues_the_same_wandb_run(
-    call, settings: dict[str, str], fake, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_continues_the_same_wandb_run(call, settings: dict[str, str], fake) -> None:
     settings["wandb_mode"] = "online"
-    original = train.accumulate
-    steps = iter(range(100))
-    monkeypatch.setattr(train, "accumulate", lambda *a: original(*a) if next(steps) < 9 else 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        call(train, *flags(settings))
-    monkeypatch.setattr(train, "accumulate", original)
+    with pytest.raises(Killed):
+        call(train, *flags(settings), step=step_that(kill, at=10))
     assert call(train, *flags(settings)).code == 0
     (first, broken), (second, run) = fake
     assert first["id"] == second["id"] and broken.finished
@@ -164,11 +160,9 @@ def agent(monkeypatch: pytest.MonkeyPatch, **changed: str) -> None:
         monkeypatch.setenv(name, value)
 
 
-def stop_in_epoch_2(call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, original = iter(range(100)), train.accumulate
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(train, "accumulate", lambda *a: original(*a) if next(calls) < 9 else 1 / 0)
-        call(train, *flags(settings))
+def stop_in_epoch_2(call, settings: dict[str, str]) -> None:
+    with pytest.raises(Killed):
+        call(train, *flags(settings), step=step_that(kill, at=10))
 
 
 def test_a_sweeps_run_is_known_by_the_agents_path(
@@ -195,16 +189,16 @@ def test_a_sweeps_run_is_known_by_the_agents_path(
 def test_a_resumed_run_under_another_id(
     call, settings: dict[str, str], fake, monkeypatch, sweep: bool
 ) -> None:
-    """The saved run goes on; but an agent's id wins, and is the run's from then on, for an earlier best as well."""
+    """The saved run continues; but an agent's id wins, and is the run's from then on."""
     settings |= {"wandb_mode": "online"}
     with monkeypatch.context() as patch:
         patch.setenv("WANDB_RUN_ID", "first")
-        stop_in_epoch_2(call, settings, monkeypatch)
+        stop_in_epoch_2(call, settings)
     assert path_in(folder_of(settings) / "last") == ("first", "llama-2-gsm8k", "me")
     with monkeypatch.context() as patch:
         agent(patch, WANDB_RUN_ID="second") if sweep else patch.setenv("WANDB_RUN_ID", "second")
-        patch.setattr(progress.Progress, "is_best", lambda *_: False)
-        outcome = call(train, *flags(settings))
+        worse = Measurement(99.0, 1e43, 1)
+        outcome = call(train, *flags(settings), measure=lambda *_: worse)
     assert outcome.code == 0, outcome.err
     kept, other = ("second", "first") if sweep else ("first", "second")
     assert f"W&B: logged as run {kept}, not as {other}\n" in outcome.out
@@ -278,14 +272,14 @@ def test_an_id_that_wandb_refuses_gets_into_no_checkpoint(
 def test_an_id_that_wandb_refuses_is_said_and_not_heeded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake, capsys, run_id: str
 ) -> None:
-    """Guards against W&B off for the whole run, and against a line that names no variable and no cure."""
+    """Guards against W&B off for the whole run, and a line without variable and cure."""
     monkeypatch.setenv("WANDB_RUN_ID", run_id)
     start(tmp_path, wandb_run.new_run("p"))
     out = capsys.readouterr().out
     assert "WANDB_RUN_ID" not in os.environ and "not as" not in out
     assert (
         ("W&B: WANDB_RUN_ID=" in out)
-        == ("is no id that W&B takes: not heeded" in out)
+        == ("is ignored, since W&B does not accept it as an id" in out)
         == bool(run_id)
     )
     assert all(letter.isprintable() or letter == "\n" for letter in out)
@@ -348,7 +342,7 @@ def test_wandb_disabled_is_heeded(
     said = [line for line in capsys.readouterr().out.splitlines() if "WANDB_DISABLED" in line]
     assert isinstance(tracker, wandb_run.NoTracker) == off == (fake == [])
     assert len(said) == (off or value == "maybe")
-    assert not off or said[0].startswith(f"W&B: off, as WANDB_DISABLED={value.strip()} says")
+    assert not off or said[0].startswith(f"W&B: off, because WANDB_DISABLED={value.strip()};")
 
 
 # ---------------------------------------------------------------- a W&B that fails
@@ -371,7 +365,7 @@ def test_a_wandb_that_fails_at_every_call_costs_nothing(
 
 @pytest.fixture
 def bad_server() -> Iterator[Callable[[int | None], int]]:
-    """Starts a server that answers everything with one status, or with None takes a connection and says nothing."""
+    """Starts a server that answers everything with one status, or, with None, never."""
     sockets: list[socket.socket] = []
 
     def serve(listener: socket.socket, status: int | None) -> None:
@@ -403,12 +397,15 @@ def bad_server() -> Iterator[Callable[[int | None], int]]:
 def test_a_wandb_that_does_not_answer_falls_back_to_offline_in_bounded_time(
     settings: dict[str, str], dead_port: int, bad_server, fault: str | int
 ) -> None:
-    """The real wandb, in a process of its own. The fallback is offline in the same process (wandb issue 9865)."""
+    """The real wandb, in a process of its own.
+
+    The fallback is offline in the same process (wandb issue 9865).
+    """
     port = dead_port if fault == "unreachable" else bad_server(None if fault == "silent" else fault)
     arguments = flags(settings | {"wandb_mode": "online"})
-    code = "import train; from run import wandb_run; wandb_run.INIT_SECONDS = 2; "
-    code += f"train.main(*train.read_arguments({arguments!r}))"
+    code = f"import train; train.main(*train.read_arguments({arguments!r}))"
     environment = {
+        "WANDB_INIT_TIMEOUT": "2",
         "WANDB_BASE_URL": f"http://127.0.0.1:{port}",
         "WANDB_API_KEY": "0" * 40,
         "WANDB_MODE": "online",
@@ -439,7 +436,8 @@ def test_null_means_offline_where_not_logged_in_said_in_one_line(
     outcome = call(train, *flags(settings | {"wandb_mode": "null"}))
     assert outcome.code == 0, outcome.err
     assert [line for line in outcome.out.splitlines() if "W&B" in line] == [
-        "W&B: not logged in, so logging offline ('wandb login' before the run, or 'wandb sync' after it)"
+        "W&B: not logged in, so logging offline "
+        "('wandb login' before the run, or 'wandb sync' after it)"
     ]
     assert_logged_offline(folder_of(settings))
 
@@ -448,7 +446,7 @@ def test_null_means_offline_where_not_logged_in_said_in_one_line(
 def test_online_without_a_login_asks_nothing_and_goes_offline(
     call, settings: dict[str, str], fake, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    """Guards against W&B's own question for a key, at which a run in a terminal would wait for ever."""
+    """Guards against W&B's question for a key, at which a run in a terminal waits for ever."""
     import wandb
 
     monkeypatch.setenv("WANDB_MODE", "online")
@@ -490,7 +488,7 @@ def test_not_finite_numbers_are_logged_as_they_are(tmp_path: Path) -> None:
 def test_every_line_is_on_the_disk_before_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards against a checkpoint that survives a loss of power, and metrics before it that do not."""
+    """Guards against a checkpoint that survives a power cut, and metrics that do not."""
     synced = []
     original = os.fsync
     monkeypatch.setattr(
@@ -510,7 +508,8 @@ def test_metrics_of_a_killed_run_are_cut_at_the_resumed_step(tmp_path: Path) -> 
     )
     deep = "[" * 100_000 + "\n"  # of a damaged disk
     file.write_text(
-        f'{deep}{{"step": 1, "a": 1}}\n{{"step": 2, "a": 2}}\n{{"step": 3, "a": 3}}\n{evaluated}{{"step": 4, "a"'
+        f'{deep}{{"step": 1, "a": 1}}\n{{"step": 2, "a": 2}}\n{{"step": 3, "a": 3}}\n'
+        f'{evaluated}{{"step": 4, "a"'
     )
     with metrics_log.MetricsLog(tmp_path, wandb_run.NoTracker(), resume_step=2) as metrics:
         metrics.write(3, 0.5, {"a": 30})

@@ -1,17 +1,30 @@
-"""The loop as a whole: resuming bit for bit, the best epoch, what a run writes and what it refuses."""
+"""The loop as a whole: bit-identical resuming, the best epoch, what a run writes and refuses."""
 
+import itertools
 import json
 import math
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import PROMPT, flags, make_config, write_rows
+from conftest import (
+    PROMPT,
+    Killed,
+    flags,
+    kill,
+    make_config,
+    named,
+    step_that,
+    with_model,
+    write_rows,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -20,15 +33,14 @@ import evaluate
 import perplexity
 import train
 from engine import packing
-from engine.llama import forward_packed
 from engine.loading import load_tokenizer
-from engine.loss import Measurement
-from grading import rules
+from engine.measure import Measurement
 from grading.dataset import Problem
-from run import checkpoint, files, manifest, training_json
+from run import checkpoint, manifest, training_json
+from run.config import Config
 from run.errors import UserError
 
-STEPS = 14  # 2 epochs of 7 steps: 100 rows in windows of 16, the last one of 4
+STEPS = 14  # 2 epochs of 7 steps: 100 rows in batches of 16, the last one of 4
 
 
 def run_folder(settings: dict[str, str]) -> Path:
@@ -55,33 +67,18 @@ def logged(settings: dict[str, str]) -> list[dict[str, Any]]:
     ]
 
 
+def measuring(*losses: float) -> Callable[..., Measurement]:
+    """What stands in for the validation, and finds one of ``losses`` after each epoch."""
+    left = iter(losses)
+    return lambda *_: Measurement(loss := next(left), math.exp(loss), 1)
+
+
 def assert_same_bits(ours: Path, theirs: Path) -> None:
     for name in ("model.safetensors", "state-00001.safetensors"):
         a, b = load_file(ours / name), load_file(theirs / name)
         assert a.keys() == b.keys()
         for key in a:
             assert torch.equal(a[key], b[key]), (name, key)
-
-
-@pytest.fixture
-def stop_after(monkeypatch: pytest.MonkeyPatch):
-    """Makes training end as by a signal, or die as by a kill, in optimizer step ``step`` (from 1)."""
-
-    def arrange(step: int, end: int | None) -> None:
-        original = train.accumulate
-        calls = iter(range(1, 10_000))
-
-        def accumulate(*args: Any) -> Any:
-            if next(calls) == step:
-                if end is None:
-                    raise RuntimeError("killed")
-                os.kill(os.getpid(), end)
-            return original(*args)
-
-        monkeypatch.setattr(train, "accumulate", accumulate)
-        return original
-
-    return arrange
 
 
 # ---------------------------------------------------------------- resuming
@@ -91,15 +88,13 @@ def stop_after(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_resume_in_mid_epoch_2_equals_the_run_that_was_not_stopped(
     settings: dict[str, str],
-    stop_after,
-    monkeypatch: pytest.MonkeyPatch,
     dtype: str,
     dropout: float,
     tmp_path: Path,
 ) -> None:
-    """Guards against optimizer state, data order, schedule, random state or log sums lost with the process.
+    """Guards against optimizer, data order, schedule, random state or log sums that are lost.
 
-    Killed in step 13, resumed from the save of step 10: steps 11 and 12 are trained and logged again.
+    Killed in step 13 and resumed from the save of step 10, it repeats steps 11 and 12.
     """
     base = tmp_path / "base"
     shutil.copytree(settings["model"], base)
@@ -115,15 +110,11 @@ def test_resume_in_mid_epoch_2_equals_the_run_that_was_not_stopped(
     whole = settings | {"run_name": "whole"}
     train.main(make_config(whole))
 
-    with monkeypatch.context() as patch:
-        original = train.accumulate
-        with pytest.raises(RuntimeError, match="killed"):
-            stop_after(13, None)
-            train.main(make_config(settings))
-        patch.setattr(train, "accumulate", original)
-        torch.manual_seed(12345)  # another process would not have this one's random state
-        assert training_json.read_description(run_folder(settings) / "last")["step"] == 10
-        train.main(make_config(settings))
+    with pytest.raises(Killed):
+        train.main(make_config(settings), step=step_that(kill, at=13))
+    torch.manual_seed(12345)  # another process would not have this one's random state
+    assert training_json.read_description(run_folder(settings) / "last")["step"] == 10
+    train.main(make_config(settings))
 
     assert_same_bits(run_folder(settings) / "last", run_folder(whole) / "last")
     assert logged(settings) == logged(whole)
@@ -133,31 +124,25 @@ def test_resume_in_mid_epoch_2_equals_the_run_that_was_not_stopped(
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
-def test_signals_finish_the_step_save_and_resume(
-    call, settings: dict[str, str], stop_after, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_signals_finish_the_step_save_and_resume(call, settings: dict[str, str], name: str) -> None:
     """Guards against a step cut in the middle, and against an exit code that says all is done."""
     whole = settings | {"run_name": "whole"}
     assert call(train, *flags(whole)).code == 0
-    with monkeypatch.context():
-        original = stop_after(9, getattr(signal, name))
-        outcome = call(train, *flags(settings))
+    arrives = partial(os.kill, os.getpid(), getattr(signal, name))
+    outcome = call(train, *flags(settings), step=step_that(arrives, at=9))
     assert outcome.code == 128 + getattr(signal, name)
     assert (
         outcome.err.startswith(f"stopped: {name} after step 9, saved in ")
         and outcome.err.count("\n") == 1
     )
-    monkeypatch.setattr(train, "accumulate", original)
     outcome = call(train, *flags(settings))
     assert outcome.code == 0 and "last at step 9 of 14" in outcome.out
     assert_same_bits(run_folder(settings) / "last", run_folder(whole) / "last")
     assert logged(settings) == logged(whole)
 
 
-def test_resume_from_every_step(
-    settings: dict[str, str], stop_after, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """With dropout, across the border of the epochs, and with several steps between two lines of the log."""
+def test_resume_from_every_step(settings: dict[str, str], tmp_path: Path) -> None:
+    """With dropout, across the epochs' boundary, with several steps between two logged lines."""
     base = tmp_path / "base"
     shutil.copytree(settings["model"], base)
     shape = json.loads((base / "config.json").read_text())
@@ -167,29 +152,22 @@ def test_resume_from_every_step(
     train.main(make_config(whole))
     for step in range(1, STEPS):
         each = settings | {"run_name": f"step-{step}"}
-        with monkeypatch.context() as patch:
-            original = train.accumulate
-            with pytest.raises(RuntimeError, match="killed"):
-                stop_after(step + 1, None)
-                train.main(make_config(each))
-            patch.setattr(train, "accumulate", original)
-            torch.manual_seed(step)
-            train.main(make_config(each))
+        with pytest.raises(Killed):
+            train.main(make_config(each), step=step_that(kill, at=step + 1))
+        torch.manual_seed(step)
+        train.main(make_config(each))
         assert_same_bits(run_folder(each) / "last", run_folder(whole) / "last")
         assert logged(each) == logged(whole), step
 
 
 def test_micro_batches_may_change_on_resume_and_change_no_step(
-    settings: dict[str, str], stop_after
+    settings: dict[str, str],
 ) -> None:
     """The memory knob is free: the losses stay those of the unstopped run, within float32."""
     whole = settings | {"run_name": "whole"}
     train.main(make_config(whole))
-    original = train.accumulate
-    with pytest.raises(RuntimeError):
-        stop_after(10, None)
-        train.main(make_config(settings))
-    train.accumulate = original
+    with pytest.raises(Killed):
+        train.main(make_config(settings), step=step_that(kill, at=10))
     train.main(make_config(settings | {"micro_batch_tokens": "256"}))
     ours, theirs = (
         [line["train/loss"] for line in logged(s) if "train/loss" in line]
@@ -224,12 +202,9 @@ def test_resuming_with_what_may_not_change_is_refused(
     } == before
 
 
-def test_what_may_change_on_resume_is_said(call, settings: dict[str, str], stop_after) -> None:
-    original = train.accumulate
-    with pytest.raises(RuntimeError):
-        stop_after(9, None)
-        call(train, *flags(settings))
-    train.accumulate = original
+def test_what_may_change_on_resume_is_said(call, settings: dict[str, str]) -> None:
+    with pytest.raises(Killed):
+        call(train, *flags(settings), step=step_that(kill, at=9))
     outcome = call(train, *flags(settings | {"log_every": "3", "micro_batch_tokens": "300"}))
     assert outcome.code == 0
     assert (
@@ -238,7 +213,7 @@ def test_what_may_change_on_resume_is_said(call, settings: dict[str, str], stop_
 
 
 def test_a_constant_rate_can_be_trained_on(call, settings: dict[str, str]) -> None:
-    """As if the larger number of epochs had been there from the start; but with a warmup, refused."""
+    """As if it had the larger number of epochs from the start. With a warmup it is refused."""
     constant = settings | {"lr_schedule": "constant", "warmup_ratio": "0"}
     whole = constant | {"run_name": "whole", "epochs": "3"}
     assert call(train, *flags(whole)).code == 0
@@ -252,17 +227,12 @@ def test_a_constant_rate_can_be_trained_on(call, settings: dict[str, str]) -> No
     call(train, *flags(warm | {"epochs": "3"})).assert_user_error("epochs was 2 and is 3")
 
 
-def test_resuming_needs_no_base_model(
-    call, settings: dict[str, str], stop_after, tmp_path: Path
-) -> None:
-    """Guards against a hub that must be asked, or a base that has gone, though last holds everything."""
+def test_resuming_needs_no_base_model(call, settings: dict[str, str], tmp_path: Path) -> None:
+    """Guards against asking the hub, or needing a base that is gone: last holds everything."""
     shutil.copytree(settings["model"], tmp_path / "base")
     settings["model"] = str(tmp_path / "base")
-    original = train.accumulate
-    with pytest.raises(RuntimeError):
-        stop_after(9, None)
-        call(train, *flags(settings))
-    train.accumulate = original
+    with pytest.raises(Killed):
+        call(train, *flags(settings), step=step_that(kill, at=9))
     shutil.rmtree(tmp_path / "base")
     assert call(train, *flags(settings)).code == 0
 
@@ -296,23 +266,18 @@ def test_finished_foreign_and_forbidden_folders_are_refused(call, settings: dict
 
 
 def test_best_is_the_epoch_with_the_lowest_validation_loss(
-    settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, str],
 ) -> None:
-    """Guards against best = last, against >= for >, and against a best that a later, worse epoch replaces."""
-    losses = iter([3.0, 2.0, 2.5, 2.0])
-    monkeypatch.setattr(
-        train, "measure", lambda *_: Measurement(loss := next(losses), math.exp(loss), 1)
-    )
+    """Guards against best = last, >= for >, and a best that a later, worse epoch replaces."""
     saved = {}
-    original = train.save_checkpoint
 
-    def save_checkpoint(folder: Path, model: Any, *rest: Any) -> None:
-        original(folder, model, *rest)
+    def save(folder: Path, model: Any, *rest: Any, **keywords: Any) -> None:
+        checkpoint.save_checkpoint(folder, model, *rest, **keywords)
         if folder.name == "last":
             saved[rest[1]["step"]] = weights(folder)
 
-    monkeypatch.setattr(train, "save_checkpoint", save_checkpoint)
-    train.main(make_config(settings | {"epochs": "4"}))
+    measure = measuring(3.0, 2.0, 2.5, 2.0)
+    train.main(make_config(settings | {"epochs": "4"}), measure=measure, save=save)
     best = run_folder(settings) / "best"
     description = json.loads((best / "training.json").read_text())
     assert (description["epoch"], description["step"], description["validation_loss"]) == (
@@ -337,18 +302,26 @@ def test_best_is_the_epoch_with_the_lowest_validation_loss(
 )
 def test_best_by_exact_match(
     settings: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
     matches: list[float],
     losses: list[float],
     best: int,
 ) -> None:
-    """Guards against a best that the loss chooses all the same, and against one that the process forgets."""
-    of_epoch, left = iter(losses), iter(matches)
-    monkeypatch.setattr(
-        train, "measure", lambda *_: Measurement(loss := next(of_epoch), math.exp(loss), 1)
-    )
-    monkeypatch.setattr(train, "measure_exact_match", lambda *_: next(left))
-    train.main(make_config(settings | {"epochs": "3", "best_by": "val_exact_match"}))
+    """Guards against a best that the loss chooses all the same, and one that is forgotten."""
+    settings |= {"epochs": "3", "best_by": "val_exact_match", "validation_size": "16"}
+    config, left = make_config(settings), iter(matches)
+    rows = data.load_split(config.dataset, "validation", 16, config.seed)
+
+    def complete(*arguments: Any) -> list[tuple[str, str]]:
+        prompts = arguments[-1]
+        if len(prompts) == 1:  # the sample
+            return [("", "eos")]
+        correct = int(next(left) * len(prompts))
+        return [
+            (f"#### {row.gold if number < correct else 'none'}", "eos")
+            for number, row in enumerate(rows)
+        ]
+
+    train.main(config, measure=measuring(*losses), complete=complete)
     description = training_json.read_description(run_folder(settings) / "best")
     assert (description["epoch"], description["validation_exact_match"]) == (
         best,
@@ -359,56 +332,55 @@ def test_best_by_exact_match(
 
 
 def test_exact_match_in_training_is_that_of_evaluation(
-    call, settings: dict[str, str], monkeypatch
+    call, settings: dict[str, str], tmp_path: Path
 ) -> None:
-    """Guards against another prompt, split or rule than evaluate.py has, and a model left in eval mode."""
-    modes, settings = (
-        [],
-        settings | {"best_by": "val_exact_match", "max_new_tokens": "40", "epochs": "1"},
-    )
-    monkeypatch.setattr(
-        train, "correct_openai", lambda text, gold: (len(text) + int(gold[-1])) % 2 == 0
-    )  # some are
-    monkeypatch.setattr(rules, "correct_openai", train.correct_openai)
-    monkeypatch.setitem(rules.RULES, "openai", train.correct_openai)
-    original = train.measure_exact_match
-
-    def measured(model: Any, *rest: Any) -> float:
-        value = original(model, *rest)
-        modes.append(model.training)
-        return value
-
-    monkeypatch.setattr(train, "measure_exact_match", measured)
-    assert call(train, *flags(settings)).code == 0
-    assert modes == [True]
-    [logged] = [line["val/exact_match"] for line in metrics(settings) if "val/exact_match" in line]
-    assert (
-        call(evaluate, "--ckpt", str(run_folder(settings) / "best"), "--split", "validation").code
-        == 0
-    )
+    """Guards against a prompt, split or rule other than evaluate.py's, and a step in eval mode."""
+    rows = [Problem(f"{n} or {n}?", f"#### {1 + (n % 3 == 0)}") for n in range(120)]
+    write_rows(tmp_path / "data" / "train.jsonl", rows[:110])
+    write_rows(tmp_path / "data" / "test.jsonl", rows[110:])
+    # It learns the more frequent of the two answers, which is right for a part of the rows.
+    settings |= {"dataset": str(tmp_path / "data"), "best_by": "val_exact_match"}
+    settings |= {"learning_rate": "3e-2", "epochs": "3", "validation_size": "30"}
+    modes: list[bool] = []
+    outcome = call(train, *flags(settings), step=with_model(partial(note_modes, modes=modes)))
+    assert outcome.code == 0 and len(modes) >= 3 * 5 and all(modes)
+    logged = [line["val/exact_match"] for line in metrics(settings) if "val/exact_match" in line]
+    best = run_folder(settings) / "best"
+    assert call(evaluate, "--ckpt", str(best), "--split", "validation").code == 0
     scores = json.loads((run_folder(settings) / "eval" / "validation" / "scores.json").read_text())
-    assert logged == scores["exact_match"] and 0 < logged < 1
+    epoch = training_json.read_description(best)["epoch"]
+    assert logged[int(epoch) - 1] == scores["exact_match"] and 0 < scores["exact_match"] < 1
+
+
+def note_modes(model: torch.nn.Module, modes: list[bool]) -> None:
+    """Notes at each forward pass of a training step whether dropout and recomputation are on."""
+
+    def note(*_: Any) -> None:
+        if torch.is_grad_enabled():
+            modes.append(model.training)
+
+    named(model, "down_proj").register_forward_pre_hook(note)
 
 
 def test_a_sample_that_is_refused_leaves_the_model_in_training(
-    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    call, settings: dict[str, str]
 ) -> None:
-    """Guards against an epoch without recomputation and dropout, after a sample for which there was no memory."""
+    """Guards against an epoch without recomputation and dropout after a sample that did not fit."""
     modes: list[bool] = []
-    original = train.accumulate
 
-    def refused(*_: Any, **__: Any) -> None:
+    def refuse(model: torch.nn.Module, *_: Any) -> None:
+        model.eval()
         raise UserError("no memory for one slot")
 
-    monkeypatch.setattr(train, "greedy_decode", refused)
-    monkeypatch.setattr(
+    outcome = call(
         train,
-        "accumulate",
-        lambda model, *rest: (modes.append(model.training), original(model, *rest))[1],
+        *flags(settings | {"gradient_checkpointing": "true"}),
+        step=with_model(partial(note_modes, modes=modes)),
+        complete=refuse,
     )
-    outcome = call(train, *flags(settings | {"gradient_checkpointing": "true"}))
     assert outcome.code == 0 and outcome.out.count("no sample: no memory for one slot") == 2
-    assert modes == [True] * STEPS
+    # Each layer is computed twice, since its activations are recomputed in all epochs.
+    assert len(modes) >= 2 * STEPS and len(modes) % 2 == 0 and all(modes)
 
 
 def test_the_test_split_chooses_nothing(call, settings: dict[str, str]) -> None:
@@ -419,54 +391,44 @@ def test_the_test_split_chooses_nothing(call, settings: dict[str, str]) -> None:
 
 
 def test_best_survives_a_resume_with_worse_epochs(
-    settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, stop_after
+    settings: dict[str, str],
 ) -> None:
     """Guards against a best loss that is forgotten with the process."""
-    losses = iter([2.0, 2.5, 2.6])
-    monkeypatch.setattr(
-        train, "measure", lambda *_: Measurement(loss := next(losses), math.exp(loss), 1)
-    )
+    measure = measuring(2.0, 2.5, 2.6)
     settings["epochs"] = "3"
-    original = train.accumulate
-    with pytest.raises(RuntimeError):
-        stop_after(9, None)
-        train.main(make_config(settings))
-    train.accumulate = original
-    train.main(make_config(settings))
+    with pytest.raises(Killed):
+        train.main(make_config(settings), measure=measure, step=step_that(kill, at=9))
+    train.main(make_config(settings), measure=measure)
     assert training_json.read_description(run_folder(settings) / "best")["epoch"] == 1
 
 
 def test_transformers_loads_best_and_gives_the_same_logits(
-    settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, problems: list[Problem]
+    settings: dict[str, str], problems: list[Problem]
 ) -> None:
     """Guards against an export that only this program can read, or reads differently."""
-    models = []
-    original = train.load_model
-    monkeypatch.setattr(
-        train, "load_model", lambda *args: (models.append(original(*args)), models[-1])[1]
-    )
-    train.main(make_config(settings))
+    models: list[Any] = []
+    train.main(make_config(settings), step=with_model(models.append))
     best = run_folder(settings) / "best"
     loaded = AutoModelForCausalLM.from_pretrained(best)
     assert loaded.dtype == torch.float32
-    tokenizer = load_tokenizer(best)
+    tokenizer = load_tokenizer(best, training_json.tokenizer_record(best))
     examples = data.encode(tokenizer, problems, PROMPT)
     assert examples == data.encode(load_tokenizer(Path(settings["model"])), problems, PROMPT)
-    batch = packing.collate(examples[:6])
+    [trained] = models
+    batch = packing.collate(examples[:6], trained.eval().kernels)
+    attend = partial(trained.kernels.attention, batch, 0.0)
     with torch.no_grad():
-        [trained] = models
-        hidden = forward_packed(trained.eval(), batch)
-        for example, ours in zip(
-            examples[:6], trained.lm_head(hidden).split(batch.seqlens), strict=False
-        ):
+        hidden = trained.hidden_states(batch.input_ids, batch.position_ids, attend)
+        logits = trained.pretrained.lm_head(hidden).split(batch.seqlens)
+        for example, ours in zip(examples[:6], logits, strict=False):
             theirs = loaded(torch.tensor([example.input_ids[:-1]])).logits[0]
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_the_export_is_tried_before_the_first_step(
-    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    call, settings: dict[str, str], tmp_path: Path
 ) -> None:
-    """With Llama-2's own generation_config, on which save_pretrained raises in some versions: it is not passed on."""
+    """With Llama-2's own generation_config, on which save_pretrained raises in some versions."""
     base = tmp_path / "base"
     shutil.copytree(settings["model"], base)
     own = {
@@ -478,9 +440,8 @@ def test_the_export_is_tried_before_the_first_step(
         "max_length": 4096,
     }
     (base / "generation_config.json").write_text(json.dumps(own))
-    monkeypatch.setattr(train, "accumulate", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        call(train, *flags(settings | {"model": str(base)}))
+    with pytest.raises(Killed):
+        call(train, *flags(settings | {"model": str(base)}), step=step_that(kill, at=1))
     last = run_folder(settings) / "last"
     assert training_json.read_description(last)["step"] == 0
     exported = json.loads((last / "generation_config.json").read_text())
@@ -495,12 +456,16 @@ def test_compile_is_on_by_setting(
     call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, compiled: bool
 ) -> None:
     """Guards against a setting that does nothing."""
-    models = []
-    monkeypatch.setattr(train, "compile_layers", models.append)
-    assert (
-        call(train, *flags(settings | {"compile": str(compiled).lower(), "epochs": "1"})).code == 0
-    )
-    assert len(models) == compiled
+    parts: list[Any] = []
+
+    def compiled_part(part: Any, **_: Any) -> Any:
+        parts.append(part)
+        return part
+
+    monkeypatch.setattr(torch, "compile", compiled_part)
+    settings |= {"compile": str(compiled).lower(), "epochs": "1"}
+    assert call(train, *flags(settings)).code == 0
+    assert bool(parts) == compiled
 
 
 # ---------------------------------------------------------------- what a run writes
@@ -540,6 +505,13 @@ def test_a_run_writes_what_the_interface_promises(call, settings: dict[str, str]
     assert f"python evaluate.py --ckpt {folder / 'best'}" in outcome.out
 
 
+def batches_of(config: Config) -> data.Batches:
+    problems = data.load_for_training(config.dataset, config.validation_size, config.seed)
+    tokenizer = load_tokenizer(Path(config.model))
+    rows, _ = data.encode_for_training(tokenizer, problems, config.prompt, config.max_length)
+    return data.Batches(rows, config.batch_size, config.seed)
+
+
 TRAIN_NAMES = {
     "train/loss",
     "train/perplexity",
@@ -560,9 +532,11 @@ def test_logged_loss_is_the_mean_over_all_tokens_since_the_last_line(
     train.main(make_config(each))
     train.main(make_config(fourth))
     config = make_config(each)
-    tokenizer = load_tokenizer(Path(config.model))
-    training = train.load_data(config, tokenizer)[0]
-    count = [packing.collate(training.window(step)).num_labels for step in range(STEPS)]
+    batches = batches_of(config)
+    count = [
+        sum(label != packing.IGNORE for row in batches[step] for label in row.labels)
+        for step in range(STEPS)
+    ]
     losses = [line["train/loss"] for line in logged(each) if "train/loss" in line]
     found = [(line["step"], line["train/loss"]) for line in logged(fourth) if "train/loss" in line]
     assert [step for step, _ in found] == [4, 8, 12, 14]
@@ -574,7 +548,7 @@ def test_logged_loss_is_the_mean_over_all_tokens_since_the_last_line(
 def test_validation_at_the_end_is_what_the_perplexity_script_says(
     call, settings: dict[str, str]
 ) -> None:
-    """Guards against two losses: the one that chooses the best checkpoint, and the one that is reported."""
+    """Guards against two losses, one that chooses the best checkpoint and one that is reported."""
     assert call(train, *flags(settings)).code == 0
     best = run_folder(settings) / "best"
     outcome = call(perplexity, "--ckpt", str(best), "--split", "validation")
@@ -585,22 +559,23 @@ def test_validation_at_the_end_is_what_the_perplexity_script_says(
     )
 
 
-def test_not_finite_stops_before_the_step(
-    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_not_finite_stops_before_the_step(call, settings: dict[str, str]) -> None:
     """Guards against a NaN that is filtered, averaged away, or stepped on."""
-    original = train.accumulate
-    calls = iter(range(1, 100))
-    monkeypatch.setattr(
-        train,
-        "accumulate",
-        lambda *a: original(*a) if next(calls) < 10 else (math.nan, 1, original(*a)[2]),
-    )
-    outcome = call(train, *flags(settings))
+    models: list[Any] = []
+    calls = itertools.count(1)
+
+    def step(model: Any, *rest: Any) -> train.StepResult:
+        if next(calls) == 10:
+            models.append(model)
+            embedding = named(model, "embedding")
+            embedding.register_forward_hook(lambda module, inputs, output: output * math.nan)
+        return train.train_step(model, *rest)
+
+    outcome = call(train, *flags(settings), step=step)
     assert outcome.code == 3
     assert outcome.err.startswith("stopped: step 10: loss nan") and outcome.err.count("\n") == 1
     assert training_json.read_description(run_folder(settings) / "last")["step"] == 7
-    for tensor in weights(run_folder(settings) / "last").values():
+    for tensor in (*weights(run_folder(settings) / "last").values(), *models[0].parameters()):
         assert tensor.isfinite().all()
 
 
@@ -610,7 +585,6 @@ def test_not_finite_names_the_rows_that_caused_it(
     settings: dict[str, str],
     problems: list[Problem],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     where: str,
 ) -> None:
     """Two rows of the data have it in them, and only the one that is trained on counts."""
@@ -619,31 +593,32 @@ def test_not_finite_names_the_rows_that_caused_it(
     shutil.copytree(settings["dataset"], data_folder)
     rows = [*problems[12:60], marked[0], *problems[60:], marked[1]]
     write_rows(data_folder / "train.jsonl", rows)
-    original = train.summed_loss
     tokenizer = load_tokenizer(Path(settings["model"]))
     tokens = [data.encode(tokenizer, [problem], PROMPT)[0].input_ids[:-1] for problem in marked]
 
-    def summed_loss(model: Any, batch: packing.Batch) -> torch.Tensor:
-        loss = original(model, batch)
-        ids = batch.input_ids[0].tolist()
-        if any(ids[at : at + len(one)] == one for one in tokens for at in range(len(ids))):
-            poison = torch.nan if where == "loss" else 0.0
+    def poison(model: Any) -> None:
+        def add(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: Any) -> Any:
+            ids = inputs[0].flatten().tolist()
+            if not any(ids[at : at + len(one)] == one for one in tokens for at in range(len(ids))):
+                return output
             # The square root's gradient at zero is infinite, and times zero NaN.
-            loss = loss + poison + (model.lm_head.weight.sum() * 0).sqrt()
-        return loss
+            zero = (named(model, "head").weight.sum() * 0).sqrt()
+            return output + zero + (torch.nan if where == "loss" else 0.0)
 
-    monkeypatch.setattr(train, "summed_loss", summed_loss)
-    outcome = call(train, *flags(settings | {"dataset": str(data_folder)}))
+        named(model, "embedding").register_forward_hook(add)
+
+    changed = settings | {"dataset": str(data_folder)}
+    outcome = call(train, *flags(changed), step=with_model(poison))
     assert outcome.code == 3
     config = make_config(settings | {"dataset": str(data_folder)})
-    training = train.load_data(config, tokenizer)[0]
-    step = next(s for s in range(99) if any(e.input_ids[:-1] in tokens for e in training.window(s)))
-    lines = [e.line for e in training.window(step) if e.input_ids[:-1] in tokens]
+    batches = batches_of(config)
+    step = next(s for s in range(99) if any(e.input_ids[:-1] in tokens for e in batches[s]))
+    lines = [e.line for e in batches[step] if e.input_ids[:-1] in tokens]
     assert len(lines) == 1 and rows[lines[0] - 1] in marked
     assert outcome.err.startswith(
         f"stopped: step {step + 1}: loss {'nan' if where == 'loss' else ''}"
     )
-    assert f"with 1 of its 16 rows of train, line {lines[0]};" in outcome.err
+    assert f"caused by 1 of its 16 rows of train, line {lines[0]};" in outcome.err
     last_line = metrics(settings)[-1]  # the NaN is in the log, whatever comes after
     assert last_line["step"] == step + 1 and math.isnan(last_line["train/grad_norm"])
     assert math.isnan(last_line["train/loss"]) == (where == "loss")
@@ -652,11 +627,8 @@ def test_not_finite_names_the_rows_that_caused_it(
         assert tensor.isfinite().all()
 
 
-def test_a_not_finite_validation_loss_is_no_best(
-    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(train, "measure", lambda *_: Measurement(math.nan, math.nan, 1))
-    outcome = call(train, *flags(settings))
+def test_a_not_finite_validation_loss_is_no_best(call, settings: dict[str, str]) -> None:
+    outcome = call(train, *flags(settings), measure=measuring(math.nan))
     assert (
         outcome.code == 3
         and "step 7: loss nan" in outcome.err
@@ -675,15 +647,15 @@ def test_training_learns(settings: dict[str, str]) -> None:
 def test_a_full_disk_is_one_line_and_leaves_the_earlier_checkpoint(
     call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = files.sync_open
+    original = os.fsync
     calls = iter(range(10_000))
 
-    def sync(descriptor: int, path: Path) -> None:
+    def fsync(descriptor: int) -> None:
         if next(calls) > 30:
             raise OSError(28, "No space left on device")
-        original(descriptor, path)
+        original(descriptor)
 
-    monkeypatch.setattr(files, "sync_open", sync)
+    monkeypatch.setattr(os, "fsync", fsync)
     outcome = call(train, *flags(settings))
     outcome.assert_user_error("No space left on device", "earlier ones are intact")
     assert checkpoint.newest_intact(run_folder(settings)) is not None

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROMPT, flags
-from transformers import LlamaForCausalLM
 
 import data
 import evaluate
 from engine import verify
 from engine.decoding import Completion, greedy_decode
+from engine.llama import Llama
+from engine.strategy import decode
 from engine.tokenizer import Tokenizer
 from grading import dataset
 
@@ -26,22 +27,22 @@ def prompts(tokenizer: Tokenizer, problems: list[dataset.Problem]) -> dict[int, 
 
 
 @pytest.fixture
-def completions(model: LlamaForCausalLM, prompts: dict[int, list[int]]) -> dict[int, Completion]:
+def completions(model: Llama, prompts: dict[int, list[int]]) -> dict[int, Completion]:
     found = greedy_decode(model, list(prompts.values()), slots=3, **LIMITS)
     return {10 * completion.index: completion for completion in found}
 
 
 def test_sample_is_spread_evenly() -> None:
-    assert verify.sample(range(100), 4) == [0, 25, 50, 75]
+    assert verify.spread(range(100), 4) == [0, 25, 50, 75]
     assert (
-        verify.sample([3, 5], 4) == [3, 5]
-        and verify.sample([], 4) == []
-        and verify.sample([3, 5], 0) == []
+        verify.spread([3, 5], 4) == [3, 5]
+        and verify.spread([], 4) == []
+        and verify.spread([3, 5], 0) == []
     )
 
 
 def test_what_generate_writes_is_no_difference(model, prompts, completions) -> None:
-    assert verify.differences(model, prompts, completions, **LIMITS) == {}
+    assert verify.compare_with_generate(model, prompts, completions, **LIMITS) == {}
 
 
 def test_an_end_by_eos_is_no_difference(model, prompts, completions) -> None:
@@ -53,7 +54,7 @@ def test_an_end_by_eos_is_no_difference(model, prompts, completions) -> None:
         for one in greedy_decode(model, list(prompts.values()), slots=2, **limits)
     }
     assert any(one.stop == "eos" for one in again.values())
-    assert verify.differences(model, prompts, again, **limits) == {}
+    assert verify.compare_with_generate(model, prompts, again, **limits) == {}
 
 
 def test_the_first_differing_token_is_shown_with_both_gaps(
@@ -62,11 +63,13 @@ def test_the_first_differing_token_is_shown_with_both_gaps(
     wrong = copy.deepcopy(completions)
     right = wrong[20].token_ids[4]
     wrong[20].token_ids[4:] = [7, 8, 9]
-    found = verify.differences(model, prompts, wrong, **LIMITS)
+    found = verify.compare_with_generate(model, prompts, wrong, **LIMITS)
     assert list(found) == [20]
     assert (found[20].position, found[20].batched, found[20].alone) == (4, 7, right)
     theirs, ours = found[20].gaps
-    logits = model(torch.tensor([[*prompts[20], *completions[20].token_ids[:4]]])).logits[0, -1]
+    logits = model.pretrained(
+        torch.tensor([[*prompts[20], *completions[20].token_ids[:4]]])
+    ).logits[0, -1]
     assert theirs == pytest.approx((logits[right] - logits[7]).item(), abs=1e-5) and theirs > 0
     assert ours == pytest.approx(theirs, abs=1e-5)
     text = found[20].describe(tokenizer)
@@ -84,22 +87,17 @@ def test_a_completion_that_ends_too_soon_or_too_late(
     wrong = copy.deepcopy(completions)
     last = wrong[0].token_ids.pop()
     wrong[40].token_ids.append(5)
-    found = verify.differences(model, prompts, wrong, **LIMITS)
+    found = verify.compare_with_generate(model, prompts, wrong, **LIMITS)
     assert found[0] == verify.Difference(11, None, last, None) and found[40] == verify.Difference(
         12, 5, None, None
     )
     assert "token 11 is its end in the batch" in found[0].describe(tokenizer)
 
 
-def broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = evaluate.greedy_decode
-
-    def decode(*arguments, **settings):
-        for completion in original(*arguments, **settings):
-            completion.token_ids[2:3] = [9]
-            yield completion
-
-    monkeypatch.setattr(evaluate, "greedy_decode", decode)
+def broken(*arguments, **settings):
+    for completion in decode(*arguments, **settings):
+        completion.token_ids[2:3] = [9]
+        yield completion
 
 
 @pytest.mark.parametrize(
@@ -127,31 +125,30 @@ def test_float32_is_verified_by_default(
 
 
 def test_a_difference_in_float32_is_an_error_and_no_score(
-    call, settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call, settings: dict[str, str], tmp_path: Path
 ) -> None:
     arguments = ["--ckpt", settings["model"], *flags(settings), "--output", str(tmp_path / "out")]
-    with monkeypatch.context() as patch:
-        broken(patch)
-        outcome = call(evaluate, *arguments)
-        outcome.assert_user_error("4 of 4 completions differ", "problem 0: token 2 is", "ahead by")
+    outcome = call(evaluate, *arguments, parts=evaluate.Parts(decode=broken))
+    outcome.assert_user_error("4 of 4 completions differ", "problem 0: token 2 is", "ahead by")
     assert not (tmp_path / "out" / "scores.json").exists()
     # The same command again decodes nothing; what the file holds is still wrong.
     call(evaluate, *arguments).assert_user_error(
-        "of 4 completions differ", "holds another completion"
+        "of 4 completions differ", "the recorded completion is not the one that"
     )
     assert not (tmp_path / "out" / "scores.json").exists()
     assert call(evaluate, *arguments, "--verify-batching", "0").code == 0
 
 
 def test_differences_in_bfloat16_are_counted(
-    call, settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call, settings: dict[str, str], tmp_path: Path
 ) -> None:
     settings |= {"dtype": "bfloat16"}
-    broken(monkeypatch)
+    parts = evaluate.Parts(decode=broken)
     arguments = ["--ckpt", settings["model"], *flags(settings)]
-    outcome = call(evaluate, *arguments, "--output", str(tmp_path / "a"))
+    outcome = call(evaluate, *arguments, "--output", str(tmp_path / "a"), parts=parts)
     assert outcome.code == 0 and "verified" not in outcome.out
-    outcome = call(evaluate, *arguments, "--output", str(tmp_path / "b"), "--verify-batching", "3")
+    arguments += ["--output", str(tmp_path / "b")]
+    outcome = call(evaluate, *arguments, "--verify-batching", "3", parts=parts)
     assert (
         outcome.code == 0
         and "verified: 0 of 3" in outcome.out
@@ -160,5 +157,5 @@ def test_differences_in_bfloat16_are_counted(
     scores = json.loads((tmp_path / "b" / "scores.json").read_text())
     assert scores["verified_batching"] == {"problems": 3, "differences": 3}
     call(evaluate, *arguments, "--verify-batching", "-1").assert_user_error(
-        "'-1' must be a whole number from 0 on"
+        "'-1' must be zero or a positive integer"
     )

@@ -1,1 +1,1 @@
-"""The same operations, faster on a CPU. Only `engine.device` imports this; on a GPU, skip it."""
+"""CPU versions of operations, for speed. Only `engine.device` imports them. Not used on a GPU."""

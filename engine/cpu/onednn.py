@@ -1,7 +1,7 @@
-"""Matrix products on the CPU by the library that is fast on its processor.
+"""Matrix products in float32 by oneDNN, for processors on which PyTorch's own choice is slow.
 
-PyTorch gives float32 products to MKL, which on AMD's processors leaves half of their vector units
-unused; oneDNN, which comes with PyTorch too, does not. Elsewhere PyTorch's choice stands.
+PyTorch uses MKL for float32 products, which leaves half of the vector units of AMD's processors
+idle. oneDNN, which comes with PyTorch too, does not.
 """
 
 from collections.abc import Iterator
@@ -11,36 +11,26 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import LlamaForCausalLM
 
-from engine import memory
-from engine.packing import ROWS
-
-# Rows of a product that exist beside the sum they are added to.
-ADDED_ROWS = 4096
+ADDED_ROWS = 4096  # rows of a product that are computed at a time and added to a sum
+ROWS = 64  # row counts are multiples of this, since oneDNN caches data for each count forever
 
 
-def _prefer_onednn() -> bool:
+def is_faster_here() -> bool:
+    """Whether this is an AMD processor, and this PyTorch has both libraries."""
     try:
-        amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+        is_amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
-    return amd and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-
-
-ONEDNN = _prefer_onednn()
-
-
-def _by_onednn(tensor: torch.Tensor) -> bool:
-    return ONEDNN and tensor.dtype == torch.float32 and not tensor.is_cuda
+    return is_amd and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 
 
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """``left @ right`` of two matrices, without a gradient of its own.
+    """``left @ right`` of two matrices, not differentiable.
 
-    To be called with few different shapes: oneDNN never gives back what it keeps for each.
+    Call it with few different shapes, since oneDNN never frees the data that it caches for each.
     """
-    if not _by_onednn(left):
+    if left.dtype != torch.float32:
         return left @ right
     return _compiled_onednn(left, right) if torch.compiler.is_compiling() else _onednn(left, right)
 
@@ -49,37 +39,68 @@ def _onednn(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")
 
 
-# For compiled code one call that the compiler does not look into: its own rule for this operator fails on our operands.
+# Opaque to the compiler, whose own rule for this operator fails on operands like ours.
 _compiled_onednn = torch.library.custom_op("gsm8k::product", _onednn, mutates_args=())
-
-
 _compiled_onednn.register_fake(lambda left, right: left.new_empty(left.shape[0], right.shape[1]))
 
 
-def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """``total += left @ right``, in ``total``'s dtype, and never the whole product beside it."""
-    if total.dtype == left.dtype and not _by_onednn(left):
+def add_product(
+    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, added_rows: int = ADDED_ROWS
+) -> None:
+    """``total += left @ right`` in ``total``'s dtype, a few rows of the product at a time."""
+    if total.dtype == left.dtype != torch.float32:
         total.addmm_(left, right)
         return
-    for start in range(0, len(left), ADDED_ROWS):
-        total[start : start + ADDED_ROWS] += product(left[start : start + ADDED_ROWS], right)
+    for start in range(0, len(left), added_rows):
+        end = start + added_rows
+        total[start:end] += product(left[start:end], right)
 
 
 class Linear(torch.nn.Linear):
-    """Transformers' layer, its three products by `product`."""
+    """A linear layer without bias that computes its output and gradients by `product`.
 
-    packed: torch.Tensor | None = None  # see `packed_weights`
+    In decoding it uses a second copy of its weight, in oneDNN's own layout (`packed_weights`), and
+    can add or multiply in the same pass (`plus`, `times`).
+    """
+
+    packed: torch.Tensor | None = None
+
+    @classmethod
+    def like(cls, layer: torch.nn.Linear) -> "Linear":
+        """A layer that shares the weight of ``layer``."""
+        with torch.device("meta"):
+            new = cls(layer.in_features, layer.out_features, bias=False)
+        new.weight = layer.weight
+        return new.train(layer.training)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        if _is_packed(self, hidden):
+        if self._is_packed(hidden):
             return torch.ops.mkldnn._linear_pointwise(hidden, self.packed, None, "none", [], "")
-        plain = self.bias is not None or hidden.dim() != 2 or not _by_onednn(hidden)
-        # Compiled code must not depend on the number of rows; nor need it, it sees no other than full batches.
-        if plain or not (
-            torch.compiler.is_compiling() or hidden.shape[0] < ROWS or hidden.shape[0] % ROWS == 0
-        ):
-            return F.linear(hidden, self.weight, self.bias)
+        is_plain = hidden.dim() != 2 or hidden.dtype != torch.float32
+        # Compiled code must not branch on the number of rows, and sees full micro-batches only.
+        few_shapes = torch.compiler.is_compiling() or hidden.shape[0] < ROWS
+        if is_plain or not (few_shapes or hidden.shape[0] % ROWS == 0):
+            return F.linear(hidden, self.weight)
         return _Linear.apply(hidden, self.weight)
+
+    def plus(self, hidden: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """``self(hidden) + other``, not differentiable."""
+        if self._is_packed(hidden):
+            return torch.ops.mkldnn._linear_pointwise.binary(
+                hidden, other, self.packed, None, "add"
+            )
+        return self(hidden).add_(other)
+
+    def times(self, hidden: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """``self(hidden) * other``, not differentiable."""
+        if self._is_packed(hidden):
+            return torch.ops.mkldnn._linear_pointwise.binary(
+                hidden, other, self.packed, None, "mul"
+            )
+        return self(hidden).mul_(other)
+
+    def _is_packed(self, hidden: torch.Tensor) -> bool:
+        return self.packed is not None and hidden.dim() == 2 and not torch.is_grad_enabled()
 
 
 class _Linear(torch.autograd.Function):
@@ -97,50 +118,29 @@ class _Linear(torch.autograd.Function):
         )
 
 
-def _is_packed(layer: torch.nn.Linear, hidden: torch.Tensor) -> bool:
-    packed = getattr(layer, "packed", None)
-    return packed is not None and hidden.dim() == 2 and not torch.is_grad_enabled()
-
-
-def product_times(
-    layer: torch.nn.Linear, hidden: torch.Tensor, other: torch.Tensor
-) -> torch.Tensor:
-    """``layer(hidden) * other``, in one pass with `packed_weights`; so is the next."""
-    if _is_packed(layer, hidden):
-        return torch.ops.mkldnn._linear_pointwise.binary(hidden, other, layer.packed, None, "mul")
-    return layer(hidden).mul_(other)
-
-
-def product_plus(layer: torch.nn.Linear, hidden: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """``layer(hidden) + other``."""
-    if _is_packed(layer, hidden):
-        return torch.ops.mkldnn._linear_pointwise.binary(hidden, other, layer.packed, None, "add")
-    return layer(hidden).add_(other)
+def replace_linear_layers(model: torch.nn.Module) -> None:
+    """Replace each linear layer without bias by a `Linear` with the same weight."""
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is torch.nn.Linear and layer.bias is None:
+                setattr(parent, name, Linear.like(layer))
 
 
 @contextmanager
-def packed_weights(model: LlamaForCausalLM) -> Iterator[None]:
-    """Keep a second copy of the weights, in oneDNN's own layout, while nothing but decoding goes on in here.
+def packed_weights(model: torch.nn.Module, free_bytes: int) -> Iterator[None]:
+    """A context for decoding, with a second copy of the weights in oneDNN's own layout.
 
-    Products of few rows spend their time on reading the weights, and this layout is read faster.
-    The weights must not change meanwhile. Nothing happens where oneDNN does not compute, or where
-    a copy would take more than half of the free memory.
+    Products of few rows spend their time reading the weights, and this layout is read faster. The
+    weights must not change inside the context. No copy is made if it would take more than half of
+    ``free_bytes``.
     """
-    layers = [layer for layer in model.modules() if type(layer) is Linear and layer.bias is None]
-    size, free = sum(layer.weight.nbytes for layer in layers), memory.free_bytes(model.device)
+    layers = [layer for layer in model.modules() if type(layer) is Linear]
+    layers = [layer for layer in layers if layer.weight.dtype == torch.float32]
     try:
-        for layer in layers:
-            if _by_onednn(layer.weight) and size <= free / 2:
+        if sum(layer.weight.nbytes for layer in layers) <= free_bytes / 2:
+            for layer in layers:
                 layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), ROWS)
         yield
     finally:
         for layer in layers:
             layer.packed = None
-
-
-def use_fast_products(model: LlamaForCausalLM) -> None:
-    """Let the linear layers of ``model`` compute by `product`, where that is faster on this machine."""
-    if ONEDNN:
-        for module in model.modules():
-            if type(module) is torch.nn.Linear:
-                module.__class__ = Linear

@@ -1,0 +1,52 @@
+"""Finds the rows that cause a step to fail."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from engine.llama import Llama
+from engine.packing import Example, pack
+from run.errors import UserError
+
+MOST_LINES = 8  # named in a message
+
+
+def rows_at_fault(model: Llama, batch: Sequence[Example]) -> str:
+    """Names the rows of ``batch`` that have, each on its own, a NaN or infinite loss or gradient.
+
+    Discards the gradients of ``model``.
+    """
+    lines = sorted(row.line for row in batch if not _is_finite(model, row))
+    model.zero_grad()
+    if not lines:
+        return f"none of its {len(batch)} rows on its own, but all of them together"
+    shown = ", ".join(map(str, lines[:MOST_LINES])) + (", ..." if len(lines) > MOST_LINES else "")
+    return f"{len(lines)} of its {len(batch)} rows of train, line {shown}"
+
+
+def _is_finite(model: Llama, row: Example) -> bool:
+    model.zero_grad()
+    [micro_batch] = pack([row], len(row.input_ids), model.kernels)
+    loss = model(micro_batch)
+    (loss / micro_batch.num_labels).backward()
+    norm = torch.nn.utils.get_total_norm(
+        [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    )
+    return math.isfinite(loss.item()) and math.isfinite(norm.item())
+
+
+def is_each_alone(batch: Sequence[Example], micro_batch_tokens: int) -> bool:
+    """Whether `pack` gives each row of ``batch`` a micro-batch of its own."""
+    shortest, *others = sorted(len(row.input_ids) - 1 for row in batch)
+    return not others or shortest + others[0] > micro_batch_tokens
+
+
+def does_not_fit(batch: Sequence[Example]) -> UserError:
+    """The error for a batch that runs out of memory even one row at a time."""
+    longest = max(len(row.input_ids) for row in batch)
+    return UserError(
+        f"out of memory with each sequence alone, the longest of {longest} tokens: set "
+        "gradient_checkpointing true, dtype bfloat16 or a smaller max_length, or take a larger "
+        "device"
+    )

@@ -1,0 +1,52 @@
+"""Loss and perplexity of a model over many examples."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from engine.packing import Example, pack
+from run.progress_bar import ProgressBar
+
+if TYPE_CHECKING:
+    from engine.llama import Llama
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Mean loss in nats over ``num_tokens`` supervised tokens, and its exponential."""
+
+    loss: float
+    perplexity: float
+    num_tokens: int
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:#.8g}, perplexity {self.perplexity:#.8g}"
+
+
+def perplexity_of(loss: float) -> float:
+    """exp of a mean loss in nats; infinity if it exceeds float64's range."""
+    return math.exp(loss) if loss < 709 else math.inf
+
+
+@torch.no_grad()
+def measure(model: "Llama", examples: Sequence[Example], micro_batch_tokens: int) -> Measurement:
+    """Loss and perplexity over ``examples``: all nats divided once by all supervised tokens.
+
+    The result depends neither on ``micro_batch_tokens`` nor on the order of the examples. The
+    model's train or eval mode is restored afterwards.
+    """
+    was_training = model.training
+    model.eval()
+    micro_batches = pack(examples, micro_batch_tokens, model.kernels)
+    nats = torch.zeros((), dtype=torch.float64, device=model.device)
+    with ProgressBar("loss", len(micro_batches), "micro-batch", leave=False) as bar:
+        for micro_batch in micro_batches:
+            nats += model(micro_batch)
+            bar.update()
+    model.train(was_training)
+    num_tokens = sum(micro_batch.num_labels for micro_batch in micro_batches)
+    loss = nats.item() / num_tokens
+    return Measurement(loss, perplexity_of(loss), num_tokens)

@@ -1,0 +1,100 @@
+"""Where the results of an evaluation go: their folder, and the scores in the run's log."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from run.errors import UserError
+from run.locks import locked_if_free
+from run.manifest import BEST, FINISHED_FILE, LAST, check_no_links
+from run.metrics_log import MetricsLog, is_logged
+from run.paths import local_path
+from run.training_json import read_description
+from run.wandb_run import Tracker, saved_run, start_tracker
+
+
+@dataclass(frozen=True)
+class Score:
+    """Numbers to log.
+
+    Attributes:
+        numbers: by name, without the prefix ``eval/``.
+        is_new: whether any of their completions were decoded by this process.
+    """
+
+    numbers: Mapping[str, float]
+    is_new: bool
+
+
+def evaluation_folder(model: str, run_folder: Path | None, output_dir: str, split: str) -> Path:
+    """The ``eval`` folder of the model's run, or one named after a ``model`` outside any run."""
+    if run_folder is not None:
+        for folder in (run_folder, run_folder / "eval"):
+            check_no_links(folder)
+        checkpoint = Path(model).name
+        return run_folder / "eval" / (split if checkpoint == BEST else f"{checkpoint}-{split}")
+    name = Path(model).resolve().name if Path(model).exists() else model.replace("/", "--")
+    return local_path(output_dir) / name / "eval" / split
+
+
+def log_scores(
+    run_folder: Path,
+    description: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    scores: Sequence[Score],
+    *,
+    run_name: str,
+    wandb_mode: str | None,
+    wandb_project: str,
+    start_tracker: Callable[..., Tracker] = start_tracker,
+) -> None:
+    """Log scores into the run of a checkpoint, if data and decoding are the same as the run's.
+
+    If nothing was decoded for a score this time, it is logged only if metrics.jsonl lacks it. An
+    earlier evaluation may have been killed after its last completion and before it got here.
+
+    Args:
+        description: the checkpoint's ``training.json``.
+        identity: everything that the completions depend on.
+    """
+    split, trained = identity["split"], description["settings"]
+    same = all(identity[key] == trained.get(key) for key in ("prompt", "max_new_tokens", "dtype"))
+    if not same or identity["data_sha256"] != description["data"].get(f"{split}_sha256"):
+        print("not logged as the run's score: data or settings differ from the run's")
+        return
+    prefix = "eval/" if split == "test" else f"eval/{split}_"
+    unlogged: dict[str, float] = {}
+    for score in scores:
+        numbers = {prefix + name: value for name, value in score.numbers.items()}
+        if score.is_new or not is_logged(run_folder, description["step"], numbers):
+            unlogged |= numbers
+    if not unlogged:
+        return
+    newest = newest_description(run_folder) or description
+    tracker = start_tracker(
+        wandb_mode,
+        run=saved_run(newest, wandb_project, trained.get("wandb_project")),
+        name=run_name,
+        folder=run_folder,
+        settings={},
+    )
+    # The run is locked only while the line is written, so that a training run that is about to
+    # start does not have to wait for W&B.
+    with ExitStack() as stack, locked_if_free(run_folder) as alone:
+        metrics = stack.enter_context(MetricsLog(run_folder, tracker, alone=alone))
+        metrics.write(description["step"], description["epoch"], unlogged)
+
+
+def newest_description(run_folder: Path) -> dict[str, Any] | None:
+    """The newest ``training.json``, which knows the run's path in W&B; None if it was removed.
+
+    A sweep may have moved the run since ``best`` was saved.
+    """
+    for place in ((run_folder / LAST,), (run_folder, FINISHED_FILE)):
+        try:
+            return read_description(*place)
+        except UserError:  # removed, to save disk space
+            continue
+    return None

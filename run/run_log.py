@@ -1,0 +1,168 @@
+"""The reports of a training run: numbers to its log, text above its progress bar."""
+
+import math
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from run.errors import NotFiniteError, Stopped, UserError
+from run.metrics_log import MetricsLog
+from run.progress import Progress, Speed
+from run.progress_bar import ProgressBar
+from run.training_json import read_description
+from run.wandb_run import RunPath, Tracker, new_run, saved_run, start_tracker
+
+
+def wandb_path(project: str, resume_from: Path | None) -> RunPath:
+    """The run's path in W&B: a new one, or the resumed run's."""
+    if resume_from is None:
+        return new_run(project)
+    description = read_description(resume_from)
+    return saved_run(description, project, description["settings"].get("wandb_project"))
+
+
+def open_tracker(
+    progress: Progress, mode: str | None, name: str, folder: Path, settings: Mapping[str, Any]
+) -> Tracker:
+    """Open the run's tracker, and record its path, which W&B or a sweep's agent may have chosen."""
+    tracker = start_tracker(mode, run=progress.run, name=name, folder=folder, settings=settings)
+    progress.run = tracker.run or progress.run
+    return tracker
+
+
+class Stepped(Protocol):
+    loss: float
+    grad_norm: float
+
+
+class Measured(Protocol):
+    loss: float
+    perplexity: float
+
+
+class RunLog:
+    """Writes the log and the progress bar. Every line is about the current step of ``progress``."""
+
+    def __init__(
+        self, folder: Path, tracker: Tracker, progress: Progress, steps_per_epoch: int, steps: int
+    ):
+        self._metrics = MetricsLog(folder, tracker, progress.step)
+        self._bar = ProgressBar("training", steps, "step", progress.step)
+        self._progress = progress
+        self._steps_per_epoch = steps_per_epoch
+        self._steps, self._epochs = steps, steps // steps_per_epoch
+        self._speed = Speed()
+
+    def start(self, rows: int, held_out: int, batch_size: int, device: str, dtype: str) -> None:
+        """Print a summary of the run before it starts."""
+        print(
+            f"training: {rows} rows, {self._steps} steps of {batch_size} sequences in "
+            f"{self._epochs} epochs, on {device} in {dtype}; validation: {held_out} rows"
+        )
+
+    def __enter__(self) -> "RunLog":
+        self._stack = ExitStack()
+        self._stack.enter_context(self._metrics)
+        self._stack.enter_context(self._bar)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    @contextmanager
+    def timing(self, batch: Sequence[Any]) -> Iterator[None]:
+        """Count the time inside this context, which trains on ``batch``."""
+        with self._speed.timed(sum(len(row.input_ids) for row in batch)):
+            yield
+
+    def step(self, loss: float, perplexity: float, learning_rate: float, grad_norm: float) -> None:
+        """Log a step. ``loss`` and ``perplexity`` are means over all steps since the last call."""
+        speed = self._speed.take_tokens_per_second()
+        self._write(
+            {
+                "train/loss": loss,
+                "train/perplexity": perplexity,
+                "train/learning_rate": learning_rate,
+                "train/grad_norm": grad_norm,
+                "train/tokens_per_second": speed,
+            }
+        )
+        self._bar.show(loss=f"{loss:.4f}", tok_s=f"{speed:.0f}")
+
+    def advance(self) -> None:
+        """Move the progress bar by one step."""
+        self._bar.update()
+
+    def out_of_memory(self, fitting: int) -> None:
+        """Memory ran out, and suffices for ``fitting`` micro_batch_tokens."""
+        step = self._progress.step
+        self._bar.write(f"step {step}: out of memory; micro_batch_tokens is {fitting} from here on")
+        self._write({"train/micro_batch_tokens": fitting})
+
+    def not_finite(self, result: Stepped, rows: str, last: Path) -> NotFiniteError:
+        """Log a step with a NaN or infinite loss or gradient norm; returns the error to raise.
+
+        Args:
+            rows: describes the rows that caused it.
+            last: the checkpoint from before this step.
+        """
+        numbers = {"train/loss": result.loss, "train/grad_norm": result.grad_norm}
+        return self._not_finite(numbers, rows, last)
+
+    def check_validation(self, measured: Measured, last: Path) -> None:
+        """Raises NotFiniteError if the validation loss is NaN or infinite, after logging it."""
+        numbers = {"val/loss": measured.loss, "val/perplexity": measured.perplexity}
+        if not all(map(math.isfinite, numbers.values())):
+            raise self._not_finite(numbers, "the validation rows", last)
+
+    def validation(self, measured: Measured, exact_match: float | None, num_problems: int) -> None:
+        """Log an epoch. ``exact_match`` over ``num_problems`` is None if it was not measured."""
+        numbers = {"val/loss": measured.loss, "val/perplexity": measured.perplexity}
+        shown = str(measured)
+        if exact_match is not None:
+            numbers["val/exact_match"] = exact_match
+            shown += f", exact match {exact_match:.2%} of {num_problems}"
+        self._write(numbers)
+        epoch = self._progress.step // self._steps_per_epoch
+        self._bar.write(f"epoch {epoch} of {self._epochs}: validation {shown}")
+
+    def sample(
+        self,
+        decode: Callable[[Sequence[list[int]]], list[tuple[str, str]]],
+        prompt: list[int],
+        problem: Any,
+    ) -> None:
+        """Show what the model writes for a problem, next to the answer in the data set."""
+        try:
+            [(text, stop)] = decode([prompt])
+        except UserError as error:  # too little memory, no reason to end the run
+            self._bar.write(f"  no sample: {error}")
+            return
+        self._bar.write(
+            f"  question: {problem.question!r}\n"
+            f"  model:    {text!r} ({stop})\n"
+            f"  gold:     {problem.answer!r}"
+        )
+
+    def stopped(self, signal_number: int, last: Path) -> Stopped:
+        """The error to raise after a signal and the save that follows it."""
+        name = signal.Signals(signal_number).name
+        return Stopped(
+            signal_number,
+            f"{name} after step {self._progress.step}, saved in {last}: type the same command to "
+            "resume",
+        )
+
+    def _not_finite(self, numbers: Mapping[str, float], rows: str, last: Path) -> NotFiniteError:
+        self._write(numbers)
+        shown = ", ".join(f"{name.partition('/')[2]} {value}" for name, value in numbers.items())
+        return NotFiniteError(
+            f"step {self._progress.step}: {shown} must be finite, caused by {rows}; the weights in "
+            f"{last} are from before this step: lower the learning_rate, or set dtype float32"
+        )
+
+    def _write(self, numbers: Mapping[str, float]) -> None:
+        step = self._progress.step
+        self._metrics.write(step, step / self._steps_per_epoch, numbers)

@@ -1,0 +1,155 @@
+"""The rooms keep their rules, by what their files import."""
+
+import ast
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("engine", "grading", "run")
+SCRIPTS = {"train", "evaluate", "perplexity", "demo"}
+# What of `run` has no memory, and so may serve a room that computes.
+FORGETFUL = {"run.errors", "run.files", "run.paths", "run.progress_bar"}
+LONGEST_CHAIN = 5
+
+Imports = dict[str, set[str]]
+
+
+def read_imports(root: Path) -> Imports:
+    """Each product module, and everything that it imports anywhere but for type checkers."""
+    files = [*root.glob("*.py"), *(file for room in ROOMS for file in (root / room).rglob("*.py"))]
+    names = {file: module_name(file.relative_to(root)) for file in files}
+    known = set(names.values())
+    return {
+        name: imported(ast.parse(file.read_text()), known) - {name} for file, name in names.items()
+    }
+
+
+def module_name(file: Path) -> str:
+    parts = file.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(tree: ast.AST, known: set[str]) -> set[str]:
+    found: set[str] = set()
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (modules & known) or {str(node.module)}
+        found |= imported(node, known)
+    return found
+
+
+def broken_rules(imports: Imports) -> list[str]:
+    """Each import that a rule forbids, with the rule."""
+    broken = []
+    for module, targets in imports.items():
+        room = module.partition(".")[0]
+        for target in targets:
+            other = target.partition(".")[0]
+            package = target.split(".")[:2]
+            rules = {
+                "scripts are imported by nobody": other in SCRIPTS,
+                "engine computes": room == "engine"
+                and (other in ("grading", "data") or (other == "run" and target not in FORGETFUL)),
+                "grading never imports torch": room == "grading"
+                and other in ("torch", "transformers", "engine", "data"),
+                "run imports neither of the others": room == "run"
+                and other in ("engine", "grading", "data", "standin"),
+                "engine.cpu has one door": package == ["engine", "cpu"]
+                and module != "engine.device"
+                and not module.startswith("engine.cpu"),
+            }
+            broken += [
+                f"{rule}: {module} imports {target}"
+                for rule, is_broken in rules.items()
+                if is_broken
+            ]
+    return broken
+
+
+def longest_chain(imports: Imports) -> list[str]:
+    """The longest chain of imports. Raises RecursionError where there is a cycle."""
+
+    @functools.cache
+    def chain(module: str) -> tuple[str, ...]:
+        below = (chain(target) for target in imports[module] if target in imports)
+        return (module, *max(below, key=len, default=()))
+
+    return list(max(map(chain, imports), key=len))
+
+
+def test_the_rooms_keep_their_rules() -> None:
+    assert broken_rules(read_imports(ROOT)) == []
+
+
+def test_imports_have_no_cycle_and_no_long_chain() -> None:
+    chain = longest_chain(read_imports(ROOT))
+    assert len(chain) - 1 <= LONGEST_CHAIN, " -> ".join(chain)
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("engine/loss.py", "from grading.rules import extract_openai"),
+        ("engine/loss.py", "import data"),
+        ("engine/loss.py", "from run.config import Config"),
+        ("engine/llama.py", "from engine.cpu import onednn"),
+        ("engine/llama.py", "def f():\n    import engine.cpu.heap"),
+        ("grading/rules.py", "import torch"),
+        ("grading/rules.py", "from torch.nn import functional"),
+        ("grading/rules.py", "from engine import packing"),
+        ("run/config.py", "from engine.memory import free_bytes"),
+        ("run/config.py", "def f():\n    from grading import rules"),
+        ("run/config.py", "import train"),
+    ],
+)
+def test_a_wrong_import_is_found(tmp_path: Path, module: str, line: str) -> None:
+    """Guards against a rule that sees nothing."""
+    for file in [
+        *ROOT.glob("*.py"),
+        *(file for room in ROOMS for file in (ROOT / room).rglob("*.py")),
+    ]:
+        copy = tmp_path / file.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(file.read_text())
+    (tmp_path / module).write_text((tmp_path / module).read_text() + f"\n\n{line}\n")
+    assert len(broken_rules(read_imports(tmp_path))) >= 1
+
+
+def test_a_cycle_and_a_long_chain_are_found() -> None:
+    with pytest.raises(RecursionError):
+        longest_chain({"a": {"b"}, "b": {"a"}})
+    links = {str(number): {str(number + 1)} for number in range(6)} | {"6": set()}
+    assert len(longest_chain(links)) - 1 == 6
+
+
+def test_grading_loads_no_torch() -> None:
+    """Guards against torch that comes in behind another import."""
+    modules = sorted(name for name in read_imports(ROOT) if name.startswith("grading"))
+    code = f"import sys, {', '.join(modules)}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_files_and_functions_are_short() -> None:
+    """A file under 300 lines, a function under 60, the two stories under 90."""
+    files = [*ROOT.glob("*.py"), *(file for room in ROOMS for file in (ROOT / room).rglob("*.py"))]
+    long = []
+    for file in files:
+        text = file.read_text()
+        if text.count("\n") > 300:
+            long.append(f"{file.name}: {text.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                is_story = (file.stem, node.name) in (("train", "train"), ("evaluate", "evaluate"))
+                lines = node.end_lineno - node.lineno + 1
+                if lines > (89 if is_story else 60):
+                    long.append(f"{file.name}: {node.name} has {lines} lines")
+    assert long == []
