@@ -1,0 +1,299 @@
+"""The steps facts and small of cuda.py: how fast the device is, and whether it is correct."""
+
+import os
+import platform
+import random
+import shutil
+import sysconfig
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+
+# This benchmark's neighbour, which also puts the repository on the path.
+from cuda_work import TINY, Work, has_real_rows, prompts_of, random_llama, read_rows
+from torch import Tensor
+
+from engine.cache import StaticCache
+from engine.compiling import compile_layers
+from engine.decoding import greedy_decode
+from engine.device import kernels_for
+from engine.llama import Llama
+from engine.loading import load_model
+from engine.packing import Example, collate, collate_prompts
+
+# Rows of matrix products, from training's micro-batches down to the slots of decoding.
+ROWS = (8192, 4096, 3072, 2048, 256, 144)
+# Of Llama-2-7B's layers, alone and fused: input and output features.
+FEATURES = ((4096, 4096), (4096, 11008), (11008, 4096), (4096, 12288), (4096, 22016))
+HEADS, HEAD_DIM = 32, 128
+DECODED_LENGTH = 708  # the longest test prompt with 512 new tokens
+SMALL = {
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+}
+
+
+# ---------------------------------------------------------------- facts
+
+
+def measure_facts(work: Work) -> None:
+    include = Path(sysconfig.get_paths()["include"])
+    work.results.write(
+        "versions",
+        python=platform.python_version(),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        gcc=shutil.which("gcc"),
+        python_h=(include / "Python.h").exists(),
+        alloc_conf=os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
+        rows="GSM8K" if has_real_rows() else "random",
+    )
+    work.attempt("imports", import_the_product)
+    work.attempt("device", describe_device)
+    work.attempt("copy", measure_copy)
+    work.attempt("product", measure_products)
+    work.attempt("attention", measure_attention)
+    for slots in (4,) if work.is_dry else (144, 256):
+        work.attempt("attention in decoding", measure_attention_in_decoding, slots)
+
+
+def import_the_product(work: Work) -> None:
+    """Fails where a package is missing."""
+    for name in ("train", "evaluate", "perplexity"):
+        import_module(name)
+    work.results.write("imports", complete=True)
+
+
+def describe_device(work: Work) -> None:
+    if work.device.type == "cpu":
+        work.results.write("device", name="cpu")
+        return
+    properties = torch.cuda.get_device_properties(0)
+    free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
+    processors = properties.multi_processor_count
+    work.results.write(
+        "device", name=properties.name, free_GiB=free, total_GiB=total, processors=processors
+    )
+
+
+def measure_copy(work: Work) -> None:
+    size = 2**16 if work.is_dry else 2**30
+    source, target = (torch.empty(size, dtype=torch.bfloat16, device=work.device) for _ in range(2))
+    milliseconds = work.milliseconds(lambda: target.copy_(source))
+    work.results.write("copy", TB_per_s=4 * size / milliseconds / 1e9)
+
+
+def measure_products(work: Work) -> None:
+    like = {"dtype": torch.bfloat16, "device": work.device}
+    for rows in (64,) if work.is_dry else ROWS:
+        for inputs, outputs in ((64, 64),) if work.is_dry else FEATURES:
+            hidden = torch.randn(rows, inputs, **like)
+            weight = torch.randn(outputs, inputs, **like) * 0.02
+            milliseconds = work.milliseconds(partial(F.linear, hidden, weight))
+            work.results.write(
+                "product",
+                rows=rows,
+                inputs=inputs,
+                outputs=outputs,
+                us=milliseconds * 1e3,
+                TFLOP_per_s=2 * rows * inputs * outputs / milliseconds / 1e9,
+                weights_TB_per_s=2 * inputs * outputs / milliseconds / 1e9,
+            )
+
+
+def measure_attention(work: Work) -> None:
+    """A micro-batch's attention and its gradients: the error, the time, the same bits twice?"""
+    rng = random.Random(0)
+    shape = (2, 16) if work.is_dry else (HEADS, HEAD_DIM)
+    lengths = [rng.randint(60, 420) for _ in range(3 if work.is_dry else 34)]
+    kernels = kernels_for(work.device)
+    micro_batch = collate_prompts([[0] * length for length in lengths], kernels)
+    attention = partial(kernels.attention, micro_batch, 0.0, 0)
+    torch.manual_seed(0)
+    tokens = micro_batch.num_tokens
+    like = {"dtype": torch.bfloat16, "device": work.device}
+    *inputs, grad = (torch.randn(tokens, *shape, **like) for _ in range(4))
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+
+    def backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(attention(*inputs), inputs, grad)
+
+    output = attention(*inputs)
+    found = output.detach(), *torch.autograd.grad(output, inputs, grad)
+    work.results.write(
+        "attention",
+        tokens=tokens,
+        worst_relative_error=attention_error(lengths[:6], inputs, grad, found),
+        forward_ms=work.milliseconds(lambda: attention(*inputs).detach()),
+        forward_and_backward_ms=work.milliseconds(backward),
+    )
+    for is_deterministic in (False, True):
+        torch.use_deterministic_algorithms(is_deterministic)
+        try:
+            first, *others = (backward() for _ in range(8))
+            same = [all(torch.equal(one[i], first[i]) for one in others) for i in range(3)]
+            milliseconds = work.milliseconds(backward)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        work.results.write(
+            "repeated attention",
+            deterministic_algorithms=is_deterministic,
+            same_gradients_of_query_key_value=same,
+            forward_and_backward_ms=milliseconds,
+        )
+
+
+def attention_error(
+    lengths: list[int], inputs: list[Tensor], grad: Tensor, found: tuple[Tensor, ...]
+) -> float:
+    """The worst relative error of output and gradients in the first sequences, by float64."""
+    worst, start = 0.0, 0
+    for length in lengths:
+        tokens = slice(start, start + length)
+        exact = [one[tokens].detach().double().transpose(0, 1).requires_grad_() for one in inputs]
+        output = F.scaled_dot_product_attention(*(one[None] for one in exact), is_causal=True)[0]
+        grads = torch.autograd.grad(output, exact, grad[tokens].double().transpose(0, 1))
+        for ours, theirs in zip(found, (output, *grads), strict=True):
+            worst = max(worst, relative_error(ours[tokens], theirs.transpose(0, 1)))
+        start += length
+    return worst
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    exact = exact.detach().double()
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+@torch.inference_mode()
+def measure_attention_in_decoding(work: Work, slots: int) -> None:
+    """One new token in each of ``slots``, through the cache of a GPU, in one layer."""
+    heads, head_dim = (2, 16) if work.is_dry else (HEADS, HEAD_DIM)
+    shape = {
+        "hidden_size": heads * head_dim,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": heads,
+    }
+    model = random_llama(work.device, torch.bfloat16, shape)
+    cache = StaticCache(model, slots, DECODED_LENGTH)
+    for tensor in (cache.keys[0], cache.values[0]):
+        tensor.normal_()
+    positions = torch.randint(60, 330, (slots,), device=work.device)
+    like = {"dtype": torch.bfloat16, "device": work.device}
+    new = [torch.randn(slots, heads, head_dim, **like) for _ in range(3)]
+    attend = partial(cache.step(positions), 0, *new)
+    output = attend()
+    slot = slots // 2
+    seen = int(positions[slot]) + 1
+    exact = F.scaled_dot_product_attention(
+        new[0][slot].double()[:, None],
+        *(one[0][slot, :seen].double().transpose(0, 1) for one in (cache.keys, cache.values)),
+    )
+    milliseconds = work.milliseconds(attend)
+    size = 2 * 2 * heads * head_dim * int((positions + 1).sum())
+    work.results.write(
+        "attention in decoding",
+        slots=slots,
+        relative_error=relative_error(output[slot], exact[:, 0]),
+        us=milliseconds * 1e3,
+        TB_per_s=size / milliseconds / 1e9,
+    )
+
+
+# ---------------------------------------------------------------- small
+
+
+def measure_small_model(work: Work) -> None:
+    cpu, folder = torch.device("cpu"), work.scratch / "model"
+    shape = TINY if work.is_dry else SMALL
+    random_llama(cpu, torch.float32, shape).pretrained.save_pretrained(folder)
+    rows = read_rows("train", 2 if work.is_dry else 12)
+    exact = gradients(load_model(folder, torch.float64, cpu).train(), rows)
+    dtypes = (torch.bfloat16,) if work.is_dry else (torch.float32, torch.bfloat16)
+    variants: dict[str, Callable[[Llama], None]] = {
+        "plain": lambda model: None,
+        "recomputed": recompute_activations,
+        "compiled": compile_layers,
+    }
+    for dtype in dtypes:
+        for name, prepare in variants.items():
+            model = load_model(folder, dtype, work.device).train()
+            work.attempt("gradients", compare_gradients, model, name, prepare, rows, exact)
+    prompts = prompts_of(read_rows("test", 6 if work.is_dry else 40))
+    new_tokens = 4 if work.is_dry else 24
+    model = load_model(folder, torch.float32, cpu)
+    expected = completions(model, prompts, new_tokens, len(prompts))
+    for dtype in dtypes:
+        model = load_model(folder, dtype, work.device)
+        work.attempt("completions", compare_completions, model, prompts, new_tokens, expected)
+
+
+def recompute_activations(model: Llama) -> None:
+    model.recompute_activations = True
+
+
+def gradients(model: Llama, rows: list[Example]) -> tuple[float, dict[str, Tensor]]:
+    """The summed loss of ``rows``, and the gradient of each weight in float64."""
+    loss = model(collate(rows, model.kernels))
+    loss.backward()
+    weights = model.pretrained.named_parameters()
+    return loss.item(), {name: weight.grad.double().cpu() for name, weight in weights}
+
+
+def compare_gradients(
+    work: Work,
+    model: Llama,
+    name: str,
+    prepare: Callable[[Llama], None],
+    rows: list[Example],
+    exact: tuple[float, dict[str, Tensor]],
+) -> None:
+    started = time.perf_counter()
+    prepare(model)
+    loss, found = gradients(model, rows)
+    errors = {key: relative_error(grad, exact[1][key]) for key, grad in found.items()}
+    worst = max(errors, key=errors.get)
+    work.results.write(
+        "gradients",
+        dtype=model.dtype,
+        how=name,
+        loss=loss,
+        exact_loss=exact[0],
+        worst_weight=worst,
+        relative_error=errors[worst],
+        seconds=time.perf_counter() - started,
+    )
+
+
+def completions(
+    model: Llama, prompts: list[list[int]], new_tokens: int, slots: int
+) -> dict[int, list[int]]:
+    stops, settings = frozenset({2}), {"max_new_tokens": new_tokens, "slots": slots}
+    decoded = greedy_decode(model, prompts, eos_token_ids=stops, **settings)
+    return {one.index: one.token_ids for one in decoded}
+
+
+def compare_completions(
+    work: Work,
+    model: Llama,
+    prompts: list[list[int]],
+    new_tokens: int,
+    expected: dict[int, list[int]],
+) -> None:
+    together = completions(model, prompts, new_tokens, len(prompts))
+    in_turn = completions(model, prompts, new_tokens, 3 if work.is_dry else 7)
+    work.results.write(
+        "completions",
+        dtype=model.dtype,
+        of=len(prompts),
+        same_as_float32_on_cpu=sum(together[index] == expected[index] for index in expected),
+        same_in_fewer_slots=sum(together[index] == in_turn[index] for index in expected),
+    )

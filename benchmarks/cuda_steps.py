@@ -1,0 +1,291 @@
+"""The steps train, decode, selftest and real of cuda.py: the product's own work, and its time."""
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+# This benchmark's neighbour, which also puts the repository on the path.
+from cuda_work import (
+    LLAMA_2_7B,
+    TINY,
+    Work,
+    dataset_folder,
+    flops,
+    prompts_of,
+    random_llama,
+    read_rows,
+    tokens_of,
+    write_random_llama,
+)
+
+from engine.cache import StaticCache
+from engine.compiling import compile_layers
+from engine.cuda_graph import StaticStep
+from engine.decoding import greedy_decode
+from engine.llama import Llama
+from engine.memory import plan_slots
+from engine.packing import Example, MicroBatch, pack
+
+BATCH_SIZE = 128
+# Steps of each variant: tokens of a micro-batch, recomputed activations, compiled layers.
+VARIANTS = (
+    (8192, True, False),
+    (3072, False, False),
+    (4096, False, False),
+    (8192, True, True),
+    (3072, False, True),
+)
+# Of an H100 or H200 for dense products in bfloat16, by its data sheet.
+PEAK_FLOPS = 989e12
+
+
+def random_llama_2_7b(work: Work) -> Llama:
+    return random_llama(work.device, torch.bfloat16, TINY if work.is_dry else LLAMA_2_7B)
+
+
+# ---------------------------------------------------------------- train
+
+
+def accumulate_gradients(
+    model: Llama, micro_batches: Sequence[MicroBatch]
+) -> tuple[float, int, float]:
+    """`train.py`'s own: loss in nats, supervised tokens, and gradient norm."""
+    import train
+
+    return train.accumulate_gradients(model, micro_batches, 1.0)
+
+
+def measure_training(work: Work) -> None:
+    from engine.optimizer import build_optimizer
+
+    batch_size, steps = (4, 2) if work.is_dry else (BATCH_SIZE, 3)
+    rows = read_rows("train", batch_size * steps)
+    batches = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+    model = random_llama_2_7b(work).train()
+    work.results.write("model", parameters=sum(one.numel() for one in model.parameters()))
+    optimizer = build_optimizer(
+        model.parameters(), learning_rate=2e-5, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0
+    )
+    for tokens, is_recomputed, is_compiled in VARIANTS[::4] if work.is_dry else VARIANTS:
+        model.recompute_activations = is_recomputed
+        model.compiled_parts = None
+        if is_compiled:
+            work.attempt("compile", compile_for_training, model)
+        work.attempt("training", measure_steps, model, optimizer, batches, tokens)
+        model.zero_grad()  # after a failure
+    model.recompute_activations, model.compiled_parts = True, None
+
+    def step() -> None:
+        accumulate_gradients(model, pack(rows[:40], 8192, model.kernels))
+        optimizer.step()
+
+    work.attempt("profile", Work.profile, "train", step)
+
+
+def compile_for_training(work: Work, model: Llama) -> None:
+    started = time.perf_counter()
+    compile_layers(model)
+    work.results.write("compile", seconds=time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class TimedStep:
+    """An optimizer step; ``seconds`` of each of its parts."""
+
+    batch: list[Example]
+    seconds: dict[str, float]
+    micro_batches: int
+    loss: float
+    grad_norm: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return tokens_of(self.batch) / sum(self.seconds.values())
+
+
+def measure_steps(
+    work: Work,
+    model: Llama,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[list[Example]],
+    micro_batch_tokens: int,
+) -> None:
+    work.reset_peak()
+    steps = [time_step(work, model, optimizer, batch, micro_batch_tokens) for batch in batches]
+    fastest = max(steps[1:], key=lambda step: step.tokens_per_s)
+    flop_per_s = flops(model, fastest.batch) / sum(fastest.seconds.values())
+    work.results.write(
+        "training",
+        micro_batch_tokens=micro_batch_tokens,
+        recomputed=model.recompute_activations,
+        compiled=model.compiled_parts is not None,
+        micro_batches=fastest.micro_batches,
+        seconds=fastest.seconds,
+        tokens_per_s=fastest.tokens_per_s,
+        TFLOP_per_s=flop_per_s / 1e12,
+        share_of_peak=flop_per_s / PEAK_FLOPS,
+        loss=fastest.loss,
+        grad_norm=fastest.grad_norm,
+        **work.peak_gib(),
+    )
+
+
+def time_step(
+    work: Work,
+    model: Llama,
+    optimizer: torch.optim.Optimizer,
+    batch: list[Example],
+    micro_batch_tokens: int,
+) -> TimedStep:
+    ends = [work.time()]
+    micro_batches = pack(batch, micro_batch_tokens, model.kernels)
+    ends.append(work.time())
+    nats, num_labels, grad_norm = accumulate_gradients(model, micro_batches)
+    ends.append(work.time())
+    optimizer.step()
+    ends.append(work.time())
+    optimizer.zero_grad(set_to_none=model.kernels.frees_gradients)
+    ends.append(work.time())
+    names = "packing", "gradients", "optimizer", "clearing"
+    seconds = [end - start for start, end in pairwise(ends)]
+    parts = dict(zip(names, seconds, strict=True))
+    return TimedStep(batch, parts, len(micro_batches), nats / num_labels, grad_norm)
+
+
+# ---------------------------------------------------------------- decode
+
+
+def measure_decoding(work: Work) -> None:
+    """Every test prompt is completed with as many tokens as its answer has."""
+    examples = read_rows("test", 12 if work.is_dry else None)
+    prompts = prompts_of(examples)
+    most = 8 if work.is_dry else 1024
+    lengths = [
+        min(most, len(example.input_ids) - len(prompt))
+        for example, prompt in zip(examples, prompts, strict=True)
+    ]
+    model = random_llama_2_7b(work).eval()
+    longest_prompt = max(map(len, prompts))
+    pairs = zip(prompts, lengths, strict=True)
+    longest = max(len(prompt) + length for prompt, length in pairs)
+    planned = {  # as evaluate.py plans them, and as it could if it knew the lengths
+        f"{name} slots": plan_slots(model, None, length, len(prompts))
+        for name, length in (("planned", longest_prompt + 512), ("fitting", longest))
+    }
+    few = min(16, len(prompts))
+    work.attempt("decoding", decode, model, "warm-up", prompts[:few], lengths[:few], few)
+    for name, slots in planned.items():
+        work.attempt("decoding", decode, model, name, prompts, lengths, slots)
+        work.attempt("decoding step", measure_decoding_step, model, slots, longest)
+    work.attempt("profile", profile_decoding, model, prompts[:64])
+
+
+def decode(
+    work: Work,
+    model: Llama,
+    name: str,
+    prompts: list[list[int]],
+    lengths: list[int],
+    slots: int,
+) -> None:
+    work.reset_peak()
+    started = time.perf_counter()
+    tokens = count_tokens(model, prompts, lengths, slots)
+    seconds = time.perf_counter() - started
+    work.results.write(
+        "decoding",
+        how=name,
+        problems=len(prompts),
+        slots=slots,
+        tokens=tokens,
+        seconds=seconds,
+        tokens_per_s=tokens / seconds,
+        **work.peak_gib(),
+    )
+
+
+def count_tokens(
+    model: Llama, prompts: list[list[int]], lengths: int | list[int], slots: int
+) -> int:
+    """Decode, with no token that ends a completion before its length."""
+    completions = greedy_decode(
+        model, prompts, max_new_tokens=lengths, eos_token_ids=frozenset(), slots=slots
+    )
+    return sum(len(completion.token_ids) for completion in completions)
+
+
+@torch.inference_mode()
+def measure_decoding_step(work: Work, model: Llama, slots: int, length: int) -> None:
+    """One token in every slot, with caches as full as in the middle of a completion."""
+    step = StaticStep(model, StaticCache(model, slots, length))
+    everything = list(range(slots))
+    positions = [length // 2] * slots
+    milliseconds = work.milliseconds(lambda: step(everything, [5] * slots, positions))
+    weights = sum(weight.nbytes for weight in model.parameters())
+    weights -= model.pretrained.get_input_embeddings().weight.nbytes
+    cache = StaticCache.slot_bytes(model, 1) * (length // 2 + 1) * slots
+    work.results.write(
+        "decoding step",
+        slots=slots,
+        position=length // 2,
+        ms=milliseconds,
+        tokens_per_s=slots / milliseconds * 1e3,
+        TB_per_s=(weights + cache) / milliseconds / 1e9,
+    )
+
+
+def profile_decoding(work: Work, model: Llama, prompts: list[list[int]]) -> None:
+    work.profile("decode", lambda: count_tokens(model, prompts, 12, len(prompts)))
+
+
+# ---------------------------------------------------------------- selftest
+
+
+def run_selftest(work: Work) -> None:
+    """Is a run that was killed resumed bit for bit on this device?"""
+    hidden_size, layers, heads = (128, 2, 2) if work.is_dry else (1024, 4, 8)
+    model = work.scratch / "model"
+    write_random_llama(model, hidden_size, layers, heads)
+    options = ["--model", model, "--dataset", dataset_folder(work), "--wandb_mode", "disabled"]
+    options += ["--output_dir", work.scratch / "runs"]
+    options += ["--batch_size", "2", "--max_new_tokens", "1"] if work.is_dry else []
+    work.run_script("selftest", "train.py", "--selftest", *options)
+
+
+# ---------------------------------------------------------------- real
+
+
+def measure_real_model(work: Work) -> None:
+    """The scripts themselves: before, three epochs, and after."""
+    base, run = work.smollm.resolve(), work.scratch / "runs" / "smollm"
+    rows = ["--dataset", dataset_folder(work), "--dtype", "bfloat16"]
+    short = ["--max_new_tokens", "16"] if work.is_dry else []
+    few = ["--epochs", "1", "--batch_size", "8", "--validation_size", "4"] if work.is_dry else []
+    before = ["--ckpt", base, *rows]
+    work.run_script("perplexity before", "perplexity.py", *before)
+    work.run_script(
+        "score before", "evaluate.py", *before, *short, "--output", work.scratch / "before"
+    )
+    work.run_script(
+        "training",
+        "train.py",
+        *("--model", base, *rows, *few, *short),
+        *("--output_dir", run.parent, "--run_name", run.name, "--wandb_mode", "disabled"),
+        *("--learning_rate", "1e-4", "--gradient_checkpointing", "false"),
+    )
+    after = ["--ckpt", run / "best"]
+    work.run_script("perplexity after", "perplexity.py", *after)
+    sampled = ["--calculator", "true", "--samples", "4"]
+    work.run_script("score after", "evaluate.py", *after, *sampled)
+    kept = {
+        "smollm_before.json": work.scratch / "before" / "scores.json",
+        "smollm_metrics.jsonl": run / "metrics.jsonl",
+        "smollm_after.json": run / "eval" / "test" / "scores.json",
+    }
+    for name, file in kept.items():
+        if file.exists():
+            shutil.copy(file, work.output / name)

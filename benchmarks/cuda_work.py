@@ -1,0 +1,266 @@
+"""What the steps of cuda.py work on: rows, models, and a clock that waits for the device."""
+
+import argparse
+import inspect
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.attention import varlen
+
+# This benchmark's neighbour, which also puts the repository on the path.
+from training import LENGTHS, PROMPT, ROOT, write_model
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from engine import memory
+from engine.device import pick_device
+from engine.llama import Llama
+from engine.packing import IGNORE, Example
+from run.errors import UserError
+
+if TYPE_CHECKING:
+    from cuda import Results
+
+LLAMA_2_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step is given.
+
+    Attributes:
+        is_dry: whether everything is tiny, and on the CPU.
+        results: where each result is written.
+        output: the folder for profiles and other files that are kept.
+        scratch: a folder that is removed after the step.
+        smollm: the folder of a real small model, if one was named.
+    """
+
+    is_dry: bool
+    results: "Results"
+    output: Path
+    scratch: Path
+    smollm: Path | None
+
+    @property
+    def device(self) -> torch.device:
+        device = pick_device()
+        if device.type == "cpu" and not self.is_dry:
+            raise UserError("no CUDA device is available: run it with --dry on a CPU")
+        return device
+
+    def attempt(self, part: str, measure: Callable[..., None], *arguments: Any) -> None:
+        """`Results.attempt`, with the memory of the part freed after it."""
+        self.results.attempt(part, measure, self, *arguments)
+        if not self.is_dry:
+            memory.release()
+
+    def synchronize(self) -> None:
+        if not self.is_dry:
+            torch.cuda.synchronize()
+
+    def time(self) -> float:
+        """Seconds, when the device has finished its work."""
+        self.synchronize()
+        return time.perf_counter()
+
+    def milliseconds(self, run: Callable[[], object]) -> float:
+        """The median time of ``run``, by the device's own clock."""
+        for _ in range(1 if self.is_dry else 3):
+            run()
+        self.synchronize()
+        return statistics.median(self._once(run) for _ in range(2 if self.is_dry else 10))
+
+    def _once(self, run: Callable[[], object]) -> float:
+        if self.is_dry:
+            started = time.perf_counter()
+            run()
+            return 1e3 * (time.perf_counter() - started)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    def reset_peak(self) -> None:
+        if not self.is_dry:
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak_gib(self) -> dict[str, float]:
+        """The most memory since `reset_peak`: in tensors, and held by the allocator."""
+        if self.is_dry:
+            return {}
+        peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        return dict(
+            zip(("peak_GiB", "reserved_GiB"), (peak / 2**30 for peak in peaks), strict=True)
+        )
+
+    def profile(self, name: str, run: Callable[[], object]) -> None:
+        """Write where the time of ``run`` goes, operator by operator."""
+        with torch.profiler.profile() as result:
+            run()
+            self.synchronize()
+        order = "self_cpu_time_total" if self.is_dry else "self_cuda_time_total"
+        table = result.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=70)
+        (self.output / f"profile_{name}.txt").write_text(table)
+        self.results.write("profile", file=f"profile_{name}.txt")
+
+    def run_script(self, part: str, *command: str | Path) -> None:
+        """Run one of the repository's scripts; its exit code and last lines are the result."""
+        started = time.perf_counter()
+        process = subprocess.run(
+            [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True
+        )
+        failure = {"failed": f"exit code {process.returncode}"} if process.returncode else {}
+        seconds = round(time.perf_counter() - started, 1)
+        last_lines = (process.stdout + process.stderr).splitlines()[-30:]
+        self.results.write(part, seconds=seconds, output=last_lines, **failure)
+
+
+# ---------------------------------------------------------------- rows
+
+
+def has_real_rows() -> bool:
+    return bool(os.environ.get("GSM8K_DIR") and os.environ.get("TOKENIZER_DIR"))
+
+
+def read_rows(split: str, count: int | None) -> list[Example]:
+    """The first ``count`` rows of GSM8K's ``split``, or random tokens of its lengths."""
+    if has_real_rows():
+        import data
+        from engine.loading import load_tokenizer
+        from grading.dataset import load_problems
+
+        problems = load_problems(os.environ["GSM8K_DIR"], split)[:count]
+        return data.encode(load_tokenizer(Path(os.environ["TOKENIZER_DIR"])), problems, PROMPT)
+    rng = random.Random(split)
+    examples = []
+    for _ in range(count or 1319):
+        prompt, answer = rng.choice(LENGTHS)
+        ids = [1, *(rng.randrange(3, 32_000) for _ in range(prompt + answer - 2)), 2]
+        examples.append(Example(ids, [IGNORE] * prompt + ids[prompt:]))
+    return examples
+
+
+def prompts_of(examples: Sequence[Example]) -> list[list[int]]:
+    return [example.input_ids[: example.labels.count(IGNORE)] for example in examples]
+
+
+def dataset_folder(work: Work) -> Path:
+    """GSM8K, or problems that are made up; in a dry run a few rows of either."""
+    import standin
+    from grading.dataset import load_problems
+
+    if has_real_rows() and not work.is_dry:
+        return Path(os.environ["GSM8K_DIR"]).resolve()
+    counts = {"train": 40, "test": 10} if work.is_dry else {"train": 1000, "test": 200}
+    made_up = iter(standin.make_problems(sum(counts.values()), seed=0))
+    folder = work.scratch / "data"
+    folder.mkdir()
+    for split, count in counts.items():
+        if has_real_rows():
+            problems = load_problems(os.environ["GSM8K_DIR"], split)[:count]
+            rows = [{"question": one.question, "answer": one.answer} for one in problems]
+        else:
+            rows = [next(made_up) for _ in range(count)]
+        standin.write_jsonl(rows, folder / f"{split}.jsonl")
+    return folder
+
+
+# ---------------------------------------------------------------- models
+
+
+def random_llama(device: torch.device, dtype: torch.dtype, shape: dict[str, int]) -> Llama:
+    """A Llama with random weights, made on the device: a CPU takes minutes for billions."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=32_000, max_position_embeddings=4096, **shape)
+    with device:
+        return Llama(AutoModelForCausalLM.from_config(config, dtype=dtype))
+
+
+def write_random_llama(folder: Path, hidden_size: int, layers: int, heads: int) -> None:
+    """A model folder with a random Llama, and Llama-2's tokenizer or a stand-in."""
+    folder.mkdir()
+    shape = {"hidden_size": hidden_size, "intermediate_size": hidden_size * 43 // 16}
+    write_model(folder, argparse.Namespace(**shape, layers=layers, heads=heads))
+
+
+def tokens_of(batch: Sequence[Example]) -> int:
+    return sum(len(example.input_ids) for example in batch)
+
+
+def flops(model: Llama, batch: Sequence[Example]) -> float:
+    """What an optimizer step needs: 6 for each token and weight, and causal attention.
+
+    The embedding's weights do not count. Attention is 6 * layers * hidden * length for each token.
+    """
+    embedding = model.pretrained.get_input_embeddings().weight.numel()
+    weights = sum(weight.numel() for weight in model.parameters()) - embedding
+    attention = model.config.num_hidden_layers * model.config.hidden_size
+    squares = sum(len(example.input_ids) ** 2 for example in batch)
+    return 6.0 * (weights * tokens_of(batch) + attention * squares)
+
+
+def complete_varlen_attn() -> None:
+    """Give torch 2.11's ``varlen_attn`` the arguments that it lacks and the product passes.
+
+    The operator below it has ``seqused_k``, and repeats shared heads by itself.
+    """
+    plain = varlen.varlen_attn
+    if "seqused_k" in inspect.signature(plain).parameters:
+        return
+
+    def varlen_attn(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seq_q: torch.Tensor,
+        cu_seq_k: torch.Tensor,
+        max_q: int,
+        max_k: int,
+        *,
+        window_size: tuple[int, int] = (-1, -1),
+        enable_gqa: bool = False,
+        seqused_k: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        inputs = query, key, value, cu_seq_q, cu_seq_k, max_q, max_k
+        if seqused_k is None and not enable_gqa:
+            return plain(*inputs, window_size=window_size)
+        left, right = window_size
+        return torch.ops.aten._flash_attention_forward(
+            *inputs,
+            0.0,
+            window_size == (-1, 0),
+            False,
+            window_size_left=left,
+            window_size_right=right,
+            seqused_k=seqused_k,
+        )[0]
+
+    varlen.varlen_attn = varlen_attn
+
+
+def compile_no_code() -> None:
+    """Let ``torch.compile`` run its graphs as they are: code for them takes a CPU a minute."""
+    torch.compile = partial(torch.compile, backend="eager")

@@ -1,0 +1,121 @@
+"""What benchmarks/cuda.py promises of its steps, on a CPU: see its docstring."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARK = ROOT / "benchmarks" / "cuda.py"
+
+
+def run(*options: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, BENCHMARK, *map(str, options)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def results(process: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in process.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def dry_run(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """The step small, whose rows are missing, then the step facts; and where the results are."""
+    output = tmp_path_factory.mktemp("results")
+    missing = {"GSM8K_DIR": str(output / "gsm8k"), "TOKENIZER_DIR": str(output / "tokenizer")}
+    options = "--dry", "--steps", "small", "facts", "--output", output
+    return run(*options, **missing), output
+
+
+def test_each_result_is_a_line_as_soon_as_it_is_known(
+    dry_run: tuple[subprocess.CompletedProcess[str], Path],
+) -> None:
+    """Guards against a measurement that is lost, and against one that only a device would run."""
+    process, output = dry_run
+    assert (output / "results.jsonl").read_text() == process.stdout
+    facts = [line for line in results(process) if line["step"] == "facts"]
+    assert [line["part"] for line in facts] == [
+        "versions",
+        "imports",
+        "device",
+        "copy",
+        "product",
+        "attention",
+        *["repeated attention"] * 2,
+        "attention in decoding",
+        "end",
+    ]
+    assert not any("failed" in line for line in facts), process.stdout
+    times = [line["at"] for line in results(process)]
+    assert times == sorted(times) and times[0] > 0
+    errors = [line.get("worst_relative_error", line.get("relative_error")) for line in facts]
+    assert all(0 < error < 0.01 for error in errors if error is not None)
+
+
+def test_a_step_that_fails_is_a_result_and_the_next_one_runs(
+    dry_run: tuple[subprocess.CompletedProcess[str], Path],
+) -> None:
+    """Guards against device time that is lost for all steps to a mistake in one."""
+    process, output = dry_run
+    failed, end = [line for line in results(process) if line["step"] == "small"]
+    assert failed["failed"].startswith(f"UserError: dataset {str(output / 'gsm8k')!r}")
+    assert end["part"] == "end" and end["failed"] == "exit code 1"
+    assert results(process)[-1]["step"] == "facts"
+    assert process.returncode == 1
+
+
+def test_a_step_is_stopped_at_its_limit_and_the_next_one_runs(tmp_path: Path) -> None:
+    """Guards against a step that hangs, and takes the time of the others."""
+    options = "--dry", "--steps", "facts", "decode", "--limit", "0.2", "--output", tmp_path
+    process = run(*options)
+    assert process.returncode == 1
+    lines = results(process)
+    assert [line["step"] for line in lines] == ["facts", "decode"], process.stdout
+    for line in lines:
+        assert line["failed"] == "stopped at its limit of 0.2 s"
+        assert 0.2 <= line["seconds"] < 5
+
+
+def test_the_step_that_needs_a_real_model_asks_for_it_at_once(tmp_path: Path) -> None:
+    """Guards against minutes on a device before a missing flag is found."""
+    process = run("--group", "second", "--output", tmp_path / "results")
+    assert process.returncode == 2 and "--smollm" in process.stderr
+    assert not (tmp_path / "results").exists()
+
+
+def test_each_group_takes_at_most_330_seconds() -> None:
+    """Guards against a group that is cut off before its last step, where time is lent."""
+    code = (
+        "import cuda; print(*(sum(map(cuda.LIMITS.get, steps)) for steps in cuda.GROUPS.values()))"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=BENCHMARK.parent, capture_output=True, text=True
+    )
+    assert all(0 < int(seconds) <= 330 for seconds in process.stdout.split()), process.stderr
+
+
+def test_the_benchmark_does_not_hide_the_package_of_its_name(tmp_path: Path) -> None:
+    """Guards against a torch that does without cuda.bindings: benchmarks find cuda.py first."""
+    package = tmp_path / "cuda" / "bindings"
+    package.mkdir(parents=True)
+    (package / "runtime.py").write_text("version = 13")
+    code = "import cuda; from cuda.bindings import runtime; print(cuda.__file__, runtime.version)"
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=BENCHMARK.parent,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.stdout.split() == [str(BENCHMARK), "13"], process.stderr
