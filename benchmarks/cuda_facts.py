@@ -19,8 +19,8 @@ import transformers
 from cuda_work import TINY, Work, has_real_rows, prompts_of, random_llama, read_rows
 from torch import Tensor
 
-from engine.cache import StaticCache
 from engine.compiling import compile_layers
+from engine.cuda.cache import StaticCache
 from engine.decoding import greedy_decode
 from engine.device import kernels_for
 from engine.llama import Llama

@@ -22,9 +22,9 @@ from cuda_work import (
     write_random_llama,
 )
 
-from engine.cache import StaticCache
 from engine.compiling import compile_layers
-from engine.cuda_graph import StaticStep
+from engine.cuda.cache import StaticCache
+from engine.cuda.graph import StaticStep
 from engine.decoding import greedy_decode
 from engine.llama import Llama
 from engine.memory import plan_slots

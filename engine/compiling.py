@@ -5,7 +5,8 @@ from functools import cache
 
 import torch
 
-from engine.llama import PLAIN, LayerParts, Llama
+from engine.functions import LayerParts
+from engine.llama import PLAIN, Llama
 from engine.packing import IGNORE, Example, collate
 from run.errors import UserError, cause_of
 

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from engine.cuda_graph import StaticStep
 from engine.memory import free_bytes, plan_slots
 from engine.packing import collate_prompts
 
@@ -259,7 +258,8 @@ class CachedModel:
         """``length`` is that of the longest sequence."""
         self.model = model
         self.cache = model.kernels.cache(model, slots, length)
-        self.replay = StaticStep(model, self.cache) if model.kernels.replays_steps else None
+        static_step = model.kernels.static_step
+        self.replay = static_step(model, self.cache) if static_step else None
 
     def prefill(self, prompts: dict[int, list[int]]) -> Tensor:
         """Read packed ``prompts`` into slots; returns the logits ``[n, vocabulary]`` after each."""

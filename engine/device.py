@@ -1,4 +1,4 @@
-"""Which device computes, and what depends on it. Only this module imports `engine.cpu`."""
+"""Which device computes, and what depends on it: the one door to `engine.cpu` and `engine.cuda`."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from engine import attention
-from engine.cache import StaticCache
 from engine.cpu import heap, kernels, onednn
+from engine.cuda.cache import StaticCache
+from engine.cuda.graph import StaticStep
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Kernels:
         frees_gradients: whether gradients are freed after a step instead of zeroed in place. On a
             CPU, new ones among the activations would fragment the heap.
         cache: the class of the KV cache.
-        replays_steps: whether decoding replays one step of fixed shape that covers all slots.
+        static_step: the class of a decoding step of fixed shape that covers all slots, to be
+            replayed; None: each step covers the slots in use.
         most_slots: beyond this many, the time of a decoding step grows in proportion to the slots.
         most_probable: the token with the largest logit in each row of ``[n, vocabulary]``.
         slot_order: the order in which to compute the slots, given the length of each.
@@ -46,7 +48,7 @@ class Kernels:
     logits_at_once: int
     frees_gradients: bool
     cache: type[Any]
-    replays_steps: bool
+    static_step: type[Any] | None
     most_slots: int
     most_probable: Callable[[torch.Tensor], list[int]]
     slot_order: Callable[[Mapping[int, int]], list[int]]
@@ -79,7 +81,7 @@ def cuda_kernels(device: torch.device) -> Kernels:
         logits_at_once=2**26,
         frees_gradients=True,
         cache=StaticCache,
-        replays_steps=True,
+        static_step=StaticStep,
         most_slots=256,
         most_probable=most_probable,
         slot_order=list,
@@ -101,7 +103,7 @@ def cpu_kernels(with_onednn: bool) -> Kernels:
         logits_at_once=2**23 if with_onednn else 2**24,
         frees_gradients=False,
         cache=kernels.PagedCache,
-        replays_steps=False,
+        static_step=None,
         most_slots=128,
         most_probable=kernels.most_probable,
         slot_order=kernels.slot_order,

@@ -1,11 +1,29 @@
-"""Operations of a layer that save little memory for the backward pass."""
+"""The parts of a layer, and operations in them that save little memory for the backward pass."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+Rope = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """How a block computes everything but its attention.
+
+    Attributes:
+        rope: converts the rotary embedding's cos and sin, ``[N, 1, head_dim]``, for the next.
+        before_attention: (layer, hidden, cos, sin) to query, key and value.
+        after_attention: (layer, hidden, attention's output) to the next ``hidden``.
+    """
+
+    rope: Callable[[torch.Tensor, torch.Tensor], Rope]
+    before_attention: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    after_attention: Callable[..., torch.Tensor]
 
 
 class Rotate(torch.autograd.Function):

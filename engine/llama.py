@@ -9,7 +9,6 @@ decoding.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from engine.device import Kernels, kernels_for
-from engine.functions import Rotate, SwiGLU, recomputed
+from engine.functions import LayerParts, Rope, Rotate, SwiGLU, recomputed
 from engine.loss import LinearCrossEntropy
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 # attend(layer, query, key, value) takes [N, heads, head_dim] and twice [N, kv_heads, head_dim], and
 # returns [N, heads, head_dim], for N tokens of any sequences.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-Rope = tuple[Tensor, Tensor]
 Recomputed = Callable[[Tensor, Callable[[], Tensor]], AbstractContextManager[None]]
 
 
@@ -100,7 +98,7 @@ class Llama(nn.Module):
         position_ids: Tensor,
         attend: Attend,
         wanted: Tensor | None = None,
-        parts: "LayerParts | None" = None,
+        parts: LayerParts | None = None,
     ) -> Tensor:
         """The hidden states before the head.
 
@@ -149,7 +147,7 @@ class Block(nn.Module):
         self.layer = layer
 
     def forward(
-        self, hidden: Tensor, rope: Rope, attend: Attend, parts: "LayerParts", wanted: Tensor | None
+        self, hidden: Tensor, rope: Rope, attend: Attend, parts: LayerParts, wanted: Tensor | None
     ) -> Tensor:
         """From ``[N, hidden]`` to the same shape, or to ``[W, hidden]`` for W ``wanted`` tokens."""
         query, key, value = parts.before_attention(self.layer, hidden, *rope)
@@ -157,21 +155,6 @@ class Block(nn.Module):
         if wanted is not None:
             hidden, attended = hidden.index_select(0, wanted), attended.index_select(0, wanted)
         return parts.after_attention(self.layer, hidden, attended)
-
-
-@dataclass(frozen=True)
-class LayerParts:
-    """How a block computes everything but its attention.
-
-    Attributes:
-        rope: converts the rotary embedding's cos and sin, ``[N, 1, head_dim]``, for the next.
-        before_attention: (layer, hidden, cos, sin) to query, key and value.
-        after_attention: (layer, hidden, attention's output) to the next ``hidden``.
-    """
-
-    rope: Callable[[Tensor, Tensor], Rope]
-    before_attention: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    after_attention: Callable[..., Tensor]
 
 
 def _half_rope(cos: Tensor, sin: Tensor) -> Rope:

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
-from engine.cache import StaticCache
 from engine.cpu.kernels import BLOCK, PagedCache
+from engine.cuda.cache import StaticCache
 from engine.llama import Llama
 from engine.packing import collate_prompts
 

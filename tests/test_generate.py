@@ -12,8 +12,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 import data
 from engine import device, memory
-from engine.cache import StaticCache
 from engine.cpu.kernels import BLOCK, PagedCache, most_probable
+from engine.cuda.cache import StaticCache
+from engine.cuda.graph import StaticStep
 from engine.decoding import Completion, Queue, greedy_decode, sample_decode
 from engine.decoding import decode as decode_queue
 from engine.llama import Llama
@@ -96,7 +97,7 @@ def sharp(plain_sharp: Llama, request: pytest.FixtureRequest) -> Llama:
     """The model with the cache of a CPU, or of a GPU with its steps of fixed shapes."""
     kernels = plain_sharp.kernels
     if getattr(request, "param", "paged") == "static":
-        kernels = replace(kernels, cache=StaticCache, replays_steps=True)
+        kernels = replace(kernels, cache=StaticCache, static_step=StaticStep)
     else:
         kernels = replace(kernels, cache=DirtyCache)
     return Llama(plain_sharp.pretrained, kernels)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from engine.cache import StaticCache
+    from engine.cuda.cache import StaticCache
     from engine.llama import Llama
 
 
