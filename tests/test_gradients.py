@@ -218,6 +218,23 @@ def test_compiled_layers_give_the_gradients_of_float64_and_are_compiled_once(
     assert relative_error(gradients(compiled), gradients(model64)) < 1e-6
 
 
+@pytest.mark.parametrize("shape", [{"hidden_size": 64}, {"hidden_size": 128, "head_dim": 128}])
+def test_no_layer_or_shape_is_compiled_later(
+    make_llama: Callable[..., Any], monkeypatch, fresh_compiler: None, shape: dict[str, int]
+) -> None:
+    """Guards against a number of tokens that is fixed, since a weight happened to be of that size.
+
+    64 is also the least number of tokens that a CPU computes. Without code, which takes longer.
+    """
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model = Llama(make_llama(420, num_hidden_layers=4, **shape), cpu_kernels(with_onednn=False))
+    compile_layers(model)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for length in (9, 70, 139, 300):
+            row = packing.Example([7] * length, [7] * length)
+            model(packing.collate([row], model.kernels)).backward()
+
+
 def test_a_machine_that_cannot_compile_is_told_so(
     model: Llama, monkeypatch, fresh_compiler: None
 ) -> None:
