@@ -152,7 +152,7 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
                 if progress.improve(measured.loss, match):
                     saves.save_best(model, progress, measured)
 
-            # Saves happen between steps, never inside one
+            # Saves are taken between steps, never inside one
             signal_number = stop.signal_number
             if epoch_ends or saves.is_due(progress) or signal_number is not None:
                 saves.save_last(model, progress, *pack_state(optimizer, asdict(progress)))

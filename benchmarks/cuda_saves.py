@@ -20,8 +20,10 @@ from engine.packing import Example
 from engine.state import copied, copy_to_host, pack_state
 from run.checkpoint import save_checkpoint
 from run.manifest import LAST
+from run.metrics_log import MetricsLog
 from run.progress import Progress
 from run.saves import Saves
+from run.wandb_run import NoTracker
 
 # 1.1 G parameters: a checkpoint of 9.1 GB, of which a save needs three on the disk.
 SHAPE = {
@@ -44,12 +46,17 @@ class Training:
     model: Llama
     optimizer: torch.optim.Optimizer
     rows: list[Example]
+    log: MetricsLog
     progress: Progress = field(default_factory=Progress)
     ended: list[float] = field(default_factory=list)
 
     def step(self) -> None:
         train.train_step(self.model, self.optimizer, self.rows, 1e-5, 8192, 1.0)
         self.progress.step += 1
+
+    def write_line(self) -> None:
+        """A line of metrics.jsonl, which on some file systems waits for what a save has written."""
+        self.log.write(self.progress.step, 0.0, {"train/loss": 1.0})
 
     def save(self, *arguments: Any, **removals: Any) -> None:
         save_checkpoint(*arguments, **removals)
@@ -67,11 +74,13 @@ def measure_saves(work: Work) -> None:
     optimizer = build_optimizer(
         model.parameters(), learning_rate=1e-5, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0
     )
-    training = Training(model, optimizer, rows)
+    folder = work.scratch / "run"
+    folder.mkdir()
+    training = Training(model, optimizer, rows, MetricsLog(folder, NoTracker()))
     write_random_llama(work.scratch / "model", hidden_size=64, layers=1, heads=1)
     copy = copied_from_cpu if work.is_dry else copy_to_host
     saves = Saves(
-        folder=work.scratch / "run",
+        folder=folder,
         settings={"checkpoint_steps": None},
         steps_per_epoch=len(rows),
         data_hashes={},
@@ -80,9 +89,10 @@ def measure_saves(work: Work) -> None:
     )
     training.step()
     alone = [seconds(work, training.step) for _ in range(3)]
-    work.results.write("steps", s_per_step=median(alone))
+    lines = [seconds(work, training.write_line) for _ in range(3)]
+    work.results.write("steps", s_per_step=median(alone), s_per_line=median(lines))
     work.attempt("save", measure_save_at_once, training, saves)
-    with saves:
+    with training.log, saves:
         for _ in range(ROUNDS):
             work.attempt("save", measure_save_beside_training, training, saves)
 
@@ -104,10 +114,11 @@ def measure_save_beside_training(work: Work, training: Training, saves: Saves) -
     started = work.time()
     training.start_save(saves)
     waited = work.time() - started
-    steps = []
+    steps, lines = [], []
     while not training.ended:
         saves.is_due(training.progress)  # as in training, so that a failed save ends the loop
         steps.append(seconds(work, training.step))
+        lines.append(seconds(work, training.write_line))
     size = bytes_of(saves.folder / LAST)
     work.results.write(
         "save",
@@ -118,6 +129,7 @@ def measure_save_beside_training(work: Work, training: Training, saves: Saves) -
         whole_s=training.ended[0] - started,
         steps_meanwhile=len(steps),
         s_per_step_meanwhile=median(steps) if steps else None,
+        s_of_slowest_line=max(lines, default=None),
     )
 
 

@@ -93,7 +93,8 @@ class Saves:
 
     In its context, a save takes a copy of all that it writes, if there is memory for it, and goes
     on beside training. A save of another step waits for it, so there is one copy at most. At the
-    end of the context all checkpoints are written, and the replaced ones deleted.
+    end of the context all checkpoints are written, and the replaced ones deleted. A signal must not
+    raise an error there: the lock of the folder would be released while a thread writes to it.
     """
 
     folder: Path

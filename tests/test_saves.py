@@ -199,9 +199,15 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 ) -> None:
     """Guards against a save of weights that a later step has changed."""
     made = {6: threading.Event(), 10: threading.Event(), 14: threading.Event()}
-    # The save of step 4 is written when step 6 has been made, and so on.
+    # The save of step 4 is written when step 6 has been made, and still is when step 7 is saved.
     waits = {(LAST, 4): made[6], (LAST, 8): made[10], (LAST, 12): made[14]}
-    save = Save(before=lambda *which: wait_for(waits[which]) if which in waits else None)
+
+    def before(*which: Any) -> None:
+        if which in waits:
+            wait_for(waits[which])
+            time.sleep(0.5)
+
+    save = Save(before)
     steps: Iterator[int] = iter(range(14))
 
     def step(*arguments: Any) -> train.StepResult:
@@ -219,26 +225,28 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 def test_there_is_one_copy_at_a_time(call, every_4: dict[str, str]) -> None:
     """And best and last of an epoch share their weights, instead of waiting for each other."""
     alive: list[Any] = []
-    weights, last_asked = [], threading.Event()
+    copied = {"weights": 0, "state": 0}
+    last_asked = threading.Event()
 
     def counted(model: Any, tensors: Tensors) -> dict[str, torch.Tensor]:
-        is_of_weights = "model.norm.weight" in tensors
-        if is_of_weights:
+        kind = "weights" if "model.norm.weight" in tensors else "state"
+        if kind == "weights":
+            # All that was asked for is written: these, and the one before the first step.
+            assert [name for name, _ in save.done].count(LAST) == 1 + copied["state"]
             deadline = time.monotonic() + SECONDS  # the thread lets go a moment after its save
             while any(each() is not None for each in alive):
                 assert time.monotonic() < deadline, "the copy before is still there"
                 time.sleep(0.001)
             alive.clear()
-            weights.append(model)
+        copied[kind] += 1
         copies = state.copied(tensors)
         alive.extend(map(ref, copies.values()))
-        if not is_of_weights:
+        if kind == "state":
             last_asked.set()
         return copies
 
     def before(name: str, _: int) -> None:
-        if name == BEST:
-            wait_for(last_asked)
+        wait_for(last_asked) if name == BEST else time.sleep(0.05)
 
     def after(name: str, _: int) -> None:
         if name == LAST:
@@ -246,7 +254,7 @@ def test_there_is_one_copy_at_a_time(call, every_4: dict[str, str]) -> None:
 
     save = Save(before, after)
     assert call(train, *flags(every_4), copy=counted, save=save).code == 0
-    assert len(weights) == 5 and (BEST, 7) in save.beside
+    assert copied == {"weights": 5, "state": 5} and (BEST, 7) in save.beside
     assert save.done.index((BEST, 7)) + 1 == save.done.index((LAST, 7))
 
 
