@@ -246,7 +246,7 @@ def test_there_is_one_copy_at_a_time(call, every_4: dict[str, str]) -> None:
         return copies
 
     def before(name: str, _: int) -> None:
-        wait_for(last_asked) if name == BEST else time.sleep(0.05)
+        wait_for(last_asked) if name == BEST else time.sleep(0.5)
 
     def after(name: str, _: int) -> None:
         if name == LAST:
