@@ -54,7 +54,7 @@ from engine.llama import Llama
 from engine.measure import Measurement, measure, perplexity_of
 from engine.optimizer import Schedule, build_optimizer, checkpoint_bytes
 from engine.packing import Example, MicroBatch, pack
-from engine.state import get_random_state, pack_state, set_random_state, unpack_state
+from engine.state import copy_to_host, get_random_state, pack_state, set_random_state, unpack_state
 from engine.strategy import complete
 from grading.dataset import Problem, load_problems
 from grading.rules import correct_openai
@@ -108,7 +108,7 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
         loading.copy_from_mapped_file(model)  # which the next saves will remove
         progress = restore(resume_from, partial(unpack_state, optimizer=optimizer), steps)
     progress.run = wandb_path(config.wandb_project, resume_from)
-    saves = Saves(folder, asdict(config), batches.per_epoch, problems.sha256, tokenizer, parts.save)
+    saves = Saves(folder, asdict(config), batches.per_epoch, problems.sha256, tokenizer, parts)
 
     # Fail in second five, not in hour five
     check_disk_space(folder, *checkpoint_bytes(model.parameters()))
@@ -124,7 +124,7 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
     log = RunLog(folder, tracker, progress, batches.per_epoch, steps)
     log.start(len(rows), len(held_out), config.batch_size, model.device.type, config.dtype)
 
-    with saves, log, StopSignal() as stop:
+    with log, StopSignal() as stop, saves:
         while progress.step < steps:
             batch = batches[progress.step]
             rate = schedule.learning_rate(progress.step)
@@ -152,9 +152,9 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
                 if progress.improve(measured.loss, match):
                     saves.save_best(model, progress, measured)
 
-            # Saves happen between steps, never inside one
+            # Saves are taken between steps, never inside one
             signal_number = stop.signal_number
-            if epoch_ends or progress.is_due(config.checkpoint_steps) or signal_number is not None:
+            if epoch_ends or saves.is_due(progress) or signal_number is not None:
                 saves.save_last(model, progress, *pack_state(optimizer, asdict(progress)))
             if epoch_ends:
                 log.sample(decode, prompts[0], problems.validation[0], memory.release)
@@ -282,6 +282,7 @@ class Parts:
     measure: Callable[..., Measurement] = measure
     complete: Callable[..., list[tuple[str, str]]] = complete
     save: Callable[..., None] = save_checkpoint
+    copy: Callable[..., dict[str, torch.Tensor] | None] = copy_to_host
 
 
 def main(config: Config, selftest: bool = False, **parts: Callable) -> None:

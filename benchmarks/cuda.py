@@ -3,7 +3,7 @@
 python benchmarks/cuda.py --group first
 python benchmarks/cuda.py --group second --smollm DIR
 python benchmarks/cuda.py --steps facts small train
-python benchmarks/cuda.py --dry --steps facts small train decode selftest
+python benchmarks/cuda.py --dry --steps facts small train decode selftest save
 
 - facts: versions, rates of copies and matrix products, attention against float64.
 - small: a small model's gradients and completions against those of a CPU.
@@ -11,6 +11,7 @@ python benchmarks/cuda.py --dry --steps facts small train decode selftest
 - decode: the test split's prompts completed to the lengths of their answers, by the same model.
 - selftest: train.py --selftest.
 - real: perplexity and exact match of a real small model before and after three epochs.
+- save: how long training waits for a save of 1.1 G parameters, and how long the save takes.
 
 Each step is a process of its own that is stopped at its time limit. A step that fails is a result
 too, and the next one runs. The limits of each group add up to at most 330 seconds. Every result is
@@ -44,8 +45,20 @@ __path__ = pkgutil.extend_path([], "cuda")
 
 RESULTS_FILE = "results.jsonl"
 # Seconds that each step may take.
-LIMITS = {"facts": 55, "small": 85, "train": 190, "decode": 120, "selftest": 65, "real": 145}
-GROUPS = {"first": ("facts", "small", "train"), "second": ("decode", "selftest", "real")}
+LIMITS = {
+    "facts": 55,
+    "small": 85,
+    "train": 190,
+    "decode": 120,
+    "selftest": 65,
+    "real": 145,
+    "save": 90,
+}
+GROUPS = {
+    "first": ("facts", "small", "train"),
+    "second": ("decode", "selftest", "real"),
+    "third": ("save",),
+}
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
@@ -144,6 +157,7 @@ def run_step(step: str, arguments: argparse.Namespace) -> bool:
 def measure(arguments: argparse.Namespace, results: Results) -> None:
     """The work of the step ``arguments.worker``."""
     import cuda_facts
+    import cuda_saves
     import cuda_steps
     from cuda_work import Work, compile_no_code
 
@@ -157,6 +171,7 @@ def measure(arguments: argparse.Namespace, results: Results) -> None:
         "decode": cuda_steps.measure_decoding,
         "selftest": cuda_steps.run_selftest,
         "real": cuda_steps.measure_real_model,
+        "save": cuda_saves.measure_saves,
     }
     steps[arguments.worker](work)
 

@@ -3,10 +3,11 @@
 python benchmarks/kill_sweep.py
 python benchmarks/kill_sweep.py --points 12 --random 4
 
-A tiny Llama is trained for 2 epochs of 3 steps, with saves between and after them. A point is a
-file operation of the run, in which a file is opened, written by safetensors, synced, renamed or
-removed. A first run lists the points. Then, for each point, a process sends itself SIGKILL just
-before it. Random kills come from outside, at any moment of a run. After each kill
+A tiny Llama is trained for 2 epochs of 3 steps, with saves between and after them, which go on
+beside training as on a GPU. A point is the begin or end of a step, or a file operation of the run,
+in which a file is opened, written by safetensors, synced, renamed or removed. A first run lists the
+points. Then, for each point, a process sends itself SIGKILL just before it. Random kills come from
+outside, at any moment of a run. After each kill
 
 - if the first save has finished, there is a checkpoint whose files match the hashes in its
   manifest;
@@ -23,12 +24,15 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +41,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the model is too small for more
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import safetensors.torch
+import torch
 
 import train
+from engine.state import copied
 from run import manifest, training_json
 from run.config import CONFIG_FILE, Config, load_config
 from run.script import run_script
@@ -47,6 +53,7 @@ from standin import make_model, make_problems, make_tokenizer, write_jsonl
 WATCHED = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 KEPT = {"best", "last", "previous", "config.yaml", "metrics.jsonl"}
 STEPS = 6
+POINT_SECONDS = 1e-3  # a pause at each point of a save, so that some steps fit beside it
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
@@ -115,12 +122,18 @@ def start(config: Config, log: Path, on_point: Callable[[str], None] | None = No
         os.dup2(stream, 2)
         if on_point is not None:
             watch(str(Path(config.output_dir) / config.run_name), on_point)
-        run_script(train.main, config)
+        step = watched(train.train_step, "step", on_point) if on_point else train.train_step
+        run_script(partial(train.main, step=step, copy=copy), config)
         code = 0
     except SystemExit as end:
         code = end.code
     finally:
         os._exit(code)
+
+
+def copy(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As on a GPU with enough host memory."""
+    return copied(tensors)
 
 
 def watch(folder: str, on_point: Callable[[str], None]) -> None:
@@ -133,6 +146,8 @@ def watch(folder: str, on_point: Callable[[str], None]) -> None:
         )  # shutil.rmtree passes relative paths
         if path.startswith(folder) or in_removed_folder:
             on_point(f"{event} {path.removeprefix(folder)}")
+            if threading.current_thread() is not threading.main_thread():
+                time.sleep(POINT_SECONDS)
 
     sys.addaudithook(audit)
     # Python's audit hooks miss these: safetensors writes from Rust, and fsync has no event.
@@ -228,6 +243,20 @@ def list_points(config: Config, folder: Path) -> list[str]:
     return file.read_text().splitlines()
 
 
+def beside_training(points: list[str]) -> set[int]:
+    """The numbers of the points during saves beside which a step began or ended."""
+    found: set[int] = set()
+    begin = None
+    for number, point in enumerate(points):
+        if begin is None and re.fullmatch(r"os\.mkdir /\.\w+\.staged", point):
+            begin = number
+        elif begin is not None and re.fullmatch(r"os\.rename /\.\w+\.staged", point):
+            if any(each.startswith("step") for each in points[begin:number]):
+                found |= set(range(begin, number + 1))
+            begin = None
+    return found
+
+
 def kill_at(number: int) -> Callable[[str], None]:
     seen = iter(range(number + 1))
 
@@ -244,12 +273,14 @@ def sweep_points(
 ) -> Counter[str]:
     """Kill at ``count`` of ``points``; returns the number of kills at each kind of point."""
     killed: Counter[str] = Counter()
+    beside = beside_training(points)
     for position in range(count):
         number = position * len(points) // count
         config = settings(folder, f"point-{number}")
         code, was_killed = end_of(start(config, folder / "log", kill_at(number)))
         if was_killed:
-            killed[points[number].split()[0]] += 1
+            where = " beside training" if number in beside else ""
+            killed[points[number].split()[0] + where] += 1
         elif (
             code
         ):  # 0 is possible: threads interleave differently each time, so the point may not occur
@@ -288,6 +319,8 @@ def main(arguments: argparse.Namespace, folder: Path) -> None:
     logged = [line["step"] for line in expected["metrics"] if "train/loss" in line]
     if expected["files"] != KEPT or logged != list(range(1, STEPS + 1)):
         sys.exit(f"the run without a kill has {expected['files']}, and logged steps {logged}")
+    if not beside_training(points):
+        sys.exit("the run without a kill made no step while it saved")
     count = min(arguments.points or len(points), len(points))
     print(
         f"{len(points)} points in {STEPS} steps; killing at {count} of them, "

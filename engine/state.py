@@ -1,11 +1,21 @@
-"""The state of the optimizer and of the random number generators as named tensors."""
+"""What a run saves as named tensors: packed, copied to host memory, and unpacked."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from engine import memory
+from run.files import say_once
+
+if TYPE_CHECKING:
+    from engine.llama import Llama
+
+# The share of free host memory that a copy may take. The rest is for the pages of its files.
+COPY_SHARE = 0.8
+# What passes through page-locked memory at a time. To lock as many bytes as a checkpoint has would
+# take seconds, and keep them from everything else.
+PIECE_BYTES = 2**26
 
 
 def get_random_state() -> dict[str, torch.Tensor]:
@@ -49,6 +59,63 @@ def pack_state(
         plain = (bool, int, float, str, type(None))
         groups.append({name: value for name, value in group.items() if isinstance(value, plain)})
     return tensors, {"progress": dict(progress), "optimizer": scalars, "groups": groups}
+
+
+def copy_to_host(
+    model: "Llama", tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor] | None:
+    """Copy ``tensors`` of ``model`` to host memory, to be saved while training changes them.
+
+    Returns:
+        The copies; None if there is no room for them. On a CPU there never is: a copy would take
+        memory from training, and a save beside it the processor.
+    """
+    if model.device.type == "cpu":
+        return None
+    needed = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors.values()}.values())
+    free = memory.free_bytes(torch.device("cpu"))
+    if needed > COPY_SHARE * free:
+        say_once(
+            "copy",
+            f"host memory has {free / 1e9:.1f} GB free, too few to copy {needed / 1e9:.1f} GB: "
+            "training waits until each checkpoint is written",
+        )
+        return None
+    try:
+        return copied(tensors)
+    except Exception as error:
+        if not memory.is_out_of_memory(error):
+            raise
+        return None
+
+
+def copied(
+    tensors: Mapping[str, torch.Tensor], piece_bytes: int = PIECE_BYTES
+) -> dict[str, torch.Tensor]:
+    """Copies in host memory. What is one tensor under two names, as tied weights are, remains one.
+
+    Each tensor passes through a small page-locked buffer, to which a GPU copies at full speed, and
+    from which all processor cores copy on.
+    """
+    buffer = torch.empty(piece_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    copies: dict[tuple[Any, ...], torch.Tensor] = {}
+    found = {}
+    for name, tensor in tensors.items():
+        identity = tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+        if identity not in copies:
+            copies[identity] = _copied_through(buffer, tensor)
+        found[name] = copies[identity]
+    return found
+
+
+def _copied_through(buffer: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+    source, target = (each.reshape(-1).view(torch.uint8) for each in (tensor, copy))
+    for start in range(0, len(source), len(buffer)):
+        piece = source[start : start + len(buffer)]
+        passing = buffer[: len(piece)].copy_(piece)
+        target[start : start + len(piece)].copy_(passing)
+    return copy
 
 
 def unpack_state(

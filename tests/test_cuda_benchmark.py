@@ -75,6 +75,17 @@ def test_a_step_that_fails_is_a_result_and_the_next_one_runs(
     assert process.returncode == 1
 
 
+def test_the_step_save_measures_what_training_waits_for(tmp_path: Path) -> None:
+    """Guards against a measurement that only a device would run."""
+    process = run("--dry", "--steps", "save", "--output", tmp_path)
+    assert process.returncode == 0, process.stdout + process.stderr
+    at_once, *beside = [line for line in results(process) if line["part"] == "save"]
+    assert at_once["how"] == "at once" and at_once["training_waits_s"] == at_once["whole_s"]
+    assert [line["how"] for line in beside] == ["beside training"] * 2
+    for line in beside:
+        assert line["bytes"] > 1e7 and line["training_waits_s"] > 0 and line["whole_s"] > 0
+
+
 def test_a_step_is_stopped_at_its_limit_and_the_next_one_runs(tmp_path: Path) -> None:
     """Guards against a step that hangs, and takes the time of the others."""
     options = "--dry", "--steps", "facts", "decode", "--limit", "0.2", "--output", tmp_path

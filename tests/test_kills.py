@@ -30,6 +30,7 @@ def test_kills_lose_nothing() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     assert "0 losses" in result.stdout
     assert int(re.search(r"^(\d+) kills", result.stdout, re.MULTILINE)[1]) >= 10, result.stdout
+    assert "beside training" in result.stdout
 
 
 # ---------------------------------------------------------------- the self-test
