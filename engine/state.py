@@ -7,6 +7,9 @@ import torch
 
 from engine import memory
 
+# How an optimizer computes on its device. A run that goes on with another device takes that one's.
+IMPLEMENTATION = ("triton", "foreach", "fused", "capturable")
+
 
 def get_random_state() -> dict[str, torch.Tensor]:
     """A snapshot of every random number generator that training uses, by name."""
@@ -86,7 +89,8 @@ def _load(
     }
     current_groups = optimizer.state_dict()["param_groups"]
     groups = [
-        current | before for current, before in zip(current_groups, saved["groups"], strict=True)
+        current | before | {name: current[name] for name in IMPLEMENTATION if name in current}
+        for current, before in zip(current_groups, saved["groups"], strict=True)
     ]
     for key, tensor in tensors.items():
         kind, *rest = key.split(".", 2)
