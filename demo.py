@@ -9,6 +9,7 @@ folder demo, which the next demo replaces.
 """
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,8 @@ ROOT = Path(__file__).parent
 FOLDER = ROOT / "demo"
 MARKER = ".made-by-demo"
 NUM_TRAIN, NUM_TEST = 8000, 200
+# A GPU would gain nothing with a model this small, and may need another driver.
+ON_THE_CPU = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def main() -> None:
@@ -72,7 +75,7 @@ def run(*command: str) -> None:
     """Run a script. A signal is passed on to it, and the demo ends after the script has ended."""
     print(f"\n$ {command_line(*command)}", flush=True)
     with StopSignal() as stop:
-        process = subprocess.Popen([sys.executable, *command], cwd=ROOT)
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=ON_THE_CPU)
         stop.tell(process.send_signal)
         code = process.wait()
     if code < 0:

@@ -84,11 +84,12 @@ from typing import Any
 import torch
 
 import data
+from engine import memory
 from engine.decoding import Completion
 from engine.device import pick_device, prepare_process
 from engine.hub import fetch
 from engine.llama import Llama
-from engine.loading import check_ids, check_positions, load_model, load_tokenizer
+from engine.loading import check_fits, check_ids, check_positions, load_model, load_tokenizer
 from engine.strategy import Decoder, Greedy, How, Sampling, decode, eos_token_ids
 from engine.verify import verify_batching
 from grading.calculator import ForcedResults
@@ -121,6 +122,7 @@ class Parts:
 # ---------------------------------------------------------------- the story
 
 
+@memory.reported("evaluating", "set a smaller decode_slots, or take a device with more memory")
 def main(arguments: argparse.Namespace, typed: dict[str, str], *, parts: Parts = Parts()) -> None:
     if arguments.rescore:
         rescore(arguments.rescore, arguments.output)
@@ -129,17 +131,15 @@ def main(arguments: argparse.Namespace, typed: dict[str, str], *, parts: Parts =
         print(comparison_table(compare_files(*arguments.compare), [*map(str, arguments.compare)]))
         check_printed()
         return
-    prepare_process(pick_device())
+    device = pick_device()
     source = resolve_source(arguments.ckpt, arguments.config, typed)
+    prepare_process(device, getattr(torch, source.config.dtype))
+    check_fits(source.path, getattr(torch, source.config.dtype))
     output = arguments.output or evaluation_folder(
         source.path, source.run_folder, source.config.output_dir, arguments.split
     )
-    folders = [output]
-    if source.config.calculator:
-        folders.append(output / CALCULATOR)
-    if arguments.samples:
-        folders.append(output / SAMPLES)
-    with writing_into(*folders):
+    others = {CALCULATOR: source.config.calculator, SAMPLES: arguments.samples}
+    with writing_into(output, *(output / name for name, is_asked in others.items() if is_asked)):
         evaluate(arguments, source, output, parts)
 
 

@@ -37,18 +37,23 @@ if __name__ == "__main__":
 import torch
 
 import data
+from engine import memory
 from engine.device import pick_device, prepare_process
 from engine.hub import fetch
-from engine.loading import check_ids, check_positions, load_model, load_tokenizer
+from engine.loading import check_fits, check_ids, check_positions, load_model, load_tokenizer
 from engine.measure import measure
 from run.model_source import resolve_source
 from run.training_json import tokenizer_record
 
 
+@memory.reported("measuring", "set a smaller micro_batch_tokens, or take a larger device")
 def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
-    prepare_process(pick_device())
+    device = pick_device()
     source = resolve_source(arguments.ckpt, arguments.config, typed)
     config = source.config
+    dtype = getattr(torch, config.dtype)
+    prepare_process(device, dtype)
+    check_fits(source.path, dtype)
     folder = fetch(source.path)
     tokenizer = load_tokenizer(folder, tokenizer_record(folder))
     problems = data.load_split(config.dataset, arguments.split, config.validation_size, config.seed)
@@ -57,7 +62,7 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
     examples = data.encode(tokenizer, problems[: arguments.limit], config.prompt)
     examples = data.leave_out_long(examples, config.max_length, arguments.split)
 
-    model = load_model(folder, getattr(torch, config.dtype), pick_device())
+    model = load_model(folder, dtype, device)
     source.check_unchanged()
     check_ids(model, (example.input_ids for example in examples), source.path)
     longest = max(len(example.input_ids) for example in examples)

@@ -39,7 +39,7 @@ if __name__ == "__main__":
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from math import inf, isfinite
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -52,7 +52,7 @@ from engine.faults import does_not_fit, exact_match_failed, is_each_alone, rows_
 from engine.hub import fetch
 from engine.llama import Llama
 from engine.measure import Measurement, measure, perplexity_of
-from engine.optimizer import Schedule, build_optimizer, checkpoint_bytes
+from engine.optimizer import Schedule, build_optimizer, checkpoint_bytes, clip_gradients, make_state
 from engine.packing import Example, MicroBatch, pack
 from engine.state import copy_to_host, get_random_state, pack_state, set_random_state, unpack_state
 from engine.strategy import complete
@@ -90,8 +90,7 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
 
     # What learns
     model = loading.load_model(base, getattr(torch, config.dtype), pick_device())
-    loading.check_ids(model, [*(row.input_ids for row in rows + held_out), *prompts], config.model)
-    loading.check_lengths(model, rows + held_out, prompts, config.max_new_tokens)
+    loading.check_data(model, rows + held_out, prompts, config.max_new_tokens, config.model)
     prepare(model, config.gradient_checkpointing, config.compile)
     betas = config.adam_beta1, config.adam_beta2
     optimizer = build_optimizer(
@@ -117,6 +116,7 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
     else:
         set_damaged_aside(folder, resume_from)
         progress.forget_missing_best(folder / BEST)
+    make_state(optimizer)
 
     # Where it reports
     replace_file(folder / "config.yaml", settings_text(config))
@@ -248,7 +248,7 @@ def accumulate_gradients(
         loss = model(micro_batch)  # summed over its supervised tokens
         (loss / num_labels).backward()
         nats += loss.detach()
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or inf)
+    grad_norm = clip_gradients(model.parameters(), max_grad_norm)
     return nats.item(), num_labels, grad_norm.item()
 
 
@@ -285,14 +285,16 @@ class Parts:
     copy: Callable[..., dict[str, torch.Tensor] | None] = copy_to_host
 
 
+@memory.reported("training", "set a smaller micro_batch_tokens, or take a device with more memory")
 def main(config: Config, selftest: bool = False, **parts: Callable) -> None:
-    prepare_process(pick_device())
+    prepare_process(pick_device(), getattr(torch, config.dtype))
     if selftest:
         splits = {split: load_problems(config.dataset, split) for split in ("train", "test")}
         rows = {split: [asdict(problem) for problem in splits[split]] for split in splits}
         return run_selftest(config, rows)
     folder = local_path(config.output_dir) / config.run_name
     with claimed(folder, config.resume) as resume_from:
+        loading.check_fits(resume_from or config.model, getattr(torch, config.dtype), trained=True)
         saved = resume_from and saved_settings(resume_from, read_description(resume_from))
         train(anchored(config, saved), folder, resume_from, Parts(**parts))
 

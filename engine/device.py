@@ -9,6 +9,7 @@ import torch
 
 from engine import attention
 from engine.cpu import heap, kernels, onednn
+from engine.cuda import checks
 from engine.cuda.cache import StaticCache
 from engine.cuda.graph import StaticStep
 
@@ -56,14 +57,37 @@ class Kernels:
     replace_linear_layers: Callable[[torch.nn.Module], None]
 
 
-def pick_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def pick_device(machine: checks.Machine | None = None) -> torch.device:
+    """The first GPU, or the CPU if there is none.
+
+    Args:
+        machine: None for this one.
+
+    Raises:
+        UserError: there is an NVIDIA GPU that this PyTorch can't use.
+    """
+    machine = machine or checks.find_machine()
+    checks.check_usable(machine)
+    return torch.device("cuda" if machine.cards else "cpu")
 
 
-def prepare_process(device: torch.device) -> None:
-    """Set up the process; called once by a script, before it loads a model."""
+def prepare_process(
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    machine: checks.Machine | None = None,
+) -> None:
+    """Set up the process; called once by a script, before it loads a model.
+
+    Raises:
+        UserError: the device can't compute in ``dtype``.
+    """
     if device.type == "cpu":
         heap.keep_freed_memory()
+        return
+    machine = machine or checks.find_machine()
+    checks.check_card(machine, dtype)
+    if line := checks.unused_cards(machine):
+        print(line)
 
 
 def kernels_for(device: torch.device) -> Kernels:

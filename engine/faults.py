@@ -3,10 +3,9 @@
 import math
 from collections.abc import Sequence
 
-import torch
-
 from engine.llama import Llama
 from engine.memory import is_out_of_memory
+from engine.optimizer import gradient_norm
 from engine.packing import Example, pack
 from run.errors import UserError, cause_of
 
@@ -31,9 +30,7 @@ def _is_finite(model: Llama, row: Example) -> bool:
     [micro_batch] = pack([row], len(row.input_ids), model.kernels)
     loss = model(micro_batch)
     (loss / micro_batch.num_labels).backward()
-    norm = torch.nn.utils.get_total_norm(
-        [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    )
+    norm = gradient_norm(model.parameters())
     return math.isfinite(loss.item()) and math.isfinite(norm.item())
 
 

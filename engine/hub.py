@@ -1,5 +1,6 @@
 """Model folders, local or from the Hugging Face hub."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -14,8 +15,11 @@ from run.paths import is_hub_id, local_path
 DOWNLOADED = ("*.safetensors", "*.json", *FILES)
 
 
-def fetch(name: str) -> Path:
+def fetch(name: str, files: Sequence[str] = DOWNLOADED) -> Path:
     """The local folder of a model: ``name`` itself, or the hub's files, downloaded if necessary.
+
+    Args:
+        files: the names or patterns of those to download.
 
     Raises:
         UserError: there is no such folder, or the hub can't be reached, does not know the model, or
@@ -32,7 +36,7 @@ def fetch(name: str) -> Path:
             f"model {name!r} is neither a folder here nor a hub id such as meta-llama/Llama-2-7b-hf"
         )
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=[*DOWNLOADED]))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=[*files]))
     except HfHubHTTPError as error:
         raise _refused_by_hub(name, error) from None
     except Exception as error:  # the hub's client and its HTTP library raise many types

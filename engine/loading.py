@@ -1,5 +1,6 @@
 """Tokenizers and models, loaded from Hugging Face folders and checked against the data."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,14 @@ import torch
 import transformers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from engine import packing
-from engine.device import Kernels, kernels_for
+from engine import memory, packing
+from engine.device import Kernels, kernels_for, pick_device
+from engine.hub import fetch
 from engine.llama import Llama
+from engine.optimizer import training_bytes
 from engine.refusals import (
     Shape,
+    check_config,
     check_folder,
     check_names,
     check_shapes,
@@ -67,13 +71,46 @@ def load_tokenizer(folder: Path, trained_with: Mapping[str, Any] | None = None) 
     return tokenizer
 
 
+def check_fits(
+    name: str | Path, dtype: torch.dtype, *, trained: bool = False, available: int | None = None
+) -> None:
+    """Raises UserError if a model exceeds the device's memory, before its weights are downloaded.
+
+    Args:
+        name: its folder or hub id.
+        trained: count gradients and the optimizer's state too. Activations are never counted.
+        available: the memory of the device in bytes; None: that of this one, unless it is a CPU.
+    """
+    available = available or memory.total_bytes(pick_device())
+    if available is None:
+        return
+    folder = fetch(str(name), ["config.json"])
+    check_config(folder)
+    config, shapes = _read_config(folder)
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    each = training_bytes(dtype) if trained else dtype.itemsize
+    number = sum(map(math.prod, shapes.values()))
+    if number * each > available:
+        what = "weights, gradients and optimizer state" if trained else "weights"
+        smaller = "set dtype bfloat16, or " if dtype == torch.float32 else ""
+        raise UserError(
+            f"model {name}: {what} of its {number / 1e9:.2f} billion parameters take "
+            f"{number * each / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')} ({each} bytes "
+            f"each), over the {available / 1e9:.1f} GB of the device: {smaller}take a larger "
+            "device or a smaller model"
+        )
+
+
+@memory.reported("loading the weights", memory.LARGER_DEVICE)
 def load_model(
     folder: Path, dtype: torch.dtype, device: torch.device, kernels: Kernels | None = None
 ) -> Llama:
     """The model in ``folder``, in eval mode.
 
     Raises:
-        UserError: it can't be read, is not an unquantised Llama, or lacks weights.
+        UserError: it can't be read, is not an unquantised Llama, lacks weights, or does not fit
+            into memory.
     """
     check_folder(folder)
     config, shapes = _read_config(folder)
@@ -85,6 +122,8 @@ def load_model(
     except UserError:
         raise
     except Exception as error:  # Transformers, safetensors and torch raise many types
+        if memory.is_out_of_memory(error):
+            raise
         raise damaged(folder, "weights", error) from None
     check_names(folder, report["missing_keys"], report["unexpected_keys"])
     _untie_head_of_its_own(model, folder)
@@ -166,6 +205,18 @@ def check_positions(model: Llama, longest: int, what: str, cure: str) -> None:
         raise UserError(
             f"{what} has {longest} tokens, over the model's {positions} positions: {cure}"
         )
+
+
+def check_data(
+    model: Llama,
+    examples: Sequence[packing.Example],
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    name: str,
+) -> None:
+    """Raises UserError if an id has no row in the embedding, or a sequence has too many tokens."""
+    check_ids(model, [*(example.input_ids for example in examples), *prompts], name)
+    check_lengths(model, examples, prompts, max_new_tokens)
 
 
 def check_lengths(

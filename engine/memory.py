@@ -2,12 +2,14 @@
 
 import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from run.errors import UserError
+from run.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from engine.llama import Llama
@@ -15,14 +17,67 @@ if TYPE_CHECKING:
 CONTROL_GROUP = Path("/sys/fs/cgroup")  # where a container sees its own control group
 # The share of free memory that the cache may take. The rest is for the prompts' forward pass.
 CACHE_SHARE = 0.8
+# How a RuntimeError says that memory ran out: the CPU's allocator, the compiler around PyTorch's
+# allocator, the CUDA runtime, Triton, and the libraries, which allocate their own workspaces.
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "Triton Error [CUDA]: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+# How it says that the device failed.
+DEVICE_FAULTS = ("CUDA error:", "Triton Error [CUDA]:", "CUBLAS_STATUS_", "CUDNN_STATUS_")
+# What to do if even the weights or the optimizer's state do not fit.
+LARGER_DEVICE = "take a device with more memory, or end what else is using this one"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says that a tensor did not fit, on a device or in main memory."""
-    # The CPU's allocator raises a RuntimeError: "DefaultCPUAllocator: can't allocate memory".
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or _says(error, OUT_OF_MEMORY)
+
+
+def is_device_fault(error: BaseException) -> bool:
+    """Whether ``error`` says that the device failed otherwise, such as by a fault in its memory."""
+    is_one = isinstance(error, torch.AcceleratorError) or _says(error, DEVICE_FAULTS)
+    return is_one and not is_out_of_memory(error)
+
+
+def _says(error: BaseException, phrases: tuple[str, ...]) -> bool:
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
+
+
+@contextmanager
+def reported(doing: str, cure: str) -> Iterator[None]:
+    """Report running out of memory, or a failing device, in one line; also a decorator.
+
+    Args:
+        doing: what is being done, such as "loading the weights".
+        cure: what to do if memory runs out.
+
+    Raises:
+        UserError: memory ran out or the device failed.
+    """
+    try:
+        yield
+    except Exception as error:
+        why = f"{type(error).__name__}: {one_line(error)[:160]}"
+        if is_out_of_memory(error):
+            raise UserError(f"out of memory while {doing} ({why}): {cure}") from None
+        if is_device_fault(error):
+            raise UserError(
+                f"the device failed while {doing} ({why}): type the same command again, which goes "
+                "on from what was saved; if it fails again, look for the GPU's Xid in dmesg"
+            ) from None
+        raise
+
+
+def total_bytes(device: torch.device) -> int | None:
+    """The memory of a GPU; None for a CPU, which can swap."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def free_bytes(device: torch.device, control_group: Path = CONTROL_GROUP) -> int:

@@ -1,11 +1,14 @@
-"""AdamW, and the learning rate of each step."""
+"""AdamW, the norm of its gradients, and the learning rate of each step."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import optimi
 import torch
+
+from engine import memory
+from run.errors import cause_of
 
 
 def build_optimizer(
@@ -31,6 +34,8 @@ def build_optimizer(
             eps=epsilon,
             weight_decay=weight_decay,
             kahan_sum=True,
+            triton=parameters[0].is_cuda and runs_triton(parameters[0].device),
+            foreach=False,
         )
     return torch.optim.AdamW(
         parameters,
@@ -42,6 +47,76 @@ def build_optimizer(
     )
 
 
+def runs_triton(device: torch.device, step: Callable[[torch.device], None] | None = None) -> bool:
+    """Whether optimi's fused kernel runs on ``device``; prints a line if it does not.
+
+    Triton compiles a part of each kernel with the machine's C compiler and Python.h, and needs a
+    folder that can be written. Containers may lack any of these, and Triton itself.
+
+    Args:
+        step: makes a step with the kernel; None for a step of one weight.
+    """
+    try:
+        (step or step_with_triton)(device)
+    except Exception as error:  # Triton, its compilers and optimi raise many types
+        if memory.is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
+            raise
+        print(
+            f"AdamW: its fused kernel does not run here ({cause_of(error)}); using PyTorch's "
+            "operations, which are slower: install a C compiler and Python's headers (Debian, "
+            "Ubuntu: apt install gcc python3-dev)"
+        )
+        return False
+    return True
+
+
+def step_with_triton(device: torch.device) -> None:
+    weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16, device=device))
+    weight.grad = torch.zeros_like(weight)
+    optimi.AdamW([weight], lr=0.0, kahan_sum=True, triton=True, foreach=False).step()
+
+
+@memory.reported("making the optimizer's state", memory.LARGER_DEVICE)
+def make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Make the state that the optimizer would make in its first step, unless it is there already.
+
+    A step that runs out of memory has changed some of the weights, so it can't be repeated. With
+    its state in place it needs no further memory.
+
+    Args:
+        optimizer: from `build_optimizer`.
+
+    Raises:
+        UserError: the state does not fit into memory.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if state:
+                continue
+            if "fused" in group:  # PyTorch's AdamW, which counts the steps of each weight
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+            if has_compensation(parameter.dtype):
+                state["kahan_comp"] = torch.zeros_like(parameter)
+
+
+def has_compensation(dtype: torch.dtype) -> bool:
+    """Whether `build_optimizer` keeps a rounding error for each weight (Kahan summation)."""
+    return dtype == torch.bfloat16
+
+
+def tensors_of_state(dtype: torch.dtype) -> int:
+    """How many tensors of a weight's size its state has: two moments, and its compensation."""
+    return 2 + has_compensation(dtype)
+
+
+def training_bytes(dtype: torch.dtype) -> int:
+    """The memory that training takes for each parameter: weight, gradient and state."""
+    return (2 + tensors_of_state(dtype)) * dtype.itemsize
+
+
 def checkpoint_bytes(parameters: Iterable[torch.nn.Parameter]) -> tuple[int, int]:
     """The sizes in bytes of a checkpoint's weights and of its optimizer state.
 
@@ -49,9 +124,42 @@ def checkpoint_bytes(parameters: Iterable[torch.nn.Parameter]) -> tuple[int, int
     """
     parameters = list(parameters)
     weights = sum(parameter.nbytes for parameter in parameters)
-    moments = 2
-    compensation = 1 if parameters[0].dtype == torch.bfloat16 else 0  # of Kahan summation
-    return weights, (moments + compensation) * weights
+    return weights, tensors_of_state(parameters[0].dtype) * weights
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def clip_gradients(
+    parameters: Iterable[torch.nn.Parameter], max_norm: float | None
+) -> torch.Tensor:
+    """Scale the gradients so that their norm is at most ``max_norm``; None: leave them unchanged.
+
+    Returns:
+        Their norm before that, in float32 or wider.
+    """
+    parameters = list(parameters)
+    norm = gradient_norm(parameters)
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+@torch.no_grad()
+def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
+    """The norm of all gradients, in float32 or wider.
+
+    `torch.nn.utils.get_total_norm` computes it in the gradients' dtype: in bfloat16 with 8 bits.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms = [
+        torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
+        for gradient in gradients
+    ]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+# ---------------------------------------------------------------- learning rate
 
 
 @dataclass(frozen=True)

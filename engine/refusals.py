@@ -39,6 +39,16 @@ Shape = tuple[int, ...]
 
 def check_folder(folder: Path) -> None:
     """Raises UserError if the folder is not an unquantised Llama in safetensors."""
+    check_config(folder)
+    if (folder / "adapter_config.json").is_file():
+        raise adapter_found(folder)
+    _check_weight_files(folder)
+    if (folder / "generation_config.json").exists():
+        read_json(folder / "generation_config.json")  # Transformers would ignore a damaged one
+
+
+def check_config(folder: Path) -> None:
+    """Raises UserError if config.json does not describe an unquantised Llama."""
     refuse_code(folder)
     config = read_json(folder / "config.json")
     if config.get("model_type") != "llama":
@@ -49,9 +59,6 @@ def check_folder(folder: Path) -> None:
         is_mapping = isinstance(quantisation, dict)
         method = quantisation.get("quant_method", "unknown") if is_mapping else quantisation
         raise quantised(folder, f"its config.json says {method}")
-    if (folder / "adapter_config.json").is_file():
-        raise adapter_found(folder)
-    _check_weight_files(folder)
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(
             f"model {folder}: its hidden_act is {config['hidden_act']!r}: only 'silu' is supported"
@@ -62,8 +69,6 @@ def check_folder(folder: Path) -> None:
             f"model {folder}: its config.json has pad_token_id {pad} with vocab_size {rows}: set "
             "pad_token_id to null there; no pad token is needed here"
         )
-    if (folder / "generation_config.json").exists():
-        read_json(folder / "generation_config.json")  # Transformers would ignore a damaged one
 
 
 def refuse_code(folder: Path) -> None:

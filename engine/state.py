@@ -17,6 +17,9 @@ COPY_SHARE = 0.8
 # take seconds, and keep them from everything else.
 PIECE_BYTES = 2**26
 
+# How an optimizer computes on its device. A run that goes on with another device takes that one's.
+IMPLEMENTATION = ("triton", "foreach", "fused", "capturable")
+
 
 def get_random_state() -> dict[str, torch.Tensor]:
     """A snapshot of every random number generator that training uses, by name."""
@@ -153,7 +156,8 @@ def _load(
     }
     current_groups = optimizer.state_dict()["param_groups"]
     groups = [
-        current | before for current, before in zip(current_groups, saved["groups"], strict=True)
+        current | before | {name: current[name] for name in IMPLEMENTATION if name in current}
+        for current, before in zip(current_groups, saved["groups"], strict=True)
     ]
     for key, tensor in tensors.items():
         kind, *rest = key.split(".", 2)

@@ -15,6 +15,9 @@ os.environ["WANDB_MODE"] = "disabled"
 # Models this small are slower with a second thread, and two processes test side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# A GPU, or a driver that is too old for this PyTorch, changes no test.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM

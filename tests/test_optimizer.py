@@ -1,4 +1,4 @@
-"""Updates in bfloat16 do what float32's do; the learning rate of each step."""
+"""Updates in bfloat16 do what float32's do; the gradient norm; the learning rate of each step."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -13,7 +13,8 @@ import train
 from engine import packing
 from engine.device import kernels_for
 from engine.loading import load_model
-from engine.optimizer import Schedule, build_optimizer
+from engine.optimizer import Schedule, build_optimizer, clip_gradients, make_state
+from engine.state import pack_state, unpack_state
 from engine.tokenizer import Tokenizer
 from grading import dataset
 
@@ -63,6 +64,109 @@ def test_the_loss_in_bfloat16_falls_as_in_float32(
     expected = gain(torch.float32, ours)
     assert gain(torch.bfloat16, ours) == pytest.approx(expected, rel=0.03)
     assert gain(torch.bfloat16, rounded_to_nearest) < 0.1 * expected
+
+
+def with_gradients(dtype: torch.dtype, scale: float = 1.0) -> list[torch.nn.Parameter]:
+    """Parameters of several shapes, the same in each call, with gradients."""
+    random = torch.Generator().manual_seed(3)
+    parameters = []
+    for shape in ((40, 50), (300, 700), (7,)):
+        made = [torch.randn(shape, generator=random, dtype=torch.float64) for _ in range(2)]
+        parameters.append(torch.nn.Parameter(made[0].to(dtype)))
+        parameters[-1].grad = (scale * made[1]).to(dtype)
+    return parameters
+
+
+def steps(
+    optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], number: int
+) -> list[torch.Tensor]:
+    """The weights after ``number`` steps with their gradients, each with a small change."""
+    for _ in range(number):
+        for parameter in parameters:
+            parameter.grad = parameter.detach() * 0.1 + 1e-3
+        optimizer.step()
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_made_before_the_first_step_changes_no_bit(dtype: torch.dtype) -> None:
+    """Guards against a state that optimi or PyTorch would make otherwise, or makes again."""
+    lazy, early = with_gradients(dtype), with_gradients(dtype)
+    lazy_optimizer, early_optimizer = ours(lazy), ours(early)
+    make_state(early_optimizer)
+    made = [tensor for state in early_optimizer.state.values() for tensor in state.values()]
+    assert not any(tensor.any() for tensor in made)
+    assert all(map(torch.equal, steps(lazy_optimizer, lazy, 3), steps(early_optimizer, early, 3)))
+    kept = [tensor for state in early_optimizer.state.values() for tensor in state.values()]
+    assert [*map(id, kept)] == [*map(id, made)]
+    one, other = (pack_state(optimizer, {}) for optimizer in (lazy_optimizer, early_optimizer))
+    assert list(one[0]) == list(other[0]) and one[1] == other[1]
+    for name, tensor in one[0].items():
+        assert tensor.dtype == other[0][name].dtype and torch.equal(tensor, other[0][name]), name
+    make_state(early_optimizer)  # which leaves alone what is there
+    assert [*map(id, kept)] == [
+        id(tensor) for state in early_optimizer.state.values() for tensor in state.values()
+    ]
+
+
+def test_the_norm_of_bfloat16_gradients_is_float32() -> None:
+    """Guards against a norm, and a clipping factor, of 8 bits."""
+    parameters = with_gradients(torch.bfloat16)
+    exact = math.sqrt(sum(parameter.grad.double().square().sum() for parameter in parameters))
+    norm = clip_gradients(parameters, None)
+    assert norm.dtype == torch.float32 and norm.item() == pytest.approx(exact, rel=1e-4)
+    assert clip_gradients(with_gradients(torch.float64), None).dtype == torch.float64
+    overflowing = with_gradients(torch.float16, scale=1000.0)
+    assert math.isfinite(clip_gradients(overflowing, None).item())
+
+
+def test_without_clipping_no_gradient_is_touched() -> None:
+    """Guards against a pass over all gradients that multiplies them by 1."""
+    parameters = with_gradients(torch.bfloat16)
+    versions = [parameter.grad._version for parameter in parameters]
+    clip_gradients(parameters, None)
+    assert [parameter.grad._version for parameter in parameters] == versions
+    clip_gradients(parameters, 1.0)
+    assert [parameter.grad._version for parameter in parameters] != versions
+
+
+@pytest.mark.parametrize(("scale", "max_norm"), [(1e-8, 1e-7), (1e-8, 1.0), (1.0, 1.0), (1e6, 1.0)])
+def test_clipping_in_float32_is_pytorchs_to_the_bit(scale: float, max_norm: float) -> None:
+    clipped, pytorchs = (with_gradients(torch.float32, scale) for _ in range(2))
+    expected = torch.nn.utils.clip_grad_norm_(pytorchs, max_norm)
+    assert torch.equal(clip_gradients(clipped, max_norm), expected)
+    for one, other in zip(clipped, pytorchs, strict=True):
+        assert torch.equal(one.grad, other.grad)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "of_a_gpu"),
+    [
+        (torch.bfloat16, {"triton": True, "foreach": None}),
+        (torch.float32, {"foreach": True, "fused": None, "capturable": True}),
+    ],
+)
+def test_a_run_takes_no_implementation_along_to_another_device(
+    dtype: torch.dtype, of_a_gpu: dict[str, bool | None]
+) -> None:
+    """Guards against Triton on a CPU's tensors, and the slow loop on a GPU that has Triton."""
+    parameters = with_gradients(dtype)
+    optimizer = ours(parameters)
+    steps(optimizer, parameters, 2)
+    tensors, state = pack_state(optimizer, {"step": 2})
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    resumed = [torch.nn.Parameter(parameter.detach().clone()) for parameter in parameters]
+    other = ours(resumed)
+    own = {name: other.param_groups[0][name] for name in of_a_gpu}
+    assert own != of_a_gpu
+    [group] = state["groups"]
+    saved = state | {"groups": [group | of_a_gpu | {"lr": 0.25, "weight_decay": 0.5}]}
+    assert unpack_state(lambda: tensors, saved, other) == {"step": 2}
+    [group] = other.param_groups
+    assert {name: group[name] for name in of_a_gpu} == own
+    assert (group["lr"], group["weight_decay"]) == (0.25, 0.5)  # everything else is restored
+    group |= {"lr": 2e-5, "weight_decay": 0.0}
+    assert all(map(torch.equal, steps(optimizer, parameters, 2), steps(other, resumed, 2)))
 
 
 def test_schedule() -> None:
