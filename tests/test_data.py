@@ -229,6 +229,13 @@ def test_windows_cover_each_epoch_once_in_another_order(
 # ---------------------------------------------------------------- packing
 
 
+def test_no_small_micro_batch_is_left_over() -> None:
+    """Guards against a last one whose few operations a fast device finishes before the next."""
+    kernels = replace(cpu_kernels(with_onednn=False), row_multiple=1)
+    rows = [packing.Example([0] * 101, [0] * 101) for _ in range(10)]
+    assert [batch.num_tokens for batch in packing.pack(rows, 850, kernels)] == [500, 500]
+
+
 @pytest.mark.parametrize("multiple", [64, 1])
 @pytest.mark.parametrize("budget", [150, 300, 1000])
 def test_packing_loses_nothing_and_keeps_the_budget(
