@@ -11,6 +11,7 @@ from engine import attention
 from engine.cpu import heap, kernels, onednn
 from engine.cuda.cache import StaticCache
 from engine.cuda.graph import StaticStep
+from engine.cuda.linear import replace_linear_layers
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def cuda_kernels(device: torch.device) -> Kernels:
         most_probable=most_probable,
         slot_order=list,
         packed_weights=lambda model, free_bytes: nullcontext(),
-        replace_linear_layers=lambda model: None,
+        replace_linear_layers=replace_linear_layers,
     )
 
 
