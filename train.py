@@ -46,14 +46,14 @@ import torch
 
 import data
 from engine import loading, memory
-from engine.compiling import compile_layers
+from engine.compiling import prepare
 from engine.device import pick_device, prepare_process
 from engine.faults import does_not_fit, is_each_alone, rows_at_fault
 from engine.hub import fetch
 from engine.llama import Llama
 from engine.measure import Measurement, measure, perplexity_of
 from engine.optimizer import Schedule, build_optimizer, checkpoint_bytes
-from engine.packing import Example, MicroBatch, pack
+from engine.packing import Example, MicroBatch, Packer
 from engine.state import get_random_state, pack_state, set_random_state, unpack_state
 from engine.strategy import complete
 from grading.dataset import Problem, load_problems
@@ -92,11 +92,10 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
     model = loading.load_model(base, getattr(torch, config.dtype), pick_device())
     loading.check_ids(model, [*(row.input_ids for row in rows + held_out), *prompts], config.model)
     loading.check_lengths(model, rows + held_out, prompts, config.max_new_tokens)
-    prepare(model, config.gradient_checkpointing, config.compile)
-    betas = config.adam_beta1, config.adam_beta2
-    optimizer = build_optimizer(
-        model.parameters(), config.learning_rate, betas, config.adam_epsilon, config.weight_decay
-    )
+    prepare(model, config.gradient_checkpointing, config.compile, config.micro_batch_tokens, rows)
+    packer = Packer(batches, model.kernels)
+    adam = config.learning_rate, (config.adam_beta1, config.adam_beta2), config.adam_epsilon
+    optimizer = build_optimizer(model.parameters(), *adam, config.weight_decay)
     shape = config.lr_schedule, config.warmup_ratio, config.min_lr_ratio
     schedule = Schedule(steps, config.learning_rate, *shape)
     decode = partial(parts.complete, model, tokenizer, config.max_new_tokens, config.decode_slots)
@@ -126,11 +125,12 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
 
     with saves, log, StopSignal() as stop:
         while progress.step < steps:
-            batch = batches[progress.step]
+            batch = packer.batch(progress.step)
             rate = schedule.learning_rate(progress.step)
             budget = progress.budget(config.micro_batch_tokens)
+            limits = budget, config.max_grad_norm
             with log.timing(batch):
-                result = parts.step(model, optimizer, batch, rate, budget, config.max_grad_norm)
+                result = parts.step(model, optimizer, batch, rate, *limits, packer)
             progress.add_step(result.nats, result.num_labels)
             if not result.is_finite:
                 raise log.not_finite(result, rows_at_fault(model, batch), folder / LAST)
@@ -198,6 +198,7 @@ def train_step(
     learning_rate: float,
     micro_batch_tokens: int,
     max_grad_norm: float | None,
+    packer: Packer | None = None,
 ) -> StepResult:
     """Make one optimizer step on ``batch``, unless its loss or gradient is not finite.
 
@@ -206,11 +207,12 @@ def train_step(
     sequence does not fit.
     """
     model.train()
+    packer = packer or Packer((), model.kernels)
     random_state = get_random_state()
     while True:
         try:
-            micro_batches = pack(batch, micro_batch_tokens, model.kernels)
-            sums = accumulate_gradients(model, micro_batches, max_grad_norm)
+            micro_batches = packer.pack(batch, micro_batch_tokens)
+            sums = accumulate_gradients(model, micro_batches, max_grad_norm, packer)
             break
         except Exception as error:
             if not memory.is_out_of_memory(error):
@@ -232,7 +234,10 @@ def train_step(
 
 
 def accumulate_gradients(
-    model: Llama, micro_batches: Sequence[MicroBatch], max_grad_norm: float | None
+    model: Llama,
+    micro_batches: Sequence[MicroBatch],
+    max_grad_norm: float | None,
+    packer: Packer | None = None,
 ) -> tuple[float, int, float]:
     """Accumulate the gradient of a batch over its micro-batches, and clip it.
 
@@ -249,13 +254,10 @@ def accumulate_gradients(
         (loss / num_labels).backward()
         nats += loss.detach()
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or inf)
-    return nats.item(), num_labels, grad_norm.item()
-
-
-def prepare(model: Llama, recompute_activations: bool, compiled: bool) -> None:
-    model.recompute_activations = recompute_activations
-    if compiled:
-        compile_layers(model)
+    if packer:
+        packer.pack_ahead()  # before the next line waits for the device
+    sums = torch.stack([nats, grad_norm.double()]).tolist()
+    return sums[0], num_labels, sums[1]
 
 
 def exact_match(

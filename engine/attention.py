@@ -34,6 +34,15 @@ def packed_attention(
     return attention_of_each(micro_batch.seqlens, dropout, query, key, value)
 
 
+def kept_bytes(heads: int, head_dim: int, longest: int, dtype: torch.dtype) -> int:
+    """What `packed_attention` keeps of a token for its backward pass, with its output.
+
+    Query, key, value, the output, and a float32 logarithm per head. If key and value have fewer
+    heads, this is the size of their copies.
+    """
+    return heads * (4 * head_dim * dtype.itemsize + 4)
+
+
 def for_each_head(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ padding is added once, at the end of the row (`MicroBatch`).
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -29,6 +29,12 @@ class Example:
     input_ids: list[int]
     labels: list[int]
     line: int = field(default=0, compare=False)
+
+
+class Batches(Protocol):
+    """The rows of each optimizer step, by its number."""
+
+    def __getitem__(self, step: int) -> Sequence[Example]: ...
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,37 @@ def pack(
     bins = _first_fit(lengths, micro_batch_tokens)
     bins = _evenly(lengths, len(bins), micro_batch_tokens) or bins
     return [collate([examples[index] for index in sorted(members)], kernels) for members in bins]
+
+
+class Packer:
+    """Packs a run's batches, if `Kernels.packs_ahead` each while the device computes the last.
+
+    The step after the last one is packed too, and thrown away.
+    """
+
+    def __init__(self, batches: Batches, kernels: "Kernels"):
+        self._batches, self._kernels = batches, kernels
+        self._step = self._micro_batch_tokens = 0
+        self._ahead: tuple[Sequence[Example], int, list[MicroBatch]] = (), 0, []
+
+    def batch(self, step: int) -> Sequence[Example]:
+        """The rows of ``step``, after which `pack_ahead` packs those of the next."""
+        self._step = step
+        return self._batches[step]
+
+    def pack(self, batch: Sequence[Example], micro_batch_tokens: int) -> list[MicroBatch]:
+        """As the function `pack`."""
+        self._micro_batch_tokens = micro_batch_tokens
+        rows, limit, micro_batches = self._ahead
+        if limit == micro_batch_tokens and rows == batch:
+            return micro_batches
+        return pack(batch, micro_batch_tokens, self._kernels)
+
+    def pack_ahead(self) -> None:
+        """Pack the next step's batch, with the limit of the last call of `pack`."""
+        if self._kernels.packs_ahead and self._batches:
+            rows, limit = self._batches[self._step + 1], self._micro_batch_tokens
+            self._ahead = rows, limit, pack(rows, limit, self._kernels)
 
 
 def _first_fit(lengths: Sequence[int], most: int) -> list[list[int]]:

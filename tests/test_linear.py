@@ -227,7 +227,7 @@ def test_products_that_add_give_the_same_gradients(
     plain, adding = pair(make_llama(len(tokenizer), **shape).double())
     assert len(batches) > 2
     for model in (plain, adding):
-        model.recompute_activations = bool(recomputed)
+        model.recomputed_blocks = recomputed
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not frozen or frozen not in name)
         for batch in batches:
@@ -267,7 +267,7 @@ def test_no_gradient_is_made_only_to_be_added_and_no_product_is_repeated(
     """Guards against recomputing a block's last product, whose result nobody needs."""
     counts = []
     for model in pair(make_llama(len(tokenizer))):
-        model.recompute_activations = bool(recomputed)
+        model.recomputed_blocks = recomputed
         model(batches[0]).backward()
         with CountOperators() as operators:
             model(batches[1]).backward()
