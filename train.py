@@ -48,12 +48,12 @@ import data
 from engine import loading, memory
 from engine.compiling import prepare
 from engine.device import pick_device, prepare_process
-from engine.faults import does_not_fit, is_each_alone, rows_at_fault
+from engine.faults import does_not_fit, exact_match_failed, is_each_alone, rows_at_fault
 from engine.hub import fetch
 from engine.llama import Llama
 from engine.measure import Measurement, measure, perplexity_of
 from engine.optimizer import Schedule, build_optimizer, checkpoint_bytes
-from engine.packing import Example, MicroBatch, Packer
+from engine.packing import NOT_AHEAD, Example, MicroBatch, Packer
 from engine.state import get_random_state, pack_state, set_random_state, unpack_state
 from engine.strategy import complete
 from grading.dataset import Problem, load_problems
@@ -93,7 +93,7 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
     loading.check_ids(model, [*(row.input_ids for row in rows + held_out), *prompts], config.model)
     loading.check_lengths(model, rows + held_out, prompts, config.max_new_tokens)
     prepare(model, config.gradient_checkpointing, config.compile, config.micro_batch_tokens, rows)
-    packer = Packer(batches, model.kernels)
+    packer = Packer(batches)
     adam = config.learning_rate, (config.adam_beta1, config.adam_beta2), config.adam_epsilon
     optimizer = build_optimizer(model.parameters(), *adam, config.weight_decay)
     shape = config.lr_schedule, config.warmup_ratio, config.min_lr_ratio
@@ -157,7 +157,7 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
             if epoch_ends or progress.is_due(config.checkpoint_steps) or signal_number is not None:
                 saves.save_last(model, progress, *pack_state(optimizer, asdict(progress)))
             if epoch_ends:
-                log.sample(decode, prompts[0], problems.validation[0])
+                log.sample(decode, prompts[0], problems.validation[0], memory.release)
             if signal_number is not None and progress.step < steps:
                 raise log.stopped(signal_number, folder / LAST)
     finish(folder, config.keep_state, progress.best_loss)
@@ -198,7 +198,7 @@ def train_step(
     learning_rate: float,
     micro_batch_tokens: int,
     max_grad_norm: float | None,
-    packer: Packer | None = None,
+    packer: Packer = NOT_AHEAD,
 ) -> StepResult:
     """Make one optimizer step on ``batch``, unless its loss or gradient is not finite.
 
@@ -207,11 +207,10 @@ def train_step(
     sequence does not fit.
     """
     model.train()
-    packer = packer or Packer((), model.kernels)
     random_state = get_random_state()
     while True:
         try:
-            micro_batches = packer.pack(batch, micro_batch_tokens)
+            micro_batches = packer.pack(batch, micro_batch_tokens, model.kernels)
             sums = accumulate_gradients(model, micro_batches, max_grad_norm, packer)
             break
         except Exception as error:
@@ -237,7 +236,7 @@ def accumulate_gradients(
     model: Llama,
     micro_batches: Sequence[MicroBatch],
     max_grad_norm: float | None,
-    packer: Packer | None = None,
+    packer: Packer = NOT_AHEAD,
 ) -> tuple[float, int, float]:
     """Accumulate the gradient of a batch over its micro-batches, and clip it.
 
@@ -254,8 +253,7 @@ def accumulate_gradients(
         (loss / num_labels).backward()
         nats += loss.detach()
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or inf)
-    if packer:
-        packer.pack_ahead()  # before the next line waits for the device
+    packer.pack_ahead(model.kernels)  # before the next line waits for the device
     sums = torch.stack([nats, grad_norm.double()]).tolist()
     return sums[0], num_labels, sums[1]
 
@@ -266,7 +264,10 @@ def exact_match(
     """As ``evaluate.py --split validation`` computes it; None if the loss chooses the best."""
     if best_by != "val_exact_match":
         return None
-    pairs = zip(decode(prompts), problems, strict=True)
+    try:
+        pairs = zip(decode(prompts), problems, strict=True)
+    except Exception as error:
+        raise exact_match_failed(error) from None
     return sum(correct_openai(text, problem.gold) for (text, _), problem in pairs) / len(problems)
 
 

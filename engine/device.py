@@ -26,7 +26,7 @@ class Kernels:
         prompt_row_multiple: the same for prompts that are read before decoding.
         attention: of packed sequences; see `engine.attention.packed_attention`.
         attention_bytes: what it keeps of a token for its backward pass, with its output; given the
-            number of heads, their size, the length of the longest sequence, and the dtype.
+            numbers of heads and of key heads, their size, the longest sequence, and the dtype.
         product: ``left @ right`` of two matrices.
         add_product: ``total += left @ right``, in ``total``'s dtype.
         logits_at_once: the largest number of logits in memory at a time: few enough to need little
@@ -49,7 +49,7 @@ class Kernels:
     row_multiple: int
     prompt_row_multiple: int
     attention: Callable[..., torch.Tensor]
-    attention_bytes: Callable[[int, int, int, torch.dtype], int]
+    attention_bytes: Callable[[int, int, int, int, torch.dtype], int]
     product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     add_product: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
     logits_at_once: int

@@ -146,8 +146,8 @@ class Packer:
     The step after the last one is packed too, and thrown away.
     """
 
-    def __init__(self, batches: Batches, kernels: "Kernels"):
-        self._batches, self._kernels = batches, kernels
+    def __init__(self, batches: Batches):
+        self._batches = batches
         self._step = self._micro_batch_tokens = 0
         self._ahead: tuple[Sequence[Example], int, list[MicroBatch]] = (), 0, []
 
@@ -156,19 +156,24 @@ class Packer:
         self._step = step
         return self._batches[step]
 
-    def pack(self, batch: Sequence[Example], micro_batch_tokens: int) -> list[MicroBatch]:
+    def pack(
+        self, batch: Sequence[Example], micro_batch_tokens: int, kernels: "Kernels"
+    ) -> list[MicroBatch]:
         """As the function `pack`."""
         self._micro_batch_tokens = micro_batch_tokens
         rows, limit, micro_batches = self._ahead
         if limit == micro_batch_tokens and rows == batch:
             return micro_batches
-        return pack(batch, micro_batch_tokens, self._kernels)
+        return pack(batch, micro_batch_tokens, kernels)
 
-    def pack_ahead(self) -> None:
+    def pack_ahead(self, kernels: "Kernels") -> None:
         """Pack the next step's batch, with the limit of the last call of `pack`."""
-        if self._kernels.packs_ahead and self._batches:
+        if kernels.packs_ahead and self._batches:
             rows, limit = self._batches[self._step + 1], self._micro_batch_tokens
-            self._ahead = rows, limit, pack(rows, limit, self._kernels)
+            self._ahead = rows, limit, pack(rows, limit, kernels)
+
+
+NOT_AHEAD = Packer(())  # for a step on its own
 
 
 def _first_fit(lengths: Sequence[int], most: int) -> list[list[int]]:

@@ -64,8 +64,8 @@ def block_bytes(model: "Llama", tokens: int, longest: int) -> int:
     The norms and silu(gate) * up are computed again (`functions.recomputed`).
     """
     config, dtype = model.config, model.dtype
-    heads = config.num_attention_heads
-    attention = model.kernels.attention_bytes(heads, model.head_dim, longest, dtype)
+    heads = config.num_attention_heads, config.num_key_value_heads, model.head_dim
+    attention = model.kernels.attention_bytes(*heads, longest, dtype)
     states = (2 * config.hidden_size + 2 * config.intermediate_size) * dtype.itemsize
     factors = 2 * torch.promote_types(dtype, torch.float32).itemsize
     return tokens * (states + factors + attention)

@@ -235,20 +235,20 @@ def test_a_batch_is_packed_ahead_once_and_only_with_the_limit_of_its_step(
     """Guards against the rows of another step, or a limit that memory has proved too large."""
     kernels = replace(cpu_kernels(with_onednn=False), packs_ahead=True)
     batches = data.Batches(data.encode(tokenizer, problems[:40], PROMPT), 12, seed=0)
-    packer = packing.Packer(batches, kernels)
-    first = packer.pack(packer.batch(0), 500)
-    packer.pack_ahead()
+    packer = packing.Packer(batches)
+    first = packer.pack(packer.batch(0), 500, kernels)
+    packer.pack_ahead(kernels)
     second = packer.batch(1)
-    ahead = packer.pack(second, 500)
-    assert packer.pack(second, 500) is ahead  # as it was packed, and kept for a second try
+    ahead = packer.pack(second, 500, kernels)
+    assert packer.pack(second, 500, kernels) is ahead  # as it was packed, and kept for a second try
     assert tokens_in(first) == tokens_in(packing.pack(batches[0], 500, kernels))
     assert tokens_in(ahead) == tokens_in(packing.pack(batches[1], 500, kernels))
-    half = packer.pack(second, 250)  # memory ran out
+    half = packer.pack(second, 250, kernels)  # memory ran out
     assert max(batch.num_tokens for batch in half) <= 256
-    packer.pack_ahead()
-    other = packer.pack(batches[5], 250)  # not the rows that were packed ahead
+    packer.pack_ahead(kernels)
+    other = packer.pack(batches[5], 250, kernels)  # not the rows that were packed ahead
     assert tokens_in(other) == tokens_in(packing.pack(batches[5], 250, kernels))
-    third = packer.pack(packer.batch(2), 250)
+    third = packer.pack(packer.batch(2), 250, kernels)
     assert tokens_in(third) == tokens_in(packing.pack(batches[2], 250, kernels))
 
 

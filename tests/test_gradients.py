@@ -4,7 +4,9 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,8 @@ from conftest import PROMPT
 
 import data
 import train
-from engine import packing
-from engine.compiling import compile_layers, compiled
+from engine import fused, packing
+from engine.compiling import compile_layers
 from engine.device import cpu_kernels, kernels_for
 from engine.llama import Llama
 from engine.loading import load_model
@@ -183,10 +185,10 @@ def fresh_compiler() -> Iterator[None]:
     """Nothing compiled before, and nothing left for the next test."""
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
-    compiled.cache_clear()
+    fused.compiled.cache_clear()
     yield
     torch.compiler.reset()
-    compiled.cache_clear()
+    fused.compiled.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -247,6 +249,23 @@ def test_compiled_layers_in_bfloat16_are_as_exact_as_others_however_many_are_rec
     )
 
 
+@pytest.mark.parametrize("shape", [{"hidden_size": 64}, {"hidden_size": 128, "head_dim": 128}])
+def test_no_layer_or_shape_is_compiled_later(
+    make_llama: Callable[..., Any], monkeypatch, fresh_compiler: None, shape: dict[str, int]
+) -> None:
+    """Guards against a number of tokens that is fixed, since a weight happened to be of that size.
+
+    64 is also the least number of tokens that a CPU computes. Without code, which takes longer.
+    """
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model = Llama(make_llama(420, num_hidden_layers=4, **shape), cpu_kernels(with_onednn=False))
+    compile_layers(model)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for length in (9, 70, 139, 300):
+            row = packing.Example([7] * length, [7] * length)
+            model(packing.collate([row], model.kernels)).backward()
+
+
 def test_a_machine_that_cannot_compile_is_told_so(
     model: Llama, monkeypatch, fresh_compiler: None
 ) -> None:
@@ -256,6 +275,79 @@ def test_a_machine_that_cannot_compile_is_told_so(
     monkeypatch.setattr(torch, "compile", fail)
     with pytest.raises(UserError, match=r"compile: .*no compiler found.*or set compile false"):
         compile_layers(model)
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "1.mlp.gate_proj", "0.input_layernorm", "q_proj"])
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        (torch.zeros_like, "100%"),
+        (torch.neg, "20[01]%"),
+        (lambda gradient: gradient / 0, "(nan|inf)%"),
+    ],
+)
+def test_a_wrong_compiled_gradient_is_refused(
+    model: Llama,
+    monkeypatch,
+    fresh_compiler: None,
+    name: str,
+    fault: Callable[[torch.Tensor], torch.Tensor],
+    error: str,
+) -> None:
+    """Guards against a run that trains on zeros, as with torch 2.11 (pytorch #180642)."""
+    weights = model.to(torch.bfloat16).pretrained.named_parameters()
+    weight = next(weight for key, weight in weights if name in key)
+    computes_wrongly(monkeypatch, lambda: weight.register_hook(fault))
+    shown = rf"compile: the compiled gradient of \S*{name}\S* differs by {error} .*set compile"
+    with pytest.raises(UserError, match=shown):
+        compile_layers(model)
+
+
+def test_a_missing_compiled_gradient_is_refused(
+    model: Llama, monkeypatch, fresh_compiler: None
+) -> None:
+    """Guards against a weight that the compiled layers do not train."""
+    model.head.requires_grad_(False)
+    computes_wrongly(monkeypatch, lambda: model.norm.requires_grad_(False))
+    with pytest.raises(UserError, match=r"gradient of model\.norm\.weight differs by 100%"):
+        compile_layers(model)
+
+
+def test_the_check_of_compiled_gradients_leaves_nothing_behind(
+    model_folder: Path, monkeypatch, fresh_compiler: None, make_llama: Callable[..., Any]
+) -> None:
+    """Guards against layers that stay cut off, other dropout in both passes, and stale gradients.
+
+    Rounding as in a compiled layer, here that of float32 weights in bfloat16, is not refused.
+    """
+    monkeypatch.setattr(torch, "compile", lambda part, **_: partial(rounded_differently, part))
+    pretrained = make_llama(420, num_hidden_layers=3, attention_dropout=0.5)
+    model = Llama(pretrained.to(torch.bfloat16), KERNELS)
+    blocks, names = list(model.blocks), [name for name, _ in model.named_parameters()]
+    compile_layers(model)
+    assert list(model.blocks) == blocks and model.elementwise is fused.FUSED
+    assert names == [name for name, _ in model.named_parameters()]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def rounded_differently(part: Callable[..., Any], *inputs: Any) -> Any:
+    """``part`` in float32, whose results are rounded once."""
+    usual = part(*inputs)
+    exact = part(*(each.float() if isinstance(each, torch.Tensor) else each for each in inputs))
+    if isinstance(usual, torch.Tensor):
+        return exact.to(usual.dtype)
+    return tuple(one.to(other.dtype) for one, other in zip(exact, usual, strict=True))
+
+
+def computes_wrongly(monkeypatch: pytest.MonkeyPatch, fault: Callable[[], object]) -> None:
+    """Let ``torch.compile`` return its function as it is, after ``fault``."""
+
+    def compiled(part: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+        if part is fused.swiglu:
+            fault()
+        return part
+
+    monkeypatch.setattr(torch, "compile", compiled)
 
 
 def test_bfloat16_follows_float32(

@@ -2,17 +2,23 @@
 
 import torch
 
+from engine.attention import kept_bytes_of_each
+
 
 def kept_bytes(
-    longest_kept: int, query_block: int, heads: int, head_dim: int, longest: int, dtype: torch.dtype
+    longest_kept: int,
+    query_block: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    longest: int,
+    dtype: torch.dtype,
 ) -> int:
     """What `kernels.packed_attention` keeps of a token, with its output.
 
-    Query, key, value (repeated for each head) and the output. `KeptAttention` adds probabilities:
-    half as many as the longest sequence has keys, and half a block. Otherwise each sequence also
-    has an output of its own, and a float32 logarithm per head.
+    `KeptAttention` keeps query, key and value (repeated for each head), the output, and of the
+    longest sequence half as many probabilities as it has keys, and half a block.
     """
-    states = 4 * heads * head_dim * dtype.itemsize
     if dtype in (torch.bfloat16, torch.float16) or longest > longest_kept:
-        return states + heads * (head_dim * dtype.itemsize + 4)
-    return states + heads * (longest + query_block) // 2 * dtype.itemsize
+        return kept_bytes_of_each(heads, head_dim, dtype)
+    return heads * (4 * head_dim + (longest + query_block) // 2) * dtype.itemsize
