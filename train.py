@@ -46,14 +46,14 @@ import torch
 
 import data
 from engine import loading, memory
-from engine.compiling import compile_layers
+from engine.compiling import prepare
 from engine.device import pick_device, prepare_process
 from engine.faults import does_not_fit, exact_match_failed, is_each_alone, rows_at_fault
 from engine.hub import fetch
 from engine.llama import Llama
 from engine.measure import Measurement, measure, perplexity_of
 from engine.optimizer import Schedule, build_optimizer, checkpoint_bytes, clip_gradients, make_state
-from engine.packing import Example, MicroBatch, pack
+from engine.packing import NOT_AHEAD, Example, MicroBatch, Packer
 from engine.state import copy_to_host, get_random_state, pack_state, set_random_state, unpack_state
 from engine.strategy import complete
 from grading.dataset import Problem, load_problems
@@ -61,7 +61,7 @@ from grading.rules import correct_openai
 from run.checkpoint import save_checkpoint, set_damaged_aside
 from run.files import replace_file
 from run.folder import check_same_run, claimed, finish, is_finished, restore
-from run.manifest import BEST, LAST, check_intact
+from run.manifest import BEST, LAST, intact
 from run.progress import Progress
 from run.retention import check_disk_space, remove_state
 from run.run_log import RunLog, open_tracker, wandb_path
@@ -74,9 +74,7 @@ from run.training_json import read_description, saved_settings, tokenizer_record
 
 def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts") -> None:
     # What to learn from
-    base = resume_from or fetch(config.model)
-    if resume_from is None:
-        check_intact(base)
+    base = resume_from or intact(fetch(config.model))
     tokenizer = loading.load_tokenizer(base, tokenizer_record(base))
     problems = data.load_for_training(config.dataset, config.validation_size, config.seed)
     rows, held_out = data.encode_for_training(tokenizer, problems, config.prompt, config.max_length)
@@ -91,11 +89,10 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
     # What learns
     model = loading.load_model(base, getattr(torch, config.dtype), pick_device())
     loading.check_data(model, rows + held_out, prompts, config.max_new_tokens, config.model)
-    prepare(model, config.gradient_checkpointing, config.compile)
-    betas = config.adam_beta1, config.adam_beta2
-    optimizer = build_optimizer(
-        model.parameters(), config.learning_rate, betas, config.adam_epsilon, config.weight_decay
-    )
+    prepare(model, config.gradient_checkpointing, config.compile, config.micro_batch_tokens, rows)
+    packer = Packer(batches)
+    adam = config.learning_rate, (config.adam_beta1, config.adam_beta2), config.adam_epsilon
+    optimizer = build_optimizer(model.parameters(), *adam, config.weight_decay)
     shape = config.lr_schedule, config.warmup_ratio, config.min_lr_ratio
     schedule = Schedule(steps, config.learning_rate, *shape)
     decode = partial(parts.complete, model, tokenizer, config.max_new_tokens, config.decode_slots)
@@ -126,11 +123,13 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
 
     with log, StopSignal() as stop, saves:
         while progress.step < steps:
-            batch = batches[progress.step]
+            batch = packer.batch(progress.step)
             rate = schedule.learning_rate(progress.step)
             budget = progress.budget(config.micro_batch_tokens)
             with log.timing(batch):
-                result = parts.step(model, optimizer, batch, rate, budget, config.max_grad_norm)
+                result = parts.step(
+                    model, optimizer, batch, rate, budget, config.max_grad_norm, packer
+                )
             progress.add_step(result.nats, result.num_labels)
             if not result.is_finite:
                 raise log.not_finite(result, rows_at_fault(model, batch), folder / LAST)
@@ -171,8 +170,7 @@ class StepResult:
     """The result of one optimizer step.
 
     Attributes:
-        nats: the loss, summed over all supervised tokens of the batch.
-        num_labels: the number of those tokens.
+        nats, num_labels: the loss summed over the batch's supervised tokens, and their number.
         grad_norm: the gradient norm before clipping.
         micro_batch_tokens: the limit with which the step fit into memory.
     """
@@ -198,6 +196,7 @@ def train_step(
     learning_rate: float,
     micro_batch_tokens: int,
     max_grad_norm: float | None,
+    packer: Packer = NOT_AHEAD,
 ) -> StepResult:
     """Make one optimizer step on ``batch``, unless its loss or gradient is not finite.
 
@@ -209,8 +208,8 @@ def train_step(
     random_state = get_random_state()
     while True:
         try:
-            micro_batches = pack(batch, micro_batch_tokens, model.kernels)
-            sums = accumulate_gradients(model, micro_batches, max_grad_norm)
+            micro_batches = packer.pack(batch, micro_batch_tokens, model.kernels)
+            sums = accumulate_gradients(model, micro_batches, max_grad_norm, packer)
             break
         except Exception as error:
             if not memory.is_out_of_memory(error):
@@ -232,7 +231,10 @@ def train_step(
 
 
 def accumulate_gradients(
-    model: Llama, micro_batches: Sequence[MicroBatch], max_grad_norm: float | None
+    model: Llama,
+    micro_batches: Sequence[MicroBatch],
+    max_grad_norm: float | None,
+    packer: Packer = NOT_AHEAD,
 ) -> tuple[float, int, float]:
     """Accumulate the gradient of a batch over its micro-batches, and clip it.
 
@@ -249,13 +251,9 @@ def accumulate_gradients(
         (loss / num_labels).backward()
         nats += loss.detach()
     grad_norm = clip_gradients(model.parameters(), max_grad_norm)
-    return nats.item(), num_labels, grad_norm.item()
-
-
-def prepare(model: Llama, recompute_activations: bool, compiled: bool) -> None:
-    model.recompute_activations = recompute_activations
-    if compiled:
-        compile_layers(model)
+    packer.pack_ahead(model.kernels)  # before the next line waits for the device
+    sums = torch.stack([nats, grad_norm.double()]).tolist()
+    return sums[0], num_labels, sums[1]
 
 
 def exact_match(

@@ -237,7 +237,7 @@ def measure_small_model(work: Work) -> None:
 
 
 def recompute_activations(model: Llama) -> None:
-    model.recompute_activations = True
+    model.recomputed_blocks = len(model.blocks)
 
 
 def gradients(model: Llama, rows: list[Example]) -> tuple[float, dict[str, Tensor]]:

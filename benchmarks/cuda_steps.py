@@ -25,19 +25,23 @@ from cuda_work import (
 from engine.compiling import compile_layers
 from engine.cuda.cache import StaticCache
 from engine.cuda.graph import StaticStep
+from engine.cuda.linear import Linear
 from engine.decoding import greedy_decode
-from engine.llama import Llama
-from engine.memory import plan_slots
-from engine.packing import Example, MicroBatch, pack
+from engine.llama import EAGER, Llama
+from engine.memory import free_bytes, plan_slots
+from engine.packing import Example, pack
+from engine.recompute import choose_recomputed
 
 BATCH_SIZE = 128
-# Steps of each variant: tokens of a micro-batch, recomputed activations, compiled layers.
+# Steps of each variant: tokens of a micro-batch, recomputed layers (None: as train.py chooses),
+# compiled layers, products that add their gradients.
 VARIANTS = (
-    (8192, True, False),
-    (3072, False, False),
-    (4096, False, False),
-    (8192, True, True),
-    (3072, False, True),
+    (8192, 32, False, False),
+    (8192, 32, True, True),
+    (8192, None, True, True),
+    (4096, 0, False, False),
+    (4096, 0, True, False),
+    (4096, None, True, True),
 )
 # Of an H100 or H200 for dense products in bfloat16, by its data sheet.
 PEAK_FLOPS = 989e12
@@ -50,16 +54,8 @@ def random_llama_2_7b(work: Work) -> Llama:
 # ---------------------------------------------------------------- train
 
 
-def accumulate_gradients(
-    model: Llama, micro_batches: Sequence[MicroBatch]
-) -> tuple[float, int, float]:
-    """`train.py`'s own: loss in nats, supervised tokens, and gradient norm."""
-    import train
-
-    return train.accumulate_gradients(model, micro_batches, 1.0)
-
-
 def measure_training(work: Work) -> None:
+    import train
     from engine.optimizer import build_optimizer
 
     batch_size, steps = (4, 2) if work.is_dry else (BATCH_SIZE, 3)
@@ -70,20 +66,29 @@ def measure_training(work: Work) -> None:
     optimizer = build_optimizer(
         model.parameters(), learning_rate=2e-5, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0
     )
-    for tokens, is_recomputed, is_compiled in VARIANTS[::4] if work.is_dry else VARIANTS:
-        model.recompute_activations = is_recomputed
-        model.compiled_parts = None
+    free = free_bytes(model.device)
+    longest = max(len(row.input_ids) for row in rows)
+    for tokens, recomputed, is_compiled, adds in VARIANTS[::5] if work.is_dry else VARIANTS:
+        fitting = choose_recomputed(model, tokens, longest, free)
+        model.recomputed_blocks = fitting if recomputed is None else recomputed
+        model.elementwise = EAGER
+        use_linear_layers(model, Linear if adds else torch.nn.Linear)
         if is_compiled:
             work.attempt("compile", compile_for_training, model)
         work.attempt("training", measure_steps, model, optimizer, batches, tokens)
         model.zero_grad()  # after a failure
-    model.recompute_activations, model.compiled_parts = True, None
 
     def step() -> None:
-        accumulate_gradients(model, pack(rows[:40], 8192, model.kernels))
+        train.accumulate_gradients(model, pack(rows[:40], 8192, model.kernels), 1.0)
         optimizer.step()
 
     work.attempt("profile", Work.profile, "train", step)
+
+
+def use_linear_layers(model: Llama, kind: type[torch.nn.Linear]) -> None:
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.__class__ = kind
 
 
 def compile_for_training(work: Work, model: Llama) -> None:
@@ -121,8 +126,9 @@ def measure_steps(
     work.results.write(
         "training",
         micro_batch_tokens=micro_batch_tokens,
-        recomputed=model.recompute_activations,
-        compiled=model.compiled_parts is not None,
+        recomputed=model.recomputed_blocks,
+        compiled=model.elementwise is not EAGER,
+        adds_gradients=type(model.head) is Linear,
         micro_batches=fastest.micro_batches,
         seconds=fastest.seconds,
         tokens_per_s=fastest.tokens_per_s,
@@ -141,10 +147,12 @@ def time_step(
     batch: list[Example],
     micro_batch_tokens: int,
 ) -> TimedStep:
+    import train
+
     ends = [work.time()]
     micro_batches = pack(batch, micro_batch_tokens, model.kernels)
     ends.append(work.time())
-    nats, num_labels, grad_norm = accumulate_gradients(model, micro_batches)
+    nats, num_labels, grad_norm = train.accumulate_gradients(model, micro_batches, 1.0)
     ends.append(work.time())
     optimizer.step()
     ends.append(work.time())

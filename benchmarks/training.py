@@ -193,7 +193,7 @@ def our_steps(
     prepare_process(device)
     examples = [Example(**row) for row in rows]
     model = load_model(arguments.folder, getattr(torch, arguments.dtype), device).train()
-    model.recompute_activations = device.type == "cuda"
+    model.recomputed_blocks = len(model.blocks) if device.type == "cuda" else 0
     if arguments.compile:
         compile_layers(model)
     optimizer = build_optimizer(

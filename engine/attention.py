@@ -29,6 +29,25 @@ def packed_attention(
     return attention_of_each(micro_batch.seqlens, dropout, query, key, value)
 
 
+def kept_bytes(heads: int, kv_heads: int, head_dim: int, longest: int, dtype: torch.dtype) -> int:
+    """What `packed_attention` on a GPU keeps of a token for its backward pass, with its output.
+
+    `FlashAttention` keeps query, key, value, the output, and a float32 logarithm per head.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return kept_bytes_of_each(heads, head_dim, dtype)
+    return 2 * (heads + kv_heads) * head_dim * dtype.itemsize + 4 * heads
+
+
+def kept_bytes_of_each(heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """The same for `attention_of_each`.
+
+    Query, key and value, repeated for each head, the output of each sequence, all outputs together,
+    and a float32 logarithm per head.
+    """
+    return heads * (5 * head_dim * dtype.itemsize + 4)
+
+
 def is_for_flash_attention(query: Tensor) -> bool:
     """Whether PyTorch's FlashAttention-2 has a kernel for ``query``, ``[N, heads, head_dim]``."""
     head_dim = query.shape[-1]

@@ -1,34 +1,59 @@
-"""torch.compile for the parts of a layer where training does its elementwise operations."""
+"""Prepares a model for training: chooses the recomputed blocks, and compiles the operations."""
 
 import math
 import warnings
-from functools import cache
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from engine.functions import LayerParts
-from engine.llama import PLAIN, Llama
+from engine.fused import FUSED
+from engine.llama import EAGER, Llama
 from engine.packing import IGNORE, Example, collate
+from engine.recompute import choose_recomputed
 from engine.state import get_random_state, set_random_state
 from run.errors import UserError, cause_of
 
 # Of a compiled gradient, relative to one that is not compiled. Rounding to bfloat16 in other places
 # causes about 0.02 in two blocks, 0.1 where attention is saturated; a gradient of zeros causes 1.
 MOST_ERROR = 0.3
+# The lengths of two sequences, of which one token is only a label. In all a CPU pads them to 64 and
+# 192 tokens, of which 64 and 128 are wanted: no number of tokens is met once only.
+FEW, MANY = (8, 9), (21, 140)
 
 
-@cache
-def compiled_parts() -> LayerParts:
-    """Attention is left out: its kernels are already fast, and its sequence lengths always vary."""
-    # With dynamic=True one graph serves any number of tokens. It also serves every layer, since the
-    # layer's weights are inputs of the graph.
-    parts = PLAIN.before_attention, PLAIN.after_attention
-    compiled = (torch.compile(part, dynamic=True, fullgraph=True) for part in parts)
-    return LayerParts(PLAIN.rope, *compiled)
+def prepare(
+    model: Llama,
+    recomputed: bool | None,
+    wants_compiled: bool | None,
+    micro_batch_tokens: int,
+    rows: Sequence[Example],
+) -> None:
+    """Choose which blocks are recomputed, and compile the layers.
+
+    Args:
+        recomputed: all blocks or none; None: as many as memory demands.
+        wants_compiled: None: if compiled layers are faster on this device, and work here.
+
+    Raises:
+        UserError: torch.compile fails here, although ``wants_compiled``.
+    """
+    if recomputed is None:
+        longest = max(len(row.input_ids) for row in rows)
+        model.recomputed_blocks = choose_recomputed(model, micro_batch_tokens, longest)
+    else:
+        model.recomputed_blocks = len(model.blocks) if recomputed else 0
+    if wants_compiled or (wants_compiled is None and model.kernels.compiles_layers):
+        try:
+            compile_layers(model)
+        except UserError as error:
+            if wants_compiled:
+                raise
+            print(f"{error}; the layers are not compiled")
 
 
 def compile_layers(model: Llama) -> None:
-    """Compile the parts of each layer before and after its attention, for training.
+    """Compile the elementwise operations of each block, for training.
 
     Compilers have made wrong gradients without a word (pytorch #180642), so those of a small
     micro-batch are compared with the gradients without compilation.
@@ -38,51 +63,61 @@ def compile_layers(model: Llama) -> None:
             another gradient.
     """
     model.train()
+    model.elementwise = EAGER
     random_state = get_random_state()
-    expected = gradients(model)
-    set_random_state(random_state)  # for the same dropout
+    expected = gradients(model, MANY)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the compiler's remarks on its own internals
-            model.compiled_parts = compiled_parts()
-            found = gradients(model)
+            model.elementwise = FUSED
+            gradients(model, FEW)
+            set_random_state(random_state)  # for the same dropout
+            check_gradients(gradients(model, MANY), expected)
     except Exception as error:  # the compiler's layers raise many types
+        model.elementwise = EAGER
+        if isinstance(error, UserError):
+            raise
         raise UserError(
-            f"compile true: torch.compile fails here ({cause_of(error)}): install a C++ compiler, "
-            "or set compile false"
+            f"compile: torch.compile fails here ({cause_of(error)}): install a C++ compiler, or "
+            "set compile false"
         ) from None
-    for name in expected:
-        error = relative_error(found[name], expected[name]) if name in found else 1.0
-        if not error <= MOST_ERROR:
-            raise UserError(
-                f"compile true: the compiled gradient of {name} differs by {error:.0%} from the "
-                f"one without compilation, more than the {MOST_ERROR:.0%} of rounding: set compile "
-                f"false, or install another torch than {torch.__version__}"
-            )
 
 
-def gradients(model: Llama) -> dict[str, torch.Tensor]:
+def gradients(model: Llama, lengths: tuple[int, int]) -> dict[str, Tensor]:
     """The gradients of two sequences through the first two blocks, by the weights' names.
 
-    All blocks are computed by the same graphs, and these two need little memory: the second one
-    also computes only wanted tokens, as a last block does.
+    All blocks are computed by the same graphs, and these two need little memory. The first one is
+    recomputed. The second one also computes only wanted tokens, as a last block does.
     """
-    blocks = model.blocks
-    # 139 tokens, or 192 with a CPU's padding: the compiler takes equal sizes for the same size, and
-    # no model has as many features or as many of them in a head.
-    ids = [model.embedding.num_embeddings * number // 141 for number in range(141)]
-    examples = [Example(ids[:71], [IGNORE] * 35 + ids[35:71]), Example(ids[71:], ids[71:])]
+    blocks, recomputed_blocks = model.blocks, model.recomputed_blocks
+    examples, total = [], sum(lengths)
+    for first, end in ((0, lengths[0]), (lengths[0], total)):
+        ids = [model.embedding.num_embeddings * number // total for number in range(first, end)]
+        half = len(ids) // 2
+        examples.append(Example(ids, [IGNORE] * half + ids[half:]))
     try:
-        model.blocks = blocks[:2]
+        model.blocks, model.recomputed_blocks = blocks[:2], 1
         model(collate(examples, model.kernels)).backward()
         weights = model.pretrained.named_parameters()
         return {name: weight.grad for name, weight in weights if weight.grad is not None}
     finally:
-        model.blocks = blocks
+        model.blocks, model.recomputed_blocks = blocks, recomputed_blocks
         model.zero_grad()
 
 
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+def check_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raises UserError if a gradient in ``found`` is missing or differs by more than rounding."""
+    for name in expected:
+        error = relative_error(found[name], expected[name]) if name in found else 1.0
+        if not error <= MOST_ERROR:
+            raise UserError(
+                f"compile: the compiled gradient of {name} differs by {error:.0%} from the one "
+                f"without compilation, more than the {MOST_ERROR:.0%} of rounding: set compile "
+                f"false, or install another torch than {torch.__version__}"
+            )
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
     """The norm of their difference, relative to ``expected``'s; 0 where that is not finite."""
     norm = torch.linalg.vector_norm(expected, dtype=torch.float64).item()
     difference = torch.linalg.vector_norm(found - expected, dtype=torch.float64).item()

@@ -3,15 +3,17 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from engine import attention
-from engine.cpu import heap, kernels, onednn
+from engine.cpu import activations, heap, kernels, onednn
 from engine.cuda import checks
 from engine.cuda.cache import StaticCache
 from engine.cuda.graph import StaticStep
+from engine.cuda.linear import replace_linear_layers
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Kernels:
             of this, as `MicroBatch` describes. 1: no padding.
         prompt_row_multiple: the same for prompts that are read before decoding.
         attention: of packed sequences; see `engine.attention.packed_attention`.
+        attention_bytes: what it keeps of a token for its backward pass, with its output; given the
+            numbers of heads and of key heads, their size, the longest sequence, and the dtype.
         product: ``left @ right`` of two matrices.
         add_product: ``total += left @ right``, in ``total``'s dtype.
         logits_at_once: the largest number of logits in memory at a time: few enough to need little
@@ -38,12 +42,15 @@ class Kernels:
         slot_order: the order in which to compute the slots, given the length of each.
         packed_weights: a context for decoding, in which products of few rows are faster.
         replace_linear_layers: changes the linear layers of a newly loaded model, if necessary.
+        compiles_layers: whether training compiles the layers unless it is told not to.
+        packs_ahead: whether a step is packed while the device still works on the one before.
     """
 
     device: torch.device
     row_multiple: int
     prompt_row_multiple: int
     attention: Callable[..., torch.Tensor]
+    attention_bytes: Callable[[int, int, int, int, torch.dtype], int]
     product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     add_product: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
     logits_at_once: int
@@ -55,6 +62,8 @@ class Kernels:
     slot_order: Callable[[Mapping[int, int]], list[int]]
     packed_weights: Callable[[torch.nn.Module, int], AbstractContextManager[None]]
     replace_linear_layers: Callable[[torch.nn.Module], None]
+    compiles_layers: bool
+    packs_ahead: bool
 
 
 def pick_device(machine: checks.Machine | None = None) -> torch.device:
@@ -100,6 +109,7 @@ def cuda_kernels(device: torch.device) -> Kernels:
         row_multiple=1,
         prompt_row_multiple=1,
         attention=attention.packed_attention,
+        attention_bytes=attention.kept_bytes,
         product=torch.matmul,
         add_product=add_product,
         logits_at_once=2**26,
@@ -110,7 +120,9 @@ def cuda_kernels(device: torch.device) -> Kernels:
         most_probable=most_probable,
         slot_order=list,
         packed_weights=lambda model, free_bytes: nullcontext(),
-        replace_linear_layers=lambda model: None,
+        replace_linear_layers=replace_linear_layers,
+        compiles_layers=True,
+        packs_ahead=True,
     )
 
 
@@ -121,6 +133,7 @@ def cpu_kernels(with_onednn: bool) -> Kernels:
         row_multiple=64,
         prompt_row_multiple=16,
         attention=kernels.packed_attention,
+        attention_bytes=partial(activations.kept_bytes, kernels.LONGEST_KEPT, kernels.QUERY_BLOCK),
         product=onednn.product if with_onednn else torch.matmul,
         add_product=onednn.add_product if with_onednn else add_product,
         # oneDNN copies its operands, and is just as fast with half as many logits.
@@ -133,6 +146,8 @@ def cpu_kernels(with_onednn: bool) -> Kernels:
         slot_order=kernels.slot_order,
         packed_weights=onednn.packed_weights,
         replace_linear_layers=onednn.replace_linear_layers if with_onednn else lambda model: None,
+        compiles_layers=False,
+        packs_ahead=False,
     )
 
 

@@ -1,7 +1,7 @@
 """The parts of a layer, and operations in them that save little memory for the backward pass."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,23 @@ class LayerParts:
     after_attention: Callable[..., torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Elementwise:
+    """How training computes what lies between the matrix products of a block.
+
+    Attributes:
+        norm: (hidden, norm) to its norm, and a function that makes the same bits again.
+        add_norm: (hidden, update, norm) to their sum, its norm, and such a function.
+        rotate: (query, key, cos, sin) to query and key, rotated.
+        swiglu: (gate, up) to silu(gate) * up.
+    """
+
+    norm: Callable[..., tuple[torch.Tensor, Callable[[], torch.Tensor]]]
+    add_norm: Callable[..., tuple[torch.Tensor, torch.Tensor, Callable[[], torch.Tensor]]]
+    rotate: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    swiglu: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
 class Rotate(torch.autograd.Function):
     """Rotary position embedding (arXiv:2104.09864).
 
@@ -43,6 +60,12 @@ class Rotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return _rotate(grad, *ctx.rope, -1), None, None
+
+
+def rotate_both(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return Rotate.apply(query, cos, sin), Rotate.apply(key, cos, sin)
 
 
 def _rotate(
@@ -64,9 +87,7 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        activated = F.silu(gate)
-        # In place saves memory, but torch.compile in 2.11 then loses gradients (pytorch #180642).
-        return activated * up if torch.compiler.is_compiling() else activated.mul_(up)
+        return F.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,3 +123,8 @@ def recomputed(tensor: torch.Tensor, make: Callable[[], torch.Tensor]) -> Iterat
             yield
     finally:
         target.clear()
+
+
+def saved(tensor: torch.Tensor, make: Callable[[], torch.Tensor]) -> AbstractContextManager[None]:
+    """The alternative to `recomputed`: autograd saves ``tensor`` as usual."""
+    return nullcontext()

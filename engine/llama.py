@@ -8,7 +8,7 @@ decoding.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from engine.device import Kernels, kernels_for
-from engine.functions import LayerParts, Rope, Rotate, SwiGLU, recomputed
+from engine.functions import Elementwise, LayerParts, Rope, SwiGLU, recomputed, rotate_both, saved
 from engine.loss import LinearCrossEntropy
 
 if TYPE_CHECKING:
@@ -39,9 +39,10 @@ class Llama(nn.Module):
     Attributes:
         pretrained: Transformers' model, which holds the weights.
         kernels: operations that depend on the device.
-        recompute_activations: whether training recomputes each block's activations in the backward
-            pass instead of keeping them.
-        compiled_parts: how layers compute in training, if they are compiled (`engine.compiling`).
+        recomputed_blocks: of how many blocks training computes the activations again in the
+            backward pass instead of keeping them. They are the first ones: when their turn comes,
+            the activations that the later blocks kept are already free.
+        elementwise: how blocks compute in training between their products.
     """
 
     def __init__(self, pretrained: "LlamaForCausalLM", kernels: Kernels | None = None):
@@ -54,8 +55,8 @@ class Llama(nn.Module):
         self.config = pretrained.config
         self.head_dim = pretrained.model.layers[0].self_attn.head_dim
         self.kernels = kernels or kernels_for(pretrained.device)
-        self.recompute_activations = False
-        self.compiled_parts: LayerParts | None = None
+        self.recomputed_blocks = 0
+        self.elementwise = EAGER
 
     def forward(self, micro_batch: "MicroBatch") -> Tensor:
         """The summed negative log-likelihood of all supervised tokens, in nats.
@@ -106,24 +107,24 @@ class Llama(nn.Module):
             input_ids, position_ids: ``[N]``, tokens of any sequences.
             wanted: ``[W]``, which tokens' states are needed; None: all. For the other tokens the
                 last block computes only keys and values.
-            parts: how a layer computes; None: as in training or measuring, whichever this is.
+            parts: how a block computes; None: as in training or measuring, whichever this is.
 
         Returns:
             ``[N, hidden]``, or ``[W, hidden]``.
         """
-        recompute = self.training and self.recompute_activations and parts is None
-        if parts is None and self.training:
-            parts = self.compiled_parts
-        if parts is None:  # full recomputation leaves nothing more to save
-            parts = PLAIN if recompute else KEEPING_LESS
+        num_recomputed = self.recomputed_blocks if self.training and parts is None else 0
+        if parts is None:
+            parts = layer_parts(self.elementwise, recomputed) if self.training else KEEPING_LESS
         hidden = self.embedding(input_ids)
         cos, sin = self.rotary(hidden, position_ids[None])
         rope = parts.rope(cos[0, :, None], sin[0, :, None])
         for number, block in enumerate(self.blocks, start=1):
-            inputs = hidden, rope, attend, parts, wanted if number == len(self.blocks) else None
-            hidden = (
-                checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
-            )
+            last = wanted if number == len(self.blocks) else None
+            if number <= num_recomputed:  # which leaves nothing more to save
+                plain = layer_parts(self.elementwise, saved)
+                hidden = checkpoint(block, hidden, rope, attend, plain, last, use_reentrant=False)
+            else:
+                hidden = block(hidden, rope, attend, parts, last)
         return _norm(hidden, self.norm)
 
     def train(self, mode: bool = True) -> "Llama":
@@ -163,45 +164,55 @@ def _half_rope(cos: Tensor, sin: Tensor) -> Rope:
     return cos[..., :half], sin[..., :half]
 
 
-def _saved(tensor: Tensor, make: Callable[[], Any]) -> AbstractContextManager[None]:
-    """The alternative to `recomputed`: autograd saves ``tensor`` as usual."""
-    return nullcontext()
-
-
 def _before_attention(
+    elementwise: Elementwise,
+    recomputed: Recomputed,
     layer: "LlamaDecoderLayer",
     hidden: Tensor,
     cos: Tensor,
     sin: Tensor,
-    recomputed: Recomputed = _saved,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    attention, norm = layer.self_attn, layer.input_layernorm
-    normed = _norm(hidden, norm)
-    with recomputed(normed, lambda: _norm(hidden, norm)):
+    attention = layer.self_attn
+    normed, again = elementwise.norm(hidden, layer.input_layernorm)
+    with recomputed(normed, again):
         states = attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed)
     query, key, value = (state.unflatten(-1, (-1, attention.head_dim)) for state in states)
-    return Rotate.apply(query, cos, sin), Rotate.apply(key, cos, sin), value
+    return *elementwise.rotate(query, key, cos, sin), value
 
 
 def _after_attention(
-    layer: "LlamaDecoderLayer", hidden: Tensor, attended: Tensor, recomputed: Recomputed = _saved
+    elementwise: Elementwise,
+    recomputed: Recomputed,
+    layer: "LlamaDecoderLayer",
+    hidden: Tensor,
+    attended: Tensor,
 ) -> Tensor:
     mlp, norm = layer.mlp, layer.post_attention_layernorm
-    hidden = hidden + layer.self_attn.o_proj(attended.flatten(-2))
-    normed = _norm(hidden, norm)
-    with recomputed(normed, lambda: _norm(hidden, norm)):
+    hidden, normed, again = elementwise.add_norm(
+        hidden, layer.self_attn.o_proj(attended.flatten(-2)), norm
+    )
+    with recomputed(normed, again):
         gate, up = mlp.gate_proj(normed), mlp.up_proj(normed)
-    activated = SwiGLU.apply(gate, up)
-    with recomputed(activated, lambda: SwiGLU.apply(gate, up)):
+    activated = elementwise.swiglu(gate, up)
+    with recomputed(activated, partial(elementwise.swiglu, gate, up)):
         return hidden + mlp.down_proj(activated)
 
 
-PLAIN = LayerParts(_half_rope, _before_attention, _after_attention)
-KEEPING_LESS = LayerParts(
-    _half_rope,
-    partial(_before_attention, recomputed=recomputed),
-    partial(_after_attention, recomputed=recomputed),
-)
+def layer_parts(elementwise: Elementwise, recomputed: Recomputed) -> LayerParts:
+    """The parts of a block in training."""
+    before = partial(_before_attention, elementwise, recomputed)
+    return LayerParts(_half_rope, before, partial(_after_attention, elementwise, recomputed))
+
+
+def _norm_and_again(hidden: Tensor, norm: "LlamaRMSNorm") -> tuple[Tensor, Callable[[], Tensor]]:
+    return _norm(hidden, norm), partial(_norm, hidden, norm)
+
+
+def _add_norm(
+    hidden: Tensor, update: Tensor, norm: "LlamaRMSNorm"
+) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
+    hidden = hidden + update
+    return hidden, *_norm_and_again(hidden, norm)
 
 
 def _norm(hidden: Tensor, norm: "LlamaRMSNorm") -> Tensor:
@@ -221,9 +232,7 @@ class RMSNorm(torch.autograd.Function):
         exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         scale = torch.rsqrt(exact.square().mean(-1, keepdim=True) + epsilon)
         ctx.save_for_backward(hidden, weight, scale)
-        normed = (exact * scale).to(hidden.dtype)
-        # In place saves memory, but torch.compile in 2.11 then loses gradients (pytorch #180642).
-        return normed * weight if torch.compiler.is_compiling() else normed.mul_(weight)
+        return (exact * scale).to(hidden.dtype).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -234,6 +243,11 @@ class RMSNorm(torch.autograd.Function):
         along = (grad_normed * normed).mean(-1, keepdim=True)
         grad_hidden = grad_normed.addcmul_(normed, along, value=-1).mul_(scale)
         return grad_hidden.to(hidden.dtype), grad_weight, None
+
+
+EAGER = Elementwise(_norm_and_again, _add_norm, rotate_both, SwiGLU.apply)
+PLAIN = layer_parts(EAGER, saved)
+KEEPING_LESS = layer_parts(EAGER, recomputed)
 
 
 def _signed_rope(cos: Tensor, sin: Tensor) -> Rope:

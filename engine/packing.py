@@ -4,9 +4,10 @@ Sequences are not padded to a common length. If a device is faster with a round 
 padding is added once, at the end of the row (`MicroBatch`).
 """
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -28,6 +29,12 @@ class Example:
     input_ids: list[int]
     labels: list[int]
     line: int = field(default=0, compare=False)
+
+
+class Batches(Protocol):
+    """The rows of each optimizer step, by its number."""
+
+    def __getitem__(self, step: int) -> Sequence[Example]: ...
 
 
 @dataclass(frozen=True)
@@ -122,18 +129,87 @@ def pack(
 ) -> list[MicroBatch]:
     """Distribute ``examples`` over few micro-batches of at most ``micro_batch_tokens`` tokens.
 
-    First-fit decreasing; padding does not count. A longer sequence gets a micro-batch of its own.
-    The packing changes no result, since attention does not cross sequence boundaries and every
-    supervised token weighs the same (see `engine.loss`).
+    There are as many as first-fit decreasing needs. They are about equally full, since a small one
+    would leave a fast device waiting for the next operation. Padding does not count. A longer
+    sequence gets a micro-batch of its own. The packing changes no result, since attention does not
+    cross sequence boundaries and every supervised token weighs the same (see `engine.loss`).
+    """
+    lengths = [len(example.input_ids) - 1 for example in examples]
+    bins = _first_fit(lengths, micro_batch_tokens)
+    bins = _evenly(lengths, len(bins), micro_batch_tokens) or bins
+    return [collate([examples[index] for index in sorted(members)], kernels) for members in bins]
+
+
+class Packer:
+    """Packs a run's batches, if `Kernels.packs_ahead` each while the device computes the last.
+
+    The step after the last one is packed too, and thrown away.
+    """
+
+    def __init__(self, batches: Batches):
+        self._batches = batches
+        self._step = self._micro_batch_tokens = 0
+        self._ahead: tuple[Sequence[Example], int, list[MicroBatch]] = (), 0, []
+
+    def batch(self, step: int) -> Sequence[Example]:
+        """The rows of ``step``, after which `pack_ahead` packs those of the next."""
+        self._step = step
+        return self._batches[step]
+
+    def pack(
+        self, batch: Sequence[Example], micro_batch_tokens: int, kernels: "Kernels"
+    ) -> list[MicroBatch]:
+        """As the function `pack`."""
+        self._micro_batch_tokens = micro_batch_tokens
+        rows, limit, micro_batches = self._ahead
+        if limit == micro_batch_tokens and rows == batch:
+            return micro_batches
+        return pack(batch, micro_batch_tokens, kernels)
+
+    def pack_ahead(self, kernels: "Kernels") -> None:
+        """Pack the next step's batch, with the limit of the last call of `pack`."""
+        if kernels.packs_ahead and self._batches:
+            rows, limit = self._batches[self._step + 1], self._micro_batch_tokens
+            self._ahead = rows, limit, pack(rows, limit, kernels)
+
+
+NOT_AHEAD = Packer(())  # for a step on its own
+
+
+def _first_fit(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Indices of ``lengths``, longest first, each in the first bin whose sum stays within ``most``.
+
+    A length above ``most`` has a bin of its own.
     """
     bins: list[list[int]] = []
     room: list[int] = []
-    for index in sorted(range(len(examples)), key=lambda index: -len(examples[index].input_ids)):
-        length = len(examples[index].input_ids) - 1
+    for index in _longest_first(lengths):
+        length = lengths[index]
         fit = next((number for number, free in enumerate(room) if free >= length), len(bins))
         if fit == len(bins):
             bins.append([])
-            room.append(micro_batch_tokens)
+            room.append(most)
         bins[fit].append(index)
         room[fit] -= length
-    return [collate([examples[index] for index in sorted(members)], kernels) for members in bins]
+    return bins
+
+
+def _evenly(lengths: Sequence[int], count: int, most: int) -> list[list[int]] | None:
+    """`_first_fit` in ``count`` bins, each length in the emptiest; None if one does not fit there.
+
+    The largest sum is at most 4/3 of the smallest possible (Graham 1969, "Bounds on multiprocessing
+    timing anomalies").
+    """
+    bins: list[list[int]] = [[] for _ in range(count)]
+    filled = [(0, number) for number in range(count)]  # a heap
+    for index in _longest_first(lengths):
+        total, number = filled[0]
+        if total and total + lengths[index] > most:
+            return None
+        bins[number].append(index)
+        heapq.heapreplace(filled, (total + lengths[index], number))
+    return bins
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda index: -lengths[index])

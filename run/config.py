@@ -61,8 +61,8 @@ class Config:
     adam_epsilon: Positive
     max_grad_norm: Positive | None
     dtype: Literal["bfloat16", "float32"]
-    gradient_checkpointing: bool
-    compile: bool
+    gradient_checkpointing: bool | None
+    compile: bool | None
     log_every: Count
     checkpoint_steps: Count | None
     keep_state: bool

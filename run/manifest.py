@@ -94,13 +94,14 @@ def is_checkpoint(folder: Path) -> bool:
     )
 
 
-def check_intact(folder: Path) -> None:
-    """Raises UserError if ``folder`` is a damaged checkpoint of ours."""
+def intact(folder: Path) -> Path:
+    """Gives ``folder`` back. Raises UserError if it is a damaged checkpoint of ours."""
     if is_checkpoint(folder) and (fault := fault_of(folder)):
         raise UserError(
             f"{folder}: is damaged ({fault}): copy or restore the complete folder, "
             "or name another one"
         )
+    return folder
 
 
 def fault_of(folder: Path, read: bool = True) -> str | None:

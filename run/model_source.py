@@ -11,7 +11,7 @@ from run.manifest import (
     BEST,
     DESCRIPTION_FILE,
     METRICS_FILE,
-    check_intact,
+    intact,
     is_checkpoint,
     read_manifest,
 )
@@ -86,7 +86,7 @@ def resolve_source(ckpt: str | None, files: SettingsFiles, typed: Mapping[str, s
         files.report_changes(typed)
         return Source(ckpt, config)
     manifest = read_manifest(folder)
-    check_intact(folder)
+    intact(folder)
     description = read_description(folder)
     # The files supply settings that did not exist when the checkpoint was saved.
     known = {key: value for key, value in description["settings"].items() if key in KEYS}

@@ -116,7 +116,7 @@ def test_all_faults_are_reported_together_by_name(call, tmp_path: Path) -> None:
         ("checkpoint_steps", "0"),
         ("seed", "-1"),
         ("gradient_checkpointing", "maybe"),
-        ("gradient_checkpointing", "null"),
+        ("keep_state", "null"),
         ("resume", "always"),
         ("wandb_mode", "on"),
         ("lr_schedule", "Cosine"),
@@ -153,9 +153,10 @@ def test_numbers_in_every_spelling(tmp_path: Path, text: str, value: float) -> N
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("true", True), ("no", False), ("off", False), ("True", True)]
+    ("text", "value"),
+    [("true", True), ("no", False), ("off", False), ("True", True), ("null", None)],
 )
-def test_booleans(text: str, value: bool) -> None:
+def test_booleans(text: str, value: bool | None) -> None:
     """Guards against argparse's type=bool, to which every text is true."""
     assert (
         train.read_arguments(["--gradient_checkpointing", text])[0].gradient_checkpointing is value

@@ -85,7 +85,9 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def llama(
     make_llama: Callable[..., LlamaForCausalLM], dtype: torch.dtype, **settings: int
 ) -> Llama:
-    return Llama(make_llama(50, **settings).to(dtype).to(GPU), cuda_kernels(GPU))
+    pretrained, kernels = make_llama(50, **settings).to(dtype).to(GPU), cuda_kernels(GPU)
+    kernels.replace_linear_layers(pretrained)
+    return Llama(pretrained, kernels)
 
 
 ROWS = [Example([1, *range(3, length)], [IGNORE] * 3 + [7] * (length - 5)) for length in (9, 20, 6)]
@@ -110,7 +112,7 @@ def test_a_micro_batch_is_computed_without_the_host(
 ) -> None:
     """Guards against mixed devices, wrong arguments, and a step that waits for its own values."""
     model = llama(make_llama, dtype, **settings).train()
-    model.recompute_activations = recomputed
+    model.recomputed_blocks = len(model.blocks) if recomputed else 0
     for micro_batch in pack(ROWS, 32, model.kernels):
         with Launches() as launches:
             loss = model(micro_batch)

@@ -229,6 +229,40 @@ def test_windows_cover_each_epoch_once_in_another_order(
 # ---------------------------------------------------------------- packing
 
 
+def test_a_batch_is_packed_ahead_once_and_only_with_the_limit_of_its_step(
+    tokenizer: Tokenizer, problems: list[Problem]
+) -> None:
+    """Guards against the rows of another step, or a limit that memory has proved too large."""
+    kernels = replace(cpu_kernels(with_onednn=False), packs_ahead=True)
+    batches = data.Batches(data.encode(tokenizer, problems[:40], PROMPT), 12, seed=0)
+    packer = packing.Packer(batches)
+    first = packer.pack(packer.batch(0), 500, kernels)
+    packer.pack_ahead(kernels)
+    second = packer.batch(1)
+    ahead = packer.pack(second, 500, kernels)
+    assert packer.pack(second, 500, kernels) is ahead  # as it was packed, and kept for a second try
+    assert tokens_in(first) == tokens_in(packing.pack(batches[0], 500, kernels))
+    assert tokens_in(ahead) == tokens_in(packing.pack(batches[1], 500, kernels))
+    half = packer.pack(second, 250, kernels)  # memory ran out
+    assert max(batch.num_tokens for batch in half) <= 256
+    packer.pack_ahead(kernels)
+    other = packer.pack(batches[5], 250, kernels)  # not the rows that were packed ahead
+    assert tokens_in(other) == tokens_in(packing.pack(batches[5], 250, kernels))
+    third = packer.pack(packer.batch(2), 250, kernels)
+    assert tokens_in(third) == tokens_in(packing.pack(batches[2], 250, kernels))
+
+
+def tokens_in(micro_batches: list[packing.MicroBatch]) -> list[list[int]]:
+    return [batch.input_ids.tolist() for batch in micro_batches]
+
+
+def test_no_small_micro_batch_is_left_over() -> None:
+    """Guards against a last one whose few operations a fast device finishes before the next."""
+    kernels = replace(cpu_kernels(with_onednn=False), row_multiple=1)
+    rows = [packing.Example([0] * 101, [0] * 101) for _ in range(10)]
+    assert [batch.num_tokens for batch in packing.pack(rows, 850, kernels)] == [500, 500]
+
+
 @pytest.mark.parametrize("multiple", [64, 1])
 @pytest.mark.parametrize("budget", [150, 300, 1000])
 def test_packing_loses_nothing_and_keeps_the_budget(

@@ -1,6 +1,7 @@
-"""Products by oneDNN equal PyTorch's own, with their gradients."""
+"""Our linear layers equal PyTorch's own, with their gradients."""
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,18 @@ from typing import Any
 import pytest
 import torch
 from conftest import PROMPT
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaForCausalLM
 
 import data
 from engine import device as devices
 from engine.cpu import onednn
+from engine.cuda import linear
 from engine.device import cpu_kernels
 from engine.llama import Llama
 from engine.loading import load_model
-from engine.packing import collate
+from engine.packing import MicroBatch, collate, pack
 from grading import dataset
 
 CPU = torch.device("cpu")
@@ -170,8 +174,133 @@ def test_a_model_on_another_device_keeps_its_own_layers(model_folder: Path) -> N
     """Guards against layers on a GPU whose class depends on the processor next to it."""
     meta = torch.device("meta")
     for kernels, kind in (
-        (devices.cuda_kernels(meta), torch.nn.Linear),
+        (devices.cuda_kernels(meta), linear.Linear),
         (cpu_kernels(with_onednn=True), onednn.Linear),
     ):
         model = load_model(model_folder, torch.float32, kernels.device, kernels).pretrained
         assert type(model.lm_head) is type(model.model.layers[0].mlp.up_proj) is kind
+
+
+# ---------------------------------------------------------------- gradients added by the product
+
+
+class CountOperators(TorchDispatchMode):
+    """Counts the operators that run under it, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def pair(pretrained: LlamaForCausalLM) -> tuple[Llama, Llama]:
+    """The same model with PyTorch's linear layers, and with those that add their gradients."""
+    kernels = cpu_kernels(with_onednn=False)
+    plain = Llama(copy.deepcopy(pretrained), kernels).train()
+    linear.replace_linear_layers(pretrained)
+    return plain, Llama(pretrained, kernels).train()
+
+
+@pytest.fixture
+def batches(tokenizer, problems: list[dataset.Problem]) -> list[MicroBatch]:
+    rows = data.encode(tokenizer, problems[:12], PROMPT)
+    return pack(rows, 400, cpu_kernels(with_onednn=False))
+
+
+SHAPES: list[dict[str, Any]] = [
+    {},
+    {"tie_word_embeddings": True},
+    {"attention_bias": True, "mlp_bias": True},
+]
+
+
+@pytest.mark.parametrize("recomputed", [0, 1, 2])
+@pytest.mark.parametrize("shape", SHAPES, ids=["plain", "tied head", "biases"])
+@pytest.mark.parametrize("frozen", ["", "k_proj", "down_proj"])
+def test_products_that_add_give_the_same_gradients(
+    make_llama, tokenizer, batches: list[MicroBatch], shape: dict, recomputed: int, frozen: str
+) -> None:
+    """Guards against a gradient added twice, to the wrong weight, or not at all."""
+    plain, adding = pair(make_llama(len(tokenizer), **shape).double())
+    assert len(batches) > 2
+    for model in (plain, adding):
+        model.recomputed_blocks = recomputed
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not frozen or frozen not in name)
+        for batch in batches:
+            model(batch).backward()
+    pairs = zip(adding.named_parameters(), plain.parameters(), strict=True)
+    for (name, ours), theirs in pairs:
+        assert (ours.grad is None) == (theirs.grad is None) == bool(frozen and frozen in name)
+        if ours.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-10)
+
+
+def test_the_sum_of_gradients_is_rounded_once(make_llama, tokenizer, batches) -> None:
+    """In bfloat16 the error does not grow over that of separate sums."""
+    pretrained = make_llama(len(tokenizer)).bfloat16()
+    exact = Llama(copy.deepcopy(pretrained).double()).train()
+    plain, adding = pair(pretrained)
+    for model in (exact, plain, adding):
+        for batch in batches * 3:
+            model(batch).backward()
+    errors = [
+        sum(
+            (ours.grad.double() - theirs.grad).square().sum()
+            for (name, ours), theirs in zip(
+                model.named_parameters(), exact.parameters(), strict=True
+            )
+            if "proj" in name
+        )
+        for model in (adding, plain)
+    ]
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("recomputed", [0, 2])
+def test_no_gradient_is_made_only_to_be_added_and_no_product_is_repeated(
+    make_llama, tokenizer, batches: list[MicroBatch], recomputed: int
+) -> None:
+    """Guards against recomputing a block's last product, whose result nobody needs."""
+    counts = []
+    for model in pair(make_llama(len(tokenizer))):
+        model.recomputed_blocks = recomputed
+        model(batches[0]).backward()
+        with CountOperators() as operators:
+            model(batches[1]).backward()
+        counts.append(operators.calls)
+    plain, adding = counts
+    linears = 7 * len(model.blocks)
+    assert adding["addmm_"] - plain["addmm_"] == linears
+    assert plain["mm"] - adding["mm"] == linears
+    assert plain["add_"] - adding["add_"] == linears
+
+
+def test_a_hook_sees_each_gradient(make_llama, tokenizer, batches: list[MicroBatch]) -> None:
+    """Guards against hooks, as of sharding, that would see only the first micro-batch."""
+    seen = []
+    for model in pair(make_llama(len(tokenizer)).double()):
+        norms: list[Tensor] = []
+        weight = model.blocks[0].layer.mlp.up_proj.weight
+        weight.register_post_accumulate_grad_hook(
+            lambda tensor, norms=norms: norms.append(tensor.grad.norm())
+        )
+        for batch in batches:
+            model(batch).backward()
+        seen.append(norms)
+    torch.testing.assert_close(*seen, rtol=1e-10, atol=0)
+    assert len(seen[0]) == len(batches)
+
+
+def test_without_gradients_the_layer_is_pytorchs() -> None:
+    layer = linear.Linear.like(torch.nn.Linear(5, 3))
+    hidden = torch.randn(2, 4, 5, requires_grad=True)
+    expected = torch.nn.functional.linear(hidden, layer.weight, layer.bias)
+    assert torch.equal(layer(hidden), expected)
+    with torch.inference_mode():
+        assert torch.equal(layer(hidden[0]), expected[0])
+    layer(hidden[0].detach()).sum().backward()  # an input without gradient
+    assert layer.weight.grad is not None

@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from tempfile import mkdtemp
@@ -201,6 +202,24 @@ def test_micro_batches_hold_every_sequence_once(lengths: list[int], budget: int)
     assert is_each_alone(examples, budget) == (len(batches) == len(examples))
     labels = Counter(label for batch in batches for label in batch.labels.tolist())
     assert labels == {number: length - 1 for number, length in enumerate(lengths)}
+
+
+@given(st.lists(st.integers(2, 60), min_size=1, max_size=40), st.integers(40, 200))
+@example([31, 31, 31, 31, 31, 31, 13, 13, 13], 66)  # does not fit evenly into as many
+def test_micro_batches_are_as_few_as_first_fit_needs_and_about_equally_full(
+    lengths: list[int], budget: int
+) -> None:
+    """Guards against a small last one, one more to be even, and one that exceeds the budget."""
+    examples = [packing.Example([0] * length, [0] * length) for length in lengths]
+    inputs = [length - 1 for length in lengths]
+    first_fit = packing._first_fit(inputs, budget)
+    batches = packing.pack(examples, budget, replace(cpu_kernels(False), row_multiple=1))
+    assert len(batches) == len(first_fit)
+    assert all(batch.num_tokens <= budget or len(batch.seqlens) == 1 for batch in batches)
+    sizes = sorted(batch.num_tokens for batch in batches)
+    if sizes != sorted(sum(inputs[index] for index in members) for members in first_fit):
+        # The fullest was the emptiest before its last row.
+        assert sizes[-1] - sizes[0] <= max(inputs)
 
 
 # ---------------------------------------------------------------- scoring

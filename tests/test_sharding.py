@@ -26,7 +26,7 @@ def compare(rank: int, file: str, recompute: bool) -> None:
     config = LlamaConfig(vocab_size=100, num_hidden_layers=2, **shape)
     pretrained = LlamaForCausalLM(config)
     plain, sharded = (Llama(copy.deepcopy(pretrained)).train() for _ in range(2))
-    sharded.recompute_activations = recompute
+    sharded.recomputed_blocks = len(sharded.blocks) if recompute else 0
     mesh = init_device_mesh("cpu", (PROCESSES,))
     for block in sharded.blocks:
         fully_shard(block, mesh=mesh)

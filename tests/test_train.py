@@ -8,7 +8,7 @@ import shutil
 import signal
 import weakref
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ import data
 import evaluate
 import perplexity
 import train
-from engine import packing
+from engine import device, fused, packing
+from engine.device import cpu_kernels
 from engine.loading import load_tokenizer
 from engine.measure import Measurement
 from grading.dataset import Problem
@@ -524,9 +525,10 @@ def test_the_export_is_tried_before_the_first_step(
     }
 
 
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("usual", [True, False], ids=["on a GPU", "on a CPU"])
+@pytest.mark.parametrize("setting", ["true", "false", "null"])
 def test_compile_is_on_by_setting(
-    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, compiled: bool
+    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, setting: str, usual: bool
 ) -> None:
     """Guards against a setting that does nothing."""
     parts: list[Any] = []
@@ -536,9 +538,67 @@ def test_compile_is_on_by_setting(
         return part
 
     monkeypatch.setattr(torch, "compile", compiled_part)
-    settings |= {"compile": str(compiled).lower(), "epochs": "1"}
+    monkeypatch.setattr(device, "cpu_kernels", with_kernels(compiles_layers=usual))
+    fused.compiled.cache_clear()
+    settings |= {"compile": setting, "epochs": "1"}
     assert call(train, *flags(settings)).code == 0
-    assert bool(parts) == compiled
+    fused.compiled.cache_clear()
+    assert bool(parts) == (usual if setting == "null" else setting == "true")
+
+
+def with_kernels(**changes: Any) -> Callable[[bool], device.Kernels]:
+    """`cpu_kernels`, with ``changes``."""
+    return lambda with_onednn: replace(cpu_kernels(with_onednn), **changes)
+
+
+def test_where_layers_cannot_be_compiled_training_goes_on_without(
+    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a default that needs a compiler, and a setting that is not obeyed."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no compiler found")
+
+    fused.compiled.cache_clear()
+    monkeypatch.setattr(device, "cpu_kernels", with_kernels(compiles_layers=True))
+    settings |= {"epochs": "1", "run_name": "plain"}
+    assert call(train, *flags(settings | {"compile": "false"})).code == 0
+    monkeypatch.setattr(torch, "compile", fail)
+    outcome = call(train, *flags(settings | {"compile": "null", "run_name": "test"}))
+    assert outcome.code == 0 and outcome.out.count("no compiler found") == 1
+    assert "the layers are not compiled" in outcome.out
+    ours, theirs = (
+        (Path(settings["output_dir"]) / name / "last" / "model.safetensors").read_bytes()
+        for name in ("test", "plain")
+    )
+    assert ours == theirs
+    call(train, *flags(settings | {"compile": "true", "run_name": "third"})).assert_user_error(
+        "torch.compile fails here", "no compiler found", "set compile false"
+    )
+
+
+def test_a_run_that_packs_ahead_is_the_same_run(
+    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a step on another step's rows, and against packing each batch twice."""
+    packed: list[int] = []
+
+    def pack(rows: Any, *rest: Any) -> Any:
+        packed.append(len(rows))
+        return plainly(rows, *rest)
+
+    plainly = packing.pack
+    monkeypatch.setattr(packing, "pack", pack)
+    for name, is_ahead in (("plain", False), ("ahead", True)):
+        monkeypatch.setattr(device, "cpu_kernels", with_kernels(packs_ahead=is_ahead))
+        packed.clear()
+        assert call(train, *flags(settings | {"run_name": name})).code == 0
+        assert len(packed) == STEPS + is_ahead  # and one that is thrown away
+    ours, theirs = (
+        (Path(settings["output_dir"]) / name / "last" / "model.safetensors").read_bytes()
+        for name in ("ahead", "plain")
+    )
+    assert ours == theirs
 
 
 # ---------------------------------------------------------------- what a run writes
