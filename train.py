@@ -200,9 +200,8 @@ def train_step(
 ) -> StepResult:
     """Make one optimizer step on ``batch``, unless its loss or gradient is not finite.
 
-    If memory runs out, the step starts again with micro-batches of half the tokens. The gradient
-    remains the same except for the order of some additions. Raises UserError if even a single
-    sequence does not fit.
+    If memory runs out, the step starts again with micro-batches of half the tokens. This changes
+    only the order of some additions. Raises UserError if even a single sequence does not fit.
     """
     model.train()
     random_state = get_random_state()

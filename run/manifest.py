@@ -167,7 +167,7 @@ def weights_identity(folder: Path) -> str:
 
 
 def _verified_hashes(folder: Path) -> dict[str, str]:
-    """The hashes in the manifest of a checkpoint of ours that `check_intact` has accepted.
+    """The hashes in the manifest of a checkpoint of ours that `intact` has accepted.
 
     Using them avoids reading 13 GB a second time. Empty for any other model.
     """

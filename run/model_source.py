@@ -86,8 +86,7 @@ def resolve_source(ckpt: str | None, files: SettingsFiles, typed: Mapping[str, s
         files.report_changes(typed)
         return Source(ckpt, config)
     manifest = read_manifest(folder)
-    intact(folder)
-    description = read_description(folder)
+    description = read_description(intact(folder))
     # The files supply settings that did not exist when the checkpoint was saved.
     known = {key: value for key, value in description["settings"].items() if key in KEYS}
     absolute = saved_settings(folder, description)
