@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import varlen
 
-from engine.attention import packed_attention
+from engine.attention import attend_to_lengths, is_for_flash_attention, packed_attention
 
 if TYPE_CHECKING:
     from engine.llama import Attend, Llama
@@ -39,9 +38,9 @@ class StaticCache:
             for _ in range(2)
         )
         self.slots = torch.arange(slots, device=model.device)
-        # Sequence boundaries for varlen_attn: one new token per slot, and the slots themselves.
+        # For attend_to_lengths: one new token per slot, and where the slots begin.
         self.new = torch.arange(slots + 1, device=model.device, dtype=torch.int32)
-        self.borders = self.new * length
+        self.starts = self.new * length
 
     @staticmethod
     def slot_bytes(model: "Llama", length: int) -> int:
@@ -82,7 +81,7 @@ class StaticCache:
                 would wait for the device.
         """
         keys = self.keys[0]
-        if keys.is_cuda and keys.dtype in (torch.bfloat16, torch.float16):
+        if is_for_flash_attention(keys):
             lengths = (positions + 1).int()
             return partial(self._step_layer, positions, self._attend_to_lengths, lengths)
         seen = torch.arange(keys.shape[1], device=positions.device) <= positions[:, None]
@@ -107,17 +106,8 @@ class StaticCache:
         self, lengths: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
         """Reads only the occupied part of each slot."""
-        return varlen.varlen_attn(
-            query,
-            keys.flatten(0, 1),
-            values.flatten(0, 1),
-            self.new,
-            self.borders,
-            1,
-            keys.shape[1],
-            enable_gqa=query.shape[1] != keys.shape[2],
-            seqused_k=lengths,
-        )
+        flat = keys.flatten(0, 1), values.flatten(0, 1)
+        return attend_to_lengths(query, *flat, self.new, self.starts, lengths, keys.shape[1])
 
     def _attend_to_seen(
         self, seen: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
