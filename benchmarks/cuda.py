@@ -143,6 +143,7 @@ def run_step(step: str, arguments: argparse.Namespace) -> bool:
 
 def measure(arguments: argparse.Namespace, results: Results) -> None:
     """The work of the step ``arguments.worker``."""
+    import cuda_decode
     import cuda_facts
     import cuda_steps
     from cuda_work import Work, compile_no_code, complete_varlen_attn
@@ -155,7 +156,7 @@ def measure(arguments: argparse.Namespace, results: Results) -> None:
         "facts": cuda_facts.measure_facts,
         "small": cuda_facts.measure_small_model,
         "train": cuda_steps.measure_training,
-        "decode": cuda_steps.measure_decoding,
+        "decode": cuda_decode.measure_decoding,
         "selftest": cuda_steps.run_selftest,
         "real": cuda_steps.measure_real_model,
     }

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from engine.memory import free_bytes, plan_slots
+from engine.memory import CachePlan, free_bytes, plan_slots
 from engine.packing import collate_prompts
 
 if TYPE_CHECKING:
+    from engine.cuda.regions import Regions
     from engine.llama import Llama
 
 PREFILL_TOKENS = 8192  # most prompt tokens in one forward pass
@@ -174,6 +175,7 @@ class Queue:
         self.running: dict[int, Completion] = {}
         self.free: list[int] = []
         self.together = 1
+        self.regions: Regions | None = None
 
     @property
     def longest(self) -> int:
@@ -181,15 +183,20 @@ class Queue:
         pairs = zip(self.prompts, self.limits, strict=True)
         return max(len(prompt) + limit for prompt, limit in pairs)
 
-    def open(self, slots: int) -> None:
+    def open(self, slots: int, regions: "Regions | None" = None) -> None:
+        """``regions``: where sequences lie in the cache; None: there is room in every free slot."""
         self.free = list(reversed(range(slots)))
         self.together = max(1, slots // self.admitted_share)
+        self.regions = regions
 
     def is_worth_a_prefill(self) -> bool:
-        """Whether enough slots are free for a prefill to be worth its cost."""
-        if not self.waiting or not self.running:
-            return bool(self.waiting and self.free)
-        return len(self.free) >= min(self.together, len(self.waiting))
+        """Whether there is enough room for a prefill to be worth its cost."""
+        if not self.waiting:
+            return False
+        room = len(self.free)
+        if self.regions:
+            room = min(room, self.regions.room(len(self.prompts[self.waiting[-1]])))
+        return room >= min(self.together if self.running else 1, len(self.waiting))
 
     def admit(self) -> dict[int, list[int]]:
         """Put waiting prompts into free slots, as many as fit into one prefill."""
@@ -197,9 +204,12 @@ class Queue:
         tokens = 0
         while self.waiting and self.free:
             prompt = self.prompts[self.waiting[-1]]
-            if admitted and tokens + len(prompt) > self.prefill_tokens:
+            has_room = not self.regions or self.regions.room(len(prompt))
+            if not has_room or (admitted and tokens + len(prompt) > self.prefill_tokens):
                 break
             index, slot = self.waiting.pop(), self.free.pop()
+            if self.regions:
+                self.regions.take(slot, len(prompt))
             stream = None if self.seeds is None else random.Random(self.seeds[index])
             self.running[slot] = Completion(index, len(prompt), stream=stream)
             admitted[slot] = prompt
@@ -230,56 +240,57 @@ def decode(
     model.eval()
     room = free_bytes(model.device) if len(queue.prompts) >= WORTH_PACKING else 0
     with model.kernels.packed_weights(model, room) if room else nullcontext():
-        count = plan_slots(model, slots, queue.longest, len(queue.prompts))
-        cached = CachedModel(model, count, queue.longest)
-        queue.open(count)
+        plan = plan_slots(model, slots, queue.longest, len(queue.prompts))
+        cached = (model.kernels.cached_model or CachedModel)(model, plan, choose)
+        queue.open(plan.slots, cached.regions)
         while queue.waiting or queue.running:
             # 1. Read waiting prompts, if enough slots are free; else write one token in each slot.
             if queue.is_worth_a_prefill():
-                admitted = queue.admit()
-                chosen, logits = list(admitted), cached.prefill(admitted)
+                tokens = cached.prefill(queue.admit(), queue.running)
             else:
-                chosen, logits = cached.decode_one_token(queue.running)
-            # 2. Choose the next token of each completion, and free the slots of finished ones.
-            written = [queue.running[slot] for slot in chosen]
-            tokens = choose(logits, written) if choose else model.kernels.most_probable(logits)
-            for slot, one, token in zip(chosen, written, tokens, strict=True):
+                tokens = cached.decode_one_token(queue.running)
+            # 2. Append the tokens known by now, and free the slots of finished completions.
+            finished = []
+            for slot, token in tokens.items():
+                one = queue.running[slot]
                 one.append(token, queue.limits[one.index], eos_token_ids, calculator)
                 if one.stop:
-                    queue.leave(slot)
+                    finished.append(queue.leave(slot))
                     cached.cache.release(slot)
-            yield from (completion for completion in written if completion.stop)
+            yield from finished
 
 
 class CachedModel:
-    """The model with its KV cache: takes prompts or newest tokens, returns the next logits."""
+    """The model with its KV cache: takes prompts or newest tokens, returns the next ones.
 
-    def __init__(self, model: "Llama", slots: int, length: int):
-        """``length`` is that of the longest sequence."""
-        self.model = model
-        self.cache = model.kernels.cache(model, slots, length)
-        static_step = model.kernels.static_step
-        self.replay = static_step(model, self.cache) if static_step else None
+    A GPU uses `engine.cuda.pipeline.PipelinedModel` instead.
+    """
 
-    def prefill(self, prompts: dict[int, list[int]]) -> Tensor:
-        """Read packed ``prompts`` into slots; returns the logits ``[n, vocabulary]`` after each."""
+    regions = None  # every slot has room for the longest sequence
+
+    def __init__(self, model: "Llama", plan: CachePlan, choose: Choose | None):
+        self.model, most_probable = model, model.kernels.most_probable
+        self.choose = choose or (lambda logits, _: most_probable(logits))
+        self.cache = model.kernels.cache(model, plan.slots, plan.length)
+
+    def prefill(
+        self, prompts: dict[int, list[int]], running: dict[int, Completion]
+    ) -> dict[int, int]:
+        """Read packed ``prompts`` into slots; returns the first token of each slot's completion."""
         packed = collate_prompts(list(prompts.values()), self.model.kernels)
         attend = self.cache.prefill(list(prompts), packed)
         inputs = packed.input_ids, packed.position_ids, attend, packed.output_positions
-        return self.model.next_logits(*inputs, count=len(prompts))
+        logits = self.model.next_logits(*inputs, count=len(prompts))
+        tokens = self.choose(logits, [running[slot] for slot in prompts])
+        return dict(zip(prompts, tokens, strict=True))
 
-    def decode_one_token(self, running: dict[int, Completion]) -> tuple[list[int], Tensor]:
-        """Read the newest token of each completion into the cache.
-
-        Returns:
-            The slots in some order, and the logits ``[n, vocabulary]`` after each newest token.
-        """
+    def decode_one_token(self, running: dict[int, Completion]) -> dict[int, int]:
+        """Read the newest token of each completion into the cache; returns each slot's next one."""
         lengths = {slot: one.prompt_length + len(one.token_ids) for slot, one in running.items()}
         slots = self.model.kernels.slot_order(lengths)
         newest = [running[slot].token_ids[-1] for slot in slots]
         positions = [lengths[slot] - 1 for slot in slots]
-        if self.replay is not None:
-            return slots, self.replay(slots, newest, positions)
         attend = self.cache.step(slots, positions)
-        inputs = torch.tensor(newest), torch.tensor(positions)
-        return slots, self.model.next_logits(*inputs, attend)
+        logits = self.model.next_logits(torch.tensor(newest), torch.tensor(positions), attend)
+        tokens = self.choose(logits, [running[slot] for slot in slots])
+        return dict(zip(slots, tokens, strict=True))

@@ -11,6 +11,7 @@ from engine import attention
 from engine.cpu import heap, kernels, onednn
 from engine.cuda.cache import StaticCache
 from engine.cuda.graph import StaticStep
+from engine.cuda.pipeline import PipelinedModel
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,10 @@ class Kernels:
         frees_gradients: whether gradients are freed after a step instead of zeroed in place. On a
             CPU, new ones among the activations would fragment the heap.
         cache: the class of the KV cache.
-        static_step: the class of a decoding step of fixed shape that covers all slots, to be
-            replayed; None: each step covers the slots in use.
+        sequences_in: the most sequences that the cache takes if this many of the longest fit.
+        cached_model: the class that decodes with this cache; None: `engine.decoding.CachedModel`.
+        static_step: the class of its decoding steps of fixed shape, to be replayed; None: it has
+            no such steps.
         most_slots: beyond this many, the time of a decoding step grows in proportion to the slots.
         most_probable: the token with the largest logit in each row of ``[n, vocabulary]``.
         slot_order: the order in which to compute the slots, given the length of each.
@@ -48,6 +51,8 @@ class Kernels:
     logits_at_once: int
     frees_gradients: bool
     cache: type[Any]
+    sequences_in: Callable[[int], int]
+    cached_model: type[Any] | None
     static_step: type[Any] | None
     most_slots: int
     most_probable: Callable[[torch.Tensor], list[int]]
@@ -81,6 +86,8 @@ def cuda_kernels(device: torch.device) -> Kernels:
         logits_at_once=2**26,
         frees_gradients=True,
         cache=StaticCache,
+        sequences_in=StaticCache.sequences_in,
+        cached_model=PipelinedModel,
         static_step=StaticStep,
         most_slots=256,
         most_probable=most_probable,
@@ -103,6 +110,8 @@ def cpu_kernels(with_onednn: bool) -> Kernels:
         logits_at_once=2**23 if with_onednn else 2**24,
         frees_gradients=False,
         cache=kernels.PagedCache,
+        sequences_in=lambda regions: regions,
+        cached_model=None,
         static_step=None,
         most_slots=128,
         most_probable=kernels.most_probable,
