@@ -1,0 +1,148 @@
+"""What a GPU would compute, as far as a CPU can tell: shapes, dtypes, devices, and no waiting.
+
+A tensor on the meta device has everything but its values. Here it stands for one on a GPU: the
+product is told that it is on CUDA, and whatever would mix devices or wait for a value fails.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaForCausalLM
+
+from engine.decoding import CachedModel
+from engine.device import cuda_kernels
+from engine.llama import Llama
+from engine.packing import IGNORE, Example, pack
+
+GPU = torch.device("meta")
+HALF = (torch.bfloat16, torch.float16)
+FORWARD, BACKWARD = "aten::_flash_attention_forward", "aten::_flash_attention_backward"
+COPIES = ("aten::to", "aten::_to_copy", "aten::copy_")
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators on the GPU.
+
+    Raises AssertionError where one has a tensor on the CPU too, unless this is a single number
+    (which a kernel takes as an argument) or a copy that is allowed, and where attention's operator
+    is called with what its kernel refuses.
+    """
+
+    def __init__(self, may_copy: bool = False) -> None:
+        super().__init__()
+        self.may_copy = may_copy
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func._schema.name
+        if name in (FORWARD, BACKWARD):
+            check_attention(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        tensors = [one for one in tree_leaves((args, kwargs, result)) if isinstance(one, Tensor)]
+        if any(tensor.device == GPU for tensor in tensors):
+            is_copy = name in COPIES
+            on_cpu = any(one.device != GPU and (one.dim() or is_copy) for one in tensors)
+            assert not on_cpu or (is_copy and self.may_copy), f"{name} on both devices"
+            self.count[name] += 1
+        return result
+
+
+def check_attention(*arguments: Any, seqused_k: Tensor | None = None) -> None:
+    """What the operators require, from PyTorch's flash_api.cpp."""
+    tensors = [one for one in arguments if isinstance(one, Tensor)]
+    is_forward = len(tensors) == 5
+    query, key, value = tensors[:3] if is_forward else tensors[1:4]
+    borders = tensors[3:5] if is_forward else tensors[6:8]
+    heads, head_dim = query.shape[1:]
+    assert query.dtype == key.dtype == value.dtype and query.dtype in HALF
+    assert head_dim <= 256 and head_dim % 8 == 0
+    assert key.shape == value.shape and heads % key.shape[1] == 0 and key.shape[2] == head_dim
+    assert {one.stride(-1) for one in (query, key, value)} == {1}
+    lengths = [] if seqused_k is None else [seqused_k]
+    for numbers in (*borders, *lengths):
+        assert numbers.dtype == torch.int32 and numbers.is_contiguous() and numbers.device == GPU
+    assert borders[0].shape == borders[1].shape
+    assert all(one.shape[0] == borders[0].shape[0] - 1 for one in lengths)
+    if not is_forward:
+        grad, output, logsumexp = tensors[0], *tensors[4:6]
+        assert grad.dtype == output.dtype == query.dtype and grad.shape == output.shape
+        assert logsumexp.dtype == torch.float32 and logsumexp.shape == query.shape[1::-1]
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "is_cuda", property(lambda tensor: tensor.device == GPU))
+
+
+def llama(
+    make_llama: Callable[..., LlamaForCausalLM], dtype: torch.dtype, **settings: int
+) -> Llama:
+    return Llama(make_llama(50, **settings).to(dtype).to(GPU), cuda_kernels(GPU))
+
+
+ROWS = [Example([1, *range(3, length)], [IGNORE] * 3 + [7] * (length - 5)) for length in (9, 20, 6)]
+SHAPES = [  # with whether FlashAttention has a kernel for it
+    pytest.param(torch.bfloat16, {}, True, id="bfloat16"),
+    pytest.param(torch.float16, {"num_key_value_heads": 4}, True, id="float16, no shared heads"),
+    pytest.param(torch.float32, {}, False, id="float32"),
+    pytest.param(torch.bfloat16, {"head_dim": 12}, False, id="a head_dim without a kernel"),
+    pytest.param(torch.bfloat16, {"head_dim": 264}, False, id="a large head_dim"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "settings", "is_flash"), SHAPES)
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_micro_batch_is_computed_without_the_host(
+    make_llama: Callable[..., LlamaForCausalLM],
+    on_gpu: None,
+    dtype: torch.dtype,
+    settings: dict[str, int],
+    is_flash: bool,
+    recomputed: bool,
+) -> None:
+    """Guards against mixed devices, wrong arguments, and a step that waits for its own values."""
+    model = llama(make_llama, dtype, **settings).train()
+    model.recompute_activations = recomputed
+    for micro_batch in pack(ROWS, 32, model.kernels):
+        with Launches() as launches:
+            loss = model(micro_batch)
+            (loss / micro_batch.num_labels).backward()
+        assert loss.shape == () and loss.dtype == torch.float64
+        layers = model.config.num_hidden_layers
+        assert launches.count[FORWARD] == (is_flash and (1 + recomputed) * layers)
+        assert launches.count[BACKWARD] == (is_flash and layers)
+    for parameter in model.parameters():
+        assert parameter.grad.shape == parameter.shape and parameter.grad.dtype == dtype
+
+
+@pytest.mark.parametrize(("dtype", "settings", "is_flash"), SHAPES)
+@torch.inference_mode()
+def test_decoding_is_computed_without_the_host(
+    make_llama: Callable[..., LlamaForCausalLM],
+    on_gpu: None,
+    dtype: torch.dtype,
+    settings: dict[str, int],
+    is_flash: bool,
+) -> None:
+    """Guards against a step that can't be captured: one that copies, or waits for a value."""
+    model = llama(make_llama, dtype, **settings)
+    cached = CachedModel(model, 4, 40)
+    with Launches(may_copy=True) as launches:
+        logits = cached.prefill({2: [1, 5, 9], 0: [1, 4], 3: [1, 6, 7, 8]})
+    assert launches.count[FORWARD] == (is_flash and model.config.num_hidden_layers)
+    assert logits.shape == (3, 50) and logits.dtype == dtype and logits.device == GPU
+    with Launches() as launches:
+        cached.replay._run()  # what a graph captures
+    assert launches.count[FORWARD] == (is_flash and model.config.num_hidden_layers)
+    assert launches.count["aten::index_put_"] == 2 * model.config.num_hidden_layers
+    with Launches(may_copy=True):
+        logits = cached.replay([2, 0, 3], [5, 6, 7], [3, 2, 4])
+    assert logits.shape == (3, 50) and logits.dtype == dtype and logits.device == GPU
