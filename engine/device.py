@@ -1,7 +1,7 @@
 """Which device computes, and what depends on it: the one door to `engine.cpu` and `engine.cuda`."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,9 @@ from engine import attention
 from engine.cpu import heap, kernels, onednn
 from engine.cuda.cache import StaticCache
 from engine.cuda.graph import StaticStep
+from engine.cuda.layers import DECODING, fused_weights
 from engine.cuda.pipeline import PipelinedModel
+from engine.functions import LayerParts
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Kernels:
         cached_model: the class that decodes with this cache; None: `engine.decoding.CachedModel`.
         static_step: the class of its decoding steps of fixed shape, to be replayed; None: it has
             no such steps.
+        decoding_parts: how layers compute in decoding; None: see `engine.llama`.
         most_slots: beyond this many, the time of a decoding step grows in proportion to the slots.
         most_probable: the token with the largest logit in each row of ``[n, vocabulary]``.
         slot_order: the order in which to compute the slots, given the length of each.
@@ -54,6 +57,7 @@ class Kernels:
     sequences_in: Callable[[int], int]
     cached_model: type[Any] | None
     static_step: type[Any] | None
+    decoding_parts: LayerParts | None
     most_slots: int
     most_probable: Callable[[torch.Tensor], list[int]]
     slot_order: Callable[[Mapping[int, int]], list[int]]
@@ -89,10 +93,11 @@ def cuda_kernels(device: torch.device) -> Kernels:
         sequences_in=StaticCache.sequences_in,
         cached_model=PipelinedModel,
         static_step=StaticStep,
+        decoding_parts=DECODING,
         most_slots=256,
         most_probable=most_probable,
         slot_order=list,
-        packed_weights=lambda model, free_bytes: nullcontext(),
+        packed_weights=lambda model, free_bytes: fused_weights(model),
         replace_linear_layers=lambda model: None,
     )
 
@@ -113,6 +118,7 @@ def cpu_kernels(with_onednn: bool) -> Kernels:
         sequences_in=lambda regions: regions,
         cached_model=None,
         static_step=None,
+        decoding_parts=None,
         most_slots=128,
         most_probable=kernels.most_probable,
         slot_order=kernels.slot_order,

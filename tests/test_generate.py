@@ -14,10 +14,9 @@ import data
 from engine import device, memory
 from engine.cpu.kernels import BLOCK, PagedCache, most_probable
 from engine.cuda.cache import StaticCache
-from engine.cuda.graph import StaticStep
-from engine.cuda.pipeline import PipelinedModel
 from engine.decoding import Completion, Queue, greedy_decode, sample_decode
 from engine.decoding import decode as decode_queue
+from engine.device import cuda_kernels
 from engine.llama import Llama
 from engine.loading import load_model
 from engine.memory import CACHE_SHARE, plan_slots
@@ -98,9 +97,7 @@ def sharp(plain_sharp: Llama, request: pytest.FixtureRequest) -> Llama:
     """The model with the cache of a CPU, or of a GPU with its steps of fixed shapes."""
     kernels = plain_sharp.kernels
     if getattr(request, "param", "paged") == "static":
-        kernels = replace(
-            kernels, cache=StaticCache, cached_model=PipelinedModel, static_step=StaticStep
-        )
+        kernels = cuda_kernels(torch.device("cpu"))
     else:
         kernels = replace(kernels, cache=DirtyCache)
     return Llama(plain_sharp.pretrained, kernels)

@@ -26,6 +26,7 @@ from grading.dataset import load_problems
 
 VOCABULARY, NEW_TOKENS = 60, 16
 GIB = 2**30
+CUDA = cuda_kernels(torch.device("cpu"))  # what a GPU would use, but for graphs
 
 
 # ---------------------------------------------------------------- the bookkeeping

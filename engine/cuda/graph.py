@@ -42,7 +42,7 @@ class StaticStep:
         # These RoPE variants read the positions on the host, which a graph can't do.
         rope_type = model.pretrained.model.rotary_emb.rope_type
         reads_positions = rope_type in ("dynamic", "longrope")
-        is_captured = newest.is_cuda and not reads_positions
+        is_captured = model.device.type == "cuda" and not reads_positions
         self._graph = self._capture(pool) if is_captured else None
 
     def __call__(self, rows: Sequence[Row]) -> None:

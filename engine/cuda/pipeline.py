@@ -64,7 +64,8 @@ class PipelinedModel:
         sizes = {min(size, plan.slots) for size in (self.few_rows, plan.regions, plan.slots)}
         self._sizes = sorted(sizes)
         self._steps: dict[int, Any] = {}  # by size, made when first needed
-        self._pool = torch.cuda.graph_pool_handle() if self._newest.is_cuda else None
+        is_cuda = model.device.type == "cuda"
+        self._pool = torch.cuda.graph_pool_handle() if is_cuda else None
         self._in_flight: Pass | None = None
         self._read: dict[int, int] = {}  # the last token of each slot that the host has read
 

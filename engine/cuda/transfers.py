@@ -35,7 +35,7 @@ class Arrival:
     """What ``numbers`` are when the device gets here, to be read on the host later."""
 
     def __init__(self, numbers: torch.Tensor):
-        is_cuda = numbers.is_cuda
+        is_cuda = numbers.device.type == "cuda"
         self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=is_cuda)
         self._numbers.copy_(numbers, non_blocking=True)
         self._copied = torch.cuda.Event() if is_cuda else None
