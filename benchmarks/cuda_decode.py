@@ -10,7 +10,7 @@ from cuda_work import Work, prompts_of, random_llama_2_7b, read_rows
 from engine.cuda.cache import StaticCache
 from engine.cuda.graph import StaticStep
 from engine.cuda.pipeline import FEW_ROWS
-from engine.cuda.transfers import OWN, Row
+from engine.cuda.transfers import OWN, Row, first_most_probable
 from engine.decoding import greedy_decode
 from engine.llama import Llama
 from engine.memory import CachePlan, free_bytes, plan_slots
@@ -85,9 +85,9 @@ def measure_decoding_step(work: Work, model: Llama, plan: CachePlan, rows: int) 
         for slot in range(rows):
             cache.regions.take(slot, 1)
         newest = torch.zeros(plan.slots + 1, dtype=torch.long, device=model.device)
-        step = StaticStep(model, cache, rows, newest, None)
+        step = StaticStep(model, cache, rows, newest, first_most_probable, None)
         one_each = [Row(OWN, position, cache.regions.starts[slot], slot) for slot in range(rows)]
-        milliseconds = work.milliseconds(lambda: step(one_each))
+        milliseconds = work.milliseconds(lambda: step(one_each, [0.0] * rows))
     weights = sum(weight.nbytes for weight in model.parameters())
     weights -= model.pretrained.get_input_embeddings().weight.nbytes
     read = StaticCache.slot_bytes(model, 1) * (position + 1) * rows

@@ -9,7 +9,7 @@ not depend on its neighbours.
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from engine.memory import CachePlan, free_bytes, plan_slots
 from engine.packing import collate_prompts
+from engine.sampling import Choose, sampled
 
 if TYPE_CHECKING:
     from engine.cuda.regions import Regions
@@ -50,6 +51,7 @@ class Completion:
         stop: ``eos`` or ``length`` (cut by max_new_tokens); empty while being written.
         forced: tokens to write next, whatever the model would choose.
         stream: the random numbers for sampling its tokens; None in greedy decoding.
+        numbers: those drawn so far, one for each token.
     """
 
     index: int
@@ -58,6 +60,13 @@ class Completion:
     stop: str = ""
     forced: deque[int] = field(default_factory=deque, repr=False, compare=False)
     stream: random.Random | None = field(default=None, repr=False, compare=False)
+    numbers: list[float] = field(default_factory=list, repr=False, compare=False)
+
+    def number(self, index: int) -> float:
+        """The random number for the token at ``index``, at which a step may be repeated."""
+        while self.stream and len(self.numbers) <= index:
+            self.numbers.append(self.stream.random())
+        return self.numbers[index] if self.stream else 0.0
 
     def append(
         self,
@@ -79,10 +88,6 @@ class Completion:
         elif calculator and not is_forced and (forced := calculator.after(self.token_ids)):
             self.token_ids[-1] = forced[0]  # the newest token has not been read yet
             self.forced.extend(forced[1:])
-
-
-# choose(logits, completions) returns the next token of n completions, for logits [n, vocabulary].
-Choose = Callable[[Tensor, Sequence[Completion]], list[int]]
 
 
 def greedy_decode(
@@ -134,18 +139,6 @@ def sample_decode(
     """
     queue = Queue(prompts, max_new_tokens, seeds)
     return decode(model, queue, partial(sampled, temperature), eos_token_ids, slots, calculator)
-
-
-def sampled(temperature: float, logits: Tensor, completions: Sequence[Completion]) -> list[int]:
-    """Sample by inverting the distribution function at the next number of each stream."""
-    numbers = [completion.stream.random() for completion in completions]
-    logits = logits.double()  # a float32 sum of 32,000 terms would lose the small ones
-    # The largest is subtracted first, so that no temperature makes the quotient infinite.
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
-    summed = logits.softmax(dim=-1).cumsum(dim=-1)
-    wanted = torch.tensor(numbers, dtype=torch.float64, device=logits.device)[:, None]
-    found = torch.searchsorted(summed, wanted * summed[:, -1:], right=True)
-    return found[:, 0].clamp(max=logits.shape[-1] - 1).tolist()
 
 
 class Queue:
@@ -269,8 +262,7 @@ class CachedModel:
     regions = None  # every slot has room for the longest sequence
 
     def __init__(self, model: "Llama", plan: CachePlan, choose: Choose | None):
-        self.model, most_probable = model, model.kernels.most_probable
-        self.choose = choose or (lambda logits, _: most_probable(logits))
+        self.model, self.choose = model, choose
         self.cache = model.kernels.cache(model, plan.slots, plan.length)
 
     def prefill(
@@ -281,7 +273,8 @@ class CachedModel:
         attend = self.cache.prefill(list(prompts), packed)
         inputs = packed.input_ids, packed.position_ids, attend, packed.output_positions
         logits = self.model.next_logits(*inputs, count=len(prompts))
-        tokens = self.choose(logits, [running[slot] for slot in prompts])
+        most_probable = self.model.kernels.most_probable
+        tokens = self._sampled(logits, running, prompts) if self.choose else most_probable(logits)
         return dict(zip(prompts, tokens, strict=True))
 
     def decode_one_token(self, running: dict[int, Completion]) -> dict[int, int]:
@@ -292,5 +285,12 @@ class CachedModel:
         positions = [lengths[slot] - 1 for slot in slots]
         attend = self.cache.step(slots, positions)
         logits = self.model.next_logits(torch.tensor(newest), torch.tensor(positions), attend)
-        tokens = self.choose(logits, [running[slot] for slot in slots])
+        most_probable = self.model.kernels.most_probable
+        tokens = self._sampled(logits, running, slots) if self.choose else most_probable(logits)
         return dict(zip(slots, tokens, strict=True))
+
+    def _sampled(
+        self, logits: Tensor, running: dict[int, Completion], slots: Iterable[int]
+    ) -> list[int]:
+        numbers = [running[slot].number(len(running[slot].token_ids)) for slot in slots]
+        return self.choose(logits, torch.tensor(numbers, dtype=torch.float64)).tolist()

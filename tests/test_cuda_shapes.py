@@ -5,7 +5,8 @@ product is told that it is on CUDA, and whatever would mix devices or wait for a
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,13 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 
+from engine.cuda import pipeline
 from engine.cuda.layers import fused_weights
 from engine.cuda.pipeline import PipelinedModel
-from engine.decoding import Choose, Completion
+from engine.decoding import Completion
 from engine.device import cuda_kernels
 from engine.llama import Llama
 from engine.memory import CachePlan
 from engine.packing import IGNORE, Example, pack
+from engine.sampling import Choose, sampled
 
 GPU = torch.device("meta")
 HALF = (torch.bfloat16, torch.float16)
@@ -127,6 +130,7 @@ def test_a_micro_batch_is_computed_without_the_host(
 
 
 @pytest.mark.parametrize(("dtype", "settings", "is_flash"), SHAPES)
+@pytest.mark.parametrize("choose", [None, partial(sampled, 0.7)], ids=["greedy", "sampled"])
 @torch.inference_mode()
 def test_decoding_is_computed_without_the_host(
     make_llama: Callable[..., LlamaForCausalLM],
@@ -134,38 +138,39 @@ def test_decoding_is_computed_without_the_host(
     dtype: torch.dtype,
     settings: dict[str, int],
     is_flash: bool,
+    choose: Choose | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Guards against a step that can't be captured: one that copies, or waits for a value."""
     model = llama(make_llama, dtype, **settings)
     layers = model.config.num_hidden_layers
-    cached = PipelinedModel(model, CachePlan(6, 40, 4), choose_on_gpu(dtype))
+    monkeypatch.setattr(pipeline, "Arrival", Unread)
+    cached = PipelinedModel(model, CachePlan(6, 40, 4), choose)
     prompts = {2: [1, 5, 9], 0: [1, 4], 3: [1, 6, 7, 8]}
     running = {slot: Completion(0, len(prompt)) for slot, prompt in prompts.items()}
     for slot, prompt in prompts.items():
         cached.regions.take(slot, len(prompt))
     with Launches(may_copy=True) as launches:
-        tokens = cached.prefill(prompts, running)
-    assert launches.count[FORWARD] == (is_flash and layers) and tokens == {2: 7, 0: 8, 3: 9}
-    for slot, token in tokens.items():
-        running[slot].token_ids.append(token)
+        assert cached.prefill(prompts, running) == {}
+    assert launches.count[FORWARD] == (is_flash and layers)
     step = cached._step(3)
     with Launches() as launches:
         step._run()  # what a graph captures
     assert launches.count[FORWARD] == (is_flash and layers)
     assert launches.count["aten::index_put_"] == 2 * layers + 1
+    assert step.logits.shape == (4, 50) and step.logits.dtype == dtype
     with Launches(may_copy=True):
-        assert cached.decode_one_token(running) == {2: 7, 0: 8, 3: 9}
+        assert cached.decode_one_token(running) == {2: 7, 0: 7, 3: 7}
 
 
-def choose_on_gpu(dtype: torch.dtype) -> Choose:
-    """Instead of values, which tensors here have none of, numbers 7, 8, 9."""
+class Unread:
+    """Instead of tokens from the GPU, which here have no values, as many sevens."""
 
-    def choose(logits: Tensor, completions: Sequence[Completion]) -> list[int]:
-        assert logits.shape == (len(completions), 50)
-        assert logits.dtype == dtype and logits.device == GPU
-        return list(range(7, 7 + len(completions)))
+    def __init__(self, tokens: Tensor) -> None:
+        assert tokens.shape == (3,) and tokens.dtype == torch.long and tokens.device == GPU
 
-    return choose
+    def wait(self) -> list[int]:
+        return [7, 7, 7]
 
 
 def test_a_layer_of_a_decoding_step_is_few_kernels(

@@ -17,11 +17,12 @@ from engine.cuda.cache import StaticCache
 from engine.cuda.graph import StaticStep
 from engine.cuda.pipeline import PipelinedModel
 from engine.cuda.regions import Regions
-from engine.decoding import Choose, Completion, Queue, greedy_decode
+from engine.decoding import Completion, Queue, greedy_decode, sample_decode
 from engine.device import cuda_kernels
 from engine.llama import Llama
 from engine.loading import load_tokenizer
 from engine.memory import CACHE_SHARE, CachePlan, plan_slots
+from engine.sampling import Choose
 from grading.dataset import load_problems
 
 VOCABULARY, NEW_TOKENS = 60, 16
@@ -64,6 +65,7 @@ def test_parts_never_overlap_and_somebody_can_always_go_on(
     """Guards against tokens that two sequences share, tokens that are lost, and deadlock."""
     rng = random.Random(seed)
     regions = Regions(count, length, slots)
+    regions.ended = rng.choice([0, 10**3])  # has it reason to expect short ones?
     lengths: dict[int, int] = {}  # tokens of the sequence in each slot
     ends: dict[int, int] = {}  # and how many it will have in the end
     for _ in range(60):
@@ -74,7 +76,7 @@ def test_parts_never_overlap_and_somebody_can_always_go_on(
             regions.take(slot, begun)
             lengths[slot], ends[slot] = begun, end
         elif not lengths:  # then whatever waits must be admitted
-            assert not free or regions.room(begun)
+            assert regions.room(begun) and len(regions.empty) == count
         check(regions, lengths)
         gone_on = []
         for slot in rng.sample(sorted(lengths), len(lengths)):
@@ -137,8 +139,15 @@ def plain(make_llama: Callable[..., LlamaForCausalLM]) -> Llama:
     return Llama(make_llama(VOCABULARY, seed=3, std=0.4))
 
 
-def completions(model: Llama, prompts: list[list[int]], **limits) -> list[Completion]:
-    found = greedy_decode(model, prompts, eos_token_ids=frozenset({2, 17, 31}), **limits)
+def completions(
+    model: Llama, prompts: list[list[int]], seeds: list[str] | None = None, **limits
+) -> list[Completion]:
+    """Greedy ones, or samples where ``seeds`` are given."""
+    limits["eos_token_ids"] = frozenset({2, 17, 31})
+    if seeds:
+        found = sample_decode(model, prompts, seeds, temperature=1.0, **limits)
+    else:
+        found = greedy_decode(model, prompts, **limits)
     return sorted(found, key=lambda completion: completion.index)
 
 
@@ -180,6 +189,7 @@ def with_regions(plain: Llama, count: int, few_rows: int) -> tuple[Llama, dict[s
     count=st.integers(1, 5),
     few_rows=st.integers(1, 4),
     forced=st.integers(0, 3),
+    is_sampled=st.booleans(),
 )
 def test_a_completion_is_that_of_its_prompt_alone(
     plain: Llama,
@@ -189,17 +199,27 @@ def test_a_completion_is_that_of_its_prompt_alone(
     count: int,
     few_rows: int,
     forced: int,
+    is_sampled: bool,
 ) -> None:
     """Guards against anything of regions, moves, pauses, steps of few rows, and the host's lag."""
     prompts = [[(7 * n + 3 * k) % VOCABULARY for k in range(n)] for n in lengths]
     limits = limits[: len(prompts)]
     calculator = Insisting(forced) if forced else None
+    seeds = [f"{index}" for index in range(len(prompts))] if is_sampled else None
     expected = [
-        completions(plain, [prompt], max_new_tokens=limit, slots=1, calculator=calculator)[0]
-        for prompt, limit in zip(prompts, limits, strict=True)
+        completions(
+            plain,
+            prompts[index : index + 1],
+            seeds and seeds[index : index + 1],
+            max_new_tokens=limits[index],
+            slots=1,
+            calculator=calculator,
+        )[0]
+        for index in range(len(prompts))
     ]
     model, _ = with_regions(plain, count, few_rows)
-    found = completions(model, prompts, max_new_tokens=limits, slots=slots, calculator=calculator)
+    settings = {"max_new_tokens": limits, "slots": slots, "calculator": calculator}
+    found = completions(model, prompts, seeds, **settings)
     assert [(one.token_ids, one.stop) for one in found] == [
         (one.token_ids, one.stop) for one in expected
     ]
@@ -222,15 +242,15 @@ def test_the_next_step_starts_before_the_tokens_of_the_last_are_read(plain: Llam
     order: list[str] = []
 
     class Recorded(StaticStep):
-        def __call__(self, rows) -> None:
+        def __call__(self, rows, numbers) -> None:
             order.append("step")
-            super().__call__(rows)
+            super().__call__(rows, numbers)
 
     class Watched(PipelinedModel):
-        def _wait_for(self, launched, running):
+        def _tokens_before(self, launched, running):
             if self._in_flight:
                 order.append("read")
-            return super()._wait_for(launched, running)
+            return super()._tokens_before(launched, running)
 
     kernels = replace(plain.kernels, cache=StaticCache, cached_model=Watched, static_step=Recorded)
     model = Llama(plain.pretrained, kernels)

@@ -9,26 +9,32 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from engine.cuda.transfers import OWN, Row, first_most_probable, to_device
+from engine.cuda.transfers import OWN, Row, to_device
 
 if TYPE_CHECKING:
     from engine.cuda.cache import StaticCache
     from engine.llama import Llama
+    from engine.sampling import Choose
 
 
 class StaticStep:
     """A decoding step: a CUDA graph on CUDA, the same computation without one elsewhere.
 
-    It also chooses the most probable tokens, so that the next step can start before the host knows
-    them.
+    It also chooses the next tokens, so that another step can start before the host knows them.
 
     Attributes:
         logits: ``[rows, vocabulary]``, after the last call.
-        chosen: ``[rows]``, the first most probable token in each.
+        chosen: ``[rows]``, the next token in each.
     """
 
     def __init__(
-        self, model: "Llama", cache: "StaticCache", rows: int, newest: torch.Tensor, pool: Any
+        self,
+        model: "Llama",
+        cache: "StaticCache",
+        rows: int,
+        newest: torch.Tensor,
+        choose: "Choose",
+        pool: Any,
     ):
         """
         Args:
@@ -36,19 +42,23 @@ class StaticStep:
                 that are left over.
             pool: of the graphs' memory, which all steps share.
         """
-        self.model, self.cache, self.newest = model, cache, newest
+        self.model, self.cache, self.newest, self.choose = model, cache, newest, choose
         self._left_over = Row(0, 0, cache.nobodys, cache.slots)
         self._inputs = to_device([[number] * rows for number in self._left_over], newest.device)
+        self._numbers = torch.zeros(rows, dtype=torch.float64, device=newest.device)
         # These RoPE variants read the positions on the host, which a graph can't do.
         rope_type = model.pretrained.model.rotary_emb.rope_type
         reads_positions = rope_type in ("dynamic", "longrope")
         is_captured = model.device.type == "cuda" and not reads_positions
         self._graph = self._capture(pool) if is_captured else None
 
-    def __call__(self, rows: Sequence[Row]) -> None:
+    def __call__(self, rows: Sequence[Row], numbers: Sequence[float]) -> None:
+        """``numbers``: a random one for each row; see `engine.sampling.Choose`."""
         left_over = [self._left_over] * (self._inputs.shape[1] - len(rows))
         columns = list(zip(*rows, *left_over, strict=True))
-        self._inputs.copy_(to_device(columns, self._inputs.device))
+        device = self.newest.device
+        self._inputs.copy_(to_device(columns, device))
+        self._numbers[: len(rows)] = to_device(numbers, device, torch.float64)
         if self._graph:
             self._graph.replay()
         else:
@@ -59,7 +69,7 @@ class StaticStep:
         tokens = torch.where(tokens == OWN, self.newest[slots], tokens)
         attend = self.cache.step(positions, starts)
         self.logits = self.model.next_logits(tokens, positions, attend)
-        self.chosen = first_most_probable(self.logits)
+        self.chosen = self.choose(self.logits, self._numbers)
         self.newest[slots] = self.chosen
 
     def _capture(self, pool: Any) -> torch.cuda.CUDAGraph:
@@ -70,6 +80,7 @@ class StaticStep:
             self._run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # A thread that writes a checkpoint meanwhile does not disturb the capture.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             self._run()
         return graph

@@ -15,9 +15,10 @@ from engine.cuda.transfers import OWN, Arrival, Row, first_most_probable, to_dev
 from engine.packing import collate_prompts
 
 if TYPE_CHECKING:
-    from engine.decoding import Choose, Completion
+    from engine.decoding import Completion
     from engine.llama import Llama
     from engine.memory import CachePlan
+    from engine.sampling import Choose
 
 # Up to this many rows, the time of a step is that of reading the weights, so when only a few
 # sequences are left, a smaller step saves the arithmetic and attention of the other rows.
@@ -48,16 +49,13 @@ class Pass:
 
 
 class PipelinedModel:
-    """As `engine.decoding.CachedModel`, but its methods return the tokens of the pass before.
-
-    Sampling needs the logits on the host, so it waits for each pass.
-    """
+    """As `engine.decoding.CachedModel`, but its methods return the tokens of the pass before."""
 
     few_rows = FEW_ROWS
 
     def __init__(self, model: "Llama", plan: "CachePlan", choose: "Choose | None"):
-        """``choose``: see `engine.decoding.decode`."""
-        self.model, self.choose = model, choose
+        """``choose``: None for the most probable token."""
+        self.model, self.choose = model, choose or first_most_probable
         self.cache = model.kernels.cache(model, plan.slots, plan.length, plan.regions)
         self.regions = self.cache.regions
         self._newest = to_device([0] * (plan.slots + 1), model.device)
@@ -77,10 +75,12 @@ class PipelinedModel:
         attend = self.cache.prefill(list(prompts), packed)
         inputs = packed.input_ids, packed.position_ids, attend, packed.output_positions
         logits = self.model.next_logits(*inputs, count=len(prompts))
-        chosen = first_most_probable(logits)
-        self._newest[to_device(list(prompts), self.model.device)] = chosen
+        numbers = [running[slot].number(0) for slot in prompts]
+        device = self.model.device
+        chosen = self.choose(logits, to_device(numbers, device, torch.float64))
+        self._newest[to_device(list(prompts), device)] = chosen
         expected = {slot: Expected(running[slot], len(prompts[slot]), OWN) for slot in prompts}
-        return self._tokens(expected, logits, chosen, running)
+        return self._tokens_before(Pass(expected, Arrival(chosen)), running)
 
     def decode_one_token(self, running: dict[int, "Completion"]) -> dict[int, int]:
         """Read the newest token of each completion into the cache.
@@ -90,18 +90,19 @@ class PipelinedModel:
         Returns:
             The tokens of the pass before, by slot.
         """
-        rows, expected = [], {}
+        rows, numbers, expected = [], [], {}
         for slot, one in running.items():
             token, position = self._next_to_read(slot, one)
             start = self.cache.start_with_room(slot, position)
             if start is not None:
                 rows.append(Row(token, position, start, slot))
+                numbers.append(one.number(position + 1 - one.prompt_length))
                 expected[slot] = Expected(one, position + 1, token)
         if not rows:
-            return self._wait_for(None, running)
+            return self._tokens_before(None, running)
         step = self._step(len(rows))
-        step(rows)
-        return self._tokens(expected, step.logits[: len(rows)], step.chosen[: len(rows)], running)
+        step(rows, numbers)
+        return self._tokens_before(Pass(expected, Arrival(step.chosen[: len(rows)])), running)
 
     def _next_to_read(self, slot: int, one: "Completion") -> tuple[int, int]:
         """The token that follows what the device has read of this completion, and its position."""
@@ -120,7 +121,9 @@ class PipelinedModel:
         length = one.prompt_length + len(one.token_ids)
         return (expected.length, read) == (length, one.token_ids[-1])
 
-    def _wait_for(self, launched: Pass | None, running: dict[int, "Completion"]) -> dict[int, int]:
+    def _tokens_before(
+        self, launched: Pass | None, running: dict[int, "Completion"]
+    ) -> dict[int, int]:
         """The tokens of the pass before ``launched``, but for those of no use."""
         finished, self._in_flight = self._in_flight, launched
         if finished is None:
@@ -135,18 +138,6 @@ class PipelinedModel:
         size = next(size for size in self._sizes if size >= rows)
         if size not in self._steps:
             make = self.model.kernels.static_step
-            self._steps[size] = make(self.model, self.cache, size, self._newest, self._pool)
+            inputs = self.cache, size, self._newest, self.choose, self._pool
+            self._steps[size] = make(self.model, *inputs)
         return self._steps[size]
-
-    def _tokens(
-        self,
-        expected: dict[int, Expected],
-        logits: torch.Tensor,
-        chosen: torch.Tensor,
-        running: dict[int, "Completion"],
-    ) -> dict[int, int]:
-        """The tokens that the host gets to know after launching a pass."""
-        if self.choose is None:
-            return self._wait_for(Pass(expected, Arrival(chosen)), running)
-        completions = [each.completion for each in expected.values()]
-        return dict(zip(expected, self.choose(logits, completions), strict=True))

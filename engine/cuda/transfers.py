@@ -1,7 +1,7 @@
 """What host and device tell each other in decoding, without either waiting for the other."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,14 +17,15 @@ class Row(NamedTuple):
     slot: int
 
 
-def first_most_probable(logits: torch.Tensor) -> torch.Tensor:
-    """As `engine.device.most_probable`, but left on the device."""
+def first_most_probable(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """As `engine.device.most_probable`, but left on the device. ``numbers`` are for sampling."""
     return logits.float().argmax(dim=-1)
 
 
-def to_device(numbers: Sequence[int] | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Integers as a tensor on ``device``."""
-    tensor = torch.as_tensor(numbers, dtype=torch.long)
+def to_device(
+    numbers: Sequence[Any] | torch.Tensor, device: torch.device, dtype: torch.dtype = torch.long
+) -> torch.Tensor:
+    tensor = torch.as_tensor(numbers, dtype=dtype)
     if device.type != "cuda":
         return tensor.to(device)
     # Copying from pinned memory does not wait for the device to finish its current work.
