@@ -1,6 +1,7 @@
 """The step decode of cuda.py: completions of a random Llama-2-7B, and single decoding steps."""
 
 import time
+from functools import partial
 
 import torch
 
@@ -10,7 +11,7 @@ from cuda_work import Work, prompts_of, random_llama_2_7b, read_rows
 from engine.cuda.cache import StaticCache
 from engine.cuda.graph import StaticStep
 from engine.cuda.pipeline import FEW_ROWS
-from engine.cuda.transfers import OWN, Row, first_most_probable
+from engine.cuda.transfers import OWN, Row
 from engine.decoding import greedy_decode
 from engine.llama import Llama
 from engine.memory import CachePlan, free_bytes, plan_slots
@@ -85,7 +86,8 @@ def measure_decoding_step(work: Work, model: Llama, plan: CachePlan, rows: int) 
         for slot in range(rows):
             cache.regions.take(slot, 1)
         newest = torch.zeros(plan.slots + 1, dtype=torch.long, device=model.device)
-        step = StaticStep(model, cache, rows, newest, first_most_probable, None)
+        choose = partial(most_probable, model)
+        step = StaticStep(model, cache, rows, newest, choose, None)
         one_each = [Row(OWN, position, cache.regions.starts[slot], slot) for slot in range(rows)]
         milliseconds = work.milliseconds(lambda: step(one_each, [0.0] * rows))
     weights = sum(weight.nbytes for weight in model.parameters())
@@ -101,6 +103,10 @@ def measure_decoding_step(work: Work, model: Llama, plan: CachePlan, rows: int) 
         tokens_per_s=rows / milliseconds * 1e3,
         TB_per_s=(weights + read) / milliseconds / 1e9,
     )
+
+
+def most_probable(model: Llama, logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    return model.kernels.most_probable(logits)
 
 
 def profile_decoding(work: Work, model: Llama, prompts: list[list[int]]) -> None:

@@ -275,7 +275,7 @@ class CachedModel:
         logits = self.model.next_logits(*inputs, count=len(prompts))
         most_probable = self.model.kernels.most_probable
         tokens = self._sampled(logits, running, prompts) if self.choose else most_probable(logits)
-        return dict(zip(prompts, tokens, strict=True))
+        return dict(zip(prompts, tokens.tolist(), strict=True))
 
     def decode_one_token(self, running: dict[int, Completion]) -> dict[int, int]:
         """Read the newest token of each completion into the cache; returns each slot's next one."""
@@ -287,10 +287,10 @@ class CachedModel:
         logits = self.model.next_logits(torch.tensor(newest), torch.tensor(positions), attend)
         most_probable = self.model.kernels.most_probable
         tokens = self._sampled(logits, running, slots) if self.choose else most_probable(logits)
-        return dict(zip(slots, tokens, strict=True))
+        return dict(zip(slots, tokens.tolist(), strict=True))
 
     def _sampled(
         self, logits: Tensor, running: dict[int, Completion], slots: Iterable[int]
-    ) -> list[int]:
+    ) -> Tensor:
         numbers = [running[slot].number(len(running[slot].token_ids)) for slot in slots]
-        return self.choose(logits, torch.tensor(numbers, dtype=torch.float64)).tolist()
+        return self.choose(logits, torch.tensor(numbers, dtype=torch.float64))

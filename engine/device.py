@@ -59,7 +59,7 @@ class Kernels:
     static_step: type[Any] | None
     decoding_parts: LayerParts | None
     most_slots: int
-    most_probable: Callable[[torch.Tensor], list[int]]
+    most_probable: Callable[[torch.Tensor], torch.Tensor]
     slot_order: Callable[[Mapping[int, int]], list[int]]
     packed_weights: Callable[[torch.nn.Module, int], AbstractContextManager[None]]
     replace_linear_layers: Callable[[torch.nn.Module], None]
@@ -142,9 +142,9 @@ def add_product(
         total[start:end] += left[start:end] @ right
 
 
-def most_probable(logits: torch.Tensor) -> list[int]:
+def most_probable(logits: torch.Tensor) -> torch.Tensor:
     """The first one in a tie, as in Transformers' generate.
 
     The conversion to float32 is generate's too. It is exact, so it does not break ties.
     """
-    return logits.float().argmax(dim=-1).tolist()
+    return logits.float().argmax(dim=-1)

@@ -158,7 +158,7 @@ def test_decoding_is_computed_without_the_host(
         step._run()  # what a graph captures
     assert launches.count[FORWARD] == (is_flash and layers)
     assert launches.count["aten::index_put_"] == 2 * layers + 1
-    assert step.logits.shape == (4, 50) and step.logits.dtype == dtype
+    assert step.chosen.shape == (4,) and step.chosen.dtype == torch.long
     with Launches(may_copy=True):
         assert cached.decode_one_token(running) == {2: 7, 0: 7, 3: 7}
 

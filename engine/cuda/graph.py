@@ -23,8 +23,7 @@ class StaticStep:
     It also chooses the next tokens, so that another step can start before the host knows them.
 
     Attributes:
-        logits: ``[rows, vocabulary]``, after the last call.
-        chosen: ``[rows]``, the next token in each.
+        chosen: ``[rows]``, the next tokens, after a call.
     """
 
     def __init__(
@@ -68,8 +67,8 @@ class StaticStep:
         tokens, positions, starts, slots = self._inputs
         tokens = torch.where(tokens == OWN, self.newest[slots], tokens)
         attend = self.cache.step(positions, starts)
-        self.logits = self.model.next_logits(tokens, positions, attend)
-        self.chosen = self.choose(self.logits, self._numbers)
+        logits = self.model.next_logits(tokens, positions, attend)
+        self.chosen = self.choose(logits, self._numbers)
         self.newest[slots] = self.chosen
 
     def _capture(self, pool: Any) -> torch.cuda.CUDAGraph:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from engine.cuda.transfers import OWN, Arrival, Row, first_most_probable, to_device
+from engine.cuda.transfers import OWN, Arrival, Row, to_device
 from engine.packing import collate_prompts
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ class PipelinedModel:
 
     def __init__(self, model: "Llama", plan: "CachePlan", choose: "Choose | None"):
         """``choose``: None for the most probable token."""
-        self.model, self.choose = model, choose or first_most_probable
+        self.model, most_probable = model, model.kernels.most_probable
+        self.choose = choose or (lambda logits, _: most_probable(logits))
         self.cache = model.kernels.cache(model, plan.slots, plan.length, plan.regions)
         self.regions = self.cache.regions
         self._newest = to_device([0] * (plan.slots + 1), model.device)

@@ -17,11 +17,6 @@ class Row(NamedTuple):
     slot: int
 
 
-def first_most_probable(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """As `engine.device.most_probable`, but left on the device. ``numbers`` are for sampling."""
-    return logits.float().argmax(dim=-1)
-
-
 def to_device(
     numbers: Sequence[Any] | torch.Tensor, device: torch.device, dtype: torch.dtype = torch.long
 ) -> torch.Tensor:
