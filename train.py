@@ -48,7 +48,7 @@ import data
 from engine import loading, memory
 from engine.compiling import compile_layers
 from engine.device import pick_device, prepare_process
-from engine.faults import does_not_fit, is_each_alone, rows_at_fault
+from engine.faults import does_not_fit, exact_match_failed, is_each_alone, rows_at_fault
 from engine.hub import fetch
 from engine.llama import Llama
 from engine.measure import Measurement, measure, perplexity_of
@@ -157,7 +157,7 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
             if epoch_ends or progress.is_due(config.checkpoint_steps) or signal_number is not None:
                 saves.save_last(model, progress, *pack_state(optimizer, asdict(progress)))
             if epoch_ends:
-                log.sample(decode, prompts[0], problems.validation[0])
+                log.sample(decode, prompts[0], problems.validation[0], memory.release)
             if signal_number is not None and progress.step < steps:
                 raise log.stopped(signal_number, folder / LAST)
     finish(folder, config.keep_state, progress.best_loss)
@@ -264,7 +264,10 @@ def exact_match(
     """As ``evaluate.py --split validation`` computes it; None if the loss chooses the best."""
     if best_by != "val_exact_match":
         return None
-    pairs = zip(decode(prompts), problems, strict=True)
+    try:
+        pairs = zip(decode(prompts), problems, strict=True)
+    except Exception as error:
+        raise exact_match_failed(error) from None
     return sum(correct_openai(text, problem.gold) for (text, _), problem in pairs) / len(problems)
 
 

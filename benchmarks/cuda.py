@@ -146,9 +146,8 @@ def measure(arguments: argparse.Namespace, results: Results) -> None:
     import cuda_decode
     import cuda_facts
     import cuda_steps
-    from cuda_work import Work, compile_no_code, complete_varlen_attn
+    from cuda_work import Work, compile_no_code
 
-    complete_varlen_attn()
     if arguments.dry:
         compile_no_code()
     work = Work(arguments.dry, results, arguments.output, arguments.scratch, arguments.smollm)

@@ -7,9 +7,11 @@ import shutil
 import sysconfig
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ import transformers
 from cuda_work import TINY, Work, has_real_rows, prompts_of, random_llama, read_rows
 from torch import Tensor
 
+from engine import attention
 from engine.compiling import compile_layers
 from engine.cuda.cache import StaticCache
 from engine.decoding import greedy_decode
@@ -116,7 +119,7 @@ def measure_attention(work: Work) -> None:
     lengths = [rng.randint(60, 420) for _ in range(3 if work.is_dry else 34)]
     kernels = kernels_for(work.device)
     micro_batch = collate_prompts([[0] * length for length in lengths], kernels)
-    attention = partial(kernels.attention, micro_batch, 0.0, 0)
+    attend = partial(kernels.attention, micro_batch, 0.0, 0)
     torch.manual_seed(0)
     tokens = micro_batch.num_tokens
     like = {"dtype": torch.bfloat16, "device": work.device}
@@ -124,31 +127,28 @@ def measure_attention(work: Work) -> None:
     inputs = [tensor.requires_grad_() for tensor in inputs]
 
     def backward() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(attention(*inputs), inputs, grad)
+        return torch.autograd.grad(attend(*inputs), inputs, grad)
 
-    output = attention(*inputs)
+    output = attend(*inputs)
     found = output.detach(), *torch.autograd.grad(output, inputs, grad)
     work.results.write(
         "attention",
         tokens=tokens,
         worst_relative_error=attention_error(lengths[:6], inputs, grad, found),
-        forward_ms=work.milliseconds(lambda: attention(*inputs).detach()),
+        forward_ms=work.milliseconds(lambda: attend(*inputs).detach()),
         forward_and_backward_ms=work.milliseconds(backward),
     )
-    for is_deterministic in (False, True):
-        torch.use_deterministic_algorithms(is_deterministic)
-        try:
+    plain = mock.patch.object(attention, "deterministic_algorithms", nullcontext)
+    for is_deterministic in (True, False):
+        with nullcontext() if is_deterministic else plain:  # for what determinism costs
             first, *others = (backward() for _ in range(8))
             same = [all(torch.equal(one[i], first[i]) for one in others) for i in range(3)]
-            milliseconds = work.milliseconds(backward)
-        finally:
-            torch.use_deterministic_algorithms(False)
-        work.results.write(
-            "repeated attention",
-            deterministic_algorithms=is_deterministic,
-            same_gradients_of_query_key_value=same,
-            forward_and_backward_ms=milliseconds,
-        )
+            work.results.write(
+                "repeated attention",
+                deterministic=is_deterministic,
+                same_gradients_of_query_key_value=same,
+                forward_and_backward_ms=work.milliseconds(backward),
+            )
 
 
 def attention_error(

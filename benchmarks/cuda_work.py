@@ -1,7 +1,6 @@
 """What the steps of cuda.py work on: rows, models, and a clock that waits for the device."""
 
 import argparse
-import inspect
 import os
 import random
 import statistics
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.attention import varlen
 
 # This benchmark's neighbour, which also puts the repository on the path.
 from training import LENGTHS, PROMPT, ROOT, write_model
@@ -224,45 +222,6 @@ def flops(model: Llama, batch: Sequence[Example]) -> float:
     attention = model.config.num_hidden_layers * model.config.hidden_size
     squares = sum(len(example.input_ids) ** 2 for example in batch)
     return 6.0 * (weights * tokens_of(batch) + attention * squares)
-
-
-def complete_varlen_attn() -> None:
-    """Give torch 2.11's ``varlen_attn`` the arguments that it lacks and the product passes.
-
-    The operator below it has ``seqused_k``, and repeats shared heads by itself.
-    """
-    plain = varlen.varlen_attn
-    if "seqused_k" in inspect.signature(plain).parameters:
-        return
-
-    def varlen_attn(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        cu_seq_q: torch.Tensor,
-        cu_seq_k: torch.Tensor,
-        max_q: int,
-        max_k: int,
-        *,
-        window_size: tuple[int, int] = (-1, -1),
-        enable_gqa: bool = False,
-        seqused_k: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        inputs = query, key, value, cu_seq_q, cu_seq_k, max_q, max_k
-        if seqused_k is None and not enable_gqa:
-            return plain(*inputs, window_size=window_size)
-        left, right = window_size
-        return torch.ops.aten._flash_attention_forward(
-            *inputs,
-            0.0,
-            window_size == (-1, 0),
-            False,
-            window_size_left=left,
-            window_size_right=right,
-            seqused_k=seqused_k,
-        )[0]
-
-    varlen.varlen_attn = varlen_attn
 
 
 def compile_no_code() -> None:

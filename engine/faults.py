@@ -1,4 +1,4 @@
-"""Finds the rows that cause a step to fail."""
+"""Finds the rows that cause a step to fail, and says what failed."""
 
 import math
 from collections.abc import Sequence
@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import torch
 
 from engine.llama import Llama
+from engine.memory import is_out_of_memory
 from engine.packing import Example, pack
-from run.errors import UserError
+from run.errors import UserError, cause_of
 
 MOST_LINES = 8  # named in a message
 
@@ -49,4 +50,15 @@ def does_not_fit(batch: Sequence[Example]) -> UserError:
         f"out of memory with each sequence alone, the longest of {longest} tokens: set "
         "gradient_checkpointing true, dtype bfloat16 or a smaller max_length, or take a larger "
         "device"
+    )
+
+
+def exact_match_failed(error: Exception) -> UserError:
+    """The error for a model whose completions of the validation rows failed with ``error``."""
+    if isinstance(error, UserError):
+        return error
+    cure = "with a smaller decode_slots" if is_out_of_memory(error) else "to try again"
+    return UserError(
+        f"best_by val_exact_match: decoding the validation rows failed ({cause_of(error)}): type "
+        f"the same command {cure}, or start another run with best_by val_loss"
     )

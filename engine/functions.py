@@ -64,7 +64,9 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        activated = F.silu(gate)
+        # In place saves memory, but torch.compile in 2.11 then loses gradients (pytorch #180642).
+        return activated * up if torch.compiler.is_compiling() else activated.mul_(up)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -222,7 +222,9 @@ class RMSNorm(torch.autograd.Function):
         exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         scale = torch.rsqrt(exact.square().mean(-1, keepdim=True) + epsilon)
         ctx.save_for_backward(hidden, weight, scale)
-        return (exact * scale).to(hidden.dtype).mul_(weight)
+        normed = (exact * scale).to(hidden.dtype)
+        # In place saves memory, but torch.compile in 2.11 then loses gradients (pytorch #180642).
+        return normed * weight if torch.compiler.is_compiling() else normed.mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from run.errors import NotFiniteError, Stopped, UserError
+from run.errors import NotFiniteError, Stopped, UserError, cause_of
 from run.metrics_log import MetricsLog
 from run.progress import Progress, Speed
 from run.progress_bar import ProgressBar
@@ -133,12 +133,25 @@ class RunLog:
         decode: Callable[[Sequence[list[int]]], list[tuple[str, str]]],
         prompt: list[int],
         problem: Any,
+        release: Callable[[], None],
     ) -> None:
-        """Show what the model writes for a problem, next to the answer in the data set."""
+        """Show what the model writes for a problem, next to the answer in the data set.
+
+        If that fails, say so: a sample is no reason to end the run.
+
+        Args:
+            release: frees the memory that a failed attempt left behind.
+        """
         try:
             [(text, stop)] = decode([prompt])
-        except UserError as error:  # too little memory, no reason to end the run
-            self._bar.write(f"  no sample: {error}")
+            failure = ""
+        except UserError as error:
+            failure = str(error)
+        except Exception as error:
+            failure = cause_of(error)
+        if failure:  # outside the except block, whose traceback holds the attempt's tensors
+            release()
+            self._bar.write(f"  no sample: {failure}")
             return
         self._bar.write(
             f"  question: {problem.question!r}\n"

@@ -4,7 +4,9 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ import train
 from engine import packing
 from engine.compiling import compile_layers, compiled_parts
 from engine.device import cpu_kernels, kernels_for
-from engine.llama import Llama
+from engine.llama import PLAIN, Llama
 from engine.loading import load_model
 from engine.optimizer import build_optimizer
 from engine.tokenizer import Tokenizer
@@ -216,6 +218,23 @@ def test_compiled_layers_give_the_gradients_of_float64_and_are_compiled_once(
     assert relative_error(gradients(compiled), gradients(model64)) < 1e-6
 
 
+@pytest.mark.parametrize("shape", [{"hidden_size": 64}, {"hidden_size": 128, "head_dim": 128}])
+def test_no_layer_or_shape_is_compiled_later(
+    make_llama: Callable[..., Any], monkeypatch, fresh_compiler: None, shape: dict[str, int]
+) -> None:
+    """Guards against a number of tokens that is fixed, since a weight happened to be of that size.
+
+    64 is also the least number of tokens that a CPU computes. Without code, which takes longer.
+    """
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model = Llama(make_llama(420, num_hidden_layers=4, **shape), cpu_kernels(with_onednn=False))
+    compile_layers(model)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for length in (9, 70, 139, 300):
+            row = packing.Example([7] * length, [7] * length)
+            model(packing.collate([row], model.kernels)).backward()
+
+
 def test_a_machine_that_cannot_compile_is_told_so(
     model: Llama, monkeypatch, fresh_compiler: None
 ) -> None:
@@ -225,6 +244,81 @@ def test_a_machine_that_cannot_compile_is_told_so(
     monkeypatch.setattr(torch, "compile", fail)
     with pytest.raises(UserError, match=r"compile true: .*no compiler found.*or set compile false"):
         compile_layers(model)
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "1.mlp.gate_proj", "0.input_layernorm", "q_proj"])
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        (torch.zeros_like, "100%"),
+        (torch.neg, "200%"),
+        (lambda gradient: gradient / 0, "(nan|inf)%"),
+    ],
+)
+def test_a_wrong_compiled_gradient_is_refused(
+    model: Llama,
+    monkeypatch,
+    fresh_compiler: None,
+    name: str,
+    fault: Callable[[torch.Tensor], torch.Tensor],
+    error: str,
+) -> None:
+    """Guards against a run that trains on zeros, as with torch 2.11 (pytorch #180642)."""
+    weights = model.to(torch.bfloat16).pretrained.named_parameters()
+    weight = next(weight for key, weight in weights if name in key)
+    computes_wrongly(monkeypatch, lambda: weight.register_hook(fault))
+    shown = rf"compile true: the compiled gradient of \S*{name}\S* differs by {error} .*set compile"
+    with pytest.raises(UserError, match=shown):
+        compile_layers(model)
+
+
+def test_a_missing_compiled_gradient_is_refused(
+    model: Llama, monkeypatch, fresh_compiler: None
+) -> None:
+    """Guards against a weight that the compiled layers do not train."""
+    model.head.requires_grad_(False)
+    computes_wrongly(monkeypatch, lambda: model.norm.requires_grad_(False))
+    with pytest.raises(UserError, match=r"gradient of model\.norm\.weight differs by 100%"):
+        compile_layers(model)
+
+
+def test_the_check_of_compiled_gradients_leaves_nothing_behind(
+    model_folder: Path, monkeypatch, fresh_compiler: None, make_llama: Callable[..., Any]
+) -> None:
+    """Guards against layers that stay cut off, other dropout in both passes, and stale gradients.
+
+    Rounding as in a compiled layer, here that of float32 weights in bfloat16, is not refused.
+    """
+    monkeypatch.setattr(torch, "compile", lambda part, **_: partial(rounded_differently, part))
+    pretrained = make_llama(420, num_hidden_layers=3, attention_dropout=0.5)
+    model = Llama(pretrained.to(torch.bfloat16), KERNELS)
+    blocks, names = list(model.blocks), [name for name, _ in model.named_parameters()]
+    compile_layers(model)
+    assert list(model.blocks) == blocks and model.compiled_parts is compiled_parts()
+    assert names == [name for name, _ in model.named_parameters()]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def rounded_differently(part: Callable[..., Any], layer: torch.nn.Module, *inputs: torch.Tensor):
+    """``part`` in float32, whose results are rounded once."""
+    shell = torch.nn.Module()
+    shell.layer, shell.forward = layer, lambda *tensors: part(layer, *tensors)
+    exact = {name: weight.float() for name, weight in shell.named_parameters()}
+    outputs = torch.func.functional_call(shell, exact, tuple(each.float() for each in inputs))
+    if isinstance(outputs, torch.Tensor):
+        return outputs.to(torch.bfloat16)
+    return tuple(output.to(torch.bfloat16) for output in outputs)
+
+
+def computes_wrongly(monkeypatch: pytest.MonkeyPatch, fault: Callable[[], object]) -> None:
+    """Let ``torch.compile`` return its function as it is, after ``fault``."""
+
+    def compiled(part: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+        if part is PLAIN.after_attention:
+            fault()
+        return part
+
+    monkeypatch.setattr(torch, "compile", compiled)
 
 
 def test_bfloat16_follows_float32(

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -38,7 +39,7 @@ from engine.measure import Measurement
 from grading.dataset import Problem
 from run import checkpoint, manifest, training_json
 from run.config import Config
-from run.errors import UserError
+from run.errors import Stopped, UserError
 
 STEPS = 14  # 2 epochs of 7 steps: 100 rows in batches of 16, the last one of 4
 
@@ -381,6 +382,78 @@ def test_a_sample_that_is_refused_leaves_the_model_in_training(
     assert outcome.code == 0 and outcome.out.count("no sample: no memory for one slot") == 2
     # Each layer is computed twice, since its activations are recomputed in all epochs.
     assert len(modes) >= 2 * STEPS and len(modes) % 2 == 0 and all(modes)
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (TypeError("no such argument"), "TypeError: no such argument"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "CUDA out of memory. Tried"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_a_sample_that_fails_costs_neither_the_run_nor_memory(
+    call, settings: dict[str, str], error: Exception, shown: str
+) -> None:
+    """Guards against hours of training that end with a sample, and memory that it leaves behind."""
+    held: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+
+    def fail(*_: Any) -> None:
+        cache: list[Any] = [torch.zeros(8)]
+        cache.append(cache)  # which only a collection of garbage frees
+        held.append(weakref.ref(cache[0]))
+        raise type(error)(*error.args)  # a new one, since a traceback holds the cache
+
+    def step(*arguments: Any) -> train.StepResult:
+        alive.extend(reference() is not None for reference in held)
+        return train.train_step(*arguments)
+
+    outcome = call(train, *flags(settings), step=step, complete=fail)
+    assert outcome.code == 0, outcome.err
+    lines = [line for line in outcome.out.splitlines() if "no sample" in line]
+    assert len(lines) == 2 and all(shown in line for line in lines)
+    assert len(alive) == STEPS // 2 and not any(alive)
+
+
+@pytest.mark.parametrize(
+    ("stop", "code"), [(KeyboardInterrupt(), 130), (Stopped(signal.SIGTERM, "stopped"), 143)]
+)
+def test_a_sample_can_be_interrupted(
+    call, settings: dict[str, str], stop: BaseException, code: int
+) -> None:
+    """Guards against a Ctrl-C that is taken for a sample that failed."""
+
+    def interrupted(*_: Any) -> None:
+        raise stop
+
+    try:
+        outcome = call(train, *flags(settings), complete=interrupted)
+        assert outcome.code == code and "no sample" not in outcome.out
+    except KeyboardInterrupt:
+        assert code == 130
+
+
+@pytest.mark.parametrize(
+    ("error", "cure"),
+    [
+        (RuntimeError("no kernel image"), "no kernel image): type the same command to try again"),
+        (torch.OutOfMemoryError("none left"), "none left): type the same command with a smaller "),
+        (UserError("no memory for one slot"), "error: no memory for one slot"),
+    ],
+)
+def test_an_exact_match_that_fails_stops_the_run_in_one_line(
+    call, settings: dict[str, str], error: Exception, cure: str
+) -> None:
+    """Guards against a best that was chosen without its measure, and against a traceback."""
+    settings |= {"best_by": "val_exact_match", "checkpoint_steps": "5"}
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    call(train, *flags(settings), complete=fail).assert_user_error(cure)
+    last = training_json.read_description(run_folder(settings) / "last")
+    assert last["step"] == 5 and not (run_folder(settings) / "best").exists()
 
 
 def test_the_test_split_chooses_nothing(call, settings: dict[str, str]) -> None:
