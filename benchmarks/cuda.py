@@ -156,6 +156,7 @@ def run_step(step: str, arguments: argparse.Namespace) -> bool:
 
 def measure(arguments: argparse.Namespace, results: Results) -> None:
     """The work of the step ``arguments.worker``."""
+    import cuda_decode
     import cuda_facts
     import cuda_saves
     import cuda_steps
@@ -168,7 +169,7 @@ def measure(arguments: argparse.Namespace, results: Results) -> None:
         "facts": cuda_facts.measure_facts,
         "small": cuda_facts.measure_small_model,
         "train": cuda_steps.measure_training,
-        "decode": cuda_steps.measure_decoding,
+        "decode": cuda_decode.measure_decoding,
         "selftest": cuda_steps.run_selftest,
         "real": cuda_steps.measure_real_model,
         "save": cuda_saves.measure_saves,

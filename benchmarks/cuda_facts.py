@@ -189,13 +189,14 @@ def measure_attention_in_decoding(work: Work, slots: int) -> None:
     positions = torch.randint(60, 330, (slots,), device=work.device)
     like = {"dtype": torch.bfloat16, "device": work.device}
     new = [torch.randn(slots, heads, head_dim, **like) for _ in range(3)]
-    attend = partial(cache.step(positions), 0, *new)
+    starts = torch.arange(slots, device=work.device) * DECODED_LENGTH
+    attend = partial(cache.step(positions, starts), 0, *new)
     output = attend()
-    slot = slots // 2
-    seen = int(positions[slot]) + 1
+    slot, start = slots // 2, slots // 2 * DECODED_LENGTH
+    seen = slice(start, start + int(positions[slot]) + 1)
     exact = F.scaled_dot_product_attention(
         new[0][slot].double()[:, None],
-        *(one[0][slot, :seen].double().transpose(0, 1) for one in (cache.keys, cache.values)),
+        *(one[0][seen].double().transpose(0, 1) for one in (cache.keys, cache.values)),
     )
     milliseconds = work.milliseconds(attend)
     size = 2 * 2 * heads * head_dim * int((positions + 1).sum())

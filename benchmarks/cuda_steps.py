@@ -1,4 +1,4 @@
-"""The steps train, decode, selftest and real of cuda.py: the product's own work, and its time."""
+"""The steps train, selftest and real of cuda.py: the product's own work, and its time."""
 
 import shutil
 import time
@@ -10,25 +10,19 @@ import torch
 
 # This benchmark's neighbour, which also puts the repository on the path.
 from cuda_work import (
-    LLAMA_2_7B,
-    TINY,
     Work,
     dataset_folder,
     flops,
-    prompts_of,
-    random_llama,
+    random_llama_2_7b,
     read_rows,
     tokens_of,
     write_random_llama,
 )
 
 from engine.compiling import compile_layers
-from engine.cuda.cache import StaticCache
-from engine.cuda.graph import StaticStep
 from engine.cuda.linear import Linear
-from engine.decoding import greedy_decode
 from engine.llama import EAGER, Llama
-from engine.memory import free_bytes, plan_slots
+from engine.memory import free_bytes
 from engine.packing import Example, pack
 from engine.recompute import choose_recomputed
 
@@ -45,10 +39,6 @@ VARIANTS = (
 )
 # Of an H100 or H200 for dense products in bfloat16, by its data sheet.
 PEAK_FLOPS = 989e12
-
-
-def random_llama_2_7b(work: Work) -> Llama:
-    return random_llama(work.device, torch.bfloat16, TINY if work.is_dry else LLAMA_2_7B)
 
 
 # ---------------------------------------------------------------- train
@@ -162,92 +152,6 @@ def time_step(
     seconds = [end - start for start, end in pairwise(ends)]
     parts = dict(zip(names, seconds, strict=True))
     return TimedStep(batch, parts, len(micro_batches), nats / num_labels, grad_norm)
-
-
-# ---------------------------------------------------------------- decode
-
-
-def measure_decoding(work: Work) -> None:
-    """Every test prompt is completed with as many tokens as its answer has."""
-    examples = read_rows("test", 12 if work.is_dry else None)
-    prompts = prompts_of(examples)
-    most = 8 if work.is_dry else 1024
-    lengths = [
-        min(most, len(example.input_ids) - len(prompt))
-        for example, prompt in zip(examples, prompts, strict=True)
-    ]
-    model = random_llama_2_7b(work).eval()
-    longest_prompt = max(map(len, prompts))
-    pairs = zip(prompts, lengths, strict=True)
-    longest = max(len(prompt) + length for prompt, length in pairs)
-    planned = {  # as evaluate.py plans them, and as it could if it knew the lengths
-        f"{name} slots": plan_slots(model, None, length, len(prompts))
-        for name, length in (("planned", longest_prompt + 512), ("fitting", longest))
-    }
-    few = min(16, len(prompts))
-    work.attempt("decoding", decode, model, "warm-up", prompts[:few], lengths[:few], few)
-    for name, slots in planned.items():
-        work.attempt("decoding", decode, model, name, prompts, lengths, slots)
-        work.attempt("decoding step", measure_decoding_step, model, slots, longest)
-    work.attempt("profile", profile_decoding, model, prompts[:64])
-
-
-def decode(
-    work: Work,
-    model: Llama,
-    name: str,
-    prompts: list[list[int]],
-    lengths: list[int],
-    slots: int,
-) -> None:
-    work.reset_peak()
-    started = time.perf_counter()
-    tokens = count_tokens(model, prompts, lengths, slots)
-    seconds = time.perf_counter() - started
-    work.results.write(
-        "decoding",
-        how=name,
-        problems=len(prompts),
-        slots=slots,
-        tokens=tokens,
-        seconds=seconds,
-        tokens_per_s=tokens / seconds,
-        **work.peak_gib(),
-    )
-
-
-def count_tokens(
-    model: Llama, prompts: list[list[int]], lengths: int | list[int], slots: int
-) -> int:
-    """Decode, with no token that ends a completion before its length."""
-    completions = greedy_decode(
-        model, prompts, max_new_tokens=lengths, eos_token_ids=frozenset(), slots=slots
-    )
-    return sum(len(completion.token_ids) for completion in completions)
-
-
-@torch.inference_mode()
-def measure_decoding_step(work: Work, model: Llama, slots: int, length: int) -> None:
-    """One token in every slot, with caches as full as in the middle of a completion."""
-    step = StaticStep(model, StaticCache(model, slots, length))
-    everything = list(range(slots))
-    positions = [length // 2] * slots
-    milliseconds = work.milliseconds(lambda: step(everything, [5] * slots, positions))
-    weights = sum(weight.nbytes for weight in model.parameters())
-    weights -= model.pretrained.get_input_embeddings().weight.nbytes
-    cache = StaticCache.slot_bytes(model, 1) * (length // 2 + 1) * slots
-    work.results.write(
-        "decoding step",
-        slots=slots,
-        position=length // 2,
-        ms=milliseconds,
-        tokens_per_s=slots / milliseconds * 1e3,
-        TB_per_s=(weights + cache) / milliseconds / 1e9,
-    )
-
-
-def profile_decoding(work: Work, model: Llama, prompts: list[list[int]]) -> None:
-    work.profile("decode", lambda: count_tokens(model, prompts, 12, len(prompts)))
 
 
 # ---------------------------------------------------------------- selftest

@@ -197,6 +197,10 @@ def random_llama(device: torch.device, dtype: torch.dtype, shape: dict[str, int]
         return Llama(AutoModelForCausalLM.from_config(config, dtype=dtype))
 
 
+def random_llama_2_7b(work: Work) -> Llama:
+    return random_llama(work.device, torch.bfloat16, TINY if work.is_dry else LLAMA_2_7B)
+
+
 def write_random_llama(folder: Path, hidden_size: int, layers: int, heads: int) -> None:
     """A model folder with a random Llama, and Llama-2's tokenizer or a stand-in."""
     folder.mkdir()

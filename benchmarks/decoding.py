@@ -125,7 +125,8 @@ def our_decoder(arguments: argparse.Namespace) -> Callable[[list[tuple[list[int]
     model = load_model(arguments.folder, getattr(torch, arguments.dtype), device)
     everything = json.loads((arguments.folder / "work.json").read_text())
     longest = max(len(prompt) + length for prompt, length in everything)
-    arguments.slots_taken = plan_slots(model, arguments.slots, longest, len(everything))
+    plan = plan_slots(model, arguments.slots, longest, len(everything))
+    arguments.slots_taken = plan.slots
 
     def decode(work: list[tuple[list[int], int]]) -> int:
         prompts, lengths = zip(*work, strict=True)

@@ -9,7 +9,7 @@ not depend on its neighbours.
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from engine.memory import free_bytes, plan_slots
+from engine.memory import CachePlan, free_bytes, plan_slots
 from engine.packing import collate_prompts
+from engine.sampling import Choose, sampled
 
 if TYPE_CHECKING:
+    from engine.cuda.regions import Regions
     from engine.llama import Llama
 
 PREFILL_TOKENS = 8192  # most prompt tokens in one forward pass
@@ -49,6 +51,7 @@ class Completion:
         stop: ``eos`` or ``length`` (cut by max_new_tokens); empty while being written.
         forced: tokens to write next, whatever the model would choose.
         stream: the random numbers for sampling its tokens; None in greedy decoding.
+        numbers: those drawn so far, one for each token.
     """
 
     index: int
@@ -57,6 +60,13 @@ class Completion:
     stop: str = ""
     forced: deque[int] = field(default_factory=deque, repr=False, compare=False)
     stream: random.Random | None = field(default=None, repr=False, compare=False)
+    numbers: list[float] = field(default_factory=list, repr=False, compare=False)
+
+    def number(self, index: int) -> float:
+        """The random number for the token at ``index``, at which a step may be repeated."""
+        while self.stream and len(self.numbers) <= index:
+            self.numbers.append(self.stream.random())
+        return self.numbers[index] if self.stream else 0.0
 
     def append(
         self,
@@ -78,10 +88,6 @@ class Completion:
         elif calculator and not is_forced and (forced := calculator.after(self.token_ids)):
             self.token_ids[-1] = forced[0]  # the newest token has not been read yet
             self.forced.extend(forced[1:])
-
-
-# choose(logits, completions) returns the next token of n completions, for logits [n, vocabulary].
-Choose = Callable[[Tensor, Sequence[Completion]], list[int]]
 
 
 def greedy_decode(
@@ -135,18 +141,6 @@ def sample_decode(
     return decode(model, queue, partial(sampled, temperature), eos_token_ids, slots, calculator)
 
 
-def sampled(temperature: float, logits: Tensor, completions: Sequence[Completion]) -> list[int]:
-    """Sample by inverting the distribution function at the next number of each stream."""
-    numbers = [completion.stream.random() for completion in completions]
-    logits = logits.double()  # a float32 sum of 32,000 terms would lose the small ones
-    # The largest is subtracted first, so that no temperature makes the quotient infinite.
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
-    summed = logits.softmax(dim=-1).cumsum(dim=-1)
-    wanted = torch.tensor(numbers, dtype=torch.float64, device=logits.device)[:, None]
-    found = torch.searchsorted(summed, wanted * summed[:, -1:], right=True)
-    return found[:, 0].clamp(max=logits.shape[-1] - 1).tolist()
-
-
 class Queue:
     """Prompts on their way through slots: the waiting ones, and the completions being written.
 
@@ -174,6 +168,7 @@ class Queue:
         self.running: dict[int, Completion] = {}
         self.free: list[int] = []
         self.together = 1
+        self.regions: Regions | None = None
 
     @property
     def longest(self) -> int:
@@ -181,15 +176,20 @@ class Queue:
         pairs = zip(self.prompts, self.limits, strict=True)
         return max(len(prompt) + limit for prompt, limit in pairs)
 
-    def open(self, slots: int) -> None:
+    def open(self, slots: int, regions: "Regions | None" = None) -> None:
+        """``regions``: where sequences lie in the cache; None: there is room in every free slot."""
         self.free = list(reversed(range(slots)))
         self.together = max(1, slots // self.admitted_share)
+        self.regions = regions
 
     def is_worth_a_prefill(self) -> bool:
-        """Whether enough slots are free for a prefill to be worth its cost."""
-        if not self.waiting or not self.running:
-            return bool(self.waiting and self.free)
-        return len(self.free) >= min(self.together, len(self.waiting))
+        """Whether there is enough room for a prefill to be worth its cost."""
+        if not self.waiting:
+            return False
+        room = len(self.free)
+        if self.regions:
+            room = min(room, self.regions.room(len(self.prompts[self.waiting[-1]])))
+        return room >= min(self.together if self.running else 1, len(self.waiting))
 
     def admit(self) -> dict[int, list[int]]:
         """Put waiting prompts into free slots, as many as fit into one prefill."""
@@ -197,9 +197,12 @@ class Queue:
         tokens = 0
         while self.waiting and self.free:
             prompt = self.prompts[self.waiting[-1]]
-            if admitted and tokens + len(prompt) > self.prefill_tokens:
+            has_room = not self.regions or self.regions.room(len(prompt))
+            if not has_room or (admitted and tokens + len(prompt) > self.prefill_tokens):
                 break
             index, slot = self.waiting.pop(), self.free.pop()
+            if self.regions:
+                self.regions.take(slot, len(prompt))
             stream = None if self.seeds is None else random.Random(self.seeds[index])
             self.running[slot] = Completion(index, len(prompt), stream=stream)
             admitted[slot] = prompt
@@ -230,56 +233,64 @@ def decode(
     model.eval()
     room = free_bytes(model.device) if len(queue.prompts) >= WORTH_PACKING else 0
     with model.kernels.packed_weights(model, room) if room else nullcontext():
-        count = plan_slots(model, slots, queue.longest, len(queue.prompts))
-        cached = CachedModel(model, count, queue.longest)
-        queue.open(count)
+        plan = plan_slots(model, slots, queue.longest, len(queue.prompts))
+        cached = (model.kernels.cached_model or CachedModel)(model, plan, choose)
+        queue.open(plan.slots, cached.regions)
         while queue.waiting or queue.running:
             # 1. Read waiting prompts, if enough slots are free; else write one token in each slot.
             if queue.is_worth_a_prefill():
-                admitted = queue.admit()
-                chosen, logits = list(admitted), cached.prefill(admitted)
+                tokens = cached.prefill(queue.admit(), queue.running)
             else:
-                chosen, logits = cached.decode_one_token(queue.running)
-            # 2. Choose the next token of each completion, and free the slots of finished ones.
-            written = [queue.running[slot] for slot in chosen]
-            tokens = choose(logits, written) if choose else model.kernels.most_probable(logits)
-            for slot, one, token in zip(chosen, written, tokens, strict=True):
+                tokens = cached.decode_one_token(queue.running)
+            # 2. Append the tokens known by now, and free the slots of finished completions.
+            finished = []
+            for slot, token in tokens.items():
+                one = queue.running[slot]
                 one.append(token, queue.limits[one.index], eos_token_ids, calculator)
                 if one.stop:
-                    queue.leave(slot)
+                    finished.append(queue.leave(slot))
                     cached.cache.release(slot)
-            yield from (completion for completion in written if completion.stop)
+            yield from finished
 
 
 class CachedModel:
-    """The model with its KV cache: takes prompts or newest tokens, returns the next logits."""
+    """The model with its KV cache: takes prompts or newest tokens, returns the next ones.
 
-    def __init__(self, model: "Llama", slots: int, length: int):
-        """``length`` is that of the longest sequence."""
-        self.model = model
-        self.cache = model.kernels.cache(model, slots, length)
-        static_step = model.kernels.static_step
-        self.replay = static_step(model, self.cache) if static_step else None
+    A GPU uses `engine.cuda.pipeline.PipelinedModel` instead.
+    """
 
-    def prefill(self, prompts: dict[int, list[int]]) -> Tensor:
-        """Read packed ``prompts`` into slots; returns the logits ``[n, vocabulary]`` after each."""
+    regions = None  # every slot has room for the longest sequence
+
+    def __init__(self, model: "Llama", plan: CachePlan, choose: Choose | None):
+        self.model, self.choose = model, choose
+        self.cache = model.kernels.cache(model, plan.slots, plan.length)
+
+    def prefill(
+        self, prompts: dict[int, list[int]], running: dict[int, Completion]
+    ) -> dict[int, int]:
+        """Read packed ``prompts`` into slots; returns the first token of each slot's completion."""
         packed = collate_prompts(list(prompts.values()), self.model.kernels)
         attend = self.cache.prefill(list(prompts), packed)
         inputs = packed.input_ids, packed.position_ids, attend, packed.output_positions
-        return self.model.next_logits(*inputs, count=len(prompts))
+        logits = self.model.next_logits(*inputs, count=len(prompts))
+        most_probable = self.model.kernels.most_probable
+        tokens = self._sampled(logits, running, prompts) if self.choose else most_probable(logits)
+        return dict(zip(prompts, tokens.tolist(), strict=True))
 
-    def decode_one_token(self, running: dict[int, Completion]) -> tuple[list[int], Tensor]:
-        """Read the newest token of each completion into the cache.
-
-        Returns:
-            The slots in some order, and the logits ``[n, vocabulary]`` after each newest token.
-        """
+    def decode_one_token(self, running: dict[int, Completion]) -> dict[int, int]:
+        """Read the newest token of each completion into the cache; returns each slot's next one."""
         lengths = {slot: one.prompt_length + len(one.token_ids) for slot, one in running.items()}
         slots = self.model.kernels.slot_order(lengths)
         newest = [running[slot].token_ids[-1] for slot in slots]
         positions = [lengths[slot] - 1 for slot in slots]
-        if self.replay is not None:
-            return slots, self.replay(slots, newest, positions)
         attend = self.cache.step(slots, positions)
-        inputs = torch.tensor(newest), torch.tensor(positions)
-        return slots, self.model.next_logits(*inputs, attend)
+        logits = self.model.next_logits(torch.tensor(newest), torch.tensor(positions), attend)
+        most_probable = self.model.kernels.most_probable
+        tokens = self._sampled(logits, running, slots) if self.choose else most_probable(logits)
+        return dict(zip(slots, tokens.tolist(), strict=True))
+
+    def _sampled(
+        self, logits: Tensor, running: dict[int, Completion], slots: Iterable[int]
+    ) -> Tensor:
+        numbers = [running[slot].number(len(running[slot].token_ids)) for slot in slots]
+        return self.choose(logits, torch.tensor(numbers, dtype=torch.float64))

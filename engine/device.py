@@ -1,7 +1,7 @@
 """Which device computes, and what depends on it: the one door to `engine.cpu` and `engine.cuda`."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +13,10 @@ from engine.cpu import activations, heap, kernels, onednn
 from engine.cuda import checks
 from engine.cuda.cache import StaticCache
 from engine.cuda.graph import StaticStep
+from engine.cuda.layers import DECODING, fused_weights
 from engine.cuda.linear import replace_linear_layers
+from engine.cuda.pipeline import PipelinedModel
+from engine.functions import LayerParts
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,11 @@ class Kernels:
         frees_gradients: whether gradients are freed after a step instead of zeroed in place. On a
             CPU, new ones among the activations would fragment the heap.
         cache: the class of the KV cache.
-        static_step: the class of a decoding step of fixed shape that covers all slots, to be
-            replayed; None: each step covers the slots in use.
+        sequences_in: the most sequences that the cache takes if this many of the longest fit.
+        cached_model: the class that decodes with this cache; None: `engine.decoding.CachedModel`.
+        static_step: the class of its decoding steps of fixed shape, to be replayed; None: it has
+            no such steps.
+        decoding_parts: how layers compute in decoding; None: see `engine.llama`.
         most_slots: beyond this many, the time of a decoding step grows in proportion to the slots.
         most_probable: the token with the largest logit in each row of ``[n, vocabulary]``.
         slot_order: the order in which to compute the slots, given the length of each.
@@ -56,9 +62,12 @@ class Kernels:
     logits_at_once: int
     frees_gradients: bool
     cache: type[Any]
+    sequences_in: Callable[[int], int]
+    cached_model: type[Any] | None
     static_step: type[Any] | None
+    decoding_parts: LayerParts | None
     most_slots: int
-    most_probable: Callable[[torch.Tensor], list[int]]
+    most_probable: Callable[[torch.Tensor], torch.Tensor]
     slot_order: Callable[[Mapping[int, int]], list[int]]
     packed_weights: Callable[[torch.nn.Module, int], AbstractContextManager[None]]
     replace_linear_layers: Callable[[torch.nn.Module], None]
@@ -115,11 +124,14 @@ def cuda_kernels(device: torch.device) -> Kernels:
         logits_at_once=2**26,
         frees_gradients=True,
         cache=StaticCache,
+        sequences_in=StaticCache.sequences_in,
+        cached_model=PipelinedModel,
         static_step=StaticStep,
+        decoding_parts=DECODING,
         most_slots=256,
         most_probable=most_probable,
         slot_order=list,
-        packed_weights=lambda model, free_bytes: nullcontext(),
+        packed_weights=lambda model, free_bytes: fused_weights(model),
         replace_linear_layers=replace_linear_layers,
         compiles_layers=True,
         packs_ahead=True,
@@ -140,7 +152,10 @@ def cpu_kernels(with_onednn: bool) -> Kernels:
         logits_at_once=2**23 if with_onednn else 2**24,
         frees_gradients=False,
         cache=kernels.PagedCache,
+        sequences_in=lambda regions: regions,
+        cached_model=None,
         static_step=None,
+        decoding_parts=None,
         most_slots=128,
         most_probable=kernels.most_probable,
         slot_order=kernels.slot_order,
@@ -166,9 +181,9 @@ def add_product(
         total[start:end] += left[start:end] @ right
 
 
-def most_probable(logits: torch.Tensor) -> list[int]:
+def most_probable(logits: torch.Tensor) -> torch.Tensor:
     """The first one in a tie, as in Transformers' generate.
 
     The conversion to float32 is generate's too. It is exact, so it does not break ties.
     """
-    return logits.float().argmax(dim=-1).tolist()
+    return logits.float().argmax(dim=-1)

@@ -90,7 +90,8 @@ class Llama(nn.Module):
         count: int | None = None,
     ) -> Tensor:
         """For decoding: logits ``[count, vocabulary]`` after the first ``count`` of ``wanted``."""
-        hidden = self.hidden_states(input_ids, position_ids, attend, wanted, DECODING)
+        parts = self.kernels.decoding_parts or DECODING
+        hidden = self.hidden_states(input_ids, position_ids, attend, wanted, parts)
         return self.head(hidden[:count])
 
     def hidden_states(

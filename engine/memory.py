@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -113,9 +114,24 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
+@dataclass(frozen=True)
+class CachePlan:
+    """How large a KV cache is.
+
+    Attributes:
+        slots: how many sequences are decoded at the same time.
+        length: of the longest sequence, in tokens.
+        regions: how many sequences of this length there is room for.
+    """
+
+    slots: int
+    length: int
+    regions: int
+
+
 def plan_slots(
     model: "Llama", slots: int | None, length: int, prompts: int, free: int | None = None
-) -> int:
+) -> CachePlan:
     """How many slots to decode ``prompts`` prompts in, for sequences of up to ``length`` tokens.
 
     Args:
@@ -129,17 +145,18 @@ def plan_slots(
     """
     free = free_bytes(model.device) if free is None else free
     each = model.kernels.cache.slot_bytes(model, length)
-    fit = int(CACHE_SHARE * free / each)
+    regions = int(CACHE_SHARE * free / each)
     most = min(prompts, model.kernels.most_slots if slots is None else slots)
-    if not fit:
+    if not regions:
         raise UserError(
             f"decoding {length} tokens takes {each / 1e9:.2f} GB of cache, over {CACHE_SHARE:.0%} "
             f"of the {free / 1e9:.2f} GB of free memory: set a smaller max_new_tokens, or free "
             "some memory"
         )
+    fit = model.kernels.sequences_in(regions)
     if slots is not None and fit < most:
         print(
             f"decode_slots {slots}: only {fit} fit into the {free / 1e9:.2f} GB of free memory; "
             f"using {fit}"
         )
-    return min(most, fit)
+    return CachePlan(min(most, fit), length, min(most, fit, regions))

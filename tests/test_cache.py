@@ -14,6 +14,7 @@ from engine.packing import collate_prompts
 
 HEADS, KV_HEADS, HEAD_DIM, LENGTH = 4, 2, 8, 3 * BLOCK
 SLOTS, PROMPTS = [5, 0, 3, 1], [1, BLOCK - 1, BLOCK, 2 * BLOCK + 3]
+ROWS = [4, 0, 5, 2]  # of a step, for these slots
 STEPS = 4
 
 
@@ -59,6 +60,9 @@ def test_steps_attend_to_all_of_their_own_sequence_and_nothing_else(
             key[: sum(PROMPTS)].split(PROMPTS), value[: sum(PROMPTS)].split(PROMPTS), strict=True
         )
     ]
+    if kind == "static":
+        for slot, length in zip(SLOTS, PROMPTS, strict=True):
+            cache.regions.take(slot, length)
     attend = cache.prefill(SLOTS, batch)
     outputs = [attend(layer, query, key, value) for layer in range(2)]
     assert torch.equal(*outputs)
@@ -74,16 +78,17 @@ def test_steps_attend_to_all_of_their_own_sequence_and_nothing_else(
         if kind == "paged":
             attend = cache.step(SLOTS, lengths)
             found = [attend(layer, query, key, value) for layer in range(2)]
-        else:  # of all slots, the idle ones at position 0
-            positions = torch.zeros(6, dtype=torch.long)
-            positions[SLOTS] = torch.tensor(lengths)
+        else:  # in four of six rows; the others are left over
+            positions, starts = torch.zeros(6, dtype=torch.long), torch.full((6,), cache.nobodys)
+            positions[ROWS] = torch.tensor(lengths)
+            starts[ROWS] = torch.tensor([cache.regions.starts[slot] for slot in SLOTS])
             attend, everywhere = (
-                cache.step(positions),
+                cache.step(positions, starts),
                 [rows(heads, 6) for heads in (HEADS, KV_HEADS, KV_HEADS)],
             )
             for all_rows, own in zip(everywhere, (query, key, value), strict=True):
-                all_rows[SLOTS] = own
-            found = [attend(layer, *everywhere)[SLOTS] for layer in range(2)]
+                all_rows[ROWS] = own
+            found = [attend(layer, *everywhere)[ROWS] for layer in range(2)]
         assert torch.equal(*found)
         for number in range(len(SLOTS)):
             seen[number] = [

@@ -6,6 +6,7 @@ product is told that it is on CUDA, and whatever would mix devices or wait for a
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,10 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 
-from engine.decoding import CachedModel
+from engine.cuda import pipeline
+from engine.cuda.layers import fused_weights
+from engine.cuda.pipeline import PipelinedModel
+from engine.decoding import Completion
 from engine.device import cuda_kernels
 from engine.llama import Llama
+from engine.memory import CachePlan
 from engine.packing import IGNORE, Example, pack
+from engine.sampling import Choose, sampled
 
 GPU = torch.device("meta")
 HALF = (torch.bfloat16, torch.float16)
@@ -51,7 +57,7 @@ class Launches(TorchDispatchMode):
             is_copy = name in COPIES
             on_cpu = any(one.device != GPU and (one.dim() or is_copy) for one in tensors)
             assert not on_cpu or (is_copy and self.may_copy), f"{name} on both devices"
-            self.count[name] += 1
+            self.count[name] += not (func.is_view or name == "aten::_unsafe_view")
         return result
 
 
@@ -126,6 +132,7 @@ def test_a_micro_batch_is_computed_without_the_host(
 
 
 @pytest.mark.parametrize(("dtype", "settings", "is_flash"), SHAPES)
+@pytest.mark.parametrize("choose", [None, partial(sampled, 0.7)], ids=["greedy", "sampled"])
 @torch.inference_mode()
 def test_decoding_is_computed_without_the_host(
     make_llama: Callable[..., LlamaForCausalLM],
@@ -133,18 +140,64 @@ def test_decoding_is_computed_without_the_host(
     dtype: torch.dtype,
     settings: dict[str, int],
     is_flash: bool,
+    choose: Choose | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Guards against a step that can't be captured: one that copies, or waits for a value."""
     model = llama(make_llama, dtype, **settings)
-    cached = CachedModel(model, 4, 40)
+    layers = model.config.num_hidden_layers
+    monkeypatch.setattr(pipeline, "Arrival", Unread)
+    cached = PipelinedModel(model, CachePlan(6, 40, 4), choose)
+    prompts = {2: [1, 5, 9], 0: [1, 4], 3: [1, 6, 7, 8]}
+    running = {slot: Completion(0, len(prompt)) for slot, prompt in prompts.items()}
+    for slot, prompt in prompts.items():
+        cached.regions.take(slot, len(prompt))
     with Launches(may_copy=True) as launches:
-        logits = cached.prefill({2: [1, 5, 9], 0: [1, 4], 3: [1, 6, 7, 8]})
-    assert launches.count[FORWARD] == (is_flash and model.config.num_hidden_layers)
-    assert logits.shape == (3, 50) and logits.dtype == dtype and logits.device == GPU
+        assert cached.prefill(prompts, running) == {}
+    assert launches.count[FORWARD] == (is_flash and layers)
+    step = cached._step(3)
     with Launches() as launches:
-        cached.replay._run()  # what a graph captures
-    assert launches.count[FORWARD] == (is_flash and model.config.num_hidden_layers)
-    assert launches.count["aten::index_put_"] == 2 * model.config.num_hidden_layers
+        step._run()  # what a graph captures
+    assert launches.count[FORWARD] == (is_flash and layers)
+    assert launches.count["aten::index_put_"] == 2 * layers + 1
+    assert step.chosen.shape == (4,) and step.chosen.dtype == torch.long
     with Launches(may_copy=True):
-        logits = cached.replay([2, 0, 3], [5, 6, 7], [3, 2, 4])
-    assert logits.shape == (3, 50) and logits.dtype == dtype and logits.device == GPU
+        assert cached.decode_one_token(running) == {2: 7, 0: 7, 3: 7}
+
+
+class Unread:
+    """Instead of tokens from the GPU, which here have no values, as many sevens."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        assert tokens.shape == (3,) and tokens.dtype == torch.long and tokens.device == GPU
+
+    def wait(self) -> list[int]:
+        return [7, 7, 7]
+
+
+def test_a_layer_of_a_decoding_step_is_few_kernels(
+    make_llama: Callable[..., LlamaForCausalLM], on_gpu: None
+) -> None:
+    """Guards against kernels of microseconds that add up to more than the products."""
+    counts = []
+    for layers in (1, 2):
+        model = llama(make_llama, torch.bfloat16, num_hidden_layers=layers)
+        with torch.inference_mode(), fused_weights(model):
+            cached = PipelinedModel(model, CachePlan(4, 40, 3), None)
+            step = cached._step(4)
+            with Launches() as launches:
+                step._run()
+        counts.append(launches.count)
+    each = counts[1] - counts[0]  # without zeros
+    assert {name.removeprefix("aten::"): each[name] for name in each} == {
+        "rms_norm": 2,
+        "linear": 2,  # queries, keys and values; gate and up
+        "addmm_": 2,  # with the residual connection
+        "mul": 1,  # the rotation of queries and keys: three
+        "roll": 1,
+        "addcmul": 1,
+        "index_put_": 2,  # the cache
+        "_flash_attention_forward": 1,
+        "silu": 1,
+        "mul_": 1,
+    }

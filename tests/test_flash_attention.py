@@ -4,6 +4,7 @@ A CPU has no kernels for them. Here they are computed by the textbook, from the 
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,10 +16,13 @@ from transformers import LlamaForCausalLM
 
 from engine import attention
 from engine.attention import FlashAttention, attend_to_lengths
+from engine.cuda.pipeline import PipelinedModel
 from engine.decoding import greedy_decode
 from engine.device import cuda_kernels, kernels_for
 from engine.llama import Llama
+from engine.memory import CachePlan
 from engine.packing import IGNORE, Example, collate
+from engine.sampling import Choose
 
 CPU = torch.device("cpu")
 FORWARD, BACKWARD = "_flash_attention_forward", "_flash_attention_backward"
@@ -158,19 +162,32 @@ def test_gradients_are_those_of_each_sequence_alone(
     torch.testing.assert_close(*found, rtol=0, atol=1e-10)
 
 
+class Tight(PipelinedModel):
+    """With less memory for the cache than there is."""
+
+    def __init__(self, model: Llama, plan: CachePlan, choose: Choose | None):
+        super().__init__(model, replace(plan, regions=3), choose)
+
+
+@pytest.mark.parametrize("kind", [PipelinedModel, Tight])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_completions_are_those_of_a_cpu(
-    make_llama: Callable[..., LlamaForCausalLM], textbook: None, kv_heads: int
+    make_llama: Callable[..., LlamaForCausalLM],
+    textbook: None,
+    kv_heads: int,
+    kind: type[PipelinedModel],
 ) -> None:
     """Guards against slots that read beyond their sequence, or another slot's keys."""
     pretrained = make_llama(50, num_key_value_heads=kv_heads).double()
-    prompts = [row.input_ids for row in examples(9, 4, 30, 3, 17, 21)]
+    prompts = [row.input_ids for row in examples(9, 4, 30, 3, 17, 21, 18, 12, 20)]
     settings = {"max_new_tokens": 12, "eos_token_ids": frozenset({2}), "slots": 4}
-    found = [
-        {one.index: one.token_ids for one in greedy_decode(model, prompts, **settings)}
-        for model in (Llama(pretrained, cuda_kernels(CPU)), Llama(pretrained, kernels_for(CPU)))
-    ]
-    assert found[0] == found[1] and len(found[0]) == len(prompts)
+    kernels = replace(cuda_kernels(CPU), cached_model=kind)
+    with Operators() as operators:
+        found = greedy_decode(Llama(pretrained, kernels), prompts, **settings)
+        ours = {one.index: one.token_ids for one in found}
+    assert FORWARD in {name for name, _ in operators.modes}
+    found = greedy_decode(Llama(pretrained, kernels_for(CPU)), prompts, **settings)
+    assert ours == {one.index: one.token_ids for one in found} and len(ours) == len(prompts)
 
 
 def test_each_sequence_has_its_keys_in_any_place(textbook: None) -> None:

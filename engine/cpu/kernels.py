@@ -275,7 +275,7 @@ class _Bags:
         return output.view(query.shape)
 
 
-def most_probable(logits: Tensor) -> list[int]:
+def most_probable(logits: Tensor) -> Tensor:
     """As `engine.device.most_probable`.
 
     PyTorch's argmax is not vectorised. Taking the maximum of each part first needs a third of the
@@ -283,11 +283,11 @@ def most_probable(logits: Tensor) -> list[int]:
     """
     logits = logits.float()
     if logits.shape[-1] % ARGMAX_PART:
-        return logits.argmax(dim=-1).tolist()
+        return logits.argmax(dim=-1)
     parts = logits.unflatten(-1, (-1, ARGMAX_PART))
     chosen = parts.amax(dim=-1).argmax(dim=-1)
     within = parts[torch.arange(len(chosen)), chosen].argmax(dim=-1)
-    return (chosen * ARGMAX_PART + within).tolist()
+    return chosen * ARGMAX_PART + within
 
 
 def slot_order(lengths: Mapping[int, int]) -> list[int]:

@@ -1,7 +1,7 @@
 """The KV cache for decoding on a GPU, and attention to it.
 
-A slot holds one sequence at a time, and nothing beyond that sequence's length affects a result.
-CPUs use `engine.cpu.kernels.PagedCache` instead.
+Nothing beyond a sequence's length affects a result. CPUs use `engine.cpu.kernels.PagedCache`
+instead.
 """
 
 from collections.abc import Sequence
@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from engine.attention import attend_to_lengths, is_for_flash_attention, packed_attention
+from engine.cuda.regions import Regions
+from engine.cuda.transfers import to_device
 
 if TYPE_CHECKING:
     from engine.llama import Attend, Llama
@@ -21,102 +24,145 @@ if TYPE_CHECKING:
 class StaticCache:
     """A cache whose decoding step has fixed shapes, so that a CUDA graph can replay it.
 
-    ``keys`` and ``values`` are ``[slots, length, kv_heads, head_dim]`` for each layer. Every step
-    covers all slots. An idle slot attends to a single dummy token.
+    A step has a number of rows, each of which writes one token of one slot's sequence. A row that
+    is left over writes to a token of the cache that belongs to nobody.
+
+    Attributes:
+        regions: which tokens belong to each slot.
+        keys, values: ``[tokens, kv_heads, head_dim]`` for each layer.
+        nobodys: the token of the cache for rows that are left over.
     """
 
-    def __init__(self, model: "Llama", slots: int, length: int):
-        """``length`` is that of the longest sequence."""
+    def __init__(self, model: "Llama", slots: int, length: int, regions: int | None = None):
+        """
+        Args:
+            length: of the longest sequence.
+            regions: how many sequences of this length fit into the cache; None: one for each slot.
+        """
         config = model.config
-        shape = (slots, length, config.num_key_value_heads, model.head_dim)
+        self.slots, self.length = slots, length
+        self.regions = Regions(slots if regions is None else regions, length, slots)
+        self.nobodys = self.regions.count * length
         # Zeros, since masked entries must still be finite: 0 * NaN is NaN.
-        self.keys, self.values = (
-            [
-                torch.zeros(shape, dtype=model.dtype, device=model.device)
-                for _ in range(config.num_hidden_layers)
-            ]
-            for _ in range(2)
+        self._all = torch.zeros(
+            (
+                config.num_hidden_layers,
+                2,
+                self.nobodys + 1,
+                config.num_key_value_heads,
+                model.head_dim,
+            ),
+            dtype=model.dtype,
+            device=model.device,
         )
-        self.slots = torch.arange(slots, device=model.device)
-        # For attend_to_lengths: one new token per slot, and where the slots begin.
-        self.new = torch.arange(slots + 1, device=model.device, dtype=torch.int32)
-        self.starts = self.new * length
+        self.keys, self.values = ([layer[which] for layer in self._all] for which in range(2))
+        # For attend_to_lengths: one new token in each row.
+        self._new = torch.arange(slots + 1, device=model.device, dtype=torch.int32)
 
     @staticmethod
     def slot_bytes(model: "Llama", length: int) -> int:
-        """The memory needed for one slot, for sequences of ``length`` tokens."""
+        """The memory of one region, for a sequence of ``length`` tokens."""
         heads = model.config.num_hidden_layers * model.config.num_key_value_heads
         return 2 * heads * model.head_dim * length * model.dtype.itemsize
 
+    @staticmethod
+    def sequences_in(regions: int) -> int:
+        """The most sequences that ``regions`` have room for at the same time."""
+        return 2 * regions - 1  # two in each but the last, as `Regions` explains
+
     def release(self, slot: int) -> None:
-        """Nothing to do: the next sequence overwrites the slot."""
+        """Free the place of ``slot``; the next sequence there overwrites it."""
+        self.regions.release(slot)
+
+    def start_with_room(self, slot: int, position: int) -> int | None:
+        """The first token of ``slot``, moved if necessary so that there is room at ``position``.
+
+        Returns:
+            None if there is no such place at the moment.
+        """
+        regions = self.regions
+        if regions.has_outgrown(slot, position + 1):
+            old = regions.starts[slot]
+            if not regions.grow(slot):
+                return None
+            self._move(old, regions.starts[slot])
+        return regions.starts[slot]
+
+    def _move(self, old: int, new: int) -> None:
+        if new != old:
+            half = self.regions.half
+            self._all[:, :, new : new + half] = self._all[:, :, old : old + half]
 
     def prefill(self, slots: Sequence[int], prompts: "MicroBatch") -> "Attend":
-        """Attention of packed prompts; their keys and values go into ``slots``."""
+        """Attention of packed prompts; their keys and values go to the places of ``slots``."""
         lengths = torch.tensor(prompts.seqlens[: len(slots)])
-        rows = torch.tensor(slots).repeat_interleave(lengths).to(self.slots.device)
-        positions = prompts.position_ids[: len(rows)]  # without the padding at the end
+        starts = torch.tensor([self.regions.starts[slot] for slot in slots])
+        starts = to_device(starts.repeat_interleave(lengths), self._new.device)
+        tokens = starts + prompts.position_ids[: len(starts)]  # without the padding at the end
         attention = partial(packed_attention, prompts, 0.0)
-        return partial(self._prefill_layer, rows, positions, attention)
+        return partial(self._prefill_layer, tokens, attention)
 
     def _prefill_layer(
         self,
-        rows: torch.Tensor,
-        positions: torch.Tensor,
+        tokens: Tensor,
         attention: "Attend",
         layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-    ) -> torch.Tensor:
-        self.keys[layer][rows, positions] = key[: len(rows)]
-        self.values[layer][rows, positions] = value[: len(rows)]
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+    ) -> Tensor:
+        self.keys[layer][tokens] = key[: len(tokens)]
+        self.values[layer][tokens] = value[: len(tokens)]
         return attention(layer, query, key, value)
 
-    def step(self, positions: torch.Tensor) -> "Attend":
-        """Attention of one new token in every slot, to the slot's earlier tokens and to itself.
+    def step(self, positions: Tensor, starts: Tensor) -> "Attend":
+        """Attention of one new token in every row, to its sequence's earlier tokens and to itself.
 
         Args:
-            positions: ``[slots]``, of the new tokens. They are never read on the host, which
-                would wait for the device.
+            positions: ``[rows]``, of the new tokens in their sequences. Neither this nor the next
+                is ever read on the host, which would wait for the device.
+            starts: ``[rows]``, the first token of each sequence in the cache.
         """
-        keys = self.keys[0]
-        if is_for_flash_attention(keys):
-            lengths = (positions + 1).int()
-            return partial(self._step_layer, positions, self._attend_to_lengths, lengths)
-        seen = torch.arange(keys.shape[1], device=positions.device) <= positions[:, None]
-        return partial(self._step_layer, positions, self._attend_to_seen, seen[:, None, None])
+        if is_for_flash_attention(self.keys[0]):
+            # The operator wants one more start, and makes no use of it.
+            borders = torch.cat([starts, starts[:1]]).int(), (positions + 1).int()
+            attend = partial(self._attend_to_lengths, *borders)
+        else:
+            offsets = torch.arange(self.length, device=positions.device)
+            seen = offsets <= positions[:, None]
+            # Of a short sequence, what follows may be beyond the cache's end.
+            tokens = (starts[:, None] + offsets).clamp_(max=self.nobodys)
+            attend = partial(self._attend_to_seen, seen[:, None, None], tokens)
+        return partial(self._step_layer, starts + positions, attend)
 
     def _step_layer(
         self,
-        positions: torch.Tensor,
+        tokens: Tensor,
         attend: "Attend",
-        seen: torch.Tensor,
         layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-    ) -> torch.Tensor:
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+    ) -> Tensor:
         keys, values = self.keys[layer], self.values[layer]
-        keys[self.slots, positions] = key
-        values[self.slots, positions] = value
-        return attend(seen, query, keys, values)
+        keys[tokens], values[tokens] = key, value
+        return attend(query, keys, values)
 
     def _attend_to_lengths(
-        self, lengths: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
-        """Reads only the occupied part of each slot."""
-        flat = keys.flatten(0, 1), values.flatten(0, 1)
-        return attend_to_lengths(query, *flat, self.new, self.starts, lengths, keys.shape[1])
+        self, starts: Tensor, lengths: Tensor, query: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """Reads only what there is of each sequence."""
+        new = self._new[: len(starts)]
+        return attend_to_lengths(query, keys, values, new, starts, lengths, self.length)
 
     def _attend_to_seen(
-        self, seen: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
-        """Reads entire slots, masked by ``seen``, ``[slots, 1, 1, length]``."""
+        self, seen: Tensor, tokens: Tensor, query: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """Reads as much as for the longest sequence, ``tokens``, masked by ``seen``."""
         # Query heads that share a key head become several queries of that head, so that keys and
-        # values need not be copied.
-        shared = query.unflatten(1, (keys.shape[2], -1))
+        # values need not be copied for each.
+        shared = query.unflatten(1, (keys.shape[1], -1))
         output = F.scaled_dot_product_attention(
-            shared, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=seen
+            shared, keys[tokens].transpose(1, 2), values[tokens].transpose(1, 2), attn_mask=seen
         )
         return output.flatten(1, 2)

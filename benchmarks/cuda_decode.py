@@ -1,0 +1,113 @@
+"""The step decode of cuda.py: completions of a random Llama-2-7B, and single decoding steps."""
+
+import time
+from functools import partial
+
+import torch
+
+# This benchmark's neighbour, which also puts the repository on the path.
+from cuda_work import Work, prompts_of, random_llama_2_7b, read_rows
+
+from engine.cuda.cache import StaticCache
+from engine.cuda.graph import StaticStep
+from engine.cuda.pipeline import FEW_ROWS
+from engine.cuda.transfers import OWN, Row
+from engine.decoding import greedy_decode
+from engine.llama import Llama
+from engine.memory import CachePlan, free_bytes, plan_slots
+
+
+def measure_decoding(work: Work) -> None:
+    """Every test prompt is completed with as many tokens as its answer has."""
+    examples = read_rows("test", 12 if work.is_dry else None)
+    prompts = prompts_of(examples)
+    most = 8 if work.is_dry else 1024
+    lengths = [
+        min(most, len(example.input_ids) - len(prompt))
+        for example, prompt in zip(examples, prompts, strict=True)
+    ]
+    model = random_llama_2_7b(work).eval()
+    longest_prompt = max(map(len, prompts))
+    pairs = zip(prompts, lengths, strict=True)
+    longest = max(len(prompt) + length for prompt, length in pairs)
+    planned = {  # as evaluate.py plans them, and as it could if it knew the lengths
+        f"{name} slots": plan_slots(model, None, length, len(prompts))
+        for name, length in (("planned", longest_prompt + 512), ("fitting", longest))
+    }
+    few = min(16, len(prompts))
+    work.attempt("decoding", decode, model, "warm-up", prompts[:few], lengths[:few], few)
+    for name, plan in planned.items():
+        work.attempt("decoding", decode, model, name, prompts, lengths, plan.slots)
+        for rows in {plan.slots, min(FEW_ROWS, plan.slots), 1}:
+            work.attempt("decoding step", measure_decoding_step, model, plan, rows)
+    work.attempt("profile", profile_decoding, model, prompts[:64])
+
+
+def decode(
+    work: Work,
+    model: Llama,
+    name: str,
+    prompts: list[list[int]],
+    lengths: list[int],
+    slots: int,
+) -> None:
+    work.reset_peak()
+    started = time.perf_counter()
+    tokens = count_tokens(model, prompts, lengths, slots)
+    seconds = time.perf_counter() - started
+    work.results.write(
+        "decoding",
+        how=name,
+        problems=len(prompts),
+        slots=slots,
+        tokens=tokens,
+        seconds=seconds,
+        tokens_per_s=tokens / seconds,
+        **work.peak_gib(),
+    )
+
+
+def count_tokens(
+    model: Llama, prompts: list[list[int]], lengths: int | list[int], slots: int
+) -> int:
+    """Decode, with no token that ends a completion before its length."""
+    completions = greedy_decode(
+        model, prompts, max_new_tokens=lengths, eos_token_ids=frozenset(), slots=slots
+    )
+    return sum(len(completion.token_ids) for completion in completions)
+
+
+@torch.inference_mode()
+def measure_decoding_step(work: Work, model: Llama, plan: CachePlan, rows: int) -> None:
+    """One token in every row, with caches as full as in the middle of a completion."""
+    position = plan.length // 4
+    with model.kernels.packed_weights(model, free_bytes(model.device)):
+        cache = StaticCache(model, plan.slots, plan.length, plan.regions)
+        for slot in range(rows):
+            cache.regions.take(slot, 1)
+        newest = torch.zeros(plan.slots + 1, dtype=torch.long, device=model.device)
+        choose = partial(most_probable, model)
+        step = StaticStep(model, cache, rows, newest, choose, None)
+        one_each = [Row(OWN, position, cache.regions.starts[slot], slot) for slot in range(rows)]
+        milliseconds = work.milliseconds(lambda: step(one_each, [0.0] * rows))
+    weights = sum(weight.nbytes for weight in model.parameters())
+    weights -= model.pretrained.get_input_embeddings().weight.nbytes
+    read = StaticCache.slot_bytes(model, 1) * (position + 1) * rows
+    work.results.write(
+        "decoding step",
+        slots=plan.slots,
+        regions=plan.regions,
+        rows=rows,
+        position=position,
+        ms=milliseconds,
+        tokens_per_s=rows / milliseconds * 1e3,
+        TB_per_s=(weights + read) / milliseconds / 1e9,
+    )
+
+
+def most_probable(model: Llama, logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    return model.kernels.most_probable(logits)
+
+
+def profile_decoding(work: Work, model: Llama, prompts: list[list[int]]) -> None:
+    work.profile("decode", lambda: count_tokens(model, prompts, 12, len(prompts)))

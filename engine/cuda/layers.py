@@ -1,0 +1,117 @@
+"""How a layer computes in decoding on a GPU: few products, and few small kernels between them.
+
+A step reads all weights for a few rows, so a product takes as long as reading its weight, and many
+small products and kernels leave the memory idle between them.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.functions import LayerParts, Rope
+
+if TYPE_CHECKING:
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+
+FUSED = "fused"  # where attention and MLP keep the weight and bias of their fused layers
+
+
+@contextmanager
+def fused_weights(model: nn.Module) -> Iterator[None]:
+    """A context for decoding, in which layers that read the same input are one product.
+
+    Those are the projections to queries, keys and values, and those to gate and up. Their weights
+    become views of one tensor, without a second copy. Afterwards each has memory of its own again,
+    as whatever saves or shards them expects. The parameters remain the same objects.
+    """
+    fused = [each for each in model.modules() if _linears(each)]
+    try:
+        for module in fused:
+            _fuse(module)
+        yield
+    finally:
+        for module in fused:
+            _part(module)
+
+
+def _linears(module: nn.Module) -> list[nn.Linear]:
+    """The linear layers of ``module``, an attention or MLP, that read the same input."""
+    names = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+    return next(
+        ([getattr(module, name) for name in each] for each in names if hasattr(module, each[0])), []
+    )
+
+
+# Not in inference mode: tensors made there could not be trained any more.
+@torch.inference_mode(False)
+@torch.no_grad()
+def _fuse(module: nn.Module) -> None:
+    linears = _linears(module)
+    rows = [linear.out_features for linear in linears]
+    weight = torch.cat([linear.weight for linear in linears])
+    has_bias = linears[0].bias is not None
+    bias = torch.cat([linear.bias for linear in linears]) if has_bias else None
+    for linear, view in zip(linears, weight.split(rows), strict=True):
+        linear.weight.data = view
+    setattr(module, FUSED, (weight, bias))
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _part(module: nn.Module) -> None:
+    if hasattr(module, FUSED):
+        delattr(module, FUSED)
+        for linear in _linears(module):
+            linear.weight.data = linear.weight.data.clone()
+
+
+def _products(module: nn.Module, hidden: Tensor) -> Tensor:
+    """The outputs ``[N, ...]`` of all layers of ``module`` that read ``hidden``, side by side."""
+    if fused := getattr(module, FUSED, None):
+        return F.linear(hidden, *fused)
+    return torch.cat([linear(hidden) for linear in _linears(module)], dim=-1)
+
+
+def _plus_product(hidden: Tensor, linear: nn.Linear, other: Tensor) -> Tensor:
+    """``hidden + linear(other)`` in the memory of ``hidden``: the product itself adds."""
+    hidden.addmm_(other, linear.weight.T)
+    return hidden if linear.bias is None else hidden.add_(linear.bias)
+
+
+def _norm(hidden: Tensor, norm: "LlamaRMSNorm") -> Tensor:
+    return F.rms_norm(hidden, (hidden.shape[-1],), norm.weight, norm.variance_epsilon)
+
+
+def _signed_rope(cos: Tensor, sin: Tensor) -> Rope:
+    """sin, negated in the first half, by which the other half is multiplied."""
+    half = cos.shape[-1] // 2
+    return cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+
+
+def _before_attention(
+    layer: "LlamaDecoderLayer", hidden: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    attention = layer.self_attn
+    states = _products(attention, _norm(hidden, layer.input_layernorm))
+    states = states.unflatten(-1, (-1, attention.head_dim))
+    queries, keys = (
+        linear.out_features // attention.head_dim for linear in _linears(attention)[:2]
+    )
+    rotated = states[:, : queries + keys]
+    rotated = torch.addcmul(rotated * cos, rotated.roll(attention.head_dim // 2, dims=-1), sin)
+    return rotated[:, :queries], rotated[:, queries:], states[:, queries + keys :]
+
+
+def _after_attention(layer: "LlamaDecoderLayer", hidden: Tensor, attended: Tensor) -> Tensor:
+    mlp = layer.mlp
+    hidden = _plus_product(hidden, layer.self_attn.o_proj, attended.flatten(-2))
+    both = _products(mlp, _norm(hidden, layer.post_attention_layernorm))
+    gate, up = both.chunk(2, dim=-1)
+    return _plus_product(hidden, mlp.down_proj, F.silu(gate).mul_(up))
+
+
+DECODING = LayerParts(_signed_rope, _before_attention, _after_attention)
