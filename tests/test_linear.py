@@ -284,15 +284,16 @@ def test_a_hook_sees_each_gradient(make_llama, tokenizer, batches: list[MicroBat
     seen = []
     for model in pair(make_llama(len(tokenizer)).double()):
         norms: list[Tensor] = []
-        weight = model.blocks[0].layer.mlp.up_proj.weight
-        weight.register_post_accumulate_grad_hook(
-            lambda tensor, norms=norms: norms.append(tensor.grad.norm())
+        mlp = model.blocks[0].layer.mlp
+        mlp.gate_proj.weight.register_hook(lambda grad, norms=norms: norms.append(grad.norm()))
+        mlp.up_proj.weight.register_post_accumulate_grad_hook(
+            lambda weight, norms=norms: norms.append(weight.grad.norm())
         )
         for batch in batches:
             model(batch).backward()
         seen.append(norms)
     torch.testing.assert_close(*seen, rtol=1e-10, atol=0)
-    assert len(seen[0]) == len(batches)
+    assert len(seen[0]) == 2 * len(batches)
 
 
 def test_without_gradients_the_layer_is_pytorchs() -> None:

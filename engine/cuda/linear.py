@@ -64,17 +64,12 @@ class _Product(torch.autograd.Function):
         grad_weight = None
         if needs_weight:
             [hidden] = ctx.kept.saved_tensors
-            if weight.grad is None or _has_hooks(weight):
+            if weight.grad is None or weight._backward_hooks:  # which wait for autograd's gradient
                 grad_weight = grad.T @ hidden
             else:
                 weight.grad.addmm_(grad.T, hidden)
         grad_hidden = grad @ weight if needs_hidden else None
         return grad_hidden, grad_weight, grad.sum(0) if needs_bias else None, None
-
-
-def _has_hooks(weight: Tensor) -> bool:
-    """Whether somebody waits for the gradient that autograd brings."""
-    return bool(weight._backward_hooks or weight._post_accumulate_grad_hooks)
 
 
 def replace_linear_layers(model: torch.nn.Module) -> None:
