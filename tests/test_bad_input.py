@@ -260,7 +260,7 @@ TABLE: list[tuple[str, str, Callable[[World], list[str]], str]] = [
         "--compile",
         "train",
         lambda w: w.train(compile="maybe"),
-        "compile: 'maybe' must be true or false",
+        "compile: 'maybe' must be true, false or null",
     ),
     ("--seed 2^32", "train", lambda w: w.train(seed=str(2**32)), "between 0 and 4294967295"),
     (
