@@ -3,10 +3,12 @@
 import math
 import warnings
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from engine import memory
 from engine.fused import FUSED
 from engine.llama import EAGER, Llama
 from engine.packing import IGNORE, Example, collate
@@ -17,9 +19,11 @@ from run.errors import UserError, cause_of
 # Of a compiled gradient, relative to one that is not compiled. Rounding to bfloat16 in other places
 # causes about 0.02 in two blocks, 0.1 where attention is saturated; a gradient of zeros causes 1.
 MOST_ERROR = 0.3
-# The lengths of two sequences, of which one token is only a label. In all a CPU pads them to 64 and
-# 192 tokens, of which 64 and 128 are wanted: no number of tokens is met once only.
-FEW, MANY = (8, 9), (21, 140)
+# The lengths of sequences, of which one token is only a label. In all a CPU pads them to 64 and 192
+# tokens, of which 64 and 128 are wanted: no number of tokens is met once only.
+FEW, MORE = (8, 9), (21, 140)
+# Compiled for the size of a real micro-batch, a GPU's kernels use all of the GPU.
+MANY = (21, *[140] * 28)
 
 
 def prepare(
@@ -64,18 +68,20 @@ def compile_layers(model: Llama) -> None:
     """
     model.train()
     model.elementwise = EAGER
+    lengths = MANY if model.kernels.compiles_layers else MORE
     random_state = get_random_state()
-    expected = gradients(model, MANY)
+    expected = gradients(model, lengths)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the compiler's remarks on its own internals
             model.elementwise = FUSED
             gradients(model, FEW)
             set_random_state(random_state)  # for the same dropout
-            check_gradients(gradients(model, MANY), expected)
+            check_gradients(gradients(model, lengths), expected)
     except Exception as error:  # the compiler's layers raise many types
         model.elementwise = EAGER
-        if isinstance(error, UserError):
+        is_ours = isinstance(error, UserError)
+        if is_ours or memory.is_out_of_memory(error) or memory.is_device_fault(error):
             raise
         raise UserError(
             f"compile: torch.compile fails here ({cause_of(error)}): install a C++ compiler, or "
@@ -83,15 +89,16 @@ def compile_layers(model: Llama) -> None:
         ) from None
 
 
-def gradients(model: Llama, lengths: tuple[int, int]) -> dict[str, Tensor]:
-    """The gradients of two sequences through the first two blocks, by the weights' names.
+def gradients(model: Llama, lengths: Sequence[int]) -> dict[str, Tensor]:
+    """The gradients of sequences through the first two blocks, by the weights' names.
 
     All blocks are computed by the same graphs, and these two need little memory. The first one is
     recomputed. The second one also computes only wanted tokens, as a last block does.
     """
     blocks, recomputed_blocks = model.blocks, model.recomputed_blocks
     examples, total = [], sum(lengths)
-    for first, end in ((0, lengths[0]), (lengths[0], total)):
+    for end in accumulate(lengths):
+        first = end - lengths[len(examples)]
         ids = [model.embedding.num_embeddings * number // total for number in range(first, end)]
         half = len(ids) // 2
         examples.append(Example(ids, [IGNORE] * half + ids[half:]))

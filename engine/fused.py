@@ -19,13 +19,24 @@ if TYPE_CHECKING:
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 
+# For a run that resumes with the same bits, in another process and on another machine.
+OPTIONS = {
+    # Intermediate results are rounded as in separate operations, so that those that are computed
+    # again in the backward pass have the same bits.
+    "emulate_precision_casts": True,
+    # The fastest of several kernels, by a measurement, might sum in another order the next time.
+    "deterministic": True,
+    # It compiles different kernels for few and for many tokens, and splits sums by the number of
+    # tokens that it meets first.
+    "triton.mix_order_reduction": False,
+}
+
+
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     # Compiled for the first number of tokens, and a second time for any number, while the other
     # sizes stay constants: kernels for a hidden size that is not known read memory more slowly.
-    # Intermediate results are rounded as in separate operations, so that those that are computed
-    # again in the backward pass have the same bits.
-    return torch.compile(function, fullgraph=True, options={"emulate_precision_casts": True})
+    return torch.compile(function, fullgraph=True, options=OPTIONS)
 
 
 # ---------------------------------------------------------------- norms

@@ -25,6 +25,7 @@ def choose_recomputed(
         free: bytes that are free once the model is loaded; None: measured.
     """
     free = free_bytes(model.device) if free is None else free
+    micro_batch_tokens = max(micro_batch_tokens, longest - 1)  # a longer row is a micro-batch too
     block = block_bytes(model, micro_batch_tokens, longest)
     room = free - bytes_to_come(model) - head_bytes(model) - int(FRAGMENTED_SHARE * free)
     # While a block is in its backward pass, it needs its activations and as many gradients.

@@ -193,7 +193,7 @@ def test_a_layer_of_a_decoding_step_is_few_kernels(
         "rms_norm": 2,
         "linear": 2,  # queries, keys and values; gate and up
         "addmm_": 2,  # with the residual connection
-        "mul": 1,  # the rotation of queries and keys: three
+        "mul": 1,  # the rotation of queries and keys: three, and a copy that roll makes
         "roll": 1,
         "addcmul": 1,
         "index_put_": 2,  # the cache

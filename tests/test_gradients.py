@@ -249,6 +249,17 @@ def test_compiled_layers_in_bfloat16_are_as_exact_as_others_however_many_are_rec
     )
 
 
+def test_compiled_kernels_are_chosen_without_a_measurement(monkeypatch, fresh_compiler) -> None:
+    """Guards against a resumed run that sums in another order, since another kernel was faster."""
+    options: list[dict[str, bool]] = []
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **given: options.append(given["options"])
+    )
+    fused.compiled(fused.rms_norm)
+    assert options[0]["deterministic"] and not options[0]["triton.mix_order_reduction"]
+    assert options[0].keys() <= torch._inductor.config.get_config_copy().keys()
+
+
 @pytest.mark.parametrize("shape", [{"hidden_size": 64}, {"hidden_size": 128, "head_dim": 128}])
 def test_no_layer_or_shape_is_compiled_later(
     make_llama: Callable[..., Any], monkeypatch, fresh_compiler: None, shape: dict[str, int]

@@ -5,6 +5,7 @@ launched them one by one, the device would wait for Python.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,16 @@ if TYPE_CHECKING:
     from engine.cuda.cache import StaticCache
     from engine.llama import Llama
     from engine.sampling import Choose
+
+
+@cache
+def capturing_stream() -> torch.cuda.Stream:
+    """One for all graphs: cuBLAS keeps a workspace for each stream that was ever used.
+
+    In some versions of PyTorch, a graph that is freed takes the workspace of its stream with it. So
+    all graphs of a decoding live until its end.
+    """
+    return torch.cuda.Stream()
 
 
 class StaticStep:
@@ -73,13 +84,13 @@ class StaticStep:
 
     def _capture(self, pool: Any) -> torch.cuda.CUDAGraph:
         # One run before capturing: what libraries initialise at their first call can't be captured.
-        stream = torch.cuda.Stream()
+        stream = capturing_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # A thread that writes a checkpoint meanwhile does not disturb the capture.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             self._run()
         return graph

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine import memory
 from engine.functions import LayerParts, Rope
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ def fused_weights(model: nn.Module) -> Iterator[None]:
     as whatever saves or shards them expects. The parameters remain the same objects.
     """
     fused = [each for each in model.modules() if _linears(each)]
+    # The allocator would place the fused weights where an earlier decoding had its cache, which is
+    # one large tensor. Then there would be no room of that size for the next one.
+    memory.release()
     try:
         for module in fused:
             _fuse(module)
