@@ -2,6 +2,7 @@
 
 import time
 from functools import partial
+from itertools import islice
 
 import torch
 
@@ -40,6 +41,7 @@ def measure_decoding(work: Work) -> None:
         work.attempt("decoding", decode, model, name, prompts, lengths, plan.slots)
         for rows in {plan.slots, min(FEW_ROWS, plan.slots), 1}:
             work.attempt("decoding step", measure_decoding_step, model, plan, rows)
+    work.attempt("decoding again", decode_twice, model, prompts, 8 if work.is_dry else 512)
     work.attempt("profile", profile_decoding, model, prompts[:64])
 
 
@@ -65,6 +67,26 @@ def decode(
         tokens_per_s=tokens / seconds,
         **work.peak_gib(),
     )
+
+
+def decode_twice(work: Work, model: Llama, prompts: list[list[int]], most: int) -> None:
+    """Without freeing memory in between, as train.py decodes after several epochs.
+
+    The second cache is planned within what PyTorch's allocator keeps of the first.
+    """
+    work.reset_peak()
+    # The cache is as large as for evaluate.py, but only a few tokens of each completion are
+    # computed, since memory is allocated at the start. The one long completion is given up.
+    lengths = [min(most, 4)] * len(prompts)
+    lengths[max(range(len(prompts)), key=lambda index: len(prompts[index]))] = most
+    counts = []
+    for _ in range(2):
+        completions = greedy_decode(
+            model, prompts, max_new_tokens=lengths, eos_token_ids=frozenset(), slots=None
+        )
+        counts.append(len(list(islice(completions, len(prompts) - 1))))
+        completions.close()
+    work.results.write("decoding again", completions=counts, **work.peak_gib())
 
 
 def count_tokens(

@@ -38,7 +38,8 @@ class Kernels:
         frees_gradients: whether gradients are freed after a step instead of zeroed in place. On a
             CPU, new ones among the activations would fragment the heap.
         cache: the class of the KV cache.
-        sequences_in: the most sequences that the cache takes if this many of the longest fit.
+        sequences_in: the most sequences of a model that the cache takes if this many of the longest
+            fit.
         cached_model: the class that decodes with this cache; None: `engine.decoding.CachedModel`.
         static_step: the class of its decoding steps of fixed shape, to be replayed; None: it has
             no such steps.
@@ -62,7 +63,7 @@ class Kernels:
     logits_at_once: int
     frees_gradients: bool
     cache: type[Any]
-    sequences_in: Callable[[int], int]
+    sequences_in: Callable[[Any, int], int]
     cached_model: type[Any] | None
     static_step: type[Any] | None
     decoding_parts: LayerParts | None
@@ -152,7 +153,7 @@ def cpu_kernels(with_onednn: bool) -> Kernels:
         logits_at_once=2**23 if with_onednn else 2**24,
         frees_gradients=False,
         cache=kernels.PagedCache,
-        sequences_in=lambda regions: regions,
+        sequences_in=lambda model, regions: regions,
         cached_model=None,
         static_step=None,
         decoding_parts=None,

@@ -153,7 +153,7 @@ def plan_slots(
             f"of the {free / 1e9:.2f} GB of free memory: set a smaller max_new_tokens, or free "
             "some memory"
         )
-    fit = model.kernels.sequences_in(regions)
+    fit = model.kernels.sequences_in(model, regions)
     if slots is not None and fit < most:
         print(
             f"decode_slots {slots}: only {fit} fit into the {free / 1e9:.2f} GB of free memory; "

@@ -86,6 +86,15 @@ def test_the_step_save_measures_what_training_waits_for(tmp_path: Path) -> None:
         assert line["bytes"] > 1e7 and line["training_waits_s"] > 0 and line["whole_s"] > 0
 
 
+def test_the_step_decode_decodes_twice_without_freeing_memory(tmp_path: Path) -> None:
+    """Guards against a second decoding that runs out of memory, which only a device can show."""
+    process = run("--dry", "--steps", "decode", "--output", tmp_path)
+    assert process.returncode == 0, process.stdout + process.stderr
+    (again,) = [line for line in results(process) if line["part"] == "decoding again"]
+    first, second = again["completions"]
+    assert first == second == 11  # of 12; the longest is not awaited
+
+
 def test_a_step_is_stopped_at_its_limit_and_the_next_one_runs(tmp_path: Path) -> None:
     """Guards against a step that hangs, and takes the time of the others."""
     options = "--dry", "--steps", "facts", "decode", "--limit", "0.2", "--output", tmp_path

@@ -1,15 +1,18 @@
 """Sequences share a GPU's cache without overlap, deadlock or influence on a completion."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import PROMPT, real_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import data
@@ -124,6 +127,33 @@ def test_as_many_are_admitted_as_can_be_expected_to_go_on() -> None:
 # ---------------------------------------------------------------- completions
 
 
+def attend_by_gather(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    new: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    longest: int,
+) -> Tensor:
+    """See `engine.attention.attend_to_lengths`; on a CPU, from a copy of each sequence."""
+    offsets = torch.arange(longest)
+    tokens = (starts[:-1, None] + offsets).clamp(max=len(keys) - 1)
+    shared = query.unflatten(1, (keys.shape[1], -1))
+    keys, values = (each[tokens].transpose(1, 2) for each in (keys, values))
+    seen = (offsets < lengths[:, None])[:, None, None]
+    return F.scaled_dot_product_attention(shared, keys, values, attn_mask=seen).flatten(1, 2)
+
+
+@contextmanager
+def flash_attention() -> Iterator[None]:
+    """Decoding as with FlashAttention, in any dtype: sequences lie anywhere in the cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.cuda.cache.is_for_flash_attention", lambda query: True)
+        patch.setattr("engine.cuda.cache.attend_to_lengths", attend_by_gather)
+        yield
+
+
 class Insisting:
     """A calculator with tokens of its own in the place of some; it never gives two in a row."""
 
@@ -181,6 +211,7 @@ def with_regions(plain: Llama, count: int, few_rows: int) -> tuple[Llama, dict[s
     return Llama(plain.pretrained, kernels), seen
 
 
+@pytest.mark.parametrize("is_flash", [True, False])
 @settings(max_examples=40, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=9),
@@ -193,6 +224,7 @@ def with_regions(plain: Llama, count: int, few_rows: int) -> tuple[Llama, dict[s
 )
 def test_a_completion_is_that_of_its_prompt_alone(
     plain: Llama,
+    is_flash: bool,
     lengths: list[int],
     limits: list[int],
     slots: int,
@@ -219,7 +251,8 @@ def test_a_completion_is_that_of_its_prompt_alone(
     ]
     model, _ = with_regions(plain, count, few_rows)
     settings = {"max_new_tokens": limits, "slots": slots, "calculator": calculator}
-    found = completions(model, prompts, seeds, **settings)
+    with flash_attention() if is_flash else nullcontext():
+        found = completions(model, prompts, seeds, **settings)
     assert [(one.token_ids, one.stop) for one in found] == [
         (one.token_ids, one.stop) for one in expected
     ]
@@ -231,10 +264,43 @@ def test_moves_pauses_and_small_steps_do_happen(plain: Llama) -> None:
     # The last are read first, and end early; so more of the long ones are admitted than fit.
     limits = [14 + n % 3 if n < 14 else 2 + n % 3 for n in range(50)]
     model, seen = with_regions(plain, 4, 2)
-    found = completions(model, prompts, max_new_tokens=limits, slots=8)
+    with flash_attention():
+        found = completions(model, prompts, max_new_tokens=limits, slots=8)
     expected = completions(plain, prompts, max_new_tokens=limits, slots=1)
     assert found == expected
     assert seen["moves"] > 2 and seen["pauses"] > 2 and seen["sizes"] == {2, 4, 8}
+
+
+def test_without_flash_attention_the_cache_is_read_where_it_is(
+    plain: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a copy of the whole cache in every step, and regions that two sequences share.
+
+    Also in small steps, and with fewer regions than slots.
+    """
+    caches: list[StaticCache] = []
+    read: list[Tensor] = []
+    attention = F.scaled_dot_product_attention
+
+    class Noted(StaticCache):
+        def __init__(self, *arguments) -> None:
+            super().__init__(*arguments)
+            caches.append(self)
+
+    def noted(query, key, value, attn_mask=None, **settings) -> Tensor:
+        read.extend((key, value) if attn_mask is not None else ())
+        return attention(query, key, value, attn_mask=attn_mask, **settings)
+
+    model, seen = with_regions(plain, 4, 2)
+    model.kernels = replace(model.kernels, cache=Noted)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    prompts = [[5 + n, 3, n] for n in range(9)]
+    found = completions(model, prompts, max_new_tokens=[14] + [3] * 8, slots=8)
+    assert len(found) == 9 and seen["sizes"] == {2, 4}
+    (cache,) = caches
+    assert cache.regions.half == 0 and cache.regions.count == 4
+    layers = [each.data_ptr() for each in (*cache.keys, *cache.values)]
+    assert {each.data_ptr() for each in read} == set(layers)
 
 
 def test_the_next_step_starts_before_the_tokens_of_the_last_are_read(plain: Llama) -> None:
@@ -267,6 +333,7 @@ def test_the_next_step_starts_before_the_tokens_of_the_last_are_read(plain: Llam
 
 @pytest.fixture(scope="module")
 def llama_2_7b() -> Llama:
+    """Without values. Its device is not CUDA, so it is decoded without FlashAttention."""
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(vocab_size=32_000)).to(torch.bfloat16)
     kernels = replace(cuda_kernels(torch.device("cuda")), device=torch.device("meta"))
@@ -278,16 +345,23 @@ def test_256_slots_fit_beside_llama_2_7b_on_80_gb(llama_2_7b: Llama) -> None:
     length = 196 + 512  # GSM8K's longest test prompt, and max_new_tokens
     token = 2 * 32 * 32 * 128 * 2  # keys and values, layers, heads, head_dim, bytes
     assert token == GIB // 2048 and StaticCache.slot_bytes(llama_2_7b, length) == length * token
-    plan = plan_slots(llama_2_7b, None, length, 1319, free=65 * GIB)
-    assert plan.regions == int(CACHE_SHARE * 65 * 2048 / length) == 150
-    assert plan.slots == 256
-    cache = StaticCache(llama_2_7b, plan.slots, length, plan.regions)
-    held = sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
-    assert held == (150 * length + 1) * token <= CACHE_SHARE * 65 * GIB
-    # On an H200 each slot has a region to itself; on 24 GB two sequences share almost every one.
-    assert plan_slots(llama_2_7b, None, length, 1319, free=125 * GIB).regions == 256
-    small = plan_slots(llama_2_7b, None, length, 1319, free=10 * GIB)
-    assert (small.slots, small.regions) == (45, 23)
+    with flash_attention():
+        plan = plan_slots(llama_2_7b, None, length, 1319, free=65 * GIB)
+        assert plan.regions == int(CACHE_SHARE * 65 * 2048 / length) == 150
+        assert plan.slots == 256
+        cache = StaticCache(llama_2_7b, plan.slots, length, plan.regions)
+        held = sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
+        assert held == (150 * length + 1) * token <= CACHE_SHARE * 65 * GIB
+        # On an H200 each slot has a region; on 24 GB two sequences share almost every one.
+        assert plan_slots(llama_2_7b, None, length, 1319, free=125 * GIB).regions == 256
+        small = plan_slots(llama_2_7b, None, length, 1319, free=10 * GIB)
+        assert (small.slots, small.regions) == (45, 23)
+
+
+def test_without_flash_attention_each_slot_has_a_region(llama_2_7b: Llama) -> None:
+    """Guards against slots for which there is never a place."""
+    plan = plan_slots(llama_2_7b, None, 708, 1319, free=65 * GIB)
+    assert (plan.slots, plan.regions) == (150, 150)
 
 
 def test_gsm8k_fills_256_slots_of_150_regions(llama_2_7b: Llama) -> None:

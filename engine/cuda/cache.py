@@ -27,6 +27,10 @@ class StaticCache:
     A step has a number of rows, each of which writes one token of one slot's sequence. A row that
     is left over writes to a token of the cache that belongs to nobody.
 
+    FlashAttention reads a sequence wherever it lies, so two short ones can share a region. What
+    computes attention otherwise, such as in float32, needs one sequence in each to read the cache
+    without a copy.
+
     Attributes:
         regions: which tokens belong to each slot.
         keys, values: ``[tokens, kv_heads, head_dim]`` for each layer.
@@ -41,8 +45,10 @@ class StaticCache:
         """
         config = model.config
         self.slots, self.length = slots, length
-        self.regions = Regions(slots if regions is None else regions, length, slots)
-        self.nobodys = self.regions.count * length
+        self._is_flash = _is_for_flash_attention(model)
+        count = slots if regions is None else regions
+        self.regions = Regions(count, length, slots if self._is_flash else min(slots, count))
+        self.nobodys = count * length
         # Zeros, since masked entries must still be finite: 0 * NaN is NaN.
         self._all = torch.zeros(
             (
@@ -66,9 +72,10 @@ class StaticCache:
         return 2 * heads * model.head_dim * length * model.dtype.itemsize
 
     @staticmethod
-    def sequences_in(regions: int) -> int:
+    def sequences_in(model: "Llama", regions: int) -> int:
         """The most sequences that ``regions`` have room for at the same time."""
-        return 2 * regions - 1  # two in each but the last, as `Regions` explains
+        # Two in each but the last, as `Regions` explains.
+        return 2 * regions - 1 if _is_for_flash_attention(model) else regions
 
     def release(self, slot: int) -> None:
         """Free the place of ``slot``; the next sequence there overwrites it."""
@@ -123,16 +130,20 @@ class StaticCache:
                 is ever read on the host, which would wait for the device.
             starts: ``[rows]``, the first token of each sequence in the cache.
         """
-        if is_for_flash_attention(self.keys[0]):
+        if self._is_flash:
             # The operator wants one more start, and makes no use of it.
             borders = torch.cat([starts, starts[:1]]).int(), (positions + 1).int()
             attend = partial(self._attend_to_lengths, *borders)
         else:
-            offsets = torch.arange(self.length, device=positions.device)
-            seen = offsets <= positions[:, None]
-            # Of a short sequence, what follows may be beyond the cache's end.
-            tokens = (starts[:, None] + offsets).clamp_(max=self.nobodys)
-            attend = partial(self._attend_to_seen, seen[:, None, None], tokens)
+            # Rows that are left over have a region beyond the last, of which nothing is computed.
+            # A region without a row is computed for the first one, and not used.
+            count, device = self.regions.count, positions.device
+            regions = starts // self.length
+            rows = torch.zeros(count + 1, dtype=torch.long, device=device)
+            rows = rows.index_copy_(0, regions, torch.arange(len(starts), device=device))[:count]
+            seen = torch.arange(self.length, device=device) <= positions[rows][:, None]
+            regions = regions.clamp_(max=count - 1)
+            attend = partial(self._attend_to_seen, seen[:, None, None], rows, regions)
         return partial(self._step_layer, starts + positions, attend)
 
     def _step_layer(
@@ -156,13 +167,31 @@ class StaticCache:
         return attend_to_lengths(query, keys, values, new, starts, lengths, self.length)
 
     def _attend_to_seen(
-        self, seen: Tensor, tokens: Tensor, query: Tensor, keys: Tensor, values: Tensor
+        self,
+        seen: Tensor,
+        rows: Tensor,
+        regions: Tensor,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
     ) -> Tensor:
-        """Reads as much as for the longest sequence, ``tokens``, masked by ``seen``."""
+        """Reads all regions where they are, masked by ``seen``, ``[regions, 1, 1, length]``.
+
+        Args:
+            rows: the row of each region.
+            regions: the region of each row.
+        """
         # Query heads that share a key head become several queries of that head, so that keys and
         # values need not be copied for each.
-        shared = query.unflatten(1, (keys.shape[1], -1))
-        output = F.scaled_dot_product_attention(
-            shared, keys[tokens].transpose(1, 2), values[tokens].transpose(1, 2), attn_mask=seen
+        shared = query.unflatten(1, (keys.shape[1], -1))[rows]
+        keys, values = (
+            each[: self.nobodys].unflatten(0, (-1, self.length)).transpose(1, 2)
+            for each in (keys, values)
         )
-        return output.flatten(1, 2)
+        output = F.scaled_dot_product_attention(shared, keys, values, attn_mask=seen)
+        return output.flatten(1, 2)[regions]
+
+
+def _is_for_flash_attention(model: "Llama") -> bool:
+    shape = 0, model.config.num_attention_heads, model.head_dim
+    return is_for_flash_attention(torch.empty(shape, dtype=model.dtype, device=model.device))
