@@ -89,12 +89,23 @@ def test_the_cure_names_the_pinned_pytorch() -> None:
         ({"dev/nvidiactl": ""}, None),
         ({"dev/nvidia0": ""}, ""),
         ({"dev/nvidia3": ""}, ""),
-        ({"usr/lib/wsl/lib/libcuda.so.1": ""}, ""),
-        ({"proc/driver/nvidia/version": "NVRM version: unreadable\n"}, ""),
+        ({"dev/dxg": "", "usr/lib/wsl/lib/libcuda.so.1": ""}, ""),
+        ({"dev/dxg": ""}, None),  # of another maker
+        ({"usr/lib/wsl/lib/libcuda.so.1": ""}, None),
+        ({"dev/nvidia0": "", "proc/driver/nvidia/version": "NVRM version: unreadable\n"}, ""),
         (
             {
+                "dev/nvidiactl": "",
                 "proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX x86_64 Kernel Module  "
-                "470.256.02  Thu May  2 14:37:44 UTC 2024\nGCC version:  gcc version 11.4.0\n"
+                "580.65.06  Sun Jul 27 06:54:38 UTC 2025\n",
+            },
+            None,
+        ),
+        (
+            {
+                "dev/nvidia1": "",
+                "proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX x86_64 Kernel Module  "
+                "470.256.02  Thu May  2 14:37:44 UTC 2024\nGCC version:  gcc version 11.4.0\n",
             },
             "470.256.02",
         ),
@@ -109,6 +120,7 @@ def test_the_cure_names_the_pinned_pytorch() -> None:
     ],
 )
 def test_the_driver_is_found(tmp_path: Path, files: dict[str, str], driver: str | None) -> None:
+    """Guards against a refusal in a container without a GPU, on a machine that has some."""
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)

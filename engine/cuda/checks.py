@@ -98,16 +98,18 @@ def find_fault() -> str | None:
 def find_driver(root: Path = Path("/")) -> str | None:
     """The version of the NVIDIA driver; empty if it can't be told, None without an NVIDIA device.
 
-    In a container that no GPU was passed to, the version can be read all the same.
+    A container that no GPU was passed to has no device, though it can read the version.
     """
+    in_windows = ("dev/dxg", "usr/lib/wsl/lib/libcuda.so.1")
+    has_device_in_windows = all((root / file).exists() for file in in_windows)
+    if not has_device_in_windows and not any(root.glob("dev/nvidia[0-9]*")):
+        return None
     try:
         text = (root / "proc/driver/nvidia/version").read_text()
-        found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", text)
-        return found[0] if found else ""
     except OSError:
-        has_device = any(root.glob("dev/nvidia[0-9]*"))
-        has_device_in_windows = (root / "usr/lib/wsl/lib/libcuda.so.1").exists()
-        return "" if has_device or has_device_in_windows else None
+        return ""
+    found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", text)
+    return found[0] if found else ""
 
 
 def hides_gpus(environment: Mapping[str, str]) -> bool:
