@@ -207,6 +207,27 @@ def test_unused_gpus_are_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize(
+    ("visible", "second"),
+    [(None, "1"), ("2,3", "3"), ("5, 4,0", "4"), ("GPU-8a,GPU-8b", "GPU-8b"), ("0", "1")],
+)
+def test_the_next_gpu_is_named_as_the_environment_names_it(
+    visible: str | None, second: str
+) -> None:
+    """Guards against advice to take GPU 1 of the machine, which may be another user's."""
+    line = checks.unused_cards(replace(WORKING, cards=(H100,) * 2, visible=visible))
+    assert line is not None and f" CUDA_VISIBLE_DEVICES={second} would choose the next" in line
+
+
+def test_the_environments_choice_of_gpus_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "find_fault", lambda: "none here")
+    for visible in ("2,3", ""):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert checks.find_machine.__wrapped__().visible == visible
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert checks.find_machine.__wrapped__().visible is None
+
+
 # ---------------------------------------------------------------- before anything is loaded
 
 

@@ -46,6 +46,7 @@ class Machine:
         driver: the version of the NVIDIA driver, empty if unknown; None: no NVIDIA device.
         fault: why PyTorch can't use a GPU; None: it can.
         hides_gpus: whether the environment hides all GPUs from this process.
+        visible: the value of CUDA_VISIBLE_DEVICES; None: not set.
         is_one_of_many: whether torchrun has started this process, with one GPU for each.
         cards: the GPUs that PyTorch can use.
     """
@@ -57,6 +58,7 @@ class Machine:
     driver: str | None = None
     fault: str | None = None
     hides_gpus: bool = False
+    visible: str | None = None
     is_one_of_many: bool = False
     cards: tuple[Card, ...] = ()
 
@@ -77,6 +79,7 @@ def find_machine() -> Machine:
         driver=find_driver(),
         fault=fault,
         hides_gpus=hides_gpus(os.environ),
+        visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
         is_one_of_many="LOCAL_RANK" in os.environ,
         cards=tuple(Card(card.name, (card.major, card.minor)) for card in cards),
     )
@@ -197,7 +200,9 @@ def unused_cards(machine: Machine) -> str | None:
     """One line about GPUs that remain unused; None if there are none."""
     if len(machine.cards) < 2 or machine.is_one_of_many:
         return None
+    _, _, others = (machine.visible or "").partition(",")
+    second = others.partition(",")[0].strip() or "1"
     return (
         f"{len(machine.cards)} GPUs are visible, and one is used: cuda:0, {machine.cards[0].name}; "
-        "CUDA_VISIBLE_DEVICES=1 would choose the next"
+        f"CUDA_VISIBLE_DEVICES={second} would choose the next"
     )
