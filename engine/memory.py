@@ -15,7 +15,16 @@ from run.errors import UserError, one_line
 if TYPE_CHECKING:
     from engine.llama import Llama
 
-CONTROL_GROUP = Path("/sys/fs/cgroup")  # where a container sees its own control group
+CONTROL_GROUPS = Path("/sys/fs/cgroup")  # in a container, its own group is the root here
+MEMBERSHIP = Path("/proc/self/cgroup")  # which group this process is in, such as one of Slurm's
+# The files of a control group of versions 2 and 1: its limit, its use, and where memory.stat has
+# the cached pages of files, which count as used, but which the kernel reclaims on demand.
+VERSION_2 = ("memory.max", "memory.current", ("inactive_file", "active_file"))
+VERSION_1 = (
+    "memory.limit_in_bytes",
+    "memory.usage_in_bytes",
+    ("total_inactive_file", "total_active_file"),
+)
 # The share of free memory that the cache may take. The rest is for the prompts' forward pass.
 CACHE_SHARE = 0.8
 # How a RuntimeError says that memory ran out: the CPU's allocator, the compiler around PyTorch's
@@ -81,12 +90,21 @@ def total_bytes(device: torch.device) -> int | None:
     return torch.cuda.get_device_properties(device).total_memory
 
 
-def free_bytes(device: torch.device, control_group: Path = CONTROL_GROUP) -> int:
-    """Available memory of ``device``, within both the system's and a container's limit."""
+def free_bytes(
+    device: torch.device, control_groups: Path = CONTROL_GROUPS, membership: Path = MEMBERSHIP
+) -> int:
+    """Available memory of ``device``, within the system's, a container's and a job's limit."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    limits = [_container_room(control_group)]
+    limits = [
+        _room(group, files)
+        for root, controller, files in (
+            (control_groups, "", VERSION_2),
+            (control_groups / "memory", "memory", VERSION_1),
+        )
+        for group in _groups(root, controller, membership)
+    ]
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         limits.append(int(lines["MemAvailable"].split()[0]) * 1024)
@@ -95,15 +113,31 @@ def free_bytes(device: torch.device, control_group: Path = CONTROL_GROUP) -> int
     return min(limit for limit in limits if limit is not None)
 
 
-def _container_room(group: Path) -> int | None:
-    """The memory left in a control group (version 2); None if it sets no limit."""
+def _groups(root: Path, controller: str, membership: Path) -> list[Path]:
+    """The control group of this process and all that contain it, up to ``root``.
+
+    A limit of any of them holds. A container may not see all of them, but always its own, as the
+    root (https://man7.org/linux/man-pages/man7/cgroups.7.html, "/proc/pid/cgroup").
+    """
+    own = Path()
     try:
-        used = int((group / "memory.current").read_text())
+        for line in membership.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controller in controllers.split(","):  # in version 2, there are none
+                own = Path(path.strip("/"))
+    except (OSError, ValueError):  # not Linux
+        pass
+    return [root / group for group in (own, *own.parents)]
+
+
+def _room(group: Path, files: tuple[str, str, tuple[str, ...]]) -> int | None:
+    """The memory left in a control group; None if it sets no limit, or does not exist."""
+    limit, used, cached = files
+    try:
         lines = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        # Cached pages of files count as used, but the kernel reclaims them on demand.
-        cached = int(lines["inactive_file"]) + int(lines["active_file"])
-        return int((group / "memory.max").read_text()) - used + cached
-    except (OSError, KeyError, ValueError):  # no such group, or memory.max is "max"
+        room = int((group / limit).read_text()) - int((group / used).read_text())
+        return room + sum(int(lines[name]) for name in cached)
+    except (OSError, KeyError, ValueError):  # the limit of version 2 may be "max"
         return None
 
 

@@ -121,6 +121,7 @@ def _copied_through(buffer: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     return copy
 
 
+@memory.reported("restoring the optimizer's state", memory.LARGER_DEVICE)
 def unpack_state(
     read: Callable[[], Mapping[str, torch.Tensor]],
     saved: Mapping[str, Any],
@@ -132,15 +133,10 @@ def unpack_state(
         The fields of the progress.
 
     Raises:
-        MemoryError: the state does not fit into the memory of the device.
+        UserError: the state does not fit into memory, or the device failed.
     """
-    try:
-        tensors = read()
-        _load(tensors, saved, optimizer)
-    except Exception as error:
-        if memory.is_out_of_memory(error):
-            raise MemoryError from None
-        raise
+    tensors = read()
+    _load(tensors, saved, optimizer)
     set_random_state(tensors)
     return saved["progress"]
 

@@ -196,15 +196,14 @@ def restore(folder: Path, unpack: Callable[..., Mapping[str, Any]], steps: int) 
         unpack: `engine.state.unpack_state` for the optimizer.
 
     Raises:
-        UserError: the state is damaged, or does not fit into memory, or the run is finished.
+        UserError: the state is damaged, or does not fit into memory, the device failed, or the
+            run is finished.
     """
     saved = read_description(folder)
     try:
         progress = Progress(**unpack(partial(read_state, folder), saved["state"]))
-    except MemoryError:
-        raise UserError(
-            f"{folder}: its optimizer state does not fit into memory: take a larger device"
-        ) from None
+    except UserError:  # about the device, not about the folder
+        raise
     except Exception as error:  # safetensors and torch raise many types
         raise UserError(
             f"{folder}: is damaged, or of another version of this program "

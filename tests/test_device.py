@@ -89,12 +89,23 @@ def test_the_cure_names_the_pinned_pytorch() -> None:
         ({"dev/nvidiactl": ""}, None),
         ({"dev/nvidia0": ""}, ""),
         ({"dev/nvidia3": ""}, ""),
-        ({"usr/lib/wsl/lib/libcuda.so.1": ""}, ""),
-        ({"proc/driver/nvidia/version": "NVRM version: unreadable\n"}, ""),
+        ({"dev/dxg": "", "usr/lib/wsl/lib/libcuda.so.1": ""}, ""),
+        ({"dev/dxg": ""}, None),  # of another maker
+        ({"usr/lib/wsl/lib/libcuda.so.1": ""}, None),
+        ({"dev/nvidia0": "", "proc/driver/nvidia/version": "NVRM version: unreadable\n"}, ""),
         (
             {
+                "dev/nvidiactl": "",
                 "proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX x86_64 Kernel Module  "
-                "470.256.02  Thu May  2 14:37:44 UTC 2024\nGCC version:  gcc version 11.4.0\n"
+                "580.65.06  Sun Jul 27 06:54:38 UTC 2025\n",
+            },
+            None,
+        ),
+        (
+            {
+                "dev/nvidia1": "",
+                "proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX x86_64 Kernel Module  "
+                "470.256.02  Thu May  2 14:37:44 UTC 2024\nGCC version:  gcc version 11.4.0\n",
             },
             "470.256.02",
         ),
@@ -109,6 +120,7 @@ def test_the_cure_names_the_pinned_pytorch() -> None:
     ],
 )
 def test_the_driver_is_found(tmp_path: Path, files: dict[str, str], driver: str | None) -> None:
+    """Guards against a refusal in a container without a GPU, on a machine that has some."""
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -193,6 +205,27 @@ def test_unused_gpus_are_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     for quiet in (WORKING, replace(eight, is_one_of_many=True)):
         prepare_process(torch.device("cuda"), torch.bfloat16, quiet)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("visible", "second"),
+    [(None, "1"), ("2,3", "3"), ("5, 4,0", "4"), ("GPU-8a,GPU-8b", "GPU-8b"), ("0", "1")],
+)
+def test_the_next_gpu_is_named_as_the_environment_names_it(
+    visible: str | None, second: str
+) -> None:
+    """Guards against advice to take GPU 1 of the machine, which may be another user's."""
+    line = checks.unused_cards(replace(WORKING, cards=(H100,) * 2, visible=visible))
+    assert line is not None and f" CUDA_VISIBLE_DEVICES={second} would choose the next" in line
+
+
+def test_the_environments_choice_of_gpus_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "find_fault", lambda: "none here")
+    for visible in ("2,3", ""):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert checks.find_machine.__wrapped__().visible == visible
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert checks.find_machine.__wrapped__().visible is None
 
 
 # ---------------------------------------------------------------- before anything is loaded

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 import evaluate
 import perplexity
 import train
-from engine import loading, measure, memory, optimizer
+from engine import loading, measure, memory, optimizer, state
 from engine.device import kernels_for
 from engine.strategy import decode
 from run.errors import UserError
@@ -139,6 +139,23 @@ def test_a_failed_update_ends_the_run_and_what_is_saved_stays(
         load_file(run_folder(one) / "last" / "model.safetensors") for one in (settings, whole)
     )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("error", [OUT_OF_MEMORY[0], DEVICE_FAULTS[0], DEVICE_FAULTS[3]], ids=str)
+@pytest.mark.parametrize("where", ["_load", "set_random_state"])
+def test_a_device_that_fails_on_resuming_has_damaged_no_checkpoint(
+    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, where: str, error: Exception
+) -> None:
+    """Guards against advice to start again, and to give up hours of training."""
+    assert call(train, *flags(settings)).code == 0
+    before = tree(run_folder(settings) / "last")
+    monkeypatch.setattr(state, where, raising(error))
+    outcome = call(train, *flags(settings))
+    outcome.assert_user_error("while restoring the optimizer's state (")
+    is_out_of_memory = error in OUT_OF_MEMORY
+    cure = "take a device with more memory" if is_out_of_memory else "look for the GPU's Xid"
+    assert cure in outcome.err and "damaged" not in outcome.err
+    assert tree(run_folder(settings) / "last") == before
 
 
 @pytest.mark.parametrize("part", ["measure", "save"])

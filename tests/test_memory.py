@@ -22,7 +22,7 @@ from transformers import LlamaForCausalLM
 
 import data
 import train
-from engine import functions, packing
+from engine import functions, memory, packing
 from engine.cpu import heap
 from engine.device import cpu_kernels, cuda_kernels, kernels_for
 from engine.llama import KEEPING_LESS, PLAIN, LayerParts, Llama
@@ -429,3 +429,46 @@ def test_large_pages_are_asked_for() -> None:
     )
     assert outside(after) == outside(before)
     assert heap.empty_in_large_pages(3, dtype=torch.float32).shape == (3,)
+
+
+@pytest.mark.parametrize("limited", ["", "job_7", "job_7/step_0"])
+@pytest.mark.parametrize("seen", [True, False])
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_limit_of_a_batch_job_holds(
+    tmp_path: Path, version: int, seen: bool, limited: str
+) -> None:
+    """Guards against a copy of the weights, beside training, that Slurm kills the job for."""
+    root, line, prefix, names = {
+        1: (
+            tmp_path / "memory",
+            "4:cpu,memory:",
+            "total_",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ),
+        2: (tmp_path, "0::", "", ("memory.max", "memory.current")),
+    }[version]
+    membership = tmp_path / "membership"
+    path = "/job_7/step_0" if seen else "/seen/by/the/host"
+    membership.write_text(f"9:name=systemd:/other\n{line}{path}\n")
+    for name in ("", "job_7", "job_7/step_0", "other"):
+        group = root / name
+        group.mkdir(parents=True, exist_ok=True)
+        limit = {limited: 5000, "other": 2000}.get(name, 2**63 - 4096 if version == 1 else "max")
+        for file, content in zip(names, (limit, 1000), strict=True):
+            (group / file).write_text(f"{content}\n")
+        (group / "memory.stat").write_text(f"{prefix}inactive_file 200\n{prefix}active_file 30\n")
+    found = memory.free_bytes(CPU, tmp_path, membership)
+    assert found == 4230 if seen or not limited else found > 2**20
+
+
+def test_the_tightest_of_nested_limits_holds(tmp_path: Path) -> None:
+    """Guards against a step's generous limit that hides its job's."""
+    membership = tmp_path / "membership"
+    membership.write_text("0::/job/step\n")
+    (tmp_path / "job" / "step").mkdir(parents=True)
+    for limits in ((9000, 5000, 7000), (5000, 9000, 7000), (7000, 9000, 5000)):
+        for group, limit in zip(("", "job", "job/step"), limits, strict=True):
+            (tmp_path / group / "memory.max").write_text(f"{limit}\n")
+            (tmp_path / group / "memory.current").write_text("1000\n")
+            (tmp_path / group / "memory.stat").write_text("inactive_file 0\nactive_file 0\n")
+        assert memory.free_bytes(CPU, tmp_path, membership) == 4000

@@ -46,6 +46,7 @@ class Machine:
         driver: the version of the NVIDIA driver, empty if unknown; None: no NVIDIA device.
         fault: why PyTorch can't use a GPU; None: it can.
         hides_gpus: whether the environment hides all GPUs from this process.
+        visible: the value of CUDA_VISIBLE_DEVICES; None: not set.
         is_one_of_many: whether torchrun has started this process, with one GPU for each.
         cards: the GPUs that PyTorch can use.
     """
@@ -57,6 +58,7 @@ class Machine:
     driver: str | None = None
     fault: str | None = None
     hides_gpus: bool = False
+    visible: str | None = None
     is_one_of_many: bool = False
     cards: tuple[Card, ...] = ()
 
@@ -77,6 +79,7 @@ def find_machine() -> Machine:
         driver=find_driver(),
         fault=fault,
         hides_gpus=hides_gpus(os.environ),
+        visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
         is_one_of_many="LOCAL_RANK" in os.environ,
         cards=tuple(Card(card.name, (card.major, card.minor)) for card in cards),
     )
@@ -98,16 +101,18 @@ def find_fault() -> str | None:
 def find_driver(root: Path = Path("/")) -> str | None:
     """The version of the NVIDIA driver; empty if it can't be told, None without an NVIDIA device.
 
-    In a container that no GPU was passed to, the version can be read all the same.
+    A container that no GPU was passed to has no device, though it can read the version.
     """
+    in_windows = ("dev/dxg", "usr/lib/wsl/lib/libcuda.so.1")
+    has_device_in_windows = all((root / file).exists() for file in in_windows)
+    if not has_device_in_windows and not any(root.glob("dev/nvidia[0-9]*")):
+        return None
     try:
         text = (root / "proc/driver/nvidia/version").read_text()
-        found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", text)
-        return found[0] if found else ""
     except OSError:
-        has_device = any(root.glob("dev/nvidia[0-9]*"))
-        has_device_in_windows = (root / "usr/lib/wsl/lib/libcuda.so.1").exists()
-        return "" if has_device or has_device_in_windows else None
+        return ""
+    found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", text)
+    return found[0] if found else ""
 
 
 def hides_gpus(environment: Mapping[str, str]) -> bool:
@@ -195,7 +200,9 @@ def unused_cards(machine: Machine) -> str | None:
     """One line about GPUs that remain unused; None if there are none."""
     if len(machine.cards) < 2 or machine.is_one_of_many:
         return None
+    _, _, others = (machine.visible or "").partition(",")
+    second = others.partition(",")[0].strip() or "1"
     return (
         f"{len(machine.cards)} GPUs are visible, and one is used: cuda:0, {machine.cards[0].name}; "
-        "CUDA_VISIBLE_DEVICES=1 would choose the next"
+        f"CUDA_VISIBLE_DEVICES={second} would choose the next"
     )
