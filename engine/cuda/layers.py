@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine import memory
 from engine.functions import LayerParts, Rope
 
 if TYPE_CHECKING:
@@ -32,7 +31,8 @@ def fused_weights(model: nn.Module) -> Iterator[None]:
     fused = [each for each in model.modules() if _linears(each)]
     # The allocator would place the fused weights where an earlier decoding had its cache, which is
     # one large tensor. Then there would be no room of that size for the next one.
-    memory.release()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     try:
         for module in fused:
             _fuse(module)
