@@ -247,7 +247,6 @@ class RMSNorm(torch.autograd.Function):
 
 
 EAGER = Elementwise(_norm_and_again, _add_norm, rotate_both, SwiGLU.apply)
-PLAIN = layer_parts(EAGER, saved)
 KEEPING_LESS = layer_parts(EAGER, recomputed)
 
 

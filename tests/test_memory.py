@@ -25,7 +25,8 @@ import train
 from engine import functions, memory, packing
 from engine.cpu import heap
 from engine.device import cpu_kernels, cuda_kernels, kernels_for
-from engine.llama import KEEPING_LESS, PLAIN, LayerParts, Llama
+from engine.functions import LayerParts, saved
+from engine.llama import EAGER, KEEPING_LESS, Llama, layer_parts
 from engine.tokenizer import Tokenizer
 from grading import dataset
 from run.errors import UserError
@@ -373,7 +374,7 @@ def test_training_keeps_neither_normed_nor_activated_tensors(
         inputs.clear()
         return model.hidden_states(batch.input_ids, batch.position_ids, attend, parts=parts).sum()
 
-    kept = loss(PLAIN)
+    kept = loss(layer_parts(EAGER, saved))
     assert all(tensor() is not None for tensor in inputs)
     kept.backward()
     expected = gradients(model.blocks)

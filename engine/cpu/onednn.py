@@ -32,16 +32,7 @@ def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """
     if left.dtype != torch.float32:
         return left @ right
-    return _compiled_onednn(left, right) if torch.compiler.is_compiling() else _onednn(left, right)
-
-
-def _onednn(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")
-
-
-# Opaque to the compiler, whose own rule for this operator fails on operands like ours.
-_compiled_onednn = torch.library.custom_op("gsm8k::product", _onednn, mutates_args=())
-_compiled_onednn.register_fake(lambda left, right: left.new_empty(left.shape[0], right.shape[1]))
 
 
 def add_product(
@@ -77,9 +68,7 @@ class Linear(torch.nn.Linear):
         if self._is_packed(hidden):
             return torch.ops.mkldnn._linear_pointwise(hidden, self.packed, None, "none", [], "")
         is_plain = hidden.dim() != 2 or hidden.dtype != torch.float32
-        # Compiled code must not branch on the number of rows, and sees full micro-batches only.
-        few_shapes = torch.compiler.is_compiling() or hidden.shape[0] < ROWS
-        if is_plain or not (few_shapes or hidden.shape[0] % ROWS == 0):
+        if is_plain or (hidden.shape[0] >= ROWS and hidden.shape[0] % ROWS):
             return F.linear(hidden, self.weight)
         return _Linear.apply(hidden, self.weight)
 

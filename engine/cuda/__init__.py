@@ -1,1 +1,1 @@
-"""What makes decoding and training fast on a GPU. Imported only by `engine.device`."""
+"""What only a GPU needs, for speed and before it is used. Only `engine.device` imports it."""
