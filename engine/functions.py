@@ -17,12 +17,12 @@ class LayerParts:
 
     Attributes:
         rope: converts the rotary embedding's cos and sin, ``[N, 1, head_dim]``, for the next.
-        before_attention: (layer, hidden, cos, sin) to query, key and value.
+        before_attention: (layer, hidden, cos, sin) to what attention takes: query, key and value.
         after_attention: (layer, hidden, attention's output) to the next ``hidden``.
     """
 
     rope: Callable[[torch.Tensor, torch.Tensor], Rope]
-    before_attention: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    before_attention: Callable[..., tuple[Any, ...]]
     after_attention: Callable[..., torch.Tensor]
 
 

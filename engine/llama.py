@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from engine.packing import MicroBatch
 
 # attend(layer, query, key, value) takes [N, heads, head_dim] and twice [N, kv_heads, head_dim], and
-# returns [N, heads, head_dim], for N tokens of any sequences.
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# returns [N, heads, head_dim], for N tokens of any sequences. (A GPU's cache can also rotate them.)
+Attend = Callable[..., Tensor]
 Recomputed = Callable[[Tensor, Callable[[], Tensor]], AbstractContextManager[None]]
 
 
@@ -152,8 +152,8 @@ class Block(nn.Module):
         self, hidden: Tensor, rope: Rope, attend: Attend, parts: LayerParts, wanted: Tensor | None
     ) -> Tensor:
         """From ``[N, hidden]`` to the same shape, or to ``[W, hidden]`` for W ``wanted`` tokens."""
-        query, key, value = parts.before_attention(self.layer, hidden, *rope)
-        attended = attend(self.layer.self_attn.layer_idx, query, key, value)
+        states = parts.before_attention(self.layer, hidden, *rope)
+        attended = attend(self.layer.self_attn.layer_idx, *states)
         if wanted is not None:
             hidden, attended = hidden.index_select(0, wanted), attended.index_select(0, wanted)
         return parts.after_attention(self.layer, hidden, attended)

@@ -4,7 +4,7 @@ Nothing beyond a sequence's length affects a result. CPUs use `engine.cpu.kernel
 instead.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from engine.llama import Attend, Llama
     from engine.packing import MicroBatch
 
+# Rotates query and key, and writes key and value to the given tokens of the cache in one kernel:
+# see `engine.cuda.small_kernels.rotate_into`, whose first two arguments are bound.
+RotateInto = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
 
 class StaticCache:
     """A cache whose decoding step has fixed shapes, so that a CUDA graph can replay it.
@@ -30,6 +34,9 @@ class StaticCache:
     FlashAttention reads a sequence wherever it lies, so two short ones can share a region. What
     computes attention otherwise, such as in float32, needs one sequence in each to read the cache
     without a copy.
+
+    The attention of `prefill` and of `step` takes query, key and value. It also takes what rotates
+    them first and writes them, if that has not been done.
 
     Attributes:
         regions: which tokens belong to each slot.
@@ -117,9 +124,14 @@ class StaticCache:
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        rotate_into: RotateInto | None = None,
     ) -> Tensor:
-        self.keys[layer][tokens] = key[: len(tokens)]
-        self.values[layer][tokens] = value[: len(tokens)]
+        keys, values = self.keys[layer], self.values[layer]
+        if rotate_into:
+            query = rotate_into(query, key, value, tokens, keys, values)
+            key = keys[tokens]
+        else:
+            keys[tokens], values[tokens] = key[: len(tokens)], value[: len(tokens)]
         return attention(layer, query, key, value)
 
     def step(self, positions: Tensor, starts: Tensor) -> "Attend":
@@ -149,14 +161,18 @@ class StaticCache:
     def _step_layer(
         self,
         tokens: Tensor,
-        attend: "Attend",
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
         layer: int,
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        rotate_into: RotateInto | None = None,
     ) -> Tensor:
         keys, values = self.keys[layer], self.values[layer]
-        keys[tokens], values[tokens] = key, value
+        if rotate_into:
+            query = rotate_into(query, key, value, tokens, keys, values)
+        else:
+            keys[tokens], values[tokens] = key, value
         return attend(query, keys, values)
 
     def _attend_to_lengths(

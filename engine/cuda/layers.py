@@ -6,13 +6,16 @@ small products and kernels leave the memory idle between them.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from functools import cache, partial
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.functions import LayerParts, Rope
+from run.errors import cause_of
 
 if TYPE_CHECKING:
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
@@ -90,32 +93,104 @@ def _norm(hidden: Tensor, norm: "LlamaRMSNorm") -> Tensor:
     return F.rms_norm(hidden, (hidden.shape[-1],), norm.weight, norm.variance_epsilon)
 
 
-def _signed_rope(cos: Tensor, sin: Tensor) -> Rope:
+def _rope(cos: Tensor, sin: Tensor) -> Rope:
     """sin, negated in the first half, by which the other half is multiplied."""
     half = cos.shape[-1] // 2
     return cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
 
 
+def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, dims=-1), sin)
+
+
+def _gated(both: Tensor) -> Tensor:
+    gate, up = both.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
 def _before_attention(
     layer: "LlamaDecoderLayer", hidden: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Any, ...]:
+    """Query, key and value; not yet rotated if there is a fourth part, which does that."""
     attention = layer.self_attn
     states = _products(attention, _norm(hidden, layer.input_layernorm))
     states = states.unflatten(-1, (-1, attention.head_dim))
     queries, keys = (
         linear.out_features // attention.head_dim for linear in _linears(attention)[:2]
     )
+    fused = small_kernels(hidden.device.type)
     rotated = states[:, : queries + keys]
-    rotated = torch.addcmul(rotated * cos, rotated.roll(attention.head_dim // 2, dims=-1), sin)
-    return rotated[:, :queries], rotated[:, queries:], states[:, queries + keys :]
+    rotated = rotated if fused else _rotated(rotated, cos, sin)
+    parts = rotated[:, :queries], rotated[:, queries:], states[:, queries + keys :]
+    return (*parts, partial(fused.rotate_into, cos, sin)) if fused else parts
 
 
 def _after_attention(layer: "LlamaDecoderLayer", hidden: Tensor, attended: Tensor) -> Tensor:
     mlp = layer.mlp
+    # The products add the residual connection, so a norm need not: fewer passes over memory, and as
+    # many kernels.
     hidden = _plus_product(hidden, layer.self_attn.o_proj, attended.flatten(-2))
     both = _products(mlp, _norm(hidden, layer.post_attention_layernorm))
-    gate, up = both.chunk(2, dim=-1)
-    return _plus_product(hidden, mlp.down_proj, F.silu(gate).mul_(up))
+    fused = small_kernels(hidden.device.type)
+    activated = fused.gated(both) if fused else _gated(both)
+    return _plus_product(hidden, mlp.down_proj, activated)
 
 
-DECODING = LayerParts(_signed_rope, _before_attention, _after_attention)
+DECODING = LayerParts(_rope, _before_attention, _after_attention)
+
+
+# ---------------------------------------------------------------- the fused kernels
+
+
+@cache
+def small_kernels(kind: str) -> ModuleType | None:
+    """`engine.cuda.small_kernels`; None where PyTorch's operators compute the same.
+
+    That is so on other kinds of device, and on a GPU where these kernels do not run, which a line
+    says, or make mistakes.
+    """
+    if kind != "cuda":
+        return None
+    try:
+        kernels = _import_small_kernels()
+        check_small_kernels(kernels, torch.device(kind))
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:  # Triton and its compilers raise many types
+        print(
+            f"decoding: its fused kernels do not run here ({cause_of(error)}); using PyTorch's "
+            "operations, which are slower: install a C compiler and Python's headers (Debian, "
+            "Ubuntu: apt install gcc python3-dev)"
+        )
+        return None
+    return kernels
+
+
+def _import_small_kernels() -> ModuleType:
+    """Raises ImportError where there is no Triton."""
+    from engine.cuda import small_kernels as kernels
+
+    return kernels
+
+
+def check_small_kernels(kernels: ModuleType, device: torch.device) -> None:
+    """Raises RuntimeError if ``kernels`` compute something else than PyTorch's operators.
+
+    Compilers have made wrong kernels without a word (pytorch #180642).
+    """
+    half = torch.linspace(-1, 2, 12, device=device).view(3, 1, 4)
+    cos, sin = _rope(half.repeat(1, 1, 2), half.flip(0).repeat(1, 1, 2))
+    states = torch.linspace(-3, 3, 3 * 4 * 8, device=device).view(3, 4, 8)
+    tokens, (keys, values) = torch.tensor([4, 0, 3], device=device), states.new_zeros(2, 6, 1, 8)
+    query = kernels.rotate_into(cos, sin, *states.split([2, 1, 1], dim=1), tokens, keys, values)
+    rotated, both = _rotated(states[:, :3], cos, sin), states.flatten(1)
+    pairs = {
+        "query": (query, rotated[:, :2]),
+        "key": (keys[tokens], rotated[:, 2:]),
+        "value": (values[tokens], states[:, 3:]),
+        "gate": (kernels.gated(both), _gated(both)),
+    }
+    for name, (found, expected) in pairs.items():
+        # A fused multiply-add, or another order, rounds differently.
+        if not torch.allclose(found, expected, rtol=1e-4, atol=1e-5):
+            raise RuntimeError(f"wrong {name}")
