@@ -175,29 +175,61 @@ class Unread:
         return [7, 7, 7]
 
 
+class SmallKernels:
+    """Instead of the fused kernels: counts their calls, and makes their outputs."""
+
+    def __init__(self) -> None:
+        self.count: Counter[str] = Counter()
+
+    def rotate_into(self, cos: Tensor, sin: Tensor, query: Tensor, *others: Tensor) -> Tensor:
+        key, value, tokens, keys, values = others
+        assert query.stride() == key.stride() == value.stride()  # without a copy
+        assert cos.is_contiguous() and sin.shape == cos.shape == (len(query), 1, query.shape[2])
+        assert tokens.shape == (len(query),) and keys.is_contiguous() and values.is_contiguous()
+        self.count["rotate_into"] += 1
+        return query.new_empty(query.shape)
+
+    def gated(self, both: Tensor) -> Tensor:
+        assert both.is_contiguous()
+        self.count["gated"] += 1
+        return both.new_empty(len(both), both.shape[1] // 2)
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
 def test_a_layer_of_a_decoding_step_is_few_kernels(
-    make_llama: Callable[..., LlamaForCausalLM], on_gpu: None
+    make_llama: Callable[..., LlamaForCausalLM],
+    on_gpu: None,
+    is_fused: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Guards against kernels of microseconds that add up to more than the products."""
     counts = []
     for layers in (1, 2):
         model = llama(make_llama, torch.bfloat16, num_hidden_layers=layers)
+        small = SmallKernels() if is_fused else None
+        monkeypatch.setattr("engine.cuda.layers.small_kernels", lambda kind, small=small: small)
         with torch.inference_mode(), fused_weights(model):
             cached = PipelinedModel(model, CachePlan(4, 40, 3), None)
             step = cached._step(4)
             with Launches() as launches:
                 step._run()
-        counts.append(launches.count)
+        counts.append(launches.count + (small.count if small else Counter()))
     each = counts[1] - counts[0]  # without zeros
-    assert {name.removeprefix("aten::"): each[name] for name in each} == {
+    expected = {
         "rms_norm": 2,
         "linear": 2,  # queries, keys and values; gate and up
         "addmm_": 2,  # with the residual connection
-        "mul": 1,  # the rotation of queries and keys: three, and a copy that roll makes
-        "roll": 1,
-        "addcmul": 1,
-        "index_put_": 2,  # the cache
         "_flash_attention_forward": 1,
-        "silu": 1,
-        "mul_": 1,
     }
+    if is_fused:
+        expected |= {"rotate_into": 1, "gated": 1, "new_empty": 2}  # the last is no kernel
+    else:
+        expected |= {
+            "mul": 1,  # the rotation of queries and keys: three, and a copy that roll makes
+            "roll": 1,
+            "addcmul": 1,
+            "index_put_": 2,  # the cache
+            "silu": 1,
+            "mul_": 1,
+        }
+    assert {name.removeprefix("aten::"): each[name] for name in each} == expected
