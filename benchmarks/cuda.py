@@ -8,7 +8,8 @@ python benchmarks/cuda.py --dry --steps facts small train decode selftest save
 - facts: versions, rates of copies and matrix products, attention against float64.
 - small: a small model's gradients and completions against those of a CPU.
 - train: seconds, tokens and memory of optimizer steps of a random Llama-2-7B.
-- decode: the test split's prompts completed to the lengths of their answers, by the same model.
+- decode: the test split's prompts completed to the lengths of their answers, by the same model, and
+  the fused kernels of a step.
 - selftest: train.py --selftest.
 - real: perplexity and exact match of a real small model before and after three epochs.
 - save: how long training waits for a save of 1.1 G parameters, and how long the save takes.

@@ -1,14 +1,19 @@
-"""The step decode of cuda.py: completions of a random Llama-2-7B, and single decoding steps."""
+"""The step decode of cuda.py: completions of a random Llama-2-7B, single steps and kernels."""
 
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
+from unittest import mock
 
 import torch
 
 # This benchmark's neighbour, which also puts the repository on the path.
-from cuda_work import Work, prompts_of, random_llama_2_7b, read_rows
+from cuda_work import LLAMA_2_7B, Work, prompts_of, random_llama_2_7b, read_rows
+from torch import Tensor
 
+from engine.cuda import layers
 from engine.cuda.cache import StaticCache
 from engine.cuda.graph import StaticStep
 from engine.cuda.pipeline import FEW_ROWS
@@ -35,12 +40,15 @@ def measure_decoding(work: Work) -> None:
         f"{name} slots": plan_slots(model, None, length, len(prompts))
         for name, length in (("planned", longest_prompt + 512), ("fitting", longest))
     }
+    for rows in (4,) if work.is_dry else (FEW_ROWS, 256, 8192):
+        work.attempt("small kernels", measure_small_kernels, rows)
     few = min(16, len(prompts))
     work.attempt("decoding", decode, model, "warm-up", prompts[:few], lengths[:few], few)
     for name, plan in planned.items():
         work.attempt("decoding", decode, model, name, prompts, lengths, plan.slots)
         for rows in {plan.slots, min(FEW_ROWS, plan.slots), 1}:
-            work.attempt("decoding step", measure_decoding_step, model, plan, rows)
+            for is_fused in (True, False):
+                work.attempt("decoding step", measure_decoding_step, model, plan, rows, is_fused)
     work.attempt("decoding again", decode_twice, model, prompts, 8 if work.is_dry else 512)
     work.attempt("profile", profile_decoding, model, prompts[:64])
 
@@ -100,18 +108,72 @@ def count_tokens(
 
 
 @torch.inference_mode()
-def measure_decoding_step(work: Work, model: Llama, plan: CachePlan, rows: int) -> None:
-    """One token in every row, with caches as full as in the middle of a completion."""
+def measure_small_kernels(work: Work, rows: int) -> None:
+    """The kernels between a layer's products: their error, and the rate of what they must move.
+
+    In a dry run there are none.
+    """
+    kernels = layers.small_kernels(work.device.type)
+    if kernels is None:
+        work.results.write("small kernels", rows=rows, kernel=None)
+        return
+    heads, columns = LLAMA_2_7B["num_attention_heads"], LLAMA_2_7B["intermediate_size"]
+    head_dim = LLAMA_2_7B["hidden_size"] // heads
+    torch.manual_seed(0)
+    like = {"dtype": torch.bfloat16, "device": work.device}
+    angles = torch.randn(rows, 1, head_dim // 2, **like).repeat(1, 1, 2)
+    rope = layers._rope(angles.cos(), angles.sin())
+    states = torch.randn(rows, 3 * heads, head_dim, **like).split(heads, dim=1)
+    keys, values = torch.zeros(2, 2 * rows, heads, head_dim, **like)
+    tokens = torch.randperm(2 * rows, device=work.device)[:rows]
+    both = torch.randn(rows, 2 * columns, **like)
+    measured = {
+        "rotate_into": (
+            partial(kernels.rotate_into, *rope, *states, tokens, keys, values),
+            layers._rotated(*(each.double() for each in (states[0], *rope))),
+            2 * 3 * states[0].numel(),
+        ),
+        "gated": (
+            partial(kernels.gated, both),
+            layers._gated(both.double()),
+            3 * both.numel() // 2,
+        ),
+    }
+    for name, (run, exact, numbers) in measured.items():
+        error = ((run().double() - exact).norm() / exact.norm()).item()
+        milliseconds = milliseconds_in_graph(work, run)
+        work.results.write(
+            "small kernels",
+            rows=rows,
+            kernel=name,
+            relative_error=error,
+            us=milliseconds * 1e3,
+            TB_per_s=2 * numbers / milliseconds / 1e9,
+        )
+
+
+def milliseconds_in_graph(work: Work, run: Callable[[], Tensor], times: int = 32) -> float:
+    """The time of one ``run`` of several in a CUDA graph, where Python launches none of them."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            run()
+    return work.milliseconds(graph.replay) / times
+
+
+@torch.inference_mode()
+def measure_decoding_step(
+    work: Work, model: Llama, plan: CachePlan, rows: int, is_fused: bool
+) -> None:
+    """One token in every row, with caches as full as in the middle of a completion.
+
+    Args:
+        is_fused: whether small operations are fused; not so, for what that saves.
+    """
     position = plan.length // 4
-    with model.kernels.packed_weights(model, free_bytes(model.device)):
-        cache = StaticCache(model, plan.slots, plan.length, plan.regions)
-        for slot in range(rows):
-            cache.regions.take(slot, 1)
-        newest = torch.zeros(plan.slots + 1, dtype=torch.long, device=model.device)
-        choose = partial(most_probable, model)
-        step = StaticStep(model, cache, rows, newest, choose, None)
-        one_each = [Row(OWN, position, cache.regions.starts[slot], slot) for slot in range(rows)]
-        milliseconds = work.milliseconds(lambda: step(one_each, [0.0] * rows))
+    unfused = mock.patch.object(layers, "small_kernels", lambda kind: None)
+    with nullcontext() if is_fused else unfused:
+        milliseconds = milliseconds_of_step(work, model, plan, rows, position)
     weights = sum(weight.nbytes for weight in model.parameters())
     weights -= model.pretrained.get_input_embeddings().weight.nbytes
     read = StaticCache.slot_bytes(model, 1) * (position + 1) * rows
@@ -121,10 +183,25 @@ def measure_decoding_step(work: Work, model: Llama, plan: CachePlan, rows: int) 
         regions=plan.regions,
         rows=rows,
         position=position,
+        fused=is_fused and layers.small_kernels(work.device.type) is not None,
         ms=milliseconds,
         tokens_per_s=rows / milliseconds * 1e3,
         TB_per_s=(weights + read) / milliseconds / 1e9,
     )
+
+
+def milliseconds_of_step(
+    work: Work, model: Llama, plan: CachePlan, rows: int, position: int
+) -> float:
+    with model.kernels.packed_weights(model, free_bytes(model.device)):
+        cache = StaticCache(model, plan.slots, plan.length, plan.regions)
+        for slot in range(rows):
+            cache.regions.take(slot, 1)
+        newest = torch.zeros(plan.slots + 1, dtype=torch.long, device=model.device)
+        choose = partial(most_probable, model)
+        step = StaticStep(model, cache, rows, newest, choose, None)
+        one_each = [Row(OWN, position, cache.regions.starts[slot], slot) for slot in range(rows)]
+        return work.milliseconds(lambda: step(one_each, [0.0] * rows))
 
 
 def most_probable(model: Llama, logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
