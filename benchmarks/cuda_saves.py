@@ -98,7 +98,7 @@ def measure_saves(work: Work) -> None:
 
 
 def copied_from_cpu(
-    model: Llama, tensors: Mapping[str, torch.Tensor]
+    model: Llama, tensors: Mapping[str, torch.Tensor], *others: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor] | None:
     return copied(tensors)
 

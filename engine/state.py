@@ -65,9 +65,12 @@ def pack_state(
 
 
 def copy_to_host(
-    model: "Llama", tensors: Mapping[str, torch.Tensor]
+    model: "Llama", tensors: Mapping[str, torch.Tensor], *others: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor] | None:
     """Copy ``tensors`` of ``model`` to host memory, to be saved while training changes them.
+
+    Args:
+        others: are to be copied after these, which would be in vain without room for all.
 
     Returns:
         The copies; None if there is no room for them. On a CPU there never is: a copy would take
@@ -75,7 +78,8 @@ def copy_to_host(
     """
     if model.device.type == "cpu":
         return None
-    needed = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors.values()}.values())
+    together = [tensor for each in (tensors, *others) for tensor in each.values()]
+    needed = sum({tensor.data_ptr(): tensor.nbytes for tensor in together}.values())
     free = memory.free_bytes(torch.device("cpu"))
     if needed > COPY_SHARE * free:
         say_once(

@@ -27,7 +27,7 @@ class Parts(Protocol):
     """
 
     save: Callable[..., None]
-    copy: "Callable[[Any, Mapping[str, torch.Tensor]], dict[str, torch.Tensor] | None]"
+    copy: "Callable[..., dict[str, torch.Tensor] | None]"
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Saves:
         if snapshot is None or snapshot.step != step:
             del snapshot
             self._writer.wait()  # until the memory of the copy before is free
-            weights = self.parts.copy(model, model.pretrained.state_dict())
+            weights = self.parts.copy(model, model.pretrained.state_dict(), *tensors)
             if weights is None:
                 return None
             snapshot = Snapshot(model.pretrained, step, weights)

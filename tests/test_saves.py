@@ -30,7 +30,7 @@ SECONDS = 60  # after which a test fails that would wait forever
 Tensors = Mapping[str, torch.Tensor]
 
 
-def copy(model: Any, tensors: Tensors) -> dict[str, torch.Tensor]:
+def copy(model: Any, tensors: Tensors, *others: Tensors) -> dict[str, torch.Tensor]:
     """As on a GPU with enough host memory."""
     return state.copied(tensors)
 
@@ -171,6 +171,11 @@ def test_there_is_a_copy_where_memory_allows(
         assert said.count("training waits until each checkpoint is written") == 1 - expected
     assert all(torch.equal(copies[0][name], tensors[name]) for name in tensors)
     assert copies[0]["head"] is copies[0]["embedding"]
+    optimizer = {"first": torch.zeros(5)}  # 20 bytes more
+    for free, expected in ((12_640, False), (12_700, True)):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+        copies = state.copy_to_host(gpu, tensors, optimizer)
+        assert (copies is not None) == expected and (not copies or copies.keys() == tensors.keys())
     assert state.copy_to_host(SimpleNamespace(device=torch.device("cpu")), tensors) is None
 
 
@@ -228,7 +233,7 @@ def test_there_is_one_copy_at_a_time(call, every_4: dict[str, str]) -> None:
     copied = {"weights": 0, "state": 0}
     last_asked = threading.Event()
 
-    def counted(model: Any, tensors: Tensors) -> dict[str, torch.Tensor]:
+    def counted(model: Any, tensors: Tensors, *others: Tensors) -> dict[str, torch.Tensor]:
         kind = "weights" if "model.norm.weight" in tensors else "state"
         if kind == "weights":
             # All that was asked for is written: these, and the one before the first step.
@@ -259,14 +264,23 @@ def test_there_is_one_copy_at_a_time(call, every_4: dict[str, str]) -> None:
 
 
 def test_where_there_is_no_copy_training_waits(call, every_4: dict[str, str], whole: Path) -> None:
-    """Also where there is one of the weights alone; best is on the disk before last then, too."""
+    """Also where there is one of the weights alone; best is on the disk before last then, too.
 
-    def of_weights(model: Any, tensors: Tensors) -> dict[str, torch.Tensor] | None:
-        return state.copied(tensors) if "model.norm.weight" in tensors else None
+    And the weights are not copied in vain, for a save whose state has no room beside them.
+    """
+    made: list[int] = []
+
+    def of_weights(
+        model: Any, tensors: Tensors, *others: Tensors
+    ) -> dict[str, torch.Tensor] | None:
+        if others or "model.norm.weight" not in tensors:
+            return None
+        made.append(len(tensors))
+        return state.copied(tensors)
 
     save = Save(before=lambda *_: time.sleep(0.05))
     assert call(train, *flags(every_4), copy=of_weights, save=save).code == 0
-    assert {name for name, _ in save.beside} == {BEST}
+    assert {name for name, _ in save.beside} == {BEST} and len(save.beside) == len(made)
     assert save.done.index((BEST, 7)) + 1 == save.done.index((LAST, 7))
     assert_same_run(run_folder(every_4), whole, BEST, LAST, PREVIOUS)
 
