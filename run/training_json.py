@@ -5,6 +5,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,14 @@ def describe(
         "wandb_run_id": wandb.run_id,
         "wandb_project": wandb.project,
         "wandb_entity": wandb.entity,
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in VERSIONED_PACKAGES},
+        "versions": {"python": platform.python_version(), **_package_versions()},
     }
+
+
+@cache
+def _package_versions() -> dict[str, str]:
+    """Read once: each version is in a file that takes milliseconds to parse."""
+    return {name: importlib.metadata.version(name) for name in VERSIONED_PACKAGES}
 
 
 def read_description(folder: Path, name: str = DESCRIPTION_FILE) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """A tiny real Llama and its tokenizer, small data sets, and a way to call the scripts."""
 
+import importlib
 import itertools
 import json
+import multiprocessing
 import os
+import shutil
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -33,7 +36,16 @@ from run.manifest import LAST, PREVIOUS
 from run.script import run_script
 from run.signals import STOP_SIGNALS
 
+# No test cuts the power, and small runs would often wait for the disk. What is synced, when and in
+# which order is checked where tests replace this again.
+os.fsync = os.fstat
+
 PROMPT = "Question: {question}\nAnswer:"
+
+# Processes that a test starts or kills: forked, each in the state of a new one, from a process that
+# has only done the slow imports. Use its Process, or start_method="forkserver" with torch.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["train", "evaluate"])
 
 # What GSM8K holds beside plain ASCII, and what has broken other projects.
 PECULIAR = [
@@ -150,10 +162,14 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory, problems: list[Problem
 @pytest.fixture
 def settings(model_folder: Path, data_folder: Path, tmp_path: Path) -> dict[str, str]:
     """Flags of a run that trains 117 - 17 = 100 rows: 7 steps an epoch, the last window partial."""
+    return small_run(model_folder, data_folder, tmp_path)
+
+
+def small_run(model_folder: Path, data_folder: Path, folder: Path) -> dict[str, str]:
     return {
         "model": str(model_folder),
         "dataset": str(data_folder),
-        "output_dir": str(tmp_path / "runs"),
+        "output_dir": str(folder / "runs"),
         "run_name": "test",
         "max_length": "256",
         "validation_size": "17",
@@ -221,6 +237,25 @@ def call(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Outcome]]
         signal.signal(number, handler)
 
 
+def as_a_process(script: str, out: str, *argv: str) -> None:
+    """The target of one of `processes`: runs a script just as its last lines do.
+
+    Args:
+        script: the module's name.
+        out: the file to which standard output and standard error are appended.
+    """
+    stream = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    module = importlib.import_module(script)
+
+    def story() -> None:
+        parsed = module.read_arguments(list(argv))
+        module.main(*(parsed if isinstance(parsed, tuple) else (parsed,)))
+
+    run_script(story)
+
+
 def run_folder(settings: dict[str, str]) -> Path:
     return Path(settings["output_dir"]) / settings["run_name"]
 
@@ -276,17 +311,28 @@ def kill() -> None:
     raise Killed
 
 
-@pytest.fixture
-def stopped(call, settings: dict[str, str]) -> Path:
-    """The folder of a run that died in step 9 of 14, with last of step 8 and previous of step 7."""
-    settings["checkpoint_steps"] = "4"
+@pytest.fixture(scope="session")
+def stopped_once(
+    model_folder: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The output folder of `stopped`'s run, which each test gets a copy of."""
+    folder = tmp_path_factory.mktemp("stopped")
+    settings = small_run(model_folder, data_folder, folder) | {"checkpoint_steps": "4"}
     with pytest.raises(Killed):
-        call(train, *flags(settings), step=step_that(kill, at=9))
+        train.main(make_config(settings), step=step_that(kill, at=9))
     steps = [
         training_json.read_description(run_folder(settings) / name)["step"]
         for name in (LAST, PREVIOUS)
     ]
     assert steps == [8, 7]
+    return folder / "runs"
+
+
+@pytest.fixture
+def stopped(stopped_once: Path, settings: dict[str, str]) -> Path:
+    """The folder of a run that died in step 9 of 14, with last of step 8 and previous of step 7."""
+    settings["checkpoint_steps"] = "4"
+    shutil.copytree(stopped_once, settings["output_dir"])
     return run_folder(settings)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARK = ROOT / "benchmarks" / "cuda.py"
@@ -25,6 +26,27 @@ def run(*options: str | Path, **environment: str) -> subprocess.CompletedProcess
 
 def results(process: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in process.stdout.splitlines()]
+
+
+def work(step: str, folder: Path) -> None:
+    """What the process of one step does."""
+    sys.path.insert(0, str(BENCHMARK.parent))
+    import cuda
+
+    with (folder / "printed").open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    options = "--dry", "--worker", step, "--scratch", str(folder), "--output", str(folder)
+    sys.exit(cuda.main(cuda.read_arguments([*options])))
+
+
+def dry_step(step: str, folder: Path) -> list[dict[str, Any]]:
+    """The results of ``step`` alone."""
+    process = processes.Process(target=work, args=[step, folder])
+    process.start()
+    process.join()
+    assert process.exitcode == 0, (folder / "printed").read_text()
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +99,8 @@ def test_a_step_that_fails_is_a_result_and_the_next_one_runs(
 
 def test_the_step_save_measures_what_training_waits_for(tmp_path: Path) -> None:
     """Guards against a measurement that only a device would run."""
-    process = run("--dry", "--steps", "save", "--output", tmp_path)
-    assert process.returncode == 0, process.stdout + process.stderr
-    at_once, *beside = [line for line in results(process) if line["part"] == "save"]
+    lines = dry_step("save", tmp_path)
+    at_once, *beside = [line for line in lines if line["part"] == "save"]
     assert at_once["how"] == "at once" and at_once["training_waits_s"] == at_once["whole_s"]
     assert [line["how"] for line in beside] == ["beside training"] * 2
     for line in beside:
@@ -88,9 +109,8 @@ def test_the_step_save_measures_what_training_waits_for(tmp_path: Path) -> None:
 
 def test_the_step_decode_decodes_twice_without_freeing_memory(tmp_path: Path) -> None:
     """Guards against a second decoding that runs out of memory, which only a device can show."""
-    process = run("--dry", "--steps", "decode", "--output", tmp_path)
-    assert process.returncode == 0, process.stdout + process.stderr
-    (again,) = [line for line in results(process) if line["part"] == "decoding again"]
+    lines = dry_step("decode", tmp_path)
+    (again,) = [line for line in lines if line["part"] == "decoding again"]
     first, second = again["completions"]
     assert first == second == 11  # of 12; the longest is not awaited
 

@@ -22,8 +22,14 @@ from grading.dataset import Problem
 from run.errors import UserError, one_line
 
 
-def assert_boundary(folder: Path, problems: Sequence[Problem], prompt: str) -> None:
-    """Prompt ids + answer ids == SentencePiece's ids of the joint text; the rest is unlabelled."""
+def assert_boundary(
+    folder: Path, problems: Sequence[Problem], prompt: str
+) -> list[packing.Example]:
+    """Prompt ids + answer ids == SentencePiece's ids of the joint text; the rest is unlabelled.
+
+    Returns:
+        The rows as examples.
+    """
     tokenizer, reference = (
         load_tokenizer(folder),
         SentencePieceProcessor(model_file=str(folder / "tokenizer.model")),
@@ -50,6 +56,7 @@ def assert_boundary(folder: Path, problems: Sequence[Problem], prompt: str) -> N
         assert tokenizer.decode(answer_ids[:-1]).removeprefix(" ") == problem.answer.removeprefix(
             " "
         )
+    return examples
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, "Q: {question}\n\n### Answer:\n", "{question}"])
@@ -67,14 +74,10 @@ def test_boundary_of_fixture_rows(
 @pytest.mark.parametrize("layout", ["TOKENIZER_DIR", "TOKENIZER_HUB_DIR"])
 def test_boundary_of_all_real_rows(layout: str) -> None:
     folder = real_folder("GSM8K_DIR")
-    tokenizer = load_tokenizer(real_folder(layout))
     train, test = (dataset.load_problems(str(folder), split) for split in ("train", "test"))
     assert (len(train), len(test)) == (7473, 1319)
-    assert_boundary(real_folder(layout), train + test, PROMPT)
-    assert (
-        max(len(example.input_ids) for example in data.encode(tokenizer, train + test, PROMPT))
-        == 577
-    )
+    examples = assert_boundary(real_folder(layout), train + test, PROMPT)
+    assert max(len(example.input_ids) for example in examples) == 577
 
 
 def test_the_example_in_the_docstring_is_the_first_row() -> None:

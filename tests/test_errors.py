@@ -3,15 +3,17 @@
 import http.server
 import json
 import os
+import re
+import resource
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Killed, flags, kill, seal, step_that
+from conftest import Killed, as_a_process, flags, kill, processes, seal, step_that
 
 import evaluate
 import perplexity
@@ -79,64 +81,84 @@ def test_help_shows_every_key_and_loads_nothing_heavy(script: str) -> None:
 # ---------------------------------------------------------------- the hub
 
 
-@pytest.fixture
-def hub() -> Iterator[Callable[[int, str], str]]:
-    """A hub on this machine that answers every request with one status and error code."""
-    servers = []
+class RefusingHub(http.server.BaseHTTPRequestHandler):
+    """A hub on this machine that answers as a model's name says: owner/STATUS-CODE, or -no."""
 
-    def start(status: int, code: str) -> str:
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self.send_response(status)
-                if code:
-                    self.send_header("X-Error-Code", code)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
+    def do_GET(self) -> None:
+        status, code = re.search(r"owner/(\d+)-(\w*)", self.path).groups()
+        self.send_response(int(status))
+        if code != "no":
+            self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
-            do_HEAD = do_GET
+    do_HEAD = do_GET
 
-            def log_message(self, *_: object) -> None:
-                pass
+    def log_message(self, *_: object) -> None:
+        pass
 
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+
+# What train.py does with each of the models, one after the other: exit code and standard error.
+TRAIN_EACH = """
+import contextlib, io, json, sys
+import train
+from run.script import run_script
+
+for model in sys.argv[1].split():
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            run_script(lambda: train.main(*train.read_arguments([*sys.argv[2:], "--model", model])))
+            code = 0
+        except SystemExit as end:
+            code = end.code
+    print(json.dumps([model, code, err.getvalue()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def hub_refusals(
+    tmp_path_factory: pytest.TempPathFactory, data_folder: Path
+) -> dict[str, tuple[int, str]]:
+    """Of each model: exit code and standard error, from one process that knows only this hub."""
+    folder = tmp_path_factory.mktemp("hub")
+    models = " ".join(f"owner/{status}-{code}" for status, code, _ in HUB_REFUSALS)
+    arguments = flags({"dataset": str(data_folder), "output_dir": str(folder / "runs")})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), RefusingHub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}"
-
-    yield start
-    for server in servers:
+        hub = f"http://127.0.0.1:{server.server_port}"
+        variables = {"HF_ENDPOINT": hub, "HF_HOME": str(folder / "hf")}
+        result = run("-c", TRAIN_EACH, models, *arguments, **variables)
         server.shutdown()
-        server.server_close()
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[")]
+    return {model: (code, err) for model, code, err in lines}
 
 
-@pytest.mark.parametrize(
-    ("status", "code", "fragments"),
-    [
-        (
-            401,
-            "GatedRepo",
-            ["is gated", "accept its licence at huggingface.co/owner/gated", "HF_TOKEN"],
-        ),
-        (403, "GatedRepo", ["is gated", "HF_TOKEN"]),
-        (401, "", ["is gated", "HF_TOKEN"]),
-        (500, "", ["can't be loaded from the hub", "500"]),
-        (404, "RepoNotFound", ["is not on the hub", "check the id"]),
-    ],
-)
+HUB_REFUSALS = [
+    (
+        401,
+        "GatedRepo",
+        ["is gated", "accept its licence at huggingface.co/owner/401-GatedRepo", "HF_TOKEN"],
+    ),
+    (403, "GatedRepo", ["is gated", "HF_TOKEN"]),
+    (401, "no", ["is gated", "HF_TOKEN"]),
+    (500, "no", ["can't be loaded from the hub", "500"]),
+    (404, "RepoNotFound", ["is not on the hub", "check the id"]),
+]
+
+
+@pytest.mark.parametrize(("status", "code", "fragments"), HUB_REFUSALS)
 def test_hub_refusals_say_what_to_do(
-    settings: dict[str, str], hub, tmp_path: Path, status: int, code: str, fragments: list[str]
+    hub_refusals: dict[str, tuple[int, str]], status: int, code: str, fragments: list[str]
 ) -> None:
-    arguments = flags(settings | {"model": "owner/gated"})
-    result = run(
-        "train.py", *arguments, HF_ENDPOINT=hub(status, code), HF_HOME=str(tmp_path / "hf")
-    )
-    assert result.returncode == 2, result.stderr
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    exit_code, err = hub_refusals[f"owner/{status}-{code}"]
+    assert exit_code == 2, err
+    assert err.startswith("error: ") and err.count("\n") == 1, err
     for fragment in fragments:
-        assert fragment in result.stderr
+        assert fragment in err
 
 
-def test_hub_out_of_reach(settings: dict[str, str], dead_port: int, tmp_path: Path) -> None:
+def test_hub_out_of_reach(call, settings: dict[str, str], dead_port: int, tmp_path: Path) -> None:
     environment = {"HF_ENDPOINT": f"http://127.0.0.1:{dead_port}", "HF_HOME": str(tmp_path / "hf")}
     result = run("train.py", *flags(settings | {"model": "owner/model"}), **environment)
     assert result.returncode == 2, result.stderr
@@ -145,13 +167,10 @@ def test_hub_out_of_reach(settings: dict[str, str], dead_port: int, tmp_path: Pa
     )
     assert "check the network" in result.stderr and result.stderr.count("\n") == 1
     # Offline, since the data set's client takes half a minute of retries to believe in a dead port.
-    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
-    result = run("train.py", *flags(settings | {"dataset": "owner/rows"}), **environment)
-    assert result.returncode == 2, result.stderr
-    assert result.stderr.startswith(
+    # As all tests of this process are.
+    call(train, *flags(settings | {"dataset": "owner/rows"})).assert_user_error(
         "error: dataset 'owner/rows': is not a folder here, and can't be loaded from the hub"
     )
-    assert result.stderr.count("\n") == 1, result.stderr
 
 
 # ---------------------------------------------------------------- models and checkpoints
@@ -291,19 +310,22 @@ def test_sequences_beyond_the_models_positions_are_refused(
     call(train, *flags(long)).assert_user_error("the model's 1024 positions", "max_new_tokens")
 
 
-def test_a_file_size_limit_is_one_line(settings: dict[str, str]) -> None:
+def with_a_file_size_limit(*arguments: str) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60 * 1024, 60 * 1024))
+    as_a_process(*arguments)
+
+
+def test_a_file_size_limit_is_one_line(settings: dict[str, str], tmp_path: Path) -> None:
     """A real fault of the real writer, not an injected one: the weights do not fit."""
-    code = f"ulimit -f 60; exec {sys.executable} train.py " + " ".join(
-        f"'{word}'" for word in flags(settings | {"run_name": "full"})
+    out = tmp_path / "out"
+    process = processes.Process(
+        target=with_a_file_size_limit, args=["train", str(out), *flags(settings)]
     )
-    result = subprocess.run(
-        ["bash", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 2, result
-    assert (
-        result.stderr.startswith("error: ") and "the checkpoint can't be written" in result.stderr
-    )
-    assert result.stderr.count("\n") == 1, result.stderr
+    process.start()
+    process.join()
+    assert process.exitcode == 2, out.read_text()
+    *_, line = out.read_text().splitlines()
+    assert line.startswith("error: ") and "the checkpoint can't be written" in line, out.read_text()
 
 
 def test_sigterm_is_not_taken_for_an_error_of_what_it_interrupts() -> None:

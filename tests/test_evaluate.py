@@ -4,8 +4,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PROMPT, flags, seal
+from conftest import PROMPT, as_a_process, flags, make_config, processes, seal, small_run
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import data
@@ -27,10 +25,21 @@ from grading.predictions import PredictionsFile
 from run.errors import Stopped, UserError
 
 
+@pytest.fixture(scope="module")
+def trained_once(
+    model_folder: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The output folder of `run_folder`'s run, which each test gets a copy of."""
+    folder = tmp_path_factory.mktemp("trained")
+    settings = small_run(model_folder, data_folder, folder)
+    train.main(make_config(settings | {"max_new_tokens": "12"}))
+    return folder / "runs"
+
+
 @pytest.fixture
-def run_folder(call, settings: dict[str, str]) -> Path:
+def run_folder(trained_once: Path, settings: dict[str, str]) -> Path:
     """A trained run, whose model writes something, none of it right."""
-    assert call(train, *flags(settings | {"max_new_tokens": "12"})).code == 0
+    shutil.copytree(trained_once, settings["output_dir"])
     return Path(settings["output_dir"]) / "test"
 
 
@@ -253,20 +262,19 @@ def test_kills_at_any_moment_lose_nothing_that_was_written(
     file, seen = tmp_path / "killed" / "predictions.jsonl", b""
     rng, kills = random.Random(0), 0
     while seen.count(b"\n") < 9:
-        process = subprocess.Popen(
-            [sys.executable, evaluate.__file__, *arguments, str(file.parent)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+        process = processes.Process(
+            target=as_a_process, args=["evaluate", os.devnull, *arguments, str(file.parent)]
         )
+        process.start()
         wanted = seen.count(b"\n") + rng.randrange(1, 5)
-        while process.poll() is None and not (
+        while process.is_alive() and not (
             file.exists() and file.read_bytes().count(b"\n") >= wanted
         ):
             time.sleep(0.002)
         time.sleep(rng.random() * 0.05)
-        kills += process.poll() is None
+        kills += process.is_alive()
         process.kill()
-        process.wait()
+        process.join()
         left = file.read_bytes()
         assert left.startswith(seen)  # what was there still is, byte for byte
         seen = left[: left.rindex(b"\n") + 1]
@@ -391,10 +399,10 @@ def test_a_plain_model_folder(call, settings: dict[str, str]) -> None:
     assert sorted(Path(settings["model"]).iterdir()) == before
 
 
-def test_a_checkpoint_copied_out_of_its_run(
-    call, settings: dict[str, str], run_folder: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_copied_out_of_its_run(call, settings: dict[str, str], tmp_path: Path) -> None:
     """Guards against files next to a folder that is not ours."""
+    assert call(train, *flags(settings | {"epochs": "1"})).code == 0
+    run_folder = Path(settings["output_dir"]) / "test"
     shutil.copytree(run_folder / "best", tmp_path / "elsewhere" / "best")
     outcome = call(evaluate, "--ckpt", str(tmp_path / "elsewhere" / "best"))
     assert outcome.code == 0, outcome.err

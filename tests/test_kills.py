@@ -4,11 +4,13 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
-from conftest import flags, make_config
+from conftest import as_a_process, flags, make_config, processes
 
 import train
 from grading.dataset import Problem, load_problems
@@ -47,10 +49,10 @@ def test_a_kill_waits_for_something_to_resume_from(tmp_path: Path) -> None:
     assert not selftest.is_time_to_kill(tmp_path, 4)
 
 
-def test_the_self_test_passes(settings: dict[str, str]) -> None:
+def test_the_self_test_passes(call, settings: dict[str, str]) -> None:
     """In processes of its own, one of which it kills; and nothing of it is left."""
-    result = run("train.py", "--selftest", *flags(settings))
-    assert result.returncode == 0, result.stdout + result.stderr
+    outcome = call(train, "--selftest", *flags(settings))
+    assert outcome.code == 0, outcome.out + outcome.err
     for fragment in (
         "trained:   4 steps, validation loss",
         "killed:    SIGKILL after step ",
@@ -60,7 +62,7 @@ def test_the_self_test_passes(settings: dict[str, str]) -> None:
         "W&B:       off",
         "selftest: passed",
     ):
-        assert fragment in result.stdout, result.stdout
+        assert fragment in outcome.out, outcome.out
     assert list(Path(settings["output_dir"]).iterdir()) == []
 
 
@@ -127,6 +129,30 @@ def test_the_self_test_takes_one_row_of_each_question(tmp_path: Path) -> None:
     assert len(rows) == len({row.question for row in rows}) == 2 * 16 + selftest.VALIDATION_ROWS
 
 
+class Forked:
+    """A stand-in for `subprocess.Popen` of train.py that need not import everything again."""
+
+    def __init__(self, command: Sequence[str], *, stdout: int, stderr: IO[bytes]):
+        self.process = processes.Process(
+            target=as_a_process, args=["train", stderr.name, *command[2:]]
+        )
+        self.process.start()
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self) -> int | None:
+        self.process.join()
+        return self.returncode
+
+    def kill(self) -> None:
+        self.process.kill()
+
+
 def test_a_kill_that_comes_too_late_is_tried_again_earlier(
     settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,16 +165,17 @@ def test_a_kill_that_comes_too_late_is_tried_again_earlier(
     }
     config, starts = make_config(settings), []
 
-    class Late(subprocess.Popen):
+    class Late(Forked):
         """A process of which nothing is seen until it has ended; the first time."""
 
         def poll(self) -> int | None:
             return self.wait() if len(starts) == 1 else super().poll()
 
-    def start(*arguments: object, **keywords: object) -> subprocess.Popen[bytes]:
+    def start(*arguments: Any, **keywords: Any) -> Forked:
         starts.append(arguments)
         return Late(*arguments, **keywords)
 
+    monkeypatch.setattr(subprocess, "Popen", Forked)
     with selftest.temporary_folder(output) as folder:
         selftest.write_data(rows, config.batch_size, folder / "data")
         expected = selftest.train(config, folder, "expected")

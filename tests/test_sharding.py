@@ -48,4 +48,4 @@ def compare(rank: int, file: str, recompute: bool) -> None:
 def test_a_sharded_model_has_the_same_loss_and_gradients(tmp_path: Path, recompute: bool) -> None:
     """Guards against a weight that is read outside of the call of the module that holds it."""
     arguments = str(tmp_path / "rendezvous"), recompute
-    multiprocessing.spawn(compare, arguments, nprocs=PROCESSES)
+    multiprocessing.start_processes(compare, arguments, nprocs=PROCESSES, start_method="forkserver")
