@@ -15,6 +15,7 @@ from run.paths import local_path, with_tilde
 from run.wandb_run import RunPath
 
 VERSIONED_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "torch-optimi")
+OPTIMIZER_PACKAGES = {"adamw_8bit": ("torchao",)}
 
 
 def describe(
@@ -37,6 +38,7 @@ def describe(
         validation_loss, validation_perplexity, validation_exact_match: None if they were not
             measured at this step.
     """
+    packages = VERSIONED_PACKAGES + OPTIMIZER_PACKAGES.get(settings.get("optimizer"), ())
     return {
         "step": step,
         "epoch": epoch,
@@ -50,7 +52,7 @@ def describe(
         "wandb_project": wandb.project,
         "wandb_entity": wandb.entity,
         "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in VERSIONED_PACKAGES},
+        | {name: importlib.metadata.version(name) for name in packages},
     }
 
 
