@@ -93,10 +93,10 @@ class AdamW8bit(torch.optim.Optimizer):
             exact_step(weight, weight.grad, *(state[name] for name in MOMENTS), numbers)
             return
         size = PIECES[weight.device.type]
-        columns = [weight.detach().view(-1).split(size), weight.grad.reshape(-1).split(size)]
+        columns = [pieces(weight, size), pieces(weight.grad.contiguous(), size)]
         for name in MOMENTS:
-            columns.append(state[name].view(-1).split(size))
-            columns.append(state[f"{name}_scale"].split(size // BLOCK))
+            columns.append(pieces(state[name], size))
+            columns.append(pieces(state[f"{name}_scale"], size // BLOCK))
         maps = self._maps_on(weight.device)
         for piece in zip(*columns, strict=True):
             self._quantized_step(*piece, *maps, numbers)
@@ -143,6 +143,15 @@ def _numbers(group: Mapping[str, Any], device: torch.device) -> Tensor:
         1 - beta2,
     )
     return torch.tensor(numbers, dtype=torch.float32, device=device)
+
+
+def pieces(tensor: Tensor, size: int) -> list[Tensor]:
+    """Parts of ``size`` elements, [size] each; the last one may be smaller.
+
+    They do not say of which tensor they are a part. Compiled code would be made for each number of
+    its dimensions.
+    """
+    return [part.data for part in tensor.view(-1).split(size)]
 
 
 def exact_step(
