@@ -18,7 +18,9 @@ import data
 import train
 from engine import adamw_8bit, loading, memory, packing
 from engine.device import kernels_for
+from engine.llama import Llama
 from engine.optimizer import build_optimizer, checkpoint_bytes, make_state, training_bytes
+from engine.recompute import bytes_to_come
 from engine.state import pack_state, unpack_state
 from engine.tokenizer import Tokenizer
 from grading import dataset
@@ -284,6 +286,9 @@ def test_its_bytes_are_counted(
     assert checkpoint_bytes(weights, "adamw_8bit") == (sum(w.nbytes for w in weights), held)
     expected = {torch.float32: 10.03125, torch.bfloat16: 6.03125}[dtype]
     assert training_bytes(dtype, "adamw_8bit") == expected
+    model = Llama(make_llama(420, hidden_size=64, intermediate_size=96).to(dtype))
+    to_come = held + 2 * sum(weight.nbytes for weight in weights)  # and on a CPU the weights
+    assert bytes_to_come(model, "adamw_8bit") == to_come < bytes_to_come(model)
     needed = held + 2 * sum(weight.nbytes for weight in weights)
     fits = partial(loading.check_fits, wide_folder, dtype, trained=True, optimizer="adamw_8bit")
     fits(available=needed)
@@ -323,6 +328,18 @@ def test_the_state_of_another_model_is_an_error(name: str, shape: tuple[int, ...
     other = make(others, weight_decay=0.0, name=name)
     with pytest.raises(ValueError, match="is not that of a weight of"):
         unpack_state(lambda: tensors, state, other)
+
+
+@pytest.mark.parametrize("change", [lambda scale: scale[1:], lambda scale: scale.double()])
+def test_a_state_of_other_blocks_is_an_error(change: Callable[..., torch.Tensor]) -> None:
+    """Guards against codes that are read with the scales of other blocks."""
+    weights = random_weights(torch.bfloat16)
+    made = eight_bit(weights)
+    steps(made, weights, 1)
+    tensors, state = pack_state(made, {})
+    tensors["optimizer.0.exp_avg_scale"] = change(tensors["optimizer.0.exp_avg_scale"])
+    with pytest.raises(ValueError, match="state 0 is not that of a weight of"):
+        unpack_state(lambda: tensors, state, eight_bit(weights))
 
 
 # ---------------------------------------------------------------- what it needs
