@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import engine  # noqa: F401  (before Transformers, which it keeps quiet)
+
 NAMES = {
     "she": ("Ann", "Mia", "Sara", "Lily", "Emma", "Nora", "Ruth", "Zoe"),
     "he": ("Tom", "Ben", "Sam", "Leo", "Max", "Paul", "Carl", "Jack"),

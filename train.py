@@ -89,10 +89,11 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
     # What learns
     model = loading.load_model(base, getattr(torch, config.dtype), pick_device())
     loading.check_data(model, rows + held_out, prompts, config.max_new_tokens, config.model)
-    prepare(model, config.gradient_checkpointing, config.compile, config.micro_batch_tokens, rows)
+    limit, clip, kind = config.micro_batch_tokens, config.max_grad_norm, config.optimizer
+    prepare(model, config.gradient_checkpointing, config.compile, limit, rows, kind)
     packer = Packer(batches)
     adam = config.learning_rate, (config.adam_beta1, config.adam_beta2), config.adam_epsilon
-    optimizer = build_optimizer(model.parameters(), *adam, config.weight_decay)
+    optimizer = build_optimizer(model.parameters(), *adam, config.weight_decay, kind)
     shape = config.lr_schedule, config.warmup_ratio, config.min_lr_ratio
     schedule = Schedule(steps, config.learning_rate, *shape)
     decode = partial(parts.complete, model, tokenizer, config.max_new_tokens, config.decode_slots)
@@ -107,7 +108,7 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
     saves = Saves(folder, asdict(config), batches.per_epoch, problems.sha256, tokenizer, parts)
 
     # Fail in second five, not in hour five
-    check_disk_space(folder, *checkpoint_bytes(model.parameters()))
+    check_disk_space(folder, *checkpoint_bytes(model.parameters(), kind))
     if resume_from is None:
         saves.save_last(model, progress, *pack_state(optimizer, asdict(progress)))
     else:
@@ -127,9 +128,7 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
             rate = schedule.learning_rate(progress.step)
             budget = progress.budget(config.micro_batch_tokens)
             with log.timing(batch):
-                result = parts.step(
-                    model, optimizer, batch, rate, budget, config.max_grad_norm, packer
-                )
+                result = parts.step(model, optimizer, batch, rate, budget, clip, packer)
             progress.add_step(result.nats, result.num_labels)
             if not result.is_finite:
                 raise log.not_finite(result, rows_at_fault(model, batch), folder / LAST)
@@ -284,14 +283,15 @@ class Parts:
 
 @memory.reported("training", "set a smaller micro_batch_tokens, or take a device with more memory")
 def main(config: Config, selftest: bool = False, **parts: Callable) -> None:
-    prepare_process(pick_device(), getattr(torch, config.dtype))
+    dtype = getattr(torch, config.dtype)
+    prepare_process(pick_device(), dtype)
     if selftest:
         splits = {split: load_problems(config.dataset, split) for split in ("train", "test")}
-        rows = {split: [asdict(problem) for problem in splits[split]] for split in splits}
-        return run_selftest(config, rows)
+        return run_selftest(config, {split: [*map(asdict, splits[split])] for split in splits})
     folder = local_path(config.output_dir) / config.run_name
     with claimed(folder, config.resume) as resume_from:
-        loading.check_fits(resume_from or config.model, getattr(torch, config.dtype), trained=True)
+        base, kind = resume_from or config.model, config.optimizer
+        loading.check_fits(base, dtype, trained=True, optimizer=kind)
         saved = resume_from and saved_settings(resume_from, read_description(resume_from))
         train(anchored(config, saved), folder, resume_from, Parts(**parts))
 

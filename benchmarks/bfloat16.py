@@ -1,7 +1,7 @@
 """Compares the loss curves of bfloat16 training, with several kinds of updates, to float32.
 
 python benchmarks/bfloat16.py
-python benchmarks/bfloat16.py --steps 400 --updates float32 kahan stochastic masters nearest
+python benchmarks/bfloat16.py --steps 400 --updates float32 kahan adamw_8bit nearest
 
 A Llama of 0.9 M parameters is trained on generated word problems (standin.py) in float32, at a
 learning rate that suits its random weights. From there each contender continues on the same rows,
@@ -10,15 +10,15 @@ at a constant fine-tuning rate, with train.py's own gradient accumulation:
 - float32: AdamW, 16 bytes per parameter including its gradient.
 - kahan: bfloat16. The rounding error is kept and added to the next update, as in train.py. 10
   bytes.
-- stochastic: bfloat16, weights rounded up or down at random (torchao). 8 bytes.
+- adamw_8bit: bfloat16, moments of 8 bits, weights rounded up or down at random, as in train.py.
+  6 bytes.
+- adamw_8bit_float32: float32, moments of 8 bits, as in train.py. 10 bytes.
 - masters: bfloat16, with moments and a copy of the weights in float32. 16 bytes.
-- nearest: bfloat16, rounded to nearest as in torch.optim.AdamW. 8 bytes.
+- nearest: bfloat16, rounded to nearest as in torch.optim.AdamW. 8 bytes. It is offered nowhere.
+- adamw_8bit_nearest: the same with moments of 8 bits. 6 bytes. Neither is this.
 
 The loss is the validation loss in the contender's own dtype, computed by the function that train.py
-uses. Torchao is not in any requirements file, because Transformers imports it wherever it is
-installed, and it then prints warnings at every start.
-`pip install --no-deps --target torchao torchao==0.18.0` keeps it separate, and PYTHONPATH=torchao
-makes it visible to this benchmark.
+uses.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import copy
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,12 +48,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--updates",
-        nargs="+",
-        choices=tuple(UPDATES),
-        default=[name for name in UPDATES if name != "stochastic"],
-    )
+    parser.add_argument("--updates", nargs="+", choices=tuple(UPDATES), default=list(UPDATES))
     parser.add_argument("--pretrain", type=int, default=300, help="steps in float32 beforehand")
     parser.add_argument("--steps", type=int, default=1000, help="steps of each contender")
     parser.add_argument("--points", type=int, default=5, help="points per curve after its start")
@@ -63,20 +59,37 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
 # ---------------------------------------------------------------- contenders: how each makes a step
 
 
-def _ours(parameters: "list[torch.nn.Parameter]", rate: float) -> Callable[[], None]:
+def _ours(
+    parameters: "list[torch.nn.Parameter]", rate: float, name: str = "adamw"
+) -> Callable[[], None]:
     from engine.optimizer import build_optimizer
 
     return build_optimizer(
-        parameters, learning_rate=rate, betas=BETAS, epsilon=EPSILON, weight_decay=0.0
+        parameters,
+        learning_rate=rate,
+        betas=BETAS,
+        epsilon=EPSILON,
+        weight_decay=0.0,
+        name=name,
     ).step
 
 
-def _stochastic(parameters: "list[torch.nn.Parameter]", rate: float) -> Callable[[], None]:
-    from torchao.optim import _AdamW
+_ours_8bit = partial(_ours, name="adamw_8bit")
 
-    return _AdamW(
-        parameters, lr=rate, betas=BETAS, eps=EPSILON, weight_decay=0.0, bf16_stochastic_round=True
-    ).step
+
+def _nearest_8bit(parameters: "list[torch.nn.Parameter]", rate: float) -> Callable[[], None]:
+    from engine import adamw_8bit
+
+    step = _ours_8bit(parameters, rate)
+
+    def step_to_nearest() -> None:
+        rounded, adamw_8bit.write = adamw_8bit.write, lambda weight, exact: weight.copy_(exact)
+        try:
+            step()
+        finally:
+            adamw_8bit.write = rounded
+
+    return step_to_nearest
 
 
 def _nearest(parameters: "list[torch.nn.Parameter]", rate: float) -> Callable[[], None]:
@@ -107,9 +120,11 @@ def _masters(parameters: "list[torch.nn.Parameter]", rate: float) -> Callable[[]
 UPDATES: dict[str, tuple[str, int, Callable[..., Callable[[], None]]]] = {
     "float32": ("float32", 16, _ours),
     "kahan": ("bfloat16", 10, _ours),
-    "stochastic": ("bfloat16", 8, _stochastic),
+    "adamw_8bit": ("bfloat16", 6, _ours_8bit),
+    "adamw_8bit_float32": ("float32", 10, _ours_8bit),
     "masters": ("bfloat16", 16, _masters),
     "nearest": ("bfloat16", 8, _nearest),
+    "adamw_8bit_nearest": ("bfloat16", 6, _nearest_8bit),
 }
 
 

@@ -4,6 +4,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import pairwise
 
 import torch
@@ -23,6 +24,7 @@ from engine.compiling import compile_layers
 from engine.cuda.linear import Linear
 from engine.llama import EAGER, Llama
 from engine.memory import free_bytes
+from engine.optimizer import ADAMW, ADAMW_8BIT, build_optimizer, make_state, training_bytes
 from engine.packing import Example, pack
 from engine.recompute import choose_recomputed
 
@@ -46,8 +48,10 @@ PEAK_FLOPS = 989e12
 
 def measure_training(work: Work) -> None:
     import train
-    from engine.optimizer import build_optimizer
 
+    has_torchao = find_spec("torchao") is not None
+    for name in (ADAMW, ADAMW_8BIT) if has_torchao else (ADAMW,):
+        work.attempt("optimizer", measure_optimizer, name)
     batch_size, steps = (4, 2) if work.is_dry else (BATCH_SIZE, 3)
     rows = read_rows("train", batch_size * steps)
     batches = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
@@ -73,6 +77,24 @@ def measure_training(work: Work) -> None:
         optimizer.step()
 
     work.attempt("profile", Work.profile, "train", step)
+
+
+def measure_optimizer(work: Work, name: str) -> None:
+    """A step of one bfloat16 weight, as large as Llama-2-7B's embedding."""
+    size = 2**13 if work.is_dry else 32000 * 4096
+    weight = torch.nn.Parameter(torch.zeros(size, dtype=torch.bfloat16, device=work.device))
+    weight.grad = torch.ones_like(weight)
+    optimizer = build_optimizer([weight], 2e-5, (0.9, 0.999), 1e-8, 0.0, name)
+    make_state(optimizer)
+    work.reset_peak()
+    milliseconds = work.milliseconds(optimizer.step)
+    work.results.write(
+        "optimizer",
+        name=name,
+        ms_per_1e9=milliseconds / size * 1e9,
+        bytes_per_parameter=training_bytes(weight.dtype, name),
+        **work.peak_gib(),
+    )
 
 
 def use_linear_layers(model: Llama, kind: type[torch.nn.Linear]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from engine import memory
 from engine.fused import FUSED
 from engine.llama import EAGER, Llama
+from engine.optimizer import ADAMW
 from engine.packing import IGNORE, Example, collate
 from engine.recompute import choose_recomputed
 from engine.state import get_random_state, set_random_state
@@ -32,19 +33,23 @@ def prepare(
     wants_compiled: bool | None,
     micro_batch_tokens: int,
     rows: Sequence[Example],
+    optimizer: str = ADAMW,
 ) -> None:
     """Choose which blocks are recomputed, and compile the layers.
 
     Args:
         recomputed: all blocks or none; None: as many as memory demands.
         wants_compiled: None: if compiled layers are faster on this device, and work here.
+        optimizer: its name, as in `build_optimizer`.
 
     Raises:
         UserError: torch.compile fails here, although ``wants_compiled``.
     """
     if recomputed is None:
         longest = max(len(row.input_ids) for row in rows)
-        model.recomputed_blocks = choose_recomputed(model, micro_batch_tokens, longest)
+        model.recomputed_blocks = choose_recomputed(
+            model, micro_batch_tokens, longest, optimizer=optimizer
+        )
     else:
         model.recomputed_blocks = len(model.blocks) if recomputed else 0
     if wants_compiled or (wants_compiled is None and model.kernels.compiles_layers):

@@ -13,7 +13,7 @@ from engine import memory, packing
 from engine.device import Kernels, kernels_for, pick_device
 from engine.hub import fetch
 from engine.llama import Llama
-from engine.optimizer import training_bytes
+from engine.optimizer import ADAMW, check_optimizer, state_bytes
 from engine.refusals import (
     Shape,
     check_config,
@@ -72,15 +72,24 @@ def load_tokenizer(folder: Path, trained_with: Mapping[str, Any] | None = None) 
 
 
 def check_fits(
-    name: str | Path, dtype: torch.dtype, *, trained: bool = False, available: int | None = None
+    name: str | Path,
+    dtype: torch.dtype,
+    *,
+    trained: bool = False,
+    optimizer: str = ADAMW,
+    available: int | None = None,
 ) -> None:
     """Raises UserError if a model exceeds the device's memory, before its weights are downloaded.
 
+    Or if training it takes an optimizer whose package is missing.
+
     Args:
         name: its folder or hub id.
-        trained: count gradients and the optimizer's state too. Activations are never counted.
+        trained: count gradients and the state of ``optimizer`` too. Activations are never counted.
         available: the memory of the device in bytes; None: that of this one, unless it is a CPU.
     """
+    if trained:
+        check_optimizer(optimizer)
     available = available or memory.total_bytes(pick_device())
     if available is None:
         return
@@ -89,15 +98,19 @@ def check_fits(
     config, shapes = _read_config(folder)
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
-    each = training_bytes(dtype) if trained else dtype.itemsize
     number = sum(map(math.prod, shapes.values()))
-    if number * each > available:
+    needed = number * dtype.itemsize
+    if trained:
+        needed = 2 * needed + sum(state_bytes(shape, dtype, optimizer) for shape in shapes.values())
+    if needed > available:
         what = "weights, gradients and optimizer state" if trained else "weights"
         smaller = "set dtype bfloat16, or " if dtype == torch.float32 else ""
+        if trained and optimizer == ADAMW:
+            smaller += "set optimizer adamw_8bit, or "
         raise UserError(
             f"model {name}: {what} of its {number / 1e9:.2f} billion parameters take "
-            f"{number * each / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')} ({each} bytes "
-            f"each), over the {available / 1e9:.1f} GB of the device: {smaller}take a larger "
+            f"{needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')} ({needed / number:.3g} "
+            f"bytes each), over the {available / 1e9:.1f} GB of the device: {smaller}take a larger "
             "device or a smaller model"
         )
 

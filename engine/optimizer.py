@@ -3,12 +3,21 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import optimi
 import torch
 
-from engine import memory
+from engine import adamw_8bit, memory
 from run.errors import cause_of
+
+ADAMW, ADAMW_8BIT = "adamw", "adamw_8bit"  # the names that the setting optimizer allows
+
+
+def check_optimizer(name: str) -> None:
+    """Raises UserError if a package that the optimizer needs is missing."""
+    if name == ADAMW_8BIT:
+        adamw_8bit.check_torchao()
 
 
 def build_optimizer(
@@ -17,8 +26,13 @@ def build_optimizer(
     betas: tuple[float, float],
     epsilon: float,
     weight_decay: float,
+    name: str = ADAMW,
 ) -> torch.optim.Optimizer:
     """AdamW (arXiv:1711.05101) for parameters of one dtype.
+
+    Args:
+        name: ``adamw``, or ``adamw_8bit`` for moments of 8 bits (`adamw_8bit.AdamW8bit`), with
+            which bfloat16 takes 6 bytes per parameter, and float32 takes 10.
 
     In bfloat16, at a learning rate such as 2e-5, most updates are smaller than half the distance to
     the next representable weight, and would be rounded away. Kahan summation keeps the rounding
@@ -26,7 +40,14 @@ def build_optimizer(
     takes 10 bytes per parameter, while float32 takes 16.
     """
     parameters = list(parameters)
-    if parameters[0].dtype == torch.bfloat16:
+    first = parameters[0]
+    if name == ADAMW_8BIT:
+        step = partial(adamw_8bit.try_step, dtype=first.dtype)
+        compiled = first.is_cuda and runs_triton(first.device, step)
+        return adamw_8bit.AdamW8bit(
+            parameters, learning_rate, betas, epsilon, weight_decay, compiled
+        )
+    if first.dtype == torch.bfloat16:
         return optimi.AdamW(
             parameters,
             lr=learning_rate,
@@ -34,7 +55,7 @@ def build_optimizer(
             eps=epsilon,
             weight_decay=weight_decay,
             kahan_sum=True,
-            triton=parameters[0].is_cuda and runs_triton(parameters[0].device),
+            triton=first.is_cuda and runs_triton(first.device),
             foreach=False,
         )
     return torch.optim.AdamW(
@@ -48,13 +69,13 @@ def build_optimizer(
 
 
 def runs_triton(device: torch.device, step: Callable[[torch.device], None] | None = None) -> bool:
-    """Whether optimi's fused kernel runs on ``device``; prints a line if it does not.
+    """Whether a fused kernel runs on ``device``; prints a line if it does not.
 
     Triton compiles a part of each kernel with the machine's C compiler and Python.h, and needs a
     folder that can be written. Containers may lack any of these, and Triton itself.
 
     Args:
-        step: makes a step with the kernel; None for a step of one weight.
+        step: makes a step with the kernel; None for a step of one weight with optimi's.
     """
     try:
         (step or step_with_triton)(device)
@@ -94,6 +115,9 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
             state = optimizer.state[parameter]
             if state:
                 continue
+            if isinstance(optimizer, adamw_8bit.AdamW8bit):
+                state.update(adamw_8bit.new_state(parameter))
+                continue
             if "fused" in group:  # PyTorch's AdamW, which counts the steps of each weight
                 state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)
@@ -107,24 +131,32 @@ def has_compensation(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16
 
 
-def tensors_of_state(dtype: torch.dtype) -> int:
-    """How many tensors of a weight's size its state has: two moments, and its compensation."""
-    return 2 + has_compensation(dtype)
+def state_bytes(shape: torch.Size, dtype: torch.dtype, name: str = ADAMW) -> int:
+    """What the optimizer's state of a weight of ``shape`` and ``dtype`` takes in memory and files.
+
+    The counters of steps, a few bytes, are left out.
+    """
+    if name == ADAMW_8BIT:
+        return adamw_8bit.state_bytes(shape)
+    return (2 + has_compensation(dtype)) * dtype.itemsize * math.prod(shape)
 
 
-def training_bytes(dtype: torch.dtype) -> int:
-    """The memory that training takes for each parameter: weight, gradient and state."""
-    return (2 + tensors_of_state(dtype)) * dtype.itemsize
+def training_bytes(dtype: torch.dtype, name: str = ADAMW) -> float:
+    """What training takes for each parameter of a large weight: weight, gradient and state."""
+    large = torch.Size([adamw_8bit.SMALLEST])
+    return 2 * dtype.itemsize + state_bytes(large, dtype, name) / large.numel()
 
 
-def checkpoint_bytes(parameters: Iterable[torch.nn.Parameter]) -> tuple[int, int]:
+def checkpoint_bytes(
+    parameters: Iterable[torch.nn.Parameter], name: str = ADAMW
+) -> tuple[int, int]:
     """The sizes in bytes of a checkpoint's weights and of its optimizer state.
 
     Computed from the parameters, since the state exists only after the first step.
     """
     parameters = list(parameters)
-    weights = sum(parameter.nbytes for parameter in parameters)
-    return weights, tensors_of_state(parameters[0].dtype) * weights
+    state = sum(state_bytes(parameter.shape, parameter.dtype, name) for parameter in parameters)
+    return sum(parameter.nbytes for parameter in parameters), state
 
 
 # ---------------------------------------------------------------- gradients

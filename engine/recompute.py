@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.memory import free_bytes
-from engine.optimizer import checkpoint_bytes
+from engine.optimizer import ADAMW, checkpoint_bytes
 
 if TYPE_CHECKING:
     from engine.llama import Llama
@@ -14,7 +14,11 @@ FRAGMENTED_SHARE = 0.03  # of free memory: what the allocator can't use
 
 
 def choose_recomputed(
-    model: "Llama", micro_batch_tokens: int, longest: int, free: int | None = None
+    model: "Llama",
+    micro_batch_tokens: int,
+    longest: int,
+    free: int | None = None,
+    optimizer: str = ADAMW,
 ) -> int:
     """The smallest `Llama.recomputed_blocks` with which training fits into memory; prints it.
 
@@ -23,11 +27,12 @@ def choose_recomputed(
     Args:
         longest: tokens of the longest sequence.
         free: bytes that are free once the model is loaded; None: measured.
+        optimizer: its name, as in `build_optimizer`.
     """
     free = free_bytes(model.device) if free is None else free
     micro_batch_tokens = max(micro_batch_tokens, longest - 1)  # a longer row is a micro-batch too
     block = block_bytes(model, micro_batch_tokens, longest)
-    room = free - bytes_to_come(model) - head_bytes(model) - int(FRAGMENTED_SHARE * free)
+    room = free - bytes_to_come(model, optimizer) - head_bytes(model) - int(FRAGMENTED_SHARE * free)
     # While a block is in its backward pass, it needs its activations and as many gradients.
     room -= 2 * block
     inputs = micro_batch_tokens * model.config.hidden_size * model.dtype.itemsize
@@ -84,8 +89,8 @@ def head_bytes(model: "Llama") -> int:
     return logits + model.head.weight.numel() * exact
 
 
-def bytes_to_come(model: "Llama") -> int:
+def bytes_to_come(model: "Llama", optimizer: str = ADAMW) -> int:
     """What training adds to a model that has just been loaded: gradients and optimizer states."""
-    weights, states = checkpoint_bytes(model.parameters())
+    weights, states = checkpoint_bytes(model.parameters(), optimizer)
     # On a CPU they are mapped from their file, and take memory once they are changed.
     return states + (2 if model.device.type == "cpu" else 1) * weights

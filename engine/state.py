@@ -168,3 +168,13 @@ def _load(
             index, name = rest
             groups[int(index)][name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    check_shapes(optimizer)
+
+
+def check_shapes(optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError if a state is that of a weight of another shape."""
+    for weight, state in optimizer.state.items():
+        for name in {"exp_avg", "exp_avg_sq", "kahan_comp"} & state.keys():
+            if state[name].shape != weight.shape:
+                found, expected = list(state[name].shape), list(weight.shape)
+                raise ValueError(f"{name} of {found} is not that of a weight of {expected}")

@@ -48,6 +48,7 @@ class Config:
     seed: Seed
     output_dir: Text
     run_name: Name
+    optimizer: Literal["adamw", "adamw_8bit"]
     epochs: Count
     batch_size: Count
     micro_batch_tokens: Count

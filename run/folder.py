@@ -49,6 +49,9 @@ FREE_SETTINGS = frozenset(
     }
 )
 
+# What was so before there was a setting for it.
+OLDER = {"optimizer": "adamw"}
+
 LOCK_SECONDS = 1.0  # how long to wait for the lock, since an evaluation holds it only briefly
 
 
@@ -125,7 +128,7 @@ def check_same_run(folder: Path, settings: Mapping[str, Any], data_sha256: str) 
         UserError: a setting that must not change has changed, or the training rows have.
     """
     description = read_description(folder)
-    before = description["settings"] | saved_settings(folder, description)
+    before = OLDER | description["settings"] | saved_settings(folder, description)
     free = FREE_SETTINGS | {"dataset"}  # which is identified by the hash of its rows
     if settings["lr_schedule"] == "constant" and settings["warmup_ratio"] == 0:
         free |= {"epochs"}  # since no learning rate depends on the number of steps

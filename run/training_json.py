@@ -16,6 +16,7 @@ from run.paths import local_path, with_tilde
 from run.wandb_run import RunPath
 
 VERSIONED_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "torch-optimi")
+OPTIMIZER_PACKAGES = {"adamw_8bit": ("torchao",)}
 
 
 def describe(
@@ -38,6 +39,7 @@ def describe(
         validation_loss, validation_perplexity, validation_exact_match: None if they were not
             measured at this step.
     """
+    packages = VERSIONED_PACKAGES + OPTIMIZER_PACKAGES.get(settings.get("optimizer"), ())
     return {
         "step": step,
         "epoch": epoch,
@@ -50,14 +52,15 @@ def describe(
         "wandb_run_id": wandb.run_id,
         "wandb_project": wandb.project,
         "wandb_entity": wandb.entity,
-        "versions": {"python": platform.python_version(), **_package_versions()},
+        "versions": {"python": platform.python_version()}
+        | {name: _package_version(name) for name in packages},
     }
 
 
 @cache
-def _package_versions() -> dict[str, str]:
-    """Read once: each version is in a file that takes milliseconds to parse."""
-    return {name: importlib.metadata.version(name) for name in VERSIONED_PACKAGES}
+def _package_version(name: str) -> str:
+    """Read once: it is in a file that takes milliseconds to parse."""
+    return importlib.metadata.version(name)
 
 
 def read_description(folder: Path, name: str = DESCRIPTION_FILE) -> dict[str, Any]:
