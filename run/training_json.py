@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from run.paths import local_path, with_tilde
 from run.wandb_run import RunPath
 
 VERSIONED_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "torch-optimi")
+ADAPTER_PACKAGES = ("peft", "bitsandbytes")
 
 
 def describe(
@@ -22,6 +24,7 @@ def describe(
     *,
     step: int,
     epoch: float,
+    base: Mapping[str, str] | None,
     data_hashes: Mapping[str, str],
     tokenizer: Mapping[str, Any],
     wandb: RunPath,
@@ -33,11 +36,15 @@ def describe(
 
     Args:
         epoch: passes over the training rows, as a fraction.
+        base: of adapters: the name of their base model, and a hash of its weights.
         tokenizer: the tokenizer's description of itself.
         validation_loss, validation_perplexity, validation_exact_match: None if they were not
             measured at this step.
     """
-    return {
+    packages = list(VERSIONED_PACKAGES)
+    if base is not None:
+        packages += [name for name in ADAPTER_PACKAGES if name in sys.modules]
+    return ({} if base is None else {"base": dict(base)}) | {
         "step": step,
         "epoch": epoch,
         "validation_loss": validation_loss,
@@ -50,7 +57,7 @@ def describe(
         "wandb_project": wandb.project,
         "wandb_entity": wandb.entity,
         "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in VERSIONED_PACKAGES},
+        | {name: importlib.metadata.version(name) for name in packages},
     }
 
 
