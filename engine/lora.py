@@ -48,12 +48,13 @@ class AdaptedLinear(PeftLinear):
         """``[out_features, rank]``; PEFT's ``lora_B``."""
         return self.lora_B[NAME]
 
-    def low_rank(self, hidden: Tensor) -> Tensor:
-        """What ``up`` is multiplied by, ``[..., rank]``."""
-        return self.down(self.lora_dropout[NAME](hidden)) * self.scaling[NAME]
+    @property
+    def scale(self) -> float:
+        return self.scaling[NAME]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        low, states = self.low_rank(hidden), self.base_layer(hidden)
+        low = self.down(self.lora_dropout[NAME](hidden)) * self.scale
+        states = self.base_layer(hidden)
         if states.dim() != 2:  # in Transformers' own forward pass
             return states + self.up(low)
         return states.addmm_(low, self.up.weight.T)
@@ -183,7 +184,7 @@ def _merged(layer: AdaptedLinear, dtype: torch.dtype) -> nn.Linear:
 
         weight = dequantised(weight)
     total = weight.float().addmm(
-        layer.up.weight.float(), layer.down.weight.float(), alpha=layer.scaling[NAME]
+        layer.up.weight.float(), layer.down.weight.float(), alpha=layer.scale
     )
     with torch.device("meta"):
         merged = nn.Linear(layer.in_features, layer.out_features, bias=base.bias is not None)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -268,6 +269,7 @@ def try_export(best: Path, config: Config) -> str:
         from peft import PeftModel
 
         program, whole = "PEFT", local_path(config.model)
+    warnings.simplefilter("ignore")  # from one of these packages, about another
     try:
         model = AutoModelForCausalLM.from_pretrained(whole if whole.is_dir() else config.model)
         if whole != best:
