@@ -9,7 +9,6 @@ evaluate.py and perplexity.py take like any other checkpoint. Neither base nor a
 """
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from run.errors import UserError

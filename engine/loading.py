@@ -40,7 +40,7 @@ BYTES_IN_4_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
 # terminal, would hide that line.
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
-# bitsandbytes warns of a missing package for a kernel that is not used here (see `engine.nf4`).
+# PEFT imports bitsandbytes, which warns of a missing package for a kernel that is not used here.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
