@@ -185,8 +185,9 @@ def load_model(
     )
     device = device or pick_device()
     kernels = kernels or kernels_for(device)
-    for weight in model.parameters():
-        weight.data = weight.data.to(dtype)
+    if dtype != rounded:
+        for weight in model.parameters():
+            weight.data = weight.data.to(dtype)
     if adapter and adapter.is_base_quantised:
         from engine.nf4 import quantise
 
