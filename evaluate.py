@@ -101,7 +101,6 @@ from grading.rescore import rescore
 from grading.results import CALCULATOR, GREEDY, SAMPLES, CompletionId, previous_timing
 from grading.scores_file import Scored, score_predictions, write_all_scores
 from run.evaluation import Score, evaluation_folder, log_scores
-from run.manifest import weights_identity
 from run.model_source import Source, resolve_source
 from run.paths import hide_home
 from run.progress_bar import ProgressBar
@@ -134,7 +133,7 @@ def main(arguments: argparse.Namespace, typed: dict[str, str], *, parts: Parts =
     device = pick_device()
     source = resolve_source(arguments.ckpt, arguments.config, typed)
     prepare_process(device, getattr(torch, source.config.dtype))
-    check_fits(source.path, getattr(torch, source.config.dtype))
+    check_fits(source.path, getattr(torch, source.config.dtype), adapter=source.adapter)
     output = arguments.output or evaluation_folder(
         source.path, source.run_folder, source.config.output_dir, arguments.split
     )
@@ -148,8 +147,10 @@ def evaluate(arguments: argparse.Namespace, source: Source, output: Path, parts:
     config, split = source.config, arguments.split
 
     # The questions
-    folder = fetch(source.path)
-    tokenizer = load_tokenizer(folder, tokenizer_record(folder))
+    folder = fetch(source.model)
+    weights = source.weights_identity(folder)
+    tokenizer_folder = source.tokenizer(folder)
+    tokenizer = load_tokenizer(tokenizer_folder, tokenizer_record(tokenizer_folder))
     calculator = ForcedResults(tokenizer) if config.calculator else None
     all_problems = data.load_split(config.dataset, split, config.validation_size, config.seed)
     data_sha256 = data.fingerprint(all_problems)
@@ -158,7 +159,8 @@ def evaluate(arguments: argparse.Namespace, source: Source, output: Path, parts:
     prompts = data.encode_prompts(tokenizer, problems, config.prompt)
 
     # The model that answers them
-    model = parts.load_model(folder, getattr(torch, config.dtype), pick_device())
+    dtype, device = getattr(torch, config.dtype), pick_device()
+    model = parts.load_model(folder, dtype, device, None, source.adapter)
     check_ids(model, prompts, source.path)
     longest = max(map(len, prompts)) + config.max_new_tokens
     check_positions(
@@ -176,7 +178,7 @@ def evaluate(arguments: argparse.Namespace, source: Source, output: Path, parts:
     )
     identity = {
         "checkpoint": hide_home(source.path),
-        "weights": weights_identity(folder),
+        "weights": weights,
         "tokenizer": tokenizer.identity,
         "split": split,
         "data_sha256": data_sha256,

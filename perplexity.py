@@ -53,16 +53,19 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
     config = source.config
     dtype = getattr(torch, config.dtype)
     prepare_process(device, dtype)
-    check_fits(source.path, dtype)
-    folder = fetch(source.path)
-    tokenizer = load_tokenizer(folder, tokenizer_record(folder))
+    check_fits(source.path, dtype, adapter=source.adapter)
+    folder = fetch(source.model)
+    if source.adapter:
+        source.weights_identity(folder)  # of its base
+    tokenizer_folder = source.tokenizer(folder)
+    tokenizer = load_tokenizer(tokenizer_folder, tokenizer_record(tokenizer_folder))
     problems = data.load_split(config.dataset, arguments.split, config.validation_size, config.seed)
     if arguments.split != "train":  # for which a run's hash includes the validation rows
         source.check_rows(arguments.split, data.fingerprint(problems))
     examples = data.encode(tokenizer, problems[: arguments.limit], config.prompt)
     examples = data.leave_out_long(examples, config.max_length, arguments.split)
 
-    model = load_model(folder, dtype, device)
+    model = load_model(folder, dtype, device, adapter=source.adapter)
     source.check_unchanged()
     check_ids(model, (example.input_ids for example in examples), source.path)
     longest = max(len(example.input_ids) for example in examples)

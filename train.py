@@ -2,11 +2,10 @@
 
 python train.py --learning_rate 1e-5 --run_name lower-rate
 python train.py --config demo.yaml
-python train.py --model ./my-llama --dataset ./my-gsm8k --wandb_mode disabled
+python train.py --method lora --learning_rate 2e-4 --run_name lora
 python train.py --selftest
 
-config.yaml lists every setting with its meaning. Each can also be set on the command line. To
-resume a run that was stopped, type the same command again.
+config.yaml lists every setting. To resume a run that was stopped, type the same command again.
 """
 
 from run.script import check_platform, read_command_line, run_script
@@ -57,25 +56,27 @@ from engine.packing import NOT_AHEAD, Example, MicroBatch, Packer
 from engine.state import copy_to_host, get_random_state, pack_state, set_random_state, unpack_state
 from engine.strategy import complete
 from grading.dataset import Problem, load_problems
-from grading.rules import correct_openai
+from grading.score import share_correct
 from run.checkpoint import save_checkpoint, set_damaged_aside
 from run.files import replace_file
 from run.folder import check_same_run, claimed, finish, is_finished, restore
-from run.manifest import BEST, LAST, intact
+from run.manifest import BEST, LAST
+from run.method import adapter_of
+from run.model_source import find_start
 from run.progress import Progress
 from run.retention import check_disk_space, remove_state
 from run.run_log import RunLog, open_tracker, wandb_path
 from run.saves import Saves
 from run.selftest import run_selftest
-from run.training_json import read_description, saved_settings, tokenizer_record
+from run.training_json import read_description, tokenizer_record
 
 # ---------------------------------------------------------------- the story
 
 
 def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts") -> None:
     # What to learn from
-    base = resume_from or intact(fetch(config.model))
-    tokenizer = loading.load_tokenizer(base, tokenizer_record(base))
+    start = find_start(asdict(config), resume_from, fetch)
+    tokenizer = loading.load_tokenizer(start.tokenizer, tokenizer_record(start.tokenizer))
     problems = data.load_for_training(config.dataset, config.validation_size, config.seed)
     rows, held_out = data.encode_for_training(tokenizer, problems, config.prompt, config.max_length)
     prompts = data.encode_prompts(tokenizer, problems.validation, config.prompt)
@@ -87,13 +88,13 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
             return remove_state(folder, read_description(resume_from))
 
     # What learns
-    model = loading.load_model(base, getattr(torch, config.dtype), pick_device())
+    model = loading.load_model(start.weights, getattr(torch, config.dtype), adapter=start.adapter)
     loading.check_data(model, rows + held_out, prompts, config.max_new_tokens, config.model)
     limit, clip, kind = config.micro_batch_tokens, config.max_grad_norm, config.optimizer
     prepare(model, config.gradient_checkpointing, config.compile, limit, rows, kind)
     packer = Packer(batches)
     adam = config.learning_rate, (config.adam_beta1, config.adam_beta2), config.adam_epsilon
-    optimizer = build_optimizer(model.parameters(), *adam, config.weight_decay, kind)
+    optimizer = build_optimizer(model.trained, *adam, config.weight_decay, kind)
     shape = config.lr_schedule, config.warmup_ratio, config.min_lr_ratio
     schedule = Schedule(steps, config.learning_rate, *shape)
     decode = partial(parts.complete, model, tokenizer, config.max_new_tokens, config.decode_slots)
@@ -105,10 +106,11 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
         loading.copy_from_mapped_file(model)  # which the next saves will remove
         progress = restore(resume_from, partial(unpack_state, optimizer=optimizer), steps)
     progress.run = wandb_path(config.wandb_project, resume_from)
-    saves = Saves(folder, asdict(config), batches.per_epoch, problems.sha256, tokenizer, parts)
+    hashes = start.base, problems.sha256
+    saves = Saves(folder, asdict(config), batches.per_epoch, *hashes, tokenizer, parts)
 
     # Fail in second five, not in hour five
-    check_disk_space(folder, *checkpoint_bytes(model.parameters(), kind))
+    check_disk_space(folder, *checkpoint_bytes(model.trained, kind))
     if resume_from is None:
         saves.save_last(model, progress, *pack_state(optimizer, asdict(progress)))
     else:
@@ -248,7 +250,7 @@ def accumulate_gradients(
         loss = model(micro_batch)  # summed over its supervised tokens
         (loss / num_labels).backward()
         nats += loss.detach()
-    grad_norm = clip_gradients(model.parameters(), max_grad_norm)
+    grad_norm = clip_gradients(model.trained, max_grad_norm)
     packer.pack_ahead(model.kernels)  # before the next line waits for the device
     sums = torch.stack([nats, grad_norm.double()]).tolist()
     return sums[0], num_labels, sums[1]
@@ -261,10 +263,9 @@ def exact_match(
     if best_by != "val_exact_match":
         return None
     try:
-        pairs = zip(decode(prompts), problems, strict=True)
+        return share_correct([text for text, _ in decode(prompts)], problems)
     except Exception as error:
         raise exact_match_failed(error) from None
-    return sum(correct_openai(text, problem.gold) for (text, _), problem in pairs) / len(problems)
 
 
 # ---------------------------------------------------------------- the script
@@ -286,14 +287,13 @@ def main(config: Config, selftest: bool = False, **parts: Callable) -> None:
     dtype = getattr(torch, config.dtype)
     prepare_process(pick_device(), dtype)
     if selftest:
-        splits = {split: load_problems(config.dataset, split) for split in ("train", "test")}
-        return run_selftest(config, {split: [*map(asdict, splits[split])] for split in splits})
+        return run_selftest(config, partial(load_problems, config.dataset))
     folder = local_path(config.output_dir) / config.run_name
     with claimed(folder, config.resume) as resume_from:
-        base, kind = resume_from or config.model, config.optimizer
-        loading.check_fits(base, dtype, trained=True, optimizer=kind)
-        saved = resume_from and saved_settings(resume_from, read_description(resume_from))
-        train(anchored(config, saved), folder, resume_from, Parts(**parts))
+        base, adapter = resume_from or config.model, adapter_of(asdict(config))
+        kind = config.optimizer
+        loading.check_fits(base, dtype, trained=True, optimizer=kind, adapter=adapter)
+        train(anchored(config, resume_from), folder, resume_from, Parts(**parts))
 
 
 if __name__ == "__main__":

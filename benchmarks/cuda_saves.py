@@ -83,6 +83,7 @@ def measure_saves(work: Work) -> None:
         folder=folder,
         settings={"checkpoint_steps": None},
         steps_per_epoch=len(rows),
+        base=None,
         data_hashes={},
         tokenizer=load_tokenizer(work.scratch / "model"),
         parts=train.Parts(save=training.save, copy=copy),

@@ -43,20 +43,22 @@ class Llama(nn.Module):
             backward pass instead of keeping them. They are the first ones: when their turn comes,
             the activations that the later blocks kept are already free.
         elementwise: how blocks compute in training between their products.
+        stored: what a checkpoint contains, with ``state_dict`` and ``save_pretrained``: all
+            weights (``pretrained``), or `engine.lora.Adapters`.
     """
 
     def __init__(self, pretrained: "LlamaForCausalLM", kernels: Kernels | None = None):
         super().__init__()
         # Not a submodule: a layer that is reached by two ways can't be sharded.
         object.__setattr__(self, "pretrained", pretrained)
+        object.__setattr__(self, "stored", pretrained)
         self.embedding, self.rotary = pretrained.model.embed_tokens, pretrained.model.rotary_emb
         self.blocks = nn.ModuleList(Block(layer) for layer in pretrained.model.layers)
         self.norm, self.head = pretrained.model.norm, pretrained.lm_head
         self.config = pretrained.config
         self.head_dim = pretrained.model.layers[0].self_attn.head_dim
         self.kernels = kernels or kernels_for(pretrained.device)
-        self.recomputed_blocks = 0
-        self.elementwise = EAGER
+        self.recomputed_blocks, self.elementwise = 0, EAGER
 
     def forward(self, micro_batch: "MicroBatch") -> Tensor:
         """The summed negative log-likelihood of all supervised tokens, in nats.
@@ -70,16 +72,10 @@ class Llama(nn.Module):
         """
         dropout = self.config.attention_dropout if self.training else 0.0
         attend = partial(self.kernels.attention, micro_batch, dropout)
-        outputs = self.hidden_states(
-            micro_batch.input_ids, micro_batch.position_ids, attend, micro_batch.output_positions
-        )
-        return LinearCrossEntropy.apply(
-            outputs,
-            self.head.weight,
-            micro_batch.labels,
-            torch.is_grad_enabled(),
-            self.kernels,
-        )
+        inputs = micro_batch.input_ids, micro_batch.position_ids, attend
+        outputs = self.hidden_states(*inputs, micro_batch.output_positions)
+        inputs = outputs, self.head.weight, micro_batch.labels
+        return LinearCrossEntropy.apply(*inputs, torch.is_grad_enabled(), self.kernels)
 
     def next_logits(
         self,
@@ -131,6 +127,11 @@ class Llama(nn.Module):
     def train(self, mode: bool = True) -> "Llama":
         self.pretrained.train(mode)  # for its own forward pass and generate
         return super().train(mode)
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The weights that get gradients."""
+        return [weight for weight in self.parameters() if weight.requires_grad]
 
     @property
     def device(self) -> torch.device:
@@ -236,10 +237,11 @@ class RMSNorm(torch.autograd.Function):
         return (exact * scale).to(hidden.dtype).mul_(weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         hidden, weight, scale = ctx.saved_tensors
         normed = hidden.to(scale.dtype) * scale
-        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        trained = ctx.needs_input_grad[1]
+        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if trained else None
         grad_normed = (grad * weight).to(scale.dtype)
         along = (grad_normed * normed).mean(-1, keepdim=True)
         grad_hidden = grad_normed.addcmul_(normed, along, value=-1).mul_(scale)

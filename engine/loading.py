@@ -1,9 +1,10 @@
 """Tokenizers and models, loaded from Hugging Face folders and checked against the data."""
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -13,7 +14,7 @@ from engine import memory, packing
 from engine.device import Kernels, kernels_for, pick_device
 from engine.hub import fetch
 from engine.llama import Llama
-from engine.optimizer import ADAMW, check_optimizer, state_bytes
+from engine.optimizer import ADAMW, check_optimizer, state_bytes, training_bytes
 from engine.refusals import (
     Shape,
     check_config,
@@ -28,10 +29,19 @@ from engine.tokenizer import Tokenizer
 from engine.tokenizer_files import made_without_scores, read_files
 from run.errors import UserError, cause_of
 
+if TYPE_CHECKING:
+    from run.method import Adapter
+
+# Of a weight in NF4, with its share of its block's scale (8 bits for 64 weights), and of the scale
+# of that (32 bits for 256 blocks).
+BYTES_IN_4_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
+
 # Errors end in one line of our own. Transformers' warnings, and its progress bars where there is no
 # terminal, would hide that line.
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
+# PEFT imports bitsandbytes, which warns of a missing package for a kernel that is not used here.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 # ---------------------------------------------------------------- loading
@@ -77,6 +87,7 @@ def check_fits(
     *,
     trained: bool = False,
     optimizer: str = ADAMW,
+    adapter: "Adapter | None" = None,
     available: int | None = None,
 ) -> None:
     """Raises UserError if a model exceeds the device's memory, before its weights are downloaded.
@@ -86,6 +97,7 @@ def check_fits(
     Args:
         name: its folder or hub id.
         trained: count gradients and the state of ``optimizer`` too. Activations are never counted.
+        adapter: what its base model gets, in place of ``name``.
         available: the memory of the device in bytes; None: that of this one, unless it is a CPU.
     """
     if trained:
@@ -93,6 +105,7 @@ def check_fits(
     available = available or memory.total_bytes(pick_device())
     if available is None:
         return
+    name = adapter.base if adapter else name
     folder = fetch(str(name), ["config.json"])
     check_config(folder)
     config, shapes = _read_config(folder)
@@ -102,7 +115,10 @@ def check_fits(
     needed = number * dtype.itemsize
     if trained:
         needed = 2 * needed + sum(state_bytes(shape, dtype, optimizer) for shape in shapes.values())
-    if needed > available:
+    if adapter:
+        each = training_bytes(dtype, optimizer) if trained else dtype.itemsize
+        _check_adapted_fits(adapter, shapes, dtype, each, available)
+    elif needed > available:
         what = "weights, gradients and optimizer state" if trained else "weights"
         smaller = "set dtype bfloat16, or " if dtype == torch.float32 else ""
         if trained and optimizer == ADAMW:
@@ -115,11 +131,38 @@ def check_fits(
         )
 
 
+def _check_adapted_fits(
+    adapter: "Adapter", shapes: Mapping[str, Shape], dtype: torch.dtype, each: int, available: int
+) -> None:
+    """`check_fits` for frozen weights, and adapters of ``each`` bytes for one of their weights."""
+    linears = [shape for name, shape in shapes.items() if "_proj.weight" in name]
+    number = sum(map(math.prod, shapes.values()))
+    in_4_bits = sum(map(math.prod, linears)) if adapter.is_base_quantised else 0
+    frozen = (number - in_4_bits) * dtype.itemsize + int(in_4_bits * BYTES_IN_4_BITS)
+    added = adapter.rank * sum(map(sum, linears)) * each
+    if frozen + added > available:
+        smaller = "" if adapter.is_base_quantised else "set method qlora, or "
+        raise UserError(
+            f"model {adapter.base}: its {number / 1e9:.2f} billion weights take {frozen / 1e9:.1f} "
+            f"GB, and its adapters of lora_rank {adapter.rank} take {added / 1e9:.1f} GB, over the "
+            f"{available / 1e9:.1f} GB of the device: {smaller}take a larger device or a smaller "
+            "model"
+        )
+
+
 @memory.reported("loading the weights", memory.LARGER_DEVICE)
 def load_model(
-    folder: Path, dtype: torch.dtype, device: torch.device, kernels: Kernels | None = None
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    kernels: Kernels | None = None,
+    adapter: "Adapter | None" = None,
 ) -> Llama:
     """The model in ``folder``, in eval mode.
+
+    Args:
+        device: None: see `pick_device`.
+        adapter: what to add to it; its own weights are then frozen.
 
     Raises:
         UserError: it can't be read, is not an unquantised Llama, lacks weights, or does not fit
@@ -127,10 +170,12 @@ def load_model(
     """
     check_folder(folder)
     config, shapes = _read_config(folder)
+    # Adapters belong to a base that is rounded to the dtype in which they were trained.
+    rounded = getattr(torch, adapter.dtype) if adapter else dtype
     try:
         check_shapes(folder, shapes)
         model, report = LlamaForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+            folder, config=config, dtype=rounded, use_safetensors=True, output_loading_info=True
         )
     except UserError:
         raise
@@ -148,9 +193,22 @@ def load_model(
         pad_token_id=model.generation_config.pad_token_id,
         do_sample=False,
     )
+    device = device or pick_device()
     kernels = kernels or kernels_for(device)
+    if dtype != rounded:
+        for weight in model.parameters():
+            weight.data = weight.data.to(dtype)
+    if adapter and adapter.is_base_quantised:
+        from engine.nf4 import quantise
+
+        quantise(model, folder, device)
     kernels.replace_linear_layers(model)
-    return Llama(model.to(device), kernels).eval()
+    llama = Llama(model.to(device), kernels)
+    if adapter:
+        from engine.lora import add_adapters
+
+        add_adapters(llama, adapter)
+    return llama.eval()
 
 
 def _read_config(folder: Path) -> tuple[LlamaConfig, dict[str, Shape]]:
@@ -189,7 +247,7 @@ def copy_from_mapped_file(model: Llama) -> None:
 
     A file that is removed while it is mapped, like a replaced checkpoint, keeps its disk space.
     """
-    for parameter in model.parameters():
+    for parameter in model.trained:
         if parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
 

@@ -43,6 +43,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         nats = torch.zeros((), dtype=torch.float64, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if with_gradients else None
         grad_weight = None
+        is_trained = ctx.needs_input_grad[1]
         rows = max(1, kernels.logits_at_once // weight.shape[0] // ROUND_ROWS) * ROUND_ROWS
         for start in range(0, hidden.shape[0], rows):
             chunk, target = hidden[start : start + rows], labels[start : start + rows, None]
@@ -65,6 +66,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad_logits = every_logit.to(hidden.dtype)
             del every_logit, logits, probabilities
             grad_hidden[start : start + rows] = kernels.product(grad_logits, weight)
+            if not is_trained:
+                continue
             if grad_weight is None:
                 grad_weight = kernels.product(grad_logits.T, chunk).to(exact)
             else:
@@ -79,7 +82,6 @@ class LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("this loss can be differentiated once: its gradients are used up")
         grad_hidden, grad_weight = ctx.gradients
         ctx.gradients = None  # they are scaled in place, so a second call would scale them again
-        if grad_weight is None:  # no supervised token
-            return grad_hidden, None, None, None, None
-        grad_weight = grad_weight.mul_(grad_nats).to(ctx.weight_dtype)
+        if grad_weight is not None:  # None: no supervised token, or a head that is not trained
+            grad_weight = grad_weight.mul_(grad_nats).to(ctx.weight_dtype)
         return grad_hidden.mul_(grad_nats), grad_weight, None, None, None

@@ -68,11 +68,16 @@ def block_bytes(model: "Llama", tokens: int, longest: int) -> int:
     - two numbers in float32 or better: the factors of the norms.
 
     The norms and silu(gate) * up are computed again (`functions.recomputed`).
+
+    Adapters keep what they multiply by their second weight, and with dropout what it leaves of
+    their inputs, and which.
     """
     config, dtype = model.config, model.dtype
     heads = config.num_attention_heads, config.num_key_value_heads, model.head_dim
     attention = model.kernels.attention_bytes(*heads, longest, dtype)
-    states = (2 * config.hidden_size + 2 * config.intermediate_size) * dtype.itemsize
+    numbers = 2 * config.hidden_size + 2 * config.intermediate_size
+    numbers += getattr(model.stored, "kept_numbers", 0) // config.num_hidden_layers  # adapters
+    states = numbers * dtype.itemsize
     factors = 2 * torch.promote_types(dtype, torch.float32).itemsize
     return tokens * (states + factors + attention)
 
@@ -81,16 +86,19 @@ def head_bytes(model: "Llama") -> int:
     """The most that `engine.loss` needs at a time.
 
     A chunk of logits in the model's dtype and in float32 or better, their gradient in the model's
-    dtype, and the gradient of the head's weight, summed in float32 or better.
+    dtype, and the gradient of the head's weight, summed in float32 or better, if it is trained.
     """
     dtype = model.dtype
     exact = torch.promote_types(dtype, torch.float32).itemsize
     logits = model.kernels.logits_at_once * (exact + 2 * dtype.itemsize)
-    return logits + model.head.weight.numel() * exact
+    weight = model.head.weight
+    return logits + (weight.numel() * exact if weight.requires_grad else 0)
 
 
 def bytes_to_come(model: "Llama", optimizer: str = ADAMW) -> int:
     """What training adds to a model that has just been loaded: gradients and optimizer states."""
-    weights, states = checkpoint_bytes(model.parameters(), optimizer)
-    # On a CPU they are mapped from their file, and take memory once they are changed.
-    return states + (2 if model.device.type == "cpu" else 1) * weights
+    gradients, states = checkpoint_bytes(model.trained, optimizer)
+    # On a CPU, weights are mapped from their file, and take memory once they are used.
+    mapped = [weight for weight in model.parameters() if weight.is_floating_point()]
+    is_cpu = model.device.type == "cpu"
+    return states + gradients + (sum(weight.nbytes for weight in mapped) if is_cpu else 0)

@@ -121,7 +121,7 @@ def adapter_found(folder: Path) -> UserError:
     where = "alongside its weights" if has_weights else "but not the weights themselves"
     return UserError(
         f"model {folder}: contains a PEFT adapter (adapter_config.json) {where}: merge the adapter "
-        "into its base, or name a folder without it"
+        "into its base (for one of this program: python merge.py), or name a folder without it"
     )
 
 

@@ -3,10 +3,13 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from grading.rules import RULES, check_gold, first_few, grade_row
+from grading.rules import RULES, check_gold, correct_openai, first_few, grade_row
 from run.errors import UserError
+
+if TYPE_CHECKING:
+    from grading.dataset import Problem
 
 RESUME = "run evaluate.py again, it resumes where it stopped"
 
@@ -57,6 +60,12 @@ def score(
         },
         **_count_stops(predictions),
     }
+
+
+def share_correct(completions: Sequence[str], problems: "Sequence[Problem]") -> float:
+    """The share of ``problems`` that their ``completions`` answer, by OpenAI's rule."""
+    pairs = zip(completions, problems, strict=True)
+    return sum(correct_openai(text, problem.gold) for text, problem in pairs) / len(problems)
 
 
 def _count_stops(predictions: Sequence[Mapping[str, Any]]) -> dict[str, int | None]:

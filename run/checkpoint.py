@@ -124,7 +124,8 @@ def save_checkpoint(
     try:
         with Seal(staged) as seal:
             model.save_pretrained(staged, max_shard_size=part_bytes)
-            write_both_spellings(staged / "config.json")
+            if (staged / "config.json").exists():  # not beside an adapter
+                write_both_spellings(staged / "config.json")
             tokenizer.save(staged)
             seal.add_new_files()
             for number, part in enumerate(_parts(state or {}, part_bytes), start=1):

@@ -46,6 +46,11 @@ class Config:
     max_length: Length
     validation_size: Count
     seed: Seed
+    method: Literal["full", "lora", "qlora"]
+    lora_rank: Count
+    lora_alpha: Count
+    lora_dropout: ShareBelowOne
+    lora_rslora: bool
     output_dir: Text
     run_name: Name
     optimizer: Literal["adamw", "adamw_8bit"]
@@ -81,6 +86,7 @@ _TYPES = get_type_hints(Config, include_extras=True)
 _PATHS = ("model", "dataset", "output_dir")
 COMMAND_LINE = "command line"  # the name of the layer on top of all files
 PLACES = ("model", "dataset")  # settings that name either a folder or something on the hub
+ADAPTER_SETTINGS = tuple(key for key in KEYS if key.startswith("lora_"))
 
 
 def make_config(values: Mapping[str, Any], source: str) -> Config:
@@ -128,6 +134,12 @@ def _parse(
         problems[origin["micro_batch_tokens"]].append(
             f"micro_batch_tokens: {budget} must be at least max_length ({longest}), "
             "or a row of that length would fit no micro-batch"
+        )
+    if parsed.get("method") == "full":
+        problems.get(COMMAND_LINE, []).extend(
+            f"{key}: has no effect with method full: set method lora or qlora"
+            for key in layers.get(COMMAND_LINE, {})
+            if key in ADAPTER_SETTINGS
         )
     return parsed, problems
 

@@ -20,6 +20,7 @@ from run.manifest import (
     check_no_links,
     fault_of,
 )
+from run.method import FULL
 from run.paths import is_same_place, local_path
 from run.progress import Progress
 from run.retention import cure_without_best, remove_state
@@ -50,7 +51,7 @@ FREE_SETTINGS = frozenset(
 )
 
 # What was so before there was a setting for it.
-OLDER = {"optimizer": "adamw"}
+OLDER = {"method": FULL, "optimizer": "adamw"}
 
 LOCK_SECONDS = 1.0  # how long to wait for the lock, since an evaluation holds it only briefly
 
@@ -132,7 +133,8 @@ def check_same_run(folder: Path, settings: Mapping[str, Any], data_sha256: str) 
     free = FREE_SETTINGS | {"dataset"}  # which is identified by the hash of its rows
     if settings["lr_schedule"] == "constant" and settings["warmup_ratio"] == 0:
         free |= {"epochs"}  # since no learning rate depends on the number of steps
-    if has_moved(str(before.get("model")), settings["model"]):
+    # The weights of an adapter's base were compared already (`run.model_source.find_start`).
+    if "base" in description or has_moved(str(before.get("model")), settings["model"]):
         free |= {"model"}
     is_older = is_of_an_older_version(description)
     differences = {

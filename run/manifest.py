@@ -160,7 +160,9 @@ def read_manifest(folder: Path) -> bytes | None:
 
 def weights_identity(folder: Path) -> str:
     """A hash over the names and contents of a model's files, equal only for the same model."""
-    files = {folder / "config.json", *folder.glob("*.safetensors")} - {*folder.glob(STATE_FILES)}
+    is_adapter = (folder / "adapter_config.json").is_file()
+    config = folder / ("adapter_config.json" if is_adapter else "config.json")
+    files = {config, *folder.glob("*.safetensors")} - {*folder.glob(STATE_FILES)}
     known = _verified_hashes(folder)
     hashes = [[file.name, known.get(file.name) or hash_file(file)] for file in sorted(files)]
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()

@@ -1,11 +1,19 @@
 """Resolves --ckpt: a checkpoint of ours with its own settings, or any other model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from run.config import COMMAND_LINE, KEYS, PLACES, Config, SettingsFiles, merge
+from run.config import (
+    ADAPTER_SETTINGS,
+    COMMAND_LINE,
+    KEYS,
+    PLACES,
+    Config,
+    SettingsFiles,
+    merge,
+)
 from run.errors import UserError
 from run.manifest import (
     BEST,
@@ -14,8 +22,10 @@ from run.manifest import (
     intact,
     is_checkpoint,
     read_manifest,
+    weights_identity,
 )
-from run.paths import local_path
+from run.method import FULL, Adapter, adapter_of
+from run.paths import is_hub_id, local_path
 from run.training_json import read_description, saved_settings
 
 
@@ -30,6 +40,7 @@ class Source:
         run_folder: the run that it belongs to; None if there is none, or if it was copied out.
         manifest: the content of its ``manifest.json``.
         typed: the names of the settings from the command line.
+        adapter: the adapter that ``path`` contains; None if it contains a whole model.
     """
 
     path: str
@@ -38,6 +49,31 @@ class Source:
     run_folder: Path | None = None
     manifest: bytes | None = None
     typed: frozenset[str] = frozenset()
+    adapter: Adapter | None = None
+
+    @property
+    def model(self) -> str:
+        """The folder or hub id with the weights: ``path``, or an adapter's base."""
+        return self.adapter.base if self.adapter else self.path
+
+    def tokenizer(self, folder: Path) -> Path:
+        """The folder with the tokenizer, given that of `model`."""
+        return self.adapter.folder if self.adapter else folder
+
+    def weights_identity(self, folder: Path) -> str:
+        """A hash over the weights, equal only for the same model.
+
+        Args:
+            folder: that of `model`.
+
+        Raises:
+            UserError: it is not the base that the adapter was trained on.
+        """
+        weights = weights_identity(folder)
+        if not self.adapter:
+            return weights
+        check_base(self.adapter.folder, self.description, weights)
+        return f"{weights_identity(self.adapter.folder)} on {weights}"
 
     def check_rows(self, split: str, sha256: str) -> None:
         """Raises UserError if the rows of ``split`` differ from those that the run used.
@@ -91,13 +127,91 @@ def resolve_source(ckpt: str | None, files: SettingsFiles, typed: Mapping[str, s
     known = {key: value for key, value in description["settings"].items() if key in KEYS}
     absolute = saved_settings(folder, description)
     known |= {key: absolute[key] for key in PLACES if key in absolute}
+    known.setdefault("method", FULL)
     config = merge(
         {**files.layers, str(folder / DESCRIPTION_FILE): known, COMMAND_LINE: dict(typed)}
     )
+    for key in ("method", *ADAPTER_SETTINGS):
+        if key in typed and getattr(config, key) != known.get(key):
+            raise UserError(
+                f"command line: --{key} {typed[key]}: {folder} was trained with {key} "
+                f"{known.get(key)}: leave it out"
+            )
     print(
         f"settings: from {folder / DESCRIPTION_FILE}"
         + (f", but {', '.join(typed)} from the command line" if typed else "")
     )
     parent = folder.resolve().parent
     run_folder = parent if (parent / METRICS_FILE).is_file() else None
-    return Source(str(folder), config, description, run_folder, manifest, frozenset(typed))
+    adapter = None
+    if "base" in description:
+        adapter = adapter_of(known | {"model": config.model}, folder)
+        _check_base_is_there(adapter)
+    found = description, run_folder, manifest, frozenset(typed), adapter
+    return Source(str(folder), config, *found)
+
+
+def _check_base_is_there(adapter: Adapter) -> None:
+    if not local_path(adapter.base).is_dir() and not is_hub_id(adapter.base):
+        raise UserError(
+            f"{adapter.folder}: its base model {adapter.base} is not there any more: say where it "
+            "is now with --model DIR"
+        )
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins or goes on with.
+
+    Attributes:
+        weights: the folder of the model, which is the checkpoint to resume from or the base model.
+        tokenizer: the checkpoint to resume from, or else the base model.
+        adapter: what to add to the model; None if all weights are trained.
+        base: of an adapter: its base's name and weights, as ``training.json`` records them.
+    """
+
+    weights: Path
+    tokenizer: Path
+    adapter: Adapter | None = None
+    base: dict[str, str] | None = None
+
+
+def find_start(
+    settings: Mapping[str, Any], resume_from: Path | None, fetch: Callable[[str], Path]
+) -> Start:
+    """Find the folders that a run with these ``settings`` needs.
+
+    Args:
+        fetch: `engine.hub.fetch`.
+
+    Raises:
+        UserError: there is no such model, it is damaged, or it is not the one that the adapters of
+            ``resume_from`` were trained on.
+    """
+    adapter = adapter_of(settings, resume_from)
+    if adapter is None and resume_from is not None:
+        return Start(resume_from, resume_from)
+    if adapter and resume_from:
+        _check_base_is_there(adapter)
+    folder = intact(fetch(settings["model"]))
+    if adapter is None:
+        return Start(folder, folder)
+    base = {"model": settings["model"], "weights": weights_identity(folder)}
+    if resume_from is not None:
+        check_base(resume_from, read_description(resume_from), base["weights"])
+    return Start(folder, resume_from or folder, adapter, base)
+
+
+def check_base(checkpoint: Path, description: Mapping[str, Any], weights: str) -> None:
+    """Raises UserError if a model with these ``weights`` is not the base of an adapter.
+
+    Args:
+        description: the adapter's ``training.json``.
+        weights: see `weights_identity`.
+    """
+    base = description.get("base")
+    if base and base["weights"] != weights:
+        raise UserError(
+            f"{checkpoint}: was trained on other weights than those of model {base['model']} now: "
+            "restore that model, or say where an unchanged copy of it is with --model DIR"
+        )

@@ -1,25 +1,26 @@
 """Pins the folders of model and data set, so that a later command can be typed elsewhere."""
 
 import os
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
 
 from run.config import PLACES, Config
 from run.paths import is_same_place, local_path, with_tilde
 from run.setting_types import check_text
+from run.training_json import read_description, saved_settings
 
 
-def anchored(config: Config, saved: Mapping[str, Any] | None = None) -> Config:
+def anchored(config: Config, resume_from: Path | None = None) -> Config:
     """``config`` with the folders of model and data set as absolute paths without symbolic links.
 
     A name that is a folder now keeps referring to that folder, wherever the run's next command is
     typed. It never turns into a hub id of the same spelling.
 
     Args:
-        saved: the settings of the run that is resumed. Its hub ids remain hub ids. A relative path
-            that does not exist here is taken to mean the saved folder.
+        resume_from: the checkpoint to resume from. Its hub ids remain hub ids. A relative path that
+            does not exist here is taken to mean the folder that it names.
     """
+    saved = resume_from and saved_settings(resume_from, read_description(resume_from))
     places: dict[str, str] = {}
     for key in PLACES:
         typed, before = getattr(config, key), None if saved is None else saved.get(key)

@@ -32,7 +32,11 @@ class Parts(Protocol):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The ``weights`` of ``model`` after ``step``, which saves them as it would its own."""
+    """The ``weights`` of ``model`` after ``step``, which saves them as it would its own.
+
+    Attributes:
+        model: `engine.llama.Llama.stored`.
+    """
 
     model: Any
     step: int
@@ -89,7 +93,7 @@ class Saves:
     """Writes ``best`` and ``last`` of the run in ``folder``.
 
     Save ``best`` before ``last``. After a kill between the two, the run then repeats the epoch and
-    saves both.
+    saves both. Of a run of adapters, a checkpoint has only these; ``base`` says what they adapt.
 
     In its context, a save takes a copy of all that it writes, if there is memory for it, and goes
     on beside training. A save of another step waits for it, so there is one copy at most. At the
@@ -100,6 +104,7 @@ class Saves:
     folder: Path
     settings: Mapping[str, Any]
     steps_per_epoch: int
+    base: Mapping[str, str] | None
     data_hashes: Mapping[str, str]
     tokenizer: Any
     parts: Parts
@@ -165,7 +170,7 @@ class Saves:
             return
         if self._writer is not None:
             self._writer.wait()
-        self._write(name, model.pretrained, description, *tensors)
+        self._write(name, model.stored, description, *tensors)
 
     def _copies(
         self, model: Any, step: int, tensors: "Sequence[Mapping[str, torch.Tensor]]"
@@ -180,10 +185,10 @@ class Saves:
         if snapshot is None or snapshot.step != step:
             del snapshot
             self._writer.wait()  # until the memory of the copy before is free
-            weights = self.parts.copy(model, model.pretrained.state_dict(), *tensors)
+            weights = self.parts.copy(model, model.stored.state_dict(), *tensors)
             if weights is None:
                 return None
-            snapshot = Snapshot(model.pretrained, step, weights)
+            snapshot = Snapshot(model.stored, step, weights)
             self._newest = ref(snapshot)
         copies = snapshot, *(self.parts.copy(model, each) for each in tensors)
         return None if None in copies else copies
@@ -197,6 +202,7 @@ class Saves:
             self.settings,
             step=progress.step,
             epoch=progress.step / self.steps_per_epoch,
+            base=self.base,
             data_hashes=self.data_hashes,
             tokenizer=self.tokenizer.describe(),
             wandb=progress.run,

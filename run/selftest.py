@@ -13,15 +13,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from run.config import Config, settings_text
 from run.errors import UserError, cause_of, one_line
 from run.manifest import BEST, LAST, MANIFEST_FILE, METRICS_FILE
+from run.method import FULL
 from run.metrics_log import MetricsLog
 from run.paths import local_path
 from run.retention import check_disk_space, disk_space
@@ -32,20 +34,23 @@ TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 EPOCHS, STEPS_PER_EPOCH = 2, 2  # fewer steps with a small data set
 VALIDATION_ROWS = 8
 UNINTERRUPTED, KILLED = "uninterrupted", "killed"  # the names of the two runs
+LOSSES = ("train/loss", "val/loss", "train/grad_norm")
+WEIGHT_FILES = ("model", "adapter_model")
 LOOK_SECONDS = 0.001  # between two reads of the log, to find the step after which to kill
 
 Row = Mapping[str, Any]  # with question and answer
 
 
-def run_selftest(config: Config, rows: Mapping[str, Sequence[Row]]) -> None:
+def run_selftest(config: Config, load_rows: Callable[[str], Sequence[Any]]) -> None:
     """Run all checks, and print the result of each.
 
     Args:
-        rows: the rows of ``train`` and ``test``.
+        load_rows: gives the rows of ``train`` or ``test``, as dataclasses.
 
     Raises:
         UserError: a check failed.
     """
+    rows = {split: [*map(asdict, load_rows(split))] for split in ("train", "test")}
     with temporary_folder(local_path(config.output_dir)) as folder:
         write_data(rows, config.batch_size, folder / "data")
         print(
@@ -56,7 +61,7 @@ def run_selftest(config: Config, rows: Mapping[str, Sequence[Row]]) -> None:
         last_step, validation_loss = expected.losses[-1]
         print(f"  trained:   {last_step} steps, validation loss {validation_loss:.6f}")
         print(f"  disk:      {try_disk(folder / UNINTERRUPTED)}")
-        print(f"  export:    {try_export(folder / UNINTERRUPTED / BEST)}")
+        print(f"  export:    {try_export(folder / UNINTERRUPTED / BEST, config)}")
         shutil.rmtree(folder / UNINTERRUPTED)  # space for the other run
         killed_after = train_and_kill(config, folder, KILLED, last_step)
         print(f"  killed:    SIGKILL after step {killed_after}")
@@ -126,13 +131,8 @@ def train(config: Config, folder: Path, name: str) -> Results:
     lines = read_log(folder / name)
     files = json.loads((folder / name / LAST / MANIFEST_FILE).read_text())["files"]
     return Results(
-        losses=[
-            (line["step"], line[key])
-            for line in lines
-            for key in ("train/loss", "val/loss", "train/grad_norm")
-            if key in line
-        ],
-        weights={file: entry for file, entry in files.items() if file.startswith("model")},
+        losses=[(line["step"], line[key]) for line in lines for key in LOSSES if key in line],
+        weights={file: entry for file, entry in files.items() if file.startswith(WEIGHT_FILES)},
         optimizer={file: entry for file, entry in files.items() if file.startswith("state")},
     )
 
@@ -259,23 +259,29 @@ def try_disk(run_folder: Path) -> str:
     return f"a run's checkpoints need {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are available"
 
 
-def try_export(best: Path) -> str:
+def try_export(best: Path, config: Config) -> str:
     """Load ``best`` as any other program would."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    program, whole = "Transformers", best
+    if config.method != FULL:
+        from peft import PeftModel
+
+        program, whole = "PEFT", local_path(config.model)
+    warnings.simplefilter("ignore")  # from one of these packages, about another
     try:
-        model = AutoModelForCausalLM.from_pretrained(best)
+        model = AutoModelForCausalLM.from_pretrained(whole if whole.is_dir() else config.model)
+        if whole != best:
+            model = PeftModel.from_pretrained(model, best)
         inputs = AutoTokenizer.from_pretrained(best)("How many?", return_tensors="pt")
         with torch.inference_mode():
             logits = model(inputs["input_ids"]).logits
     except Exception as error:  # Transformers raises many types
         raise UserError(f"selftest: {best} can't be used: {cause_of(error)}") from None
     if not logits.isfinite().all():
-        raise UserError(
-            f"selftest: {best}, loaded by Transformers, gives logits that are not finite"
-        )
-    return "best loads in Transformers, and gives finite logits"
+        raise UserError(f"selftest: {best}, loaded by {program}, gives logits that are not finite")
+    return f"best loads in {program}, and gives finite logits"
 
 
 def try_tracker(config: Config, folder: Path) -> str:

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import sys
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from run.wandb_run import RunPath
 
 VERSIONED_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "torch-optimi")
 OPTIMIZER_PACKAGES = {"adamw_8bit": ("torchao",)}
+ADAPTER_PACKAGES = ("peft", "bitsandbytes")
 
 
 def describe(
@@ -24,6 +26,7 @@ def describe(
     *,
     step: int,
     epoch: float,
+    base: Mapping[str, str] | None,
     data_hashes: Mapping[str, str],
     tokenizer: Mapping[str, Any],
     wandb: RunPath,
@@ -35,12 +38,15 @@ def describe(
 
     Args:
         epoch: passes over the training rows, as a fraction.
+        base: of adapters: the name of their base model, and a hash of its weights.
         tokenizer: the tokenizer's description of itself.
         validation_loss, validation_perplexity, validation_exact_match: None if they were not
             measured at this step.
     """
-    packages = VERSIONED_PACKAGES + OPTIMIZER_PACKAGES.get(settings.get("optimizer"), ())
-    return {
+    packages = [*VERSIONED_PACKAGES, *OPTIMIZER_PACKAGES.get(settings.get("optimizer"), ())]
+    if base is not None:
+        packages += [name for name in ADAPTER_PACKAGES if name in sys.modules]
+    return ({} if base is None else {"base": dict(base)}) | {
         "step": step,
         "epoch": epoch,
         "validation_loss": validation_loss,

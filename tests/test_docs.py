@@ -15,6 +15,7 @@ import pytest
 
 import demo
 import evaluate
+import merge
 import perplexity
 import train
 from run import config, folder
@@ -25,7 +26,12 @@ RELIABILITY = (ROOT / "RELIABILITY.md").read_text(encoding="utf-8")
 REFERENCE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
 CONFIG = config.CONFIG_FILE.read_text(encoding="utf-8")
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "checkpoints/README.md"])
-SCRIPTS = {"train.py": train, "evaluate.py": evaluate, "perplexity.py": perplexity}
+SCRIPTS = {
+    "train.py": train,
+    "evaluate.py": evaluate,
+    "perplexity.py": perplexity,
+    "merge.py": merge,
+}
 SETTINGS = {field.name for field in fields(config.Config)}
 POINTER = re.compile(r"`([\w/]+\.py)`, `(\w+)`")  # a file and a function or class in there
 

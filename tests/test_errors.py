@@ -56,7 +56,9 @@ def test_exit_code_and_one_line_in_a_real_process(settings: dict[str, str]) -> N
         assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "perplexity.py", "demo.py"])
+@pytest.mark.parametrize(
+    "script", ["train.py", "evaluate.py", "perplexity.py", "merge.py", "demo.py"]
+)
 def test_help_shows_every_key_and_loads_nothing_heavy(script: str) -> None:
     """Guards against --help that takes as long as importing torch."""
     code = (

@@ -20,7 +20,7 @@ from run.errors import cause_of
 if TYPE_CHECKING:
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
-FUSED = "fused"  # where attention and MLP keep the weight and bias of their fused layers
+FUSED = "fused"  # where attention and MLP keep the tensors of their fused layers
 
 
 @contextmanager
@@ -29,7 +29,8 @@ def fused_weights(model: nn.Module) -> Iterator[None]:
 
     Those are the projections to queries, keys and values, and those to gate and up. Their weights
     become views of one tensor, without a second copy. Afterwards each has memory of its own again,
-    as whatever saves or shards them expects. The parameters remain the same objects.
+    as whatever saves or shards them expects. The parameters remain the same objects. The adapters
+    beside them (`engine.lora`) become two products of copies. Layers in 4 bits are not fused.
     """
     fused = [each for each in model.modules() if _linears(each)]
     # The allocator would place the fused weights where an earlier decoding had its cache, which is
@@ -58,13 +59,27 @@ def _linears(module: nn.Module) -> list[nn.Linear]:
 @torch.no_grad()
 def _fuse(module: nn.Module) -> None:
     linears = _linears(module)
+    if not linears[0].weight.is_floating_point():
+        return
     rows = [linear.out_features for linear in linears]
     weight = torch.cat([linear.weight for linear in linears])
     has_bias = linears[0].bias is not None
     bias = torch.cat([linear.bias for linear in linears]) if has_bias else None
     for linear, view in zip(linears, weight.split(rows), strict=True):
         linear.weight.data = view
-    setattr(module, FUSED, (weight, bias))
+    setattr(module, FUSED, (weight, bias, _fused_adapters(linears)))
+
+
+def _fused_adapters(linears: list[nn.Module]) -> tuple[Tensor, Tensor] | None:
+    """One weight to the small outputs of all adapters, and one from these to all large outputs."""
+    if not _has_adapter(linears[0]):
+        return None
+    down = torch.cat([linear.down.weight * linear.scale for linear in linears])
+    return down, torch.block_diag(*[linear.up.weight for linear in linears])
+
+
+def _has_adapter(linear: nn.Module) -> bool:
+    return hasattr(linear, "base_layer")
 
 
 @torch.inference_mode(False)
@@ -79,13 +94,22 @@ def _part(module: nn.Module) -> None:
 def _products(module: nn.Module, hidden: Tensor) -> Tensor:
     """The outputs ``[N, ...]`` of all layers of ``module`` that read ``hidden``, side by side."""
     if fused := getattr(module, FUSED, None):
-        return F.linear(hidden, *fused)
+        weight, bias, adapters = fused
+        states = F.linear(hidden, weight, bias)
+        if adapters:
+            down, up = adapters
+            states.addmm_(hidden @ down.T, up.T)
+        return states
     return torch.cat([linear(hidden) for linear in _linears(module)], dim=-1)
 
 
 def _plus_product(hidden: Tensor, linear: nn.Linear, other: Tensor) -> Tensor:
     """``hidden + linear(other)`` in the memory of ``hidden``: the product itself adds."""
+    if not linear.weight.is_floating_point():  # in 4 bits
+        return hidden.add_(linear(other))
     hidden.addmm_(other, linear.weight.T)
+    if _has_adapter(linear):
+        hidden.addmm_(linear.down(other) * linear.scale, linear.up.weight.T)
     return hidden if linear.bias is None else hidden.add_(linear.bias)
 
 
