@@ -261,11 +261,19 @@ def test_new_adapters_repeat_and_draw_nothing_else(wide_folder: Path) -> None:
 
 
 def test_adapters_have_the_dtype_of_the_model(wide_folder: Path, how: str) -> None:
-    """Guards against products in float32 in a bfloat16 run."""
-    adapter = replace(NEW, is_base_quantised=how == "qlora", dtype="bfloat16")
+    """Guards against products in float32 in bfloat16, and positions that are rounded to it."""
+    adapter = replace(NEW, is_base_quantised=how == "qlora")
     model = load_model(wide_folder, torch.bfloat16, CPU, None, adapter)
     assert {weight.dtype for weight in model.trained} == {torch.bfloat16}
     assert model.rotary.inv_freq.dtype == torch.float32
+
+
+def test_a_base_in_another_dtype_is_the_one_that_was_trained_with(wide_folder: Path) -> None:
+    """Guards against an evaluation in float32 of other weights than those of a bfloat16 run."""
+    adapter = replace(NEW, dtype="bfloat16")
+    found = load_model(wide_folder, torch.float32, CPU, None, adapter).head.weight
+    plain = load_model(wide_folder, torch.float32, CPU).head.weight
+    assert torch.equal(found, plain.bfloat16().float()) and not torch.equal(found, plain)
 
 
 def test_dropout_is_recomputed_as_it_was(
