@@ -24,6 +24,7 @@ from engine.refusals import (
     refuse_code,
     refuse_pointer,
 )
+from engine.shape import not_a_llama, read_config
 from engine.tokenizer import Tokenizer
 from engine.tokenizer_files import made_without_scores, read_files
 from run.errors import UserError, cause_of
@@ -142,17 +143,12 @@ def load_model(
 
 def _read_config(folder: Path) -> tuple[LlamaConfig, dict[str, Shape]]:
     """The configuration in config.json, and the shape that it implies for each weight."""
+    config = read_config(folder)
     try:
-        config = LlamaConfig.from_pretrained(folder)
-        if not getattr(config, "quantization_config", True):
-            del config.quantization_config  # it is empty
         with torch.device("meta"):
             weights = LlamaForCausalLM(config).state_dict()
-    except Exception as error:  # Transformers, its validation and torch raise many types
-        raise UserError(
-            f"model {folder}: its config.json does not describe a Llama ({cause_of(error)}): "
-            "correct that setting, or use the config.json that belongs to its weights"
-        ) from None
+    except Exception as error:  # Transformers and torch raise many types
+        raise not_a_llama(folder, error) from None
     return config, {name: tuple(weight.shape) for name, weight in weights.items()}
 
 
