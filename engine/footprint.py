@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 # Of two moments in 8 bits, with a float32 scale for 256 values of each.
 STATE_BYTES_8BIT = 2 * (1 + 4 / 256)
-ADAPTER_BYTES = 4  # the weights of an adapter are float32, whatever its base is
 
 
 @dataclass(frozen=True)
@@ -25,14 +24,26 @@ class Recipe:
     Attributes:
         method: ``full``, ``lora`` or ``qlora``.
         rank: of an adapter to every linear layer of the blocks.
+        has_dropout: whether some of the adapters' inputs are dropped.
         optimizer: ``adamw`` or ``adamw_8bit``.
-        devices: how many share weights, gradients and optimizer states (FSDP).
+        devices: how many compute the rows of a step.
+        shard_over: how many of them share one copy of weights, gradients and optimizer states
+            (FSDP); None: all.
+        reduces_each: whether gradients are summed over the devices after each micro-batch, instead
+            of once after the last one, until when each device has all of them.
     """
 
     method: str = "full"
     rank: int = 0
+    has_dropout: bool = False
     optimizer: str = "adamw"
     devices: int = 1
+    shard_over: int | None = None
+    reduces_each: bool = True
+
+    @property
+    def shards(self) -> int:
+        return self.shard_over or self.devices
 
 
 @dataclass(frozen=True)
@@ -101,52 +112,44 @@ def trained_parameters(shape: "ModelShape", recipe: Recipe) -> int:
     return shape.parameters if full else adapter_parameters(shape, recipe.rank)
 
 
-def trained_itemsize(shape: "ModelShape", recipe: Recipe) -> int:
-    return shape.dtype.itemsize if recipe.method == "full" else ADAPTER_BYTES
-
-
 def weight_bytes(shape: "ModelShape", recipe: Recipe) -> int:
     """All weights, frozen and trained, on all devices together."""
     each = shape.dtype.itemsize
     if recipe.method == "full":
         return shape.parameters * each
-    adapter = adapter_parameters(shape, recipe.rank) * ADAPTER_BYTES
+    adapter = adapter_parameters(shape, recipe.rank) * each
     quantised = shape.layers * shape.block_products if recipe.method == "qlora" else 0
     return (shape.parameters - quantised) * each + math.ceil(quantised * NF4_BYTES) + adapter
 
 
 def gradient_bytes(shape: "ModelShape", recipe: Recipe) -> int:
-    return trained_parameters(shape, recipe) * trained_itemsize(shape, recipe)
+    return trained_parameters(shape, recipe) * shape.dtype.itemsize
 
 
 def state_bytes(shape: "ModelShape", recipe: Recipe) -> int:
     """Two moments; in bfloat16 and 32-bit AdamW also the rounding error of each weight."""
-    trained = trained_parameters(shape, recipe)
-    if recipe.optimizer != "adamw":
+    trained, each = trained_parameters(shape, recipe), shape.dtype.itemsize
+    if recipe.optimizer == "adamw_8bit":
         return math.ceil(trained * STATE_BYTES_8BIT)
-    each = trained_itemsize(shape, recipe)
-    return trained * each * (3 if each == 2 else 2)
-
-
-def training_bytes(shape: "ModelShape", recipe: Recipe) -> int:
-    """What training takes on each device before it reads any token."""
-    fixed = weight_bytes(shape, recipe) + gradient_bytes(shape, recipe) + state_bytes(shape, recipe)
-    return math.ceil(fixed / recipe.devices)
+    return trained * each * (3 if shape.dtype == torch.bfloat16 else 2)
 
 
 def gathered_bytes(shape: "ModelShape", recipe: Recipe) -> int:
-    """What FSDP gathers on each device, beyond its own share.
+    """What FSDP has on each device, beyond its own share.
 
-    The weights of the block that computes and of the next, the gradients of the block and of the
-    one whose gradients are being added up over the devices, and all of what lies outside the blocks
-    with its gradients.
+    The weights of the block that computes and of the next. The gradients of the block, and those of
+    the block before while they are summed over the devices in float32 or better. All of what lies
+    outside the blocks, with its gradients. If they are summed at the end, all gradients.
     """
     if recipe.devices == 1:
         return 0
-    block = shape.block_parameters * shape.dtype.itemsize
-    outside = shape.other_parameters * shape.dtype.itemsize
-    full = recipe.method == "full"
-    return (4 * block + 2 * outside) if full else (2 * block + outside)
+    each, exact = shape.dtype.itemsize, torch.promote_types(shape.dtype, torch.float32).itemsize
+    block, outside = shape.block_parameters, shape.other_parameters
+    whole = 0 if recipe.reduces_each else trained_parameters(shape, recipe) * exact
+    if recipe.method != "full":
+        trained = adapter_parameters(shape, recipe.rank) // shape.layers
+        return (2 * block + outside) * each + trained * (each + exact) + whole
+    return block * (3 * each + exact) + outside * (each + exact) + whole
 
 
 # ---------------------------------------------------------------- activations
@@ -174,15 +177,17 @@ def block_bytes(shape: "ModelShape", kernels: "Kernels", longest: int, *, parts:
 
 
 def adapter_activations(shape: "ModelShape", recipe: Recipe) -> int:
-    """What the adapters of a block keep of a token: their inputs in float32, and the rank's sums.
+    """What the adapters of a block keep of a token, beside their inputs, which are kept anyway.
 
-    Layers with the same input share it.
+    What their second weights are multiplied by, and with dropout what it leaves of their inputs,
+    and which.
     """
     if recipe.method == "full":
         return 0
-    inputs = 2 * shape.hidden + shape.heads * shape.head_dim + shape.intermediate
-    copies = inputs if shape.dtype.itemsize < ADAPTER_BYTES else 0
-    return ADAPTER_BYTES * (copies + len(shape.products) * recipe.rank)
+    numbers = len(shape.products) * recipe.rank
+    if recipe.has_dropout:
+        numbers += 2 * sum(inputs for inputs, _ in shape.products.values())
+    return numbers * shape.dtype.itemsize
 
 
 def activation_bytes(
@@ -219,11 +224,14 @@ def activation_bytes(
     loss = chunk * (exact if exact == each else exact + each)
     if recipe.method == "full":
         loss += shape.head_parameters * exact  # the gradient of the head, summed in this precision
-    # SwiGLU's backward pass has three tensors of its size; the residual has a gradient.
-    backward = wanted * (3 * intermediate + hidden)
+    # SwiGLU's backward pass has three tensors of its size, but its output is no longer needed, if
+    # that was kept at all. The residual has a gradient.
+    backward = wanted * ((3 if recomputation.parts else 2) * intermediate + hidden)
     if recomputed:
         alone = (recomputed - 1) * hidden + whole + 2 * intermediate + hidden
         backward = max(backward, tokens * alone - kept)
+    if recipe.method == "qlora":  # the weight of one product at a time
+        backward += shape.hidden * intermediate
     return kept, max(loss, backward)
 
 
@@ -240,9 +248,9 @@ def footprint(
     tokens = max(tokens, rows.longest - 1)
     kept, beyond = activation_bytes(shape, recipe, kernels, rows, tokens, recomputation)
     return Footprint(
-        weights=math.ceil(weight_bytes(shape, recipe) / recipe.devices),
-        gradients=math.ceil(gradient_bytes(shape, recipe) / recipe.devices),
-        states=math.ceil(state_bytes(shape, recipe) / recipe.devices),
+        weights=math.ceil(weight_bytes(shape, recipe) / recipe.shards),
+        gradients=math.ceil(gradient_bytes(shape, recipe) / recipe.shards),
+        states=math.ceil(state_bytes(shape, recipe) / recipe.shards),
         gathered=gathered_bytes(shape, recipe),
         activations=kept,
         head=beyond,

@@ -42,6 +42,7 @@ class Llama(nn.Module):
         recomputed_blocks: of how many blocks training computes the activations again in the
             backward pass instead of keeping them. They are the first ones: when their turn comes,
             the activations that the later blocks kept are already free.
+        recomputes_parts: whether the others compute their norms and SwiGLU again.
         elementwise: how blocks compute in training between their products.
     """
 
@@ -55,7 +56,7 @@ class Llama(nn.Module):
         self.config = pretrained.config
         self.head_dim = pretrained.model.layers[0].self_attn.head_dim
         self.kernels = kernels or kernels_for(pretrained.device)
-        self.recomputed_blocks = 0
+        self.recomputed_blocks, self.recomputes_parts = 0, True
         self.elementwise = EAGER
 
     def forward(self, micro_batch: "MicroBatch") -> Tensor:
@@ -115,7 +116,8 @@ class Llama(nn.Module):
         """
         num_recomputed = self.recomputed_blocks if self.training and parts is None else 0
         if parts is None:
-            parts = layer_parts(self.elementwise, recomputed) if self.training else KEEPING_LESS
+            keep = recomputed if self.recomputes_parts else saved
+            parts = layer_parts(self.elementwise, keep) if self.training else KEEPING_LESS
         hidden = self.embedding(input_ids)
         cos, sin = self.rotary(hidden, position_ids[None])
         rope = parts.rope(cos[0, :, None], sin[0, :, None])

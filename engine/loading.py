@@ -1,6 +1,5 @@
 """Tokenizers and models, loaded from Hugging Face folders and checked against the data."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,8 @@ from engine import memory, packing
 from engine.device import Kernels, kernels_for, pick_device
 from engine.hub import fetch
 from engine.llama import Llama
-from engine.optimizer import training_bytes
 from engine.refusals import (
     Shape,
-    check_config,
     check_folder,
     check_names,
     check_shapes,
@@ -24,10 +21,10 @@ from engine.refusals import (
     refuse_code,
     refuse_pointer,
 )
-from engine.shape import not_a_llama, read_config
+from engine.shape import not_a_llama, read_config, read_shape
 from engine.tokenizer import Tokenizer
 from engine.tokenizer_files import made_without_scores, read_files
-from run.errors import UserError, cause_of
+from run.errors import UserError
 
 # Errors end in one line of our own. Transformers' warnings, and its progress bars where there is no
 # terminal, would hide that line.
@@ -72,31 +69,22 @@ def load_tokenizer(folder: Path, trained_with: Mapping[str, Any] | None = None) 
     return tokenizer
 
 
-def check_fits(
-    name: str | Path, dtype: torch.dtype, *, trained: bool = False, available: int | None = None
-) -> None:
-    """Raises UserError if a model exceeds the device's memory, before its weights are downloaded.
+def check_fits(name: str | Path, dtype: torch.dtype, available: int | None = None) -> None:
+    """Raises UserError if a model's weights exceed the device's memory, before they are downloaded.
 
     Args:
         name: its folder or hub id.
-        trained: count gradients and the optimizer's state too. Activations are never counted.
         available: the memory of the device in bytes; None: that of this one, unless it is a CPU.
     """
     available = available or memory.total_bytes(pick_device())
     if available is None:
         return
-    folder = fetch(str(name), ["config.json"])
-    check_config(folder)
-    config, shapes = _read_config(folder)
-    if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
-    each = training_bytes(dtype) if trained else dtype.itemsize
-    number = sum(map(math.prod, shapes.values()))
+    number = read_shape(fetch(str(name), ["config.json"]), dtype).parameters
+    each = dtype.itemsize
     if number * each > available:
-        what = "weights, gradients and optimizer state" if trained else "weights"
         smaller = "set dtype bfloat16, or " if dtype == torch.float32 else ""
         raise UserError(
-            f"model {name}: {what} of its {number / 1e9:.2f} billion parameters take "
+            f"model {name}: the weights of its {number / 1e9:.2f} billion parameters take "
             f"{number * each / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')} ({each} bytes "
             f"each), over the {available / 1e9:.1f} GB of the device: {smaller}take a larger "
             "device or a smaller model"

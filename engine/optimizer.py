@@ -112,11 +112,6 @@ def tensors_of_state(dtype: torch.dtype) -> int:
     return 2 + has_compensation(dtype)
 
 
-def training_bytes(dtype: torch.dtype) -> int:
-    """The memory that training takes for each parameter: weight, gradient and state."""
-    return (2 + tensors_of_state(dtype)) * dtype.itemsize
-
-
 def checkpoint_bytes(parameters: Iterable[torch.nn.Parameter]) -> tuple[int, int]:
     """The sizes in bytes of a checkpoint's weights and of its optimizer state.
 

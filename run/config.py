@@ -50,7 +50,7 @@ class Config:
     run_name: Name
     epochs: Count
     batch_size: Count
-    micro_batch_tokens: Count
+    micro_batch_tokens: Count | None
     learning_rate: Positive
     lr_schedule: Literal["cosine", "linear", "constant"]
     warmup_ratio: ShareBelowOne

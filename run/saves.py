@@ -99,6 +99,7 @@ class Saves:
 
     folder: Path
     settings: Mapping[str, Any]
+    plan: Mapping[str, Any]
     steps_per_epoch: int
     data_hashes: Mapping[str, str]
     tokenizer: Any
@@ -195,6 +196,7 @@ class Saves:
     def _description(self, progress: Progress, **validation: float | None) -> dict[str, Any]:
         return describe(
             self.settings,
+            plan=self.plan,
             step=progress.step,
             epoch=progress.step / self.steps_per_epoch,
             data_hashes=self.data_hashes,

@@ -20,6 +20,7 @@ VERSIONED_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "tor
 def describe(
     settings: Mapping[str, Any],
     *,
+    plan: Mapping[str, Any],
     step: int,
     epoch: float,
     data_hashes: Mapping[str, str],
@@ -32,6 +33,7 @@ def describe(
     """The content of ``training.json``.
 
     Args:
+        plan: what the run chose for itself.
         epoch: passes over the training rows, as a fraction.
         tokenizer: the tokenizer's description of itself.
         validation_loss, validation_perplexity, validation_exact_match: None if they were not
@@ -44,6 +46,7 @@ def describe(
         "validation_perplexity": validation_perplexity,
         "validation_exact_match": validation_exact_match,
         "settings": dict(settings),
+        "plan": dict(plan),
         "data": dict(data_hashes),
         "tokenizer": dict(tokenizer),
         "wandb_run_id": wandb.run_id,
