@@ -3,7 +3,7 @@
 python benchmarks/plan.py
 python benchmarks/plan.py --layers 8 --hidden_size 512
 
-Each setting trains in a process of its own: two optimizer steps of four full micro-batches, as
+Each setting trains in a process of its own: two optimizer steps of two full micro-batches, as
 train.py makes them, on a random Llama and rows of GSM8K's lengths. What it takes is the largest
 resident memory (VmHWM, reset before the model is loaded) beyond what was resident before, after a
 first small model has made the libraries load what they need. The weights are mapped from their
@@ -157,11 +157,11 @@ def train_two_steps(model: "Llama", rows: list, tokens: int) -> None:  # noqa: F
 
 
 def examples(tokens: int, vocabulary: int = VOCABULARY) -> list:
-    """Rows for four micro-batches of nearly ``tokens`` tokens."""
+    """Rows for two micro-batches of nearly ``tokens`` tokens."""
     from engine.packing import IGNORE, Example
 
     rng, rows, total = random.Random(0), [], 0
-    while total < 3.9 * tokens:
+    while total < 1.95 * tokens:
         prompt, answer = rng.choice(LENGTHS)
         ids = [rng.randrange(3, vocabulary) for _ in range(prompt + answer)]
         rows.append(Example(ids, [IGNORE] * prompt + ids[prompt:]))

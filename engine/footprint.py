@@ -85,6 +85,7 @@ class Footprint:
         gathered: the weights and gradients of other devices that are needed at the same time.
         activations: what is kept for the backward pass.
         head: what is needed for a moment: by the loss, or by the backward pass of one block.
+        heap: what a CPU takes beyond the tensors.
     """
 
     weights: int
@@ -93,6 +94,7 @@ class Footprint:
     gathered: int
     activations: int
     head: int
+    heap: int
 
     @property
     def total(self) -> int:
@@ -197,14 +199,15 @@ def activation_bytes(
     rows: Rows,
     tokens: int,
     recomputation: Recomputation,
-) -> tuple[int, int]:
+) -> tuple[int, int, int]:
     """What is kept of a micro-batch when its loss is computed, and what is needed beyond that.
 
     Args:
         tokens: of the micro-batch.
 
     Returns:
-        Bytes kept, and the most that is needed in addition at any moment.
+        Bytes kept, and the most that is needed in addition: by the loss, and by the backward pass
+        of a block.
     """
     each, exact = shape.dtype.itemsize, torch.promote_types(shape.dtype, torch.float32).itemsize
     wanted = math.ceil(rows.supervised * tokens)
@@ -232,7 +235,18 @@ def activation_bytes(
         backward = max(backward, tokens * alone - kept)
     if recipe.method == "qlora":  # the weight of one product at a time
         backward += shape.hidden * intermediate
-    return kept, max(loss, backward)
+    return kept, loss, backward
+
+
+def heap_bytes(shape: "ModelShape", kernels: "Kernels", loss: int, backward: int) -> int:
+    """What a CPU takes beyond the tensors, as measured by benchmarks/plan.py.
+
+    The heap rarely finds room for a backward pass in what the loss has left. For bfloat16, products
+    also need copies of their operands in another layout, and sums in float32.
+    """
+    if kernels.device.type != "cpu":
+        return 0
+    return 4 * loss if shape.dtype == torch.bfloat16 else min(loss, backward)
 
 
 def footprint(
@@ -246,12 +260,13 @@ def footprint(
     """All of it, on each device."""
     # A longer row is a micro-batch too.
     tokens = max(tokens, rows.longest - 1)
-    kept, beyond = activation_bytes(shape, recipe, kernels, rows, tokens, recomputation)
+    kept, loss, backward = activation_bytes(shape, recipe, kernels, rows, tokens, recomputation)
     return Footprint(
         weights=math.ceil(weight_bytes(shape, recipe) / recipe.shards),
         gradients=math.ceil(gradient_bytes(shape, recipe) / recipe.shards),
         states=math.ceil(state_bytes(shape, recipe) / recipe.shards),
         gathered=gathered_bytes(shape, recipe),
         activations=kept,
-        head=beyond,
+        head=max(loss, backward),
+        heap=heap_bytes(shape, kernels, loss, backward),
     )

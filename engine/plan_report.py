@@ -62,6 +62,7 @@ def memory_table(job: Job, plan: Plan, device: Device) -> list[str]:
     parts += [("optimizer states", used.states)]
     parts += [("of other devices", used.gathered)] if device.count > 1 else []
     parts += [("activations", used.activations), ("head, or a layer's backward", used.head)]
+    parts += [("heap", used.heap)] if used.heap else []
     parts += [("fragmentation", lost), ("total", used.total + lost)]
     lines = [f"  {name:<28}{_gib(size):>7}" for name, size in parts]
     return ["training" + " " * 24 + "GiB", *lines]

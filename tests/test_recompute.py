@@ -114,8 +114,8 @@ def test_the_peak_of_a_micro_batch_is_what_is_counted(
         model(batch).backward()
     rows = Rows(128, 129, batch.num_labels / batch.num_tokens, 8)
     job = ModelShape(model.config, dtype), Recipe(), kernels, rows
-    kept, beyond = activation_bytes(*job, batch.num_tokens, Recomputation(number, parts))
-    assert kept + beyond == pytest.approx(live.most, rel=0.06)
+    kept, *beyond = activation_bytes(*job, batch.num_tokens, Recomputation(number, parts))
+    assert kept + max(beyond) == pytest.approx(live.most, rel=0.06)
 
 
 class LiveBytes(TorchDispatchMode):
