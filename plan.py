@@ -47,6 +47,9 @@ def recipe_of(settings: Mapping[str, Any], devices: int = 1) -> Recipe:
         rank=settings.get("lora_rank", 64),
         has_dropout=settings.get("lora_dropout", 0.0) > 0,
         optimizer=settings.get("optimizer", "adamw"),
+        shard_over=settings.get("shard_over"),
+        reshards=settings.get("reshard_after_forward", True),
+        reduces_each=settings.get("reduce_gradients", "last") == "each",
         devices=devices,
     )
 

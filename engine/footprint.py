@@ -29,6 +29,7 @@ class Recipe:
         devices: how many compute the rows of a step.
         shard_over: how many of them share one copy of weights, gradients and optimizer states
             (FSDP); None: all.
+        reshards: whether a block's gathered weights are freed until its backward pass.
         reduces_each: whether gradients are summed over the devices after each micro-batch, instead
             of once after the last one, until when each device has all of them.
     """
@@ -39,7 +40,8 @@ class Recipe:
     optimizer: str = "adamw"
     devices: int = 1
     shard_over: int | None = None
-    reduces_each: bool = True
+    reshards: bool = True
+    reduces_each: bool = False
 
     @property
     def shards(self) -> int:
@@ -136,18 +138,23 @@ def state_bytes(shape: "ModelShape", recipe: Recipe) -> int:
     return trained * each * (3 if shape.dtype == torch.bfloat16 else 2)
 
 
-def gathered_bytes(shape: "ModelShape", recipe: Recipe) -> int:
+def gathered_bytes(shape: "ModelShape", recipe: Recipe, *, accumulates: bool) -> int:
     """What FSDP has on each device, beyond its own share.
 
     The weights of the block that computes and of the next. The gradients of the block, and those of
     the block before while they are summed over the devices in float32 or better. All of what lies
-    outside the blocks, with its gradients. If they are summed at the end, all gradients.
+    outside the blocks, with its gradients. If they are summed at the end of a step that
+    ``accumulates`` over micro-batches, all gradients. If no weights are freed, all weights.
     """
     if recipe.devices == 1:
         return 0
     each, exact = shape.dtype.itemsize, torch.promote_types(shape.dtype, torch.float32).itemsize
     block, outside = shape.block_parameters, shape.other_parameters
-    whole = 0 if recipe.reduces_each else trained_parameters(shape, recipe) * exact
+    whole = 0
+    if accumulates and not recipe.reduces_each:
+        whole += trained_parameters(shape, recipe) * exact
+    if not recipe.reshards:
+        whole += (shape.layers - 2) * block * each
     if recipe.method != "full":
         trained = adapter_parameters(shape, recipe.rank) // shape.layers
         return (2 * block + outside) * each + trained * (each + exact) + whole
@@ -238,6 +245,11 @@ def activation_bytes(
     return kept, loss, backward
 
 
+def most_in_a_step(rows: Rows, devices: int) -> int:
+    """The most tokens of a step on each device, but for steps of unusually long rows."""
+    return max(rows.longest, int(1.25 * rows.tokens * rows.batch_size / devices))
+
+
 def heap_bytes(shape: "ModelShape", kernels: "Kernels", loss: int, backward: int) -> int:
     """What a CPU takes beyond the tensors, as measured by benchmarks/plan.py.
 
@@ -246,7 +258,7 @@ def heap_bytes(shape: "ModelShape", kernels: "Kernels", loss: int, backward: int
     """
     if kernels.device.type != "cpu":
         return 0
-    return 4 * loss if shape.dtype == torch.bfloat16 else min(loss, backward)
+    return 2 * loss if shape.dtype == torch.bfloat16 else min(loss, backward)
 
 
 def footprint(
@@ -258,6 +270,7 @@ def footprint(
     recomputation: Recomputation,
 ) -> Footprint:
     """All of it, on each device."""
+    accumulates = tokens < most_in_a_step(rows, recipe.devices)
     # A longer row is a micro-batch too.
     tokens = max(tokens, rows.longest - 1)
     kept, loss, backward = activation_bytes(shape, recipe, kernels, rows, tokens, recomputation)
@@ -265,7 +278,7 @@ def footprint(
         weights=math.ceil(weight_bytes(shape, recipe) / recipe.shards),
         gradients=math.ceil(gradient_bytes(shape, recipe) / recipe.shards),
         states=math.ceil(state_bytes(shape, recipe) / recipe.shards),
-        gathered=gathered_bytes(shape, recipe),
+        gathered=gathered_bytes(shape, recipe, accumulates=accumulates),
         activations=kept,
         head=max(loss, backward),
         heap=heap_bytes(shape, kernels, loss, backward),

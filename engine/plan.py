@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from engine.footprint import Recipe, Recomputation, Rows, footprint
+from engine.footprint import Recipe, Recomputation, Rows, footprint, most_in_a_step
 
 if TYPE_CHECKING:
     from engine.device import Kernels
@@ -159,11 +159,6 @@ def candidates(
     for level in levels:
         yield from ((tokens, level) for tokens in _down(most, few))
     yield from ((tokens, levels[-1]) for tokens in _down(few, longest))
-
-
-def most_in_a_step(rows: Rows, devices: int) -> int:
-    """The most tokens of a step on each device, but for steps of unusually long rows."""
-    return max(rows.longest, int(1.25 * rows.tokens * rows.batch_size / devices))
 
 
 def _down(most: int, fewest: int) -> Iterator[int]:

@@ -2,19 +2,21 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
 
-from engine.footprint import Recipe, Rows, footprint, weight_bytes
+from engine.footprint import Recipe, Rows, footprint, most_in_a_step, weight_bytes
 from engine.memory import CACHE_SHARE
-from engine.plan import FRAGMENTED_SHARE, GIB, Device, Plan, Wishes, choose, most_in_a_step
-from engine.roofline import CPU, Card, Step, expected_step
+from engine.plan import FRAGMENTED_SHARE, GIB, Device, Plan, Wishes, choose
+from engine.roofline import CPU, GPUS_IN_A_NODE, Card, Step, expected_step
 
 if TYPE_CHECKING:
     from engine.device import Kernels
     from engine.shape import ModelShape
 
+SUMMING_EACH = "--reduce_gradients each"
 # Doubling the devices pays while a step takes at most 1 / 1.5 of the time.
 PAYS = 1.5
 
@@ -34,15 +36,22 @@ class Job:
     wishes: Wishes
     longest_sequence: int
 
+    def recipe_on(self, devices: int) -> Recipe:
+        """Several nodes have a copy of the weights each, unless something else was asked for."""
+        shard_over = self.recipe.shard_over
+        if shard_over is None and devices > GPUS_IN_A_NODE and devices % GPUS_IN_A_NODE == 0:
+            shard_over = GPUS_IN_A_NODE
+        return replace(self.recipe, devices=devices, shard_over=shard_over)
+
     def on(self, device: Device) -> Plan:
-        recipe = replace(self.recipe, devices=device.count)
+        recipe = self.recipe_on(device.count)
         return choose(self.shape, recipe, self.kernels, self.rows, device, self.wishes)
 
     def fits(self, device: Device) -> bool:
         return self.on(device).needed <= (1 - FRAGMENTED_SHARE) * device.free
 
     def step(self, plan: Plan, card: Card) -> Step:
-        recipe = replace(self.recipe, devices=plan.devices)
+        recipe = self.recipe_on(plan.devices)
         tokens, recomputation = plan.micro_batch_tokens, plan.recomputation
         return expected_step(
             self.shape, recipe, self.rows, card, tokens, recomputation, plan.compiles
@@ -54,7 +63,7 @@ class Job:
 
 def memory_table(job: Job, plan: Plan, device: Device) -> list[str]:
     """What training takes on each device, by part."""
-    recipe = replace(job.recipe, devices=device.count)
+    recipe = job.recipe_on(device.count)
     tokens = min(plan.micro_batch_tokens, most_in_a_step(job.rows, device.count))
     used = footprint(job.shape, recipe, job.kernels, job.rows, tokens, plan.recomputation)
     lost = int(FRAGMENTED_SHARE * device.free)
@@ -114,39 +123,50 @@ class Proposal:
 
 def proposals(job: Job, device: Device, card: Card) -> list[Proposal]:
     """What fits with other settings of method, optimizer, dtype and devices, the fastest first."""
-    found = []
+    found: dict[str, Proposal] = {}
     for flags, other, count in _variants(job, device):
         there = replace(device, count=count)
-        if other.fits(there):
-            plan = other.on(there)
-            found.append(Proposal(flags, plan, other.step(plan, card)))
-    return sorted(found, key=lambda proposal: -proposal.step.tokens_per_second)
+        if not other.fits(there):
+            continue
+        plan = other.on(there)
+        one = Proposal(flags, plan, other.step(plan, card))
+        # When gradients are summed matters only if it is faster, or all that fits.
+        without = flags.removesuffix(SUMMING_EACH).rstrip()
+        before = found.get(without)
+        if before is None or one.step.seconds < 0.99 * before.step.seconds:
+            found[without] = one
+    return sorted(found.values(), key=lambda proposal: proposal.step.seconds)
 
 
 def _variants(job: Job, device: Device) -> Iterator[tuple[str, Job, int]]:
+    """Flags, with what they plan, and the number of devices."""
     shape, recipe = job.shape, job.recipe
-    changes: list[tuple[str, Job]] = [("", job)]
-    dtypes = {"": shape}
+    shapes = {"": shape}
     if shape.dtype == torch.float32:
-        dtypes["--dtype bfloat16"] = replace(shape, dtype=torch.bfloat16)
+        shapes["--dtype bfloat16"] = replace(shape, dtype=torch.bfloat16)
     recipes = {"": recipe}
     if recipe.method == "full":
         if recipe.optimizer == "adamw":
             recipes["--optimizer adamw_8bit"] = replace(recipe, optimizer="adamw_8bit")
-        lora = replace(recipe, method="lora", rank=recipe.rank)
-        recipes["--method lora"] = lora
-        recipes["--method qlora"] = replace(lora, method="qlora")
-    elif recipe.method == "lora":
+        recipes["--method lora"] = replace(recipe, method="lora")
+    if recipe.method != "qlora" and device.count == 1:  # which does not spread over devices
         recipes["--method qlora"] = replace(recipe, method="qlora")
-    changes = [
-        (" ".join(filter(None, (dtype, method))), replace(job, shape=a, recipe=b))
-        for dtype, a in dtypes.items()
-        for method, b in recipes.items()
-    ]
-    yield from ((flags, other, device.count) for flags, other in changes)
+    counts = [device.count]
     if device.count == 1 and job.kernels.device.type == "cuda":
-        for count in (2, 4, 8):
-            yield f"torchrun --nproc_per_node {count}", job, count
+        counts += [2, 4, 8]
+    for count, dtype, method in product(counts, shapes, recipes):
+        if count != device.count and (dtype or method):
+            continue
+        other = replace(job, shape=shapes[dtype], recipe=recipes[method])
+        many = f"torchrun --nproc_per_node {count} train.py" if count != device.count else ""
+        yield _joined(many, dtype, method), other, count
+        if count > 1 and not recipe.reduces_each:
+            each = replace(other, recipe=replace(other.recipe, reduces_each=True))
+            yield _joined(many, dtype, method, SUMMING_EACH), each, count
+
+
+def _joined(*flags: str) -> str:
+    return " ".join(filter(None, flags))
 
 
 def proposal_lines(found: Sequence[Proposal], card: Card) -> list[str]:
@@ -175,13 +195,15 @@ def scale_table(job: Job, device: Device, card: Card) -> list[str]:
     lines = ["devices  GiB each  tokens  recomputed  GB received a step  tokens/s  of peak  gain"]
     counts = [2**power for power in range(device.count.bit_length())]
     last_speed, pays = 0.0, 0
+    summing_each = replace(job, recipe=replace(job.recipe, reduces_each=True))
     for count in sorted({*counts, device.count}):
         there = replace(device, count=count)
-        if not job.fits(there):
+        fitting = [one for one in (job, summing_each) if one.fits(there)]
+        if not fitting:
             lines.append(f"{count:>7}  does not fit")
             continue
-        plan = job.on(there)
-        step = job.step(plan, card)
+        plan = fitting[0].on(there)
+        step = fitting[0].step(plan, card)
         speed = step.tokens_per_second
         gain = f"{speed / last_speed:.2f}" if last_speed else ""
         pays = count if not last_speed or speed >= PAYS * last_speed else pays

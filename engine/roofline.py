@@ -132,7 +132,8 @@ def expected_step(
     launched = shape.layers * LAUNCHES * micro_batches * (0 if card is CPU else 1)
     inside, across = communicated_bytes(shape, recipe, micro_batches)
     waiting = inside / (card.link * LINKS) + across / (NETWORK * LINKS)
-    seconds = max(computing, launched, waiting)
+    # Communication runs beside computation, but for the first gathering and the last sum.
+    seconds = max(computing, launched, waiting) + waiting / shape.layers
     return Step(seconds, tokens, tokens * useful, inside + across, card, recipe.devices)
 
 
@@ -149,7 +150,8 @@ def communicated_bytes(
     weights = shape.parameters * shape.dtype.itemsize
     gradients = trained_parameters(shape, recipe) * exact
     sums = micro_batches if recipe.reduces_each else 1
-    gathered = (2 * micro_batches * weights + sums * gradients) * (shards - 1) / shards
+    gathers = micro_batches * (2 if recipe.reshards else 1)
+    gathered = (gathers * weights + sums * gradients) * (shards - 1) / shards
     copies = recipe.devices / shards
     added = 2 * gradients / shards * (copies - 1) / copies
     # A ring that leaves the node is as slow as its slowest link.

@@ -1,7 +1,10 @@
 """The plan: what it counts, what it chooses, what it keeps when a run resumes, what it prints."""
 
+import importlib
 import json
+import os
 import re
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -12,6 +15,7 @@ import torch
 from conftest import Killed, flags, kill, run_folder, seal
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import plan
 import train
 from engine import memory
 from engine.device import Kernels, cpu_kernels, cuda_kernels
@@ -30,6 +34,7 @@ from engine.shape import ModelShape
 from run.manifest import BEST, LAST, PREVIOUS
 from run.training_json import read_description
 
+ROOT = Path(plan.__file__).parent
 FULL, FREE = Recipe(), Wishes()
 GPU, CPU = cuda_kernels(torch.device("cuda")), cpu_kernels(with_onednn=False)
 ROWS = Rows(tokens=201.4, longest=577, supervised=0.648, batch_size=128)
@@ -332,3 +337,40 @@ def test_more_devices(printed) -> None:
     assert all(one[1] > other[1] for one, other in pairwise(rows[:4]))  # GiB each
     assert rows[1][6] > rows[-1][6]  # share of the peak
     assert re.search(r"more than (8|16) devices no longer pay", text)
+
+
+# ---------------------------------------------------------------- documents
+
+
+def test_the_table_of_the_readme_is_what_the_plan_finds(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    what_fits = importlib.import_module("what_fits")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "\n" + "\n".join(what_fits.table()) + "\n" in readme
+
+
+def test_the_slurm_script_is_bash_and_starts_train(tmp_path: Path) -> None:
+    """With stand-ins for Slurm's commands: guards against quotes, and variables that are not set."""
+    script = ROOT / "docs" / "slurm.sh"
+    subprocess.run(["bash", "-n", script], check=True)
+    for name, body in {
+        "scontrol": "echo node7; echo node8",
+        "srun": 'printf "%s\\n" "$@"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"SUBMIT_DIR": str(tmp_path), "JOB_NODELIST": "node[7-8]", "JOB_ID": "20042"}
+    variables |= {"NNODES": "2", "GPUS_ON_NODE": "8"}
+    environment = {f"SLURM_{name}": value for name, value in variables.items()}
+    ran = subprocess.run(
+        ["bash", script, "--run_name", "two nodes"],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"} | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stderr == ""
+    words = ran.stdout.splitlines()
+    assert words[:5] == [".venv/bin/torchrun", "--nnodes", "2", "--nproc_per_node", "8"]
+    assert words[words.index("--rdzv_endpoint") + 1] == "node7:20042"
+    assert words[-5:] == ["train.py", "--shard_over", "8", "--run_name", "two nodes"]
