@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,8 +26,10 @@ from engine.roofline import CPU, Card, card_named, card_of_size
 from engine.shape import ModelShape, read_shape
 from run.config import KEYS, Config
 from run.errors import UserError
-from run.train_arguments import PlanFor
 from run.training_json import read_description
+
+if TYPE_CHECKING:
+    from run.train_arguments import PlanFor
 
 # GSM8K's training rows with Llama-2's tokenizer, for a plan that reads no data: tokens on average
 # and at most, and the supervised share of them. Then the longest prompt of the test split.
@@ -143,14 +145,14 @@ def job_of(config: Config, shape: ModelShape, kernels: Kernels, devices: int) ->
     return Job(shape, recipe, kernels, rows, wishes_of(config), sequence)
 
 
-def print_plan(config: Config, wanted: PlanFor) -> None:
+def print_plan(config: Config, wanted: "PlanFor") -> None:
     """Print what ``train.py --plan`` shows. Nothing is downloaded but config.json."""
     shape = read_shape(fetch(config.model, ["config.json"]), getattr(torch, config.dtype))
     for line in report(config, shape, wanted):
         print(line)
 
 
-def report(config: Config, shape: ModelShape, wanted: PlanFor) -> list[str]:
+def report(config: Config, shape: ModelShape, wanted: "PlanFor") -> list[str]:
     here, card, kernels, found = find_devices(wanted)
     job = job_of(config, shape, kernels, here.count)
     dtype = str(shape.dtype).removeprefix("torch.")
@@ -179,7 +181,7 @@ def report(config: Config, shape: ModelShape, wanted: PlanFor) -> list[str]:
     return lines
 
 
-def find_devices(wanted: PlanFor) -> tuple[Device, Card, Kernels, list[str]]:
+def find_devices(wanted: "PlanFor") -> tuple[Device, Card, Kernels, list[str]]:
     """The devices to plan for, by which card's data sheet, with what kernels; lines about them."""
     if wanted.device_memory is not None:
         free = int(wanted.device_memory * USABLE * GIB) - CONTEXT

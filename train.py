@@ -121,10 +121,9 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
             batch = packer.batch(progress.step)
             rate = schedule.learning_rate(progress.step)
             budget = progress.budget(planned.micro_batch_tokens)
+            arguments = model, optimizer, batch, rate, budget, config.max_grad_norm
             with log.timing(batch):
-                result = parts.step(
-                    model, optimizer, batch, rate, budget, config.max_grad_norm, packer
-                )
+                result = parts.step(*arguments, packer)
             progress.add_step(result.nats, result.num_labels)
             if not result.is_finite:
                 raise log.not_finite(result, rows_at_fault(model, batch), folder / LAST)

@@ -3,7 +3,8 @@
 python benchmarks/what_fits.py
 
 It needs neither a GPU nor the model, only the shape of Llama-2-7B. Each cell is the plan of one
-setting: micro_batch_tokens, recomputed layers, and the expected tokens a second at best.
+setting: micro_batch_tokens, recomputed layers, and the expected tokens a second at best. A star
+marks plans that fit only with --reduce_gradients each.
 """
 
 import sys
@@ -54,7 +55,7 @@ def table() -> list[str]:
 
 def cell(memory: int, count: int, names: dict[str, str]) -> str:
     if count > 1 and names["method"] == "qlora":
-        return "one GPU only"
+        return "-"
     here, card, kernels, _ = find_devices(PlanFor(memory, count))
     shape = ModelShape(LLAMA_2_7B, torch.bfloat16)
     job = job_of(load_config(CONFIG_FILE, {}), shape, kernels, count)
@@ -63,11 +64,9 @@ def cell(memory: int, count: int, names: dict[str, str]) -> str:
     if not fitting:
         return "no"
     best = fitting[0]
-    each = ", gradients summed each time" if best.flags else ""
-    return (
-        f"{best.plan.micro_batch_tokens:,} tokens, {best.plan.recomputed_blocks} layers{each}: "
-        f"{best.step.tokens_per_second:,.0f}"
-    )
+    each = " *" if best.flags else ""
+    tokens, layers = best.plan.micro_batch_tokens, best.plan.recomputed_blocks
+    return f"{tokens:,} / {layers} / {best.step.tokens_per_second:,.0f}{each}"
 
 
 def is_as_asked(flags: str) -> bool:

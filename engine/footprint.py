@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 # Of a frozen weight in NF4: half a byte, an 8-bit scale for 64 weights, and a float32 scale for 256
 # of those (double quantisation, arXiv:2305.14314).
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+BUFFERS = 75_000_000  # of bfloat16 products on a CPU
 # Of two moments in 8 bits, with a float32 scale for 256 values of each.
 STATE_BYTES_8BIT = 2 * (1 + 4 / 256)
 
@@ -254,11 +255,11 @@ def heap_bytes(shape: "ModelShape", kernels: "Kernels", loss: int, backward: int
     """What a CPU takes beyond the tensors, as measured by benchmarks/plan.py.
 
     The heap rarely finds room for a backward pass in what the loss has left. For bfloat16, products
-    also need copies of their operands in another layout, and sums in float32.
+    need copies of their operands in another layout, sums in float32, and a buffer for each shape.
     """
     if kernels.device.type != "cpu":
         return 0
-    return 2 * loss if shape.dtype == torch.bfloat16 else min(loss, backward)
+    return loss * 3 // 2 + BUFFERS if shape.dtype == torch.bfloat16 else min(loss, backward)
 
 
 def footprint(
