@@ -42,6 +42,7 @@ from engine.device import pick_device, prepare_process
 from engine.hub import fetch
 from engine.loading import check_fits, check_ids, check_positions, load_model, load_tokenizer
 from engine.measure import measure
+from engine.plan import MOST_TOKENS
 from run.model_source import resolve_source
 from run.training_json import tokenizer_record
 
@@ -71,7 +72,8 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
     longest = max(len(example.input_ids) for example in examples)
     check_positions(model, longest, "the longest row", "set a smaller max_length")
 
-    result = measure(model, examples, config.micro_batch_tokens)
+    # Nothing is kept for a backward pass, so that even large micro-batches need little memory.
+    result = measure(model, examples, config.micro_batch_tokens or MOST_TOKENS)
     print(
         f"{source.path} on {arguments.split}: {len(examples)} rows, "
         f"{result.num_tokens} supervised tokens"

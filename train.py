@@ -4,6 +4,7 @@ python train.py --learning_rate 1e-5 --run_name lower-rate
 python train.py --config demo.yaml
 python train.py --method lora --learning_rate 2e-4 --run_name lora
 python train.py --selftest
+python train.py --plan --device_memory 24 --devices 8
 
 config.yaml lists every setting. To resume a run that was stopped, type the same command again.
 """
@@ -13,23 +14,14 @@ from run.signals import StopSignal
 
 check_platform()  # before the imports that would fail
 
-from run.arguments import ArgumentParser, parse_arguments
 from run.config import Config, settings_text
 from run.paths import local_path
 from run.places import anchored
+from run.train_arguments import PlanFor, read_train_arguments
 
 
-def read_arguments(argv: list[str]) -> tuple[Config, bool]:
-    parser = ArgumentParser(__doc__)
-    parser.add_argument(
-        "--selftest",
-        action="store_true",
-        help="check, with a few steps in a temporary folder, that a killed run resumes bit for bit",
-    )
-    arguments, typed = parse_arguments(parser, argv)
-    config = arguments.config.with_flags(typed)
-    arguments.config.report_changes(typed)
-    return config, arguments.selftest
+def read_arguments(argv: list[str]) -> tuple[Config, bool, PlanFor | None]:
+    return read_train_arguments(__doc__, argv)
 
 
 if __name__ == "__main__":
@@ -44,6 +36,7 @@ from pathlib import Path
 import torch
 
 import data
+import plan
 from engine import loading, memory
 from engine.compiling import prepare
 from engine.device import pick_device, prepare_process
@@ -61,7 +54,6 @@ from run.checkpoint import save_checkpoint, set_damaged_aside
 from run.files import replace_file
 from run.folder import check_same_run, claimed, finish, is_finished, restore
 from run.manifest import BEST, LAST
-from run.method import adapter_of
 from run.model_source import find_start
 from run.progress import Progress
 from run.retention import check_disk_space, remove_state
@@ -88,10 +80,11 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
             return remove_state(folder, read_description(resume_from))
 
     # What learns
+    planned = plan.plan_run(config, start.weights, rows, resume_from)
     model = loading.load_model(start.weights, getattr(torch, config.dtype), adapter=start.adapter)
     loading.check_data(model, rows + held_out, prompts, config.max_new_tokens, config.model)
-    limit, clip, kind = config.micro_batch_tokens, config.max_grad_norm, config.optimizer
-    prepare(model, config.gradient_checkpointing, config.compile, limit, rows, kind)
+    prepare(model, planned.recomputation, config.compile)
+    kind = config.optimizer
     packer = Packer(batches)
     adam = config.learning_rate, (config.adam_beta1, config.adam_beta2), config.adam_epsilon
     optimizer = build_optimizer(model.trained, *adam, config.weight_decay, kind)
@@ -106,8 +99,8 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
         loading.copy_from_mapped_file(model)  # which the next saves will remove
         progress = restore(resume_from, partial(unpack_state, optimizer=optimizer), steps)
     progress.run = wandb_path(config.wandb_project, resume_from)
-    hashes = start.base, problems.sha256
-    saves = Saves(folder, asdict(config), batches.per_epoch, *hashes, tokenizer, parts)
+    record, hashes = (asdict(config), asdict(planned)), (start.base, problems.sha256)
+    saves = Saves(folder, *record, batches.per_epoch, *hashes, tokenizer, parts)
 
     # Fail in second five, not in hour five
     check_disk_space(folder, *checkpoint_bytes(model.trained, kind))
@@ -128,14 +121,15 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
         while progress.step < steps:
             batch = packer.batch(progress.step)
             rate = schedule.learning_rate(progress.step)
-            budget = progress.budget(config.micro_batch_tokens)
+            budget = progress.budget(planned.micro_batch_tokens)
+            arguments = model, optimizer, batch, rate, budget, config.max_grad_norm
             with log.timing(batch):
-                result = parts.step(model, optimizer, batch, rate, budget, clip, packer)
+                result = parts.step(*arguments, packer)
             progress.add_step(result.nats, result.num_labels)
             if not result.is_finite:
                 raise log.not_finite(result, rows_at_fault(model, batch), folder / LAST)
             if result.micro_batch_tokens < budget:
-                progress.fitting = config.micro_batch_tokens, result.micro_batch_tokens
+                progress.fitting = planned.micro_batch_tokens, result.micro_batch_tokens
                 log.out_of_memory(result.micro_batch_tokens)
             if progress.is_due(config.log_every) or progress.step == steps:
                 loss = progress.take_mean_loss()
@@ -145,7 +139,7 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
             # How good is the model after this epoch, and is it the best so far?
             epoch_ends = progress.is_due(batches.per_epoch)
             if epoch_ends:
-                measured = parts.measure(model, held_out, config.micro_batch_tokens)
+                measured = parts.measure(model, held_out, planned.micro_batch_tokens)
                 log.check_validation(measured, folder / LAST)
                 match = exact_match(config.best_by, decode, prompts, problems.validation)
                 log.validation(measured, match, len(prompts))
@@ -283,16 +277,17 @@ class Parts:
 
 
 @memory.reported("training", "set a smaller micro_batch_tokens, or take a device with more memory")
-def main(config: Config, selftest: bool = False, **parts: Callable) -> None:
-    dtype = getattr(torch, config.dtype)
-    prepare_process(pick_device(), dtype)
+def main(
+    config: Config, selftest: bool = False, wanted: PlanFor | None = None, **parts: Callable
+) -> None:
+    if wanted is not None:
+        return plan.print_plan(config, wanted)
+    prepare_process(pick_device(), getattr(torch, config.dtype))
     if selftest:
         return run_selftest(config, partial(load_problems, config.dataset))
     folder = local_path(config.output_dir) / config.run_name
     with claimed(folder, config.resume) as resume_from:
-        base, adapter = resume_from or config.model, adapter_of(asdict(config))
-        kind = config.optimizer
-        loading.check_fits(base, dtype, trained=True, optimizer=kind, adapter=adapter)
+        plan.check_trains(config, resume_from)
         train(anchored(config, resume_from), folder, resume_from, Parts(**parts))
 
 

@@ -82,6 +82,7 @@ def measure_saves(work: Work) -> None:
     saves = Saves(
         folder=folder,
         settings={"checkpoint_steps": None},
+        plan={},
         steps_per_epoch=len(rows),
         base=None,
         data_hashes={},

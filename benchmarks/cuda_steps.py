@@ -22,11 +22,14 @@ from cuda_work import (
 
 from engine.compiling import compile_layers
 from engine.cuda.linear import Linear
+from engine.footprint import Recipe
 from engine.llama import EAGER, Llama
 from engine.memory import free_bytes
 from engine.optimizer import ADAMW, ADAMW_8BIT, build_optimizer, make_state, training_bytes
 from engine.packing import Example, pack
-from engine.recompute import choose_recomputed
+from engine.plan import Device, Wishes, choose
+from engine.shape import ModelShape
+from plan import rows_of
 
 BATCH_SIZE = 128
 # Steps of each variant: tokens of a micro-batch, recomputed layers (None: as train.py chooses),
@@ -61,10 +64,12 @@ def measure_training(work: Work) -> None:
         model.parameters(), learning_rate=2e-5, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0
     )
     free = free_bytes(model.device)
-    longest = max(len(row.input_ids) for row in rows)
+    here = Device("", free + sum(weight.nbytes for weight in model.parameters()))
+    shape, kinds = ModelShape(model.config, model.dtype), rows_of(rows, batch_size)
     for tokens, recomputed, is_compiled, adds in VARIANTS[::5] if work.is_dry else VARIANTS:
-        fitting = choose_recomputed(model, tokens, longest, free)
-        model.recomputed_blocks = fitting if recomputed is None else recomputed
+        plan = choose(shape, Recipe(), model.kernels, kinds, here, Wishes(tokens))
+        model.recomputed_blocks = plan.recomputed_blocks if recomputed is None else recomputed
+        model.recomputes_parts = plan.recomputes_parts if recomputed is None else True
         model.elementwise = EAGER
         use_linear_layers(model, Linear if adds else torch.nn.Linear)
         if is_compiled:

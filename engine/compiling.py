@@ -1,4 +1,4 @@
-"""Prepares a model for training: chooses the recomputed blocks, and compiles the operations."""
+"""Prepares a model for training: sets what is recomputed, and compiles the operations."""
 
 import math
 import warnings
@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from engine import memory
+from engine.footprint import Recomputation
 from engine.fused import FUSED
 from engine.llama import EAGER, Llama
-from engine.optimizer import ADAMW
 from engine.packing import IGNORE, Example, collate
-from engine.recompute import choose_recomputed
 from engine.state import get_random_state, set_random_state
 from run.errors import UserError, cause_of
 
@@ -27,31 +26,17 @@ FEW, MORE = (8, 9), (21, 140)
 MANY = (21, *[140] * 28)
 
 
-def prepare(
-    model: Llama,
-    recomputed: bool | None,
-    wants_compiled: bool | None,
-    micro_batch_tokens: int,
-    rows: Sequence[Example],
-    optimizer: str = ADAMW,
-) -> None:
-    """Choose which blocks are recomputed, and compile the layers.
+def prepare(model: Llama, recomputation: Recomputation, wants_compiled: bool | None) -> None:
+    """Set what is recomputed, and compile the layers.
 
     Args:
-        recomputed: all blocks or none; None: as many as memory demands.
         wants_compiled: None: if compiled layers are faster on this device, and work here.
-        optimizer: its name, as in `build_optimizer`.
 
     Raises:
         UserError: torch.compile fails here, although ``wants_compiled``.
     """
-    if recomputed is None:
-        longest = max(len(row.input_ids) for row in rows)
-        model.recomputed_blocks = choose_recomputed(
-            model, micro_batch_tokens, longest, optimizer=optimizer
-        )
-    else:
-        model.recomputed_blocks = len(model.blocks) if recomputed else 0
+    model.recomputed_blocks = recomputation.blocks
+    model.recomputes_parts = recomputation.parts
     if wants_compiled or (wants_compiled is None and model.kernels.compiles_layers):
         try:
             compile_layers(model)

@@ -10,7 +10,7 @@ decoding.
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from engine.device import Kernels, kernels_for
-from engine.functions import Elementwise, LayerParts, Rope, SwiGLU, recomputed, rotate_both, saved
+from engine.functions import (
+    Elementwise,
+    LayerParts,
+    RMSNorm,
+    Rope,
+    SwiGLU,
+    recomputed,
+    rotate_both,
+    saved,
+)
 from engine.loss import LinearCrossEntropy
 
 if TYPE_CHECKING:
@@ -42,9 +51,9 @@ class Llama(nn.Module):
         recomputed_blocks: of how many blocks training computes the activations again in the
             backward pass instead of keeping them. They are the first ones: when their turn comes,
             the activations that the later blocks kept are already free.
+        recomputes_parts: whether the others compute their norms and SwiGLU again.
         elementwise: how blocks compute in training between their products.
-        stored: what a checkpoint contains, with ``state_dict`` and ``save_pretrained``: all
-            weights (``pretrained``), or `engine.lora.Adapters`.
+        stored: what a checkpoint contains: ``pretrained``, or `engine.lora.Adapters`.
     """
 
     def __init__(self, pretrained: "LlamaForCausalLM", kernels: Kernels | None = None):
@@ -58,7 +67,7 @@ class Llama(nn.Module):
         self.config = pretrained.config
         self.head_dim = pretrained.model.layers[0].self_attn.head_dim
         self.kernels = kernels or kernels_for(pretrained.device)
-        self.recomputed_blocks, self.elementwise = 0, EAGER
+        self.recomputed_blocks, self.recomputes_parts, self.elementwise = 0, True, EAGER
 
     def forward(self, micro_batch: "MicroBatch") -> Tensor:
         """The summed negative log-likelihood of all supervised tokens, in nats.
@@ -74,8 +83,8 @@ class Llama(nn.Module):
         attend = partial(self.kernels.attention, micro_batch, dropout)
         inputs = micro_batch.input_ids, micro_batch.position_ids, attend
         outputs = self.hidden_states(*inputs, micro_batch.output_positions)
-        inputs = outputs, self.head.weight, micro_batch.labels
-        return LinearCrossEntropy.apply(*inputs, torch.is_grad_enabled(), self.kernels)
+        arguments = self.head.weight, micro_batch.labels, torch.is_grad_enabled(), self.kernels
+        return LinearCrossEntropy.apply(outputs, *arguments)
 
     def next_logits(
         self,
@@ -111,7 +120,8 @@ class Llama(nn.Module):
         """
         num_recomputed = self.recomputed_blocks if self.training and parts is None else 0
         if parts is None:
-            parts = layer_parts(self.elementwise, recomputed) if self.training else KEEPING_LESS
+            keep = recomputed if self.recomputes_parts else saved
+            parts = layer_parts(self.elementwise, keep) if self.training else KEEPING_LESS
         hidden = self.embedding(input_ids)
         cos, sin = self.rotary(hidden, position_ids[None])
         rope = parts.rope(cos[0, :, None], sin[0, :, None])
@@ -221,31 +231,6 @@ def _norm(hidden: Tensor, norm: "LlamaRMSNorm") -> Tensor:
     if hidden.is_cuda:  # where this is one kernel
         return F.rms_norm(hidden, (hidden.shape[-1],), norm.weight, norm.variance_epsilon)
     return RMSNorm.apply(hidden, norm.weight, norm.variance_epsilon)
-
-
-class RMSNorm(torch.autograd.Function):
-    """Root mean square norm (arXiv:1910.07467) that saves its input and one number per token.
-
-    Computed in float32 or better, like Transformers' own.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        scale = torch.rsqrt(exact.square().mean(-1, keepdim=True) + epsilon)
-        ctx.save_for_backward(hidden, weight, scale)
-        return (exact * scale).to(hidden.dtype).mul_(weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        hidden, weight, scale = ctx.saved_tensors
-        normed = hidden.to(scale.dtype) * scale
-        trained = ctx.needs_input_grad[1]
-        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if trained else None
-        grad_normed = (grad * weight).to(scale.dtype)
-        along = (grad_normed * normed).mean(-1, keepdim=True)
-        grad_hidden = grad_normed.addcmul_(normed, along, value=-1).mul_(scale)
-        return grad_hidden.to(hidden.dtype), grad_weight, None
 
 
 EAGER = Elementwise(_norm_and_again, _add_norm, rotate_both, SwiGLU.apply)

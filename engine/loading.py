@@ -1,7 +1,6 @@
 """Tokenizers and models, loaded from Hugging Face folders and checked against the data."""
 
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +11,11 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from engine import memory, packing
 from engine.device import Kernels, kernels_for, pick_device
+from engine.footprint import Recipe, weight_bytes
 from engine.hub import fetch
 from engine.llama import Llama
-from engine.optimizer import ADAMW, check_optimizer, state_bytes, training_bytes
 from engine.refusals import (
     Shape,
-    check_config,
     check_folder,
     check_names,
     check_shapes,
@@ -25,16 +23,13 @@ from engine.refusals import (
     refuse_code,
     refuse_pointer,
 )
+from engine.shape import not_a_llama, read_config, read_shape
 from engine.tokenizer import Tokenizer
 from engine.tokenizer_files import made_without_scores, read_files
-from run.errors import UserError, cause_of
+from run.errors import UserError
 
 if TYPE_CHECKING:
     from run.method import Adapter
-
-# Of a weight in NF4, with its share of its block's scale (8 bits for 64 weights), and of the scale
-# of that (32 bits for 256 blocks).
-BYTES_IN_4_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 # Errors end in one line of our own. Transformers' warnings, and its progress bars where there is no
 # terminal, would hide that line.
@@ -84,70 +79,34 @@ def load_tokenizer(folder: Path, trained_with: Mapping[str, Any] | None = None) 
 def check_fits(
     name: str | Path,
     dtype: torch.dtype,
-    *,
-    trained: bool = False,
-    optimizer: str = ADAMW,
     adapter: "Adapter | None" = None,
     available: int | None = None,
 ) -> None:
-    """Raises UserError if a model exceeds the device's memory, before its weights are downloaded.
-
-    Or if training it takes an optimizer whose package is missing.
+    """Raises UserError if a model's weights exceed the device's memory, before they are downloaded.
 
     Args:
         name: its folder or hub id.
-        trained: count gradients and the state of ``optimizer`` too. Activations are never counted.
-        adapter: what its base model gets, in place of ``name``.
+        adapter: what is added to its base model, which takes the place of ``name``.
         available: the memory of the device in bytes; None: that of this one, unless it is a CPU.
     """
-    if trained:
-        check_optimizer(optimizer)
     available = available or memory.total_bytes(pick_device())
     if available is None:
         return
-    name = adapter.base if adapter else name
-    folder = fetch(str(name), ["config.json"])
-    check_config(folder)
-    config, shapes = _read_config(folder)
-    if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
-    number = sum(map(math.prod, shapes.values()))
-    needed = number * dtype.itemsize
-    if trained:
-        needed = 2 * needed + sum(state_bytes(shape, dtype, optimizer) for shape in shapes.values())
-    if adapter:
-        each = training_bytes(dtype, optimizer) if trained else dtype.itemsize
-        _check_adapted_fits(adapter, shapes, dtype, each, available)
-    elif needed > available:
-        what = "weights, gradients and optimizer state" if trained else "weights"
+    name, recipe = (adapter.base, recipe_of(adapter)) if adapter else (name, Recipe())
+    shape = read_shape(fetch(str(name), ["config.json"]), dtype)
+    needed, number = weight_bytes(shape, recipe), shape.parameters
+    if needed > available:
         smaller = "set dtype bfloat16, or " if dtype == torch.float32 else ""
-        if trained and optimizer == ADAMW:
-            smaller += "set optimizer adamw_8bit, or "
         raise UserError(
-            f"model {name}: {what} of its {number / 1e9:.2f} billion parameters take "
+            f"model {name}: the weights of its {number / 1e9:.2f} billion parameters take "
             f"{needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')} ({needed / number:.3g} "
             f"bytes each), over the {available / 1e9:.1f} GB of the device: {smaller}take a larger "
             "device or a smaller model"
         )
 
 
-def _check_adapted_fits(
-    adapter: "Adapter", shapes: Mapping[str, Shape], dtype: torch.dtype, each: int, available: int
-) -> None:
-    """`check_fits` for frozen weights, and adapters of ``each`` bytes for one of their weights."""
-    linears = [shape for name, shape in shapes.items() if "_proj.weight" in name]
-    number = sum(map(math.prod, shapes.values()))
-    in_4_bits = sum(map(math.prod, linears)) if adapter.is_base_quantised else 0
-    frozen = (number - in_4_bits) * dtype.itemsize + int(in_4_bits * BYTES_IN_4_BITS)
-    added = adapter.rank * sum(map(sum, linears)) * each
-    if frozen + added > available:
-        smaller = "" if adapter.is_base_quantised else "set method qlora, or "
-        raise UserError(
-            f"model {adapter.base}: its {number / 1e9:.2f} billion weights take {frozen / 1e9:.1f} "
-            f"GB, and its adapters of lora_rank {adapter.rank} take {added / 1e9:.1f} GB, over the "
-            f"{available / 1e9:.1f} GB of the device: {smaller}take a larger device or a smaller "
-            "model"
-        )
+def recipe_of(adapter: "Adapter") -> Recipe:
+    return Recipe("qlora" if adapter.is_base_quantised else "lora", adapter.rank)
 
 
 @memory.reported("loading the weights", memory.LARGER_DEVICE)
@@ -213,17 +172,12 @@ def load_model(
 
 def _read_config(folder: Path) -> tuple[LlamaConfig, dict[str, Shape]]:
     """The configuration in config.json, and the shape that it implies for each weight."""
+    config = read_config(folder)
     try:
-        config = LlamaConfig.from_pretrained(folder)
-        if not getattr(config, "quantization_config", True):
-            del config.quantization_config  # it is empty
         with torch.device("meta"):
             weights = LlamaForCausalLM(config).state_dict()
-    except Exception as error:  # Transformers, its validation and torch raise many types
-        raise UserError(
-            f"model {folder}: its config.json does not describe a Llama ({cause_of(error)}): "
-            "correct that setting, or use the config.json that belongs to its weights"
-        ) from None
+    except Exception as error:  # Transformers and torch raise many types
+        raise not_a_llama(folder, error) from None
     return config, {name: tuple(weight.shape) for name, weight in weights.items()}
 
 

@@ -72,6 +72,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 grad_weight = kernels.product(grad_logits.T, chunk).to(exact)
             else:
                 kernels.add_product(grad_weight, grad_logits.T, chunk)
+            del grad_logits  # before the next chunk's logits
         ctx.gradients = (grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return nats

@@ -90,6 +90,11 @@ def total_bytes(device: torch.device) -> int | None:
     return torch.cuda.get_device_properties(device).total_memory
 
 
+def kind(device: torch.device) -> str:
+    """The name that devices of the same kind share, such as ``NVIDIA H100 80GB HBM3``."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def free_bytes(
     device: torch.device, control_groups: Path = CONTROL_GROUPS, membership: Path = MEMBERSHIP
 ) -> int:

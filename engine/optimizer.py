@@ -102,7 +102,8 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
     """Make the state that the optimizer would make in its first step, unless it is there already.
 
     A step that runs out of memory has changed some of the weights, so it can't be repeated. With
-    its state in place it needs no further memory.
+    its state in place it needs no further memory. On a CPU the gradients are made as well, since
+    among the activations of the first backward pass they would fragment the heap for good.
 
     Args:
         optimizer: from `build_optimizer`.
@@ -112,6 +113,8 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
+            if parameter.device.type == "cpu" and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
             state = optimizer.state[parameter]
             if state:
                 continue

@@ -56,7 +56,7 @@ class Config:
     optimizer: Literal["adamw", "adamw_8bit"]
     epochs: Count
     batch_size: Count
-    micro_batch_tokens: Count
+    micro_batch_tokens: Count | None
     learning_rate: Positive
     lr_schedule: Literal["cosine", "linear", "constant"]
     warmup_ratio: ShareBelowOne

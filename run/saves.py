@@ -103,6 +103,7 @@ class Saves:
 
     folder: Path
     settings: Mapping[str, Any]
+    plan: Mapping[str, Any]
     steps_per_epoch: int
     base: Mapping[str, str] | None
     data_hashes: Mapping[str, str]
@@ -200,6 +201,7 @@ class Saves:
     def _description(self, progress: Progress, **validation: float | None) -> dict[str, Any]:
         return describe(
             self.settings,
+            plan=self.plan,
             step=progress.step,
             epoch=progress.step / self.steps_per_epoch,
             base=self.base,

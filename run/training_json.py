@@ -24,6 +24,7 @@ ADAPTER_PACKAGES = ("peft", "bitsandbytes")
 def describe(
     settings: Mapping[str, Any],
     *,
+    plan: Mapping[str, Any],
     step: int,
     epoch: float,
     base: Mapping[str, str] | None,
@@ -37,6 +38,7 @@ def describe(
     """The content of ``training.json``.
 
     Args:
+        plan: what the run chose for itself.
         epoch: passes over the training rows, as a fraction.
         base: of adapters: the name of their base model, and a hash of its weights.
         tokenizer: the tokenizer's description of itself.
@@ -53,6 +55,7 @@ def describe(
         "validation_perplexity": validation_perplexity,
         "validation_exact_match": validation_exact_match,
         "settings": dict(settings),
+        "plan": dict(plan),
         "data": dict(data_hashes),
         "tokenizer": dict(tokenizer),
         "wandb_run_id": wandb.run_id,

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 import shutil
 import sys
@@ -28,11 +29,20 @@ from engine.compiling import compile_layers
 from engine.cuda.layers import DECODING, fused_weights
 from engine.decoding import greedy_decode
 from engine.device import cpu_kernels, cuda_kernels
+from engine.footprint import (
+    Recipe,
+    Recomputation,
+    Rows,
+    activation_bytes,
+    gradient_bytes,
+    state_bytes,
+    weight_bytes,
+)
 from engine.llama import Llama
 from engine.loading import check_fits, load_model
 from engine.lora import TARGETS, AdaptedLinear, merge_adapters
 from engine.optimizer import checkpoint_bytes
-from engine.recompute import block_bytes, bytes_to_come, head_bytes
+from engine.shape import read_shape
 from engine.state import copied
 from engine.tokenizer import Tokenizer
 from grading.dataset import Problem
@@ -311,35 +321,37 @@ def test_memory_counts_gradients_and_states_of_adapters_only(wide_folder: Path) 
     full = load_model(wide_folder, torch.bfloat16, CPU, KERNELS)
     model = load_model(wide_folder, torch.bfloat16, CPU, KERNELS, replace(NEW, dtype="bfloat16"))
     numbers = sum(weight.numel() for weight in model.trained)
-    whole = sum(weight.numel() for weight in full.parameters())
     shapes = [weight.shape for name, weight in full.named_parameters() if "_proj" in name]
     assert numbers == 4 * sum(map(sum, shapes))
     assert checkpoint_bytes(model.trained) == (2 * numbers, 6 * numbers)
-    assert bytes_to_come(full) == (6 + 2 + 2) * whole
-    assert bytes_to_come(model) == (6 + 2) * numbers + 2 * (whole + numbers)
-    assert head_bytes(full) - head_bytes(model) == 4 * full.head.weight.numel()
-    kept = block_bytes(model, 10, 10) - block_bytes(full, 10, 10)
-    assert kept == 10 * 7 * 4 * 2
+    shape, lora = read_shape(wide_folder, torch.bfloat16), Recipe("lora", rank=4)
+    assert weight_bytes(shape, lora) == sum(weight.nbytes for weight in model.parameters())
+    assert gradient_bytes(shape, lora) == 2 * numbers
+    assert state_bytes(shape, lora) == 6 * numbers
+    micro_batch = Rows(10, 10, 0.5, 1), 10, Recomputation(0, True)
+    counted = [
+        activation_bytes(shape, recipe, KERNELS, *micro_batch) for recipe in (Recipe(), lora)
+    ]
+    assert counted[1][0] - counted[0][0] == 10 * shape.layers * 7 * 4 * 2
+    assert counted[0][1] - counted[1][1] == 4 * full.head.weight.numel()
 
 
-def test_a_model_that_exceeds_the_device_is_refused_by_what_is_trained(wide_folder: Path) -> None:
+def test_a_model_that_exceeds_the_device_is_refused_by_what_is_loaded(wide_folder: Path) -> None:
     """Guards against QLoRA refused where only LoRA does not fit, and the other way round."""
     full = load_model(wide_folder, torch.bfloat16, CPU, KERNELS)
     linears = sum(layer.weight.numel() for layer in full.modules() if type(layer) is nn.Linear)
     linears -= full.head.weight.numel()
     whole = sum(weight.numel() for weight in full.parameters())
     shapes = [weight.shape for name, weight in full.named_parameters() if "_proj" in name]
-    adapters = 4 * sum(map(sum, shapes))
+    adapters = 4 * sum(map(sum, shapes)) * 2
     lora = replace(NEW, base=str(wide_folder), dtype="bfloat16")
     qlora = replace(lora, is_base_quantised=True)
-    bits = (whole - linears) * 2 + int(linears * (0.5 + 1 / 64 + 1 / 4096))
+    bits = (whole - linears) * 2 + math.ceil(linears * (0.5 + 1 / 64 + 1 / 4096))
     for adapter, frozen in ((lora, 2 * whole), (qlora, bits)):
-        for trained, each in ((True, 10), (False, 2)):
-            fits = {"trained": trained, "adapter": adapter}
-            exactly = frozen + adapters * each
-            check_fits("any", torch.bfloat16, **fits, available=exactly)
-            with pytest.raises(UserError, match="lora_rank 4"):
-                check_fits("any", torch.bfloat16, **fits, available=exactly - 1)
+        exactly = frozen + adapters
+        check_fits("any", torch.bfloat16, adapter, exactly)
+        with pytest.raises(UserError, match="over the"):
+            check_fits("any", torch.bfloat16, adapter, exactly - 1)
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -1,6 +1,8 @@
-"""As few blocks are recomputed as memory demands, and how many changes no bit."""
+"""What the plan counts is what autograd keeps, and what is recomputed changes no bit."""
 
 import copy
+import itertools
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -10,14 +12,17 @@ import pytest
 import torch
 from conftest import PROMPT, flags, with_model
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 
 import data
 import train
 from engine import packing
 from engine.device import cpu_kernels, cuda_kernels
+from engine.footprint import Recipe, Recomputation, Rows, activation_bytes, block_bytes
 from engine.llama import Llama
-from engine.recompute import block_bytes, choose_recomputed, fewest_recomputed
+from engine.shape import ModelShape
 from engine.tokenizer import Tokenizer
 from grading import dataset
 
@@ -62,47 +67,78 @@ def test_the_memory_of_a_block_is_what_autograd_keeps(
         Llama(make_llama(50, num_hidden_layers=layers, **shape).to(dtype), KERNELS)
         for layers in (1, 3)
     ]
-    one, three = (measured_bytes(model, length, 3) for model in models)
-    assert block_bytes(models[0], 3 * length, length) == pytest.approx((three - one) / 2, rel=0.02)
+    for parts in (True, False):
+        for model in models:
+            model.recomputes_parts = parts
+        one, three = (measured_bytes(model, length, 3) for model in models)
+        shape = ModelShape(models[0].config, dtype)
+        counted = 3 * length * block_bytes(shape, KERNELS, length, parts=parts)
+        assert counted == pytest.approx((three - one) / 2, rel=0.02)
 
 
 def test_the_memory_of_a_block_of_llama_2_7b() -> None:
     """Guards against a formula that holds for tiny models only: 91 KiB a token, without heads'."""
-    with torch.device("meta"):
-        config = LlamaForCausalLM.config_class(
-            hidden_size=4096, intermediate_size=11008, num_hidden_layers=1, num_attention_heads=32
-        )
-        pretrained = LlamaForCausalLM(config).to(torch.bfloat16)
-    model = Llama(pretrained, cuda_kernels(torch.device("meta")))
+    config = LlamaForCausalLM.config_class(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=1, num_attention_heads=32
+    )
+    shape, kernels = ModelShape(config, torch.bfloat16), cuda_kernels(torch.device("meta"))
     logarithms_and_factors = 32 * 4 + 2 * 4
-    assert block_bytes(model, 1, 500) == 91 * 1024 + logarithms_and_factors
+    assert block_bytes(shape, kernels, 500, parts=True) == 91 * 1024 + logarithms_and_factors
+    kept = block_bytes(shape, kernels, 500, parts=False) - block_bytes(
+        shape, kernels, 500, parts=True
+    )
+    assert kept == (2 * 4096 + 11008) * 2
 
 
-def test_no_more_blocks_are_recomputed_than_memory_demands() -> None:
-    blocks, block, inputs = 32, 91, 8
+@pytest.mark.parametrize("vocab_size", [50, 4000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("number", [0, 1, 3])
+@pytest.mark.parametrize("parts", [True, False])
+def test_the_peak_of_a_micro_batch_is_what_is_counted(
+    make_llama: Callable[..., LlamaForCausalLM],
+    vocab_size: int,
+    dtype: torch.dtype,
+    number: int,
+    parts: bool,
+) -> None:
+    """Guards against an activation, a moment of the loss or a backward pass that is left out."""
+    shape = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3}
+    kernels = replace(KERNELS, logits_at_once=2**19)
+    model = Llama(make_llama(vocab_size, **shape).to(dtype), kernels).train()
+    model.recomputed_blocks, model.recomputes_parts = number, parts
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    labels = [packing.IGNORE] * 32 + [1] * 97  # of which the first is no label of a token
+    batch = packing.collate([packing.Example([1] * 129, labels)] * 8, kernels)
+    with LiveBytes(model) as live:
+        model(batch).backward()
+    rows = Rows(128, 129, batch.num_labels / batch.num_tokens, 8)
+    job = ModelShape(model.config, dtype), Recipe(), kernels, rows
+    kept, *beyond = activation_bytes(*job, batch.num_tokens, Recomputation(number, parts))
+    assert kept + max(beyond) == pytest.approx(live.most, rel=0.06)
 
-    def needed(recomputed: int) -> int:
-        return recomputed * inputs + (blocks - recomputed) * block
 
-    numbers = [fewest_recomputed(blocks, room, block, inputs) for room in range(-100, 3000)]
-    assert set(numbers) == set(range(blocks + 1))
-    for room, number in enumerate(numbers, start=-100):
-        assert needed(number) <= room or number == blocks
-        assert number == 0 or needed(number - 1) > room
+class LiveBytes(TorchDispatchMode):
+    """The most bytes of all tensors at a time, but for a model's weights and their gradients."""
 
+    def __init__(self, model: Llama):
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.most = 0
+        for weight in model.parameters():
+            for tensor in (weight, weight.grad):
+                self.live[tensor.untyped_storage()._cdata] = 0
 
-def test_the_choice_goes_from_none_to_all(model: Llama, capsys) -> None:
-    """Guards against a rule that ignores what is still to come, such as optimizer states."""
-    numbers = [choose_recomputed(model, 512, 200, free) for free in (0, 10**12)]
-    assert numbers == [2, 0]
-    assert "gradient_checkpointing: 2 of 2 layers are recomputed" in capsys.readouterr().out
-    model.kernels = replace(model.kernels, logits_at_once=100)
-    fits = next(free for free in range(0, 10**8, 1000) if not choose_recomputed(model, 8, 8, free))
-    weights = sum(weight.nbytes for weight in model.parameters())
-    # On a CPU: weights, gradients and two moments; the head's gradient and its chunk; two blocks,
-    # and twice one of them for its backward pass.
-    needed = 4 * weights + model.head.weight.nbytes + 100 * 12 + 4 * block_bytes(model, 8, 8)
-    assert 0.97 * fits == pytest.approx(needed, abs=1000)
+    def __torch_dispatch__(self, function: Any, _: Any, arguments: Any = (), named: Any = None):
+        result = function(*arguments, **(named or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.live:
+                    self.live[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.live.pop, storage._cdata)
+        self.most = max(self.most, sum(self.live.values()))
+        return result
 
 
 def test_how_many_blocks_are_recomputed_changes_no_bit(
@@ -114,9 +150,9 @@ def test_how_many_blocks_are_recomputed_changes_no_bit(
     pretrained = make_llama(len(tokenizer), num_hidden_layers=3)
     batch = packing.collate(data.encode(tokenizer, problems[:6], PROMPT), KERNELS)
     expected: list[Tensor] = []
-    for number in range(4):
+    for number, parts in itertools.product(range(4), (True, False)):
         model = Llama(copy.deepcopy(pretrained), KERNELS).train()
-        model.recomputed_blocks = number
+        model.recomputed_blocks, model.recomputes_parts = number, parts
         calls = [0, 0, 0]
         for layer, block in enumerate(model.blocks):
             block.register_forward_pre_hook(partial(count, calls, layer))
@@ -135,11 +171,13 @@ def count(calls: list[int], layer: int, *_: Any) -> None:
 @pytest.mark.parametrize(("setting", "number"), [("true", 2), ("false", 0), ("null", 0)])
 def test_the_setting_chooses(call, settings: dict[str, str], setting: str, number: int) -> None:
     """Guards against a setting that does nothing."""
-    found: list[int] = []
+    found: list[tuple[int, bool]] = []
     outcome = call(
         train,
         *flags(settings | {"gradient_checkpointing": setting, "epochs": "1"}),
-        step=with_model(lambda model: found.append(model.recomputed_blocks)),
+        step=with_model(
+            lambda model: found.append((model.recomputed_blocks, model.recomputes_parts))
+        ),
     )
-    assert outcome.code == 0 and found == [number]
-    assert ("layers are recomputed" in outcome.out) == (setting == "null")
+    assert outcome.code == 0 and found == [(number, True)]
+    assert ("plan: micro_batch_tokens 512, no layer is" in outcome.out) == (setting == "null")

@@ -1,0 +1,286 @@
+"""The memory that training takes, counted from a model's shape by what holds each byte."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from engine.device import Kernels
+    from engine.shape import ModelShape
+
+# Of a frozen weight in NF4: half a byte, an 8-bit scale for 64 weights, and a float32 scale for 256
+# of those (double quantisation, arXiv:2305.14314).
+NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+BUFFERS = 75_000_000  # of bfloat16 products on a CPU
+# Of two moments in 8 bits, with a float32 scale for 256 values of each.
+STATE_BYTES_8BIT = 2 * (1 + 4 / 256)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, and how.
+
+    Attributes:
+        method: ``full``, ``lora`` or ``qlora``.
+        rank: of an adapter to every linear layer of the blocks.
+        has_dropout: whether some of the adapters' inputs are dropped.
+        optimizer: ``adamw`` or ``adamw_8bit``.
+        devices: how many compute the rows of a step.
+        shard_over: how many of them share one copy of weights, gradients and optimizer states
+            (FSDP); None: all.
+        reshards: whether a block's gathered weights are freed until its backward pass.
+        reduces_each: whether gradients are summed over the devices after each micro-batch, instead
+            of once after the last one, until when each device has all of them.
+    """
+
+    method: str = "full"
+    rank: int = 0
+    has_dropout: bool = False
+    optimizer: str = "adamw"
+    devices: int = 1
+    shard_over: int | None = None
+    reshards: bool = True
+    reduces_each: bool = False
+
+    @property
+    def shards(self) -> int:
+        return self.shard_over or self.devices
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The training rows, as far as memory and speed depend on them.
+
+    Attributes:
+        tokens: of a row, on average.
+        longest: tokens of the longest row.
+        supervised: the share of tokens that are.
+        batch_size: rows in an optimizer step.
+    """
+
+    tokens: float
+    longest: int
+    supervised: float
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Recomputation:
+    """What the backward pass computes again, instead of keeping it.
+
+    Attributes:
+        blocks: how many blocks compute everything again.
+        parts: whether the others compute their norms and SwiGLU again.
+    """
+
+    blocks: int
+    parts: bool
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes on each device when most are in use.
+
+    Attributes:
+        weights, gradients, states: of the model and the optimizer, as far as this device has them.
+        gathered: the weights and gradients of other devices that are needed at the same time.
+        activations: what is kept for the backward pass.
+        head: what is needed for a moment: by the loss, or by the backward pass of one block.
+        heap: what a CPU takes beyond the tensors.
+    """
+
+    weights: int
+    gradients: int
+    states: int
+    gathered: int
+    activations: int
+    head: int
+    heap: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+# ---------------------------------------------------------------- weights, gradients, states
+
+
+def adapter_parameters(shape: "ModelShape", rank: int) -> int:
+    """Two matrices for each linear layer of the blocks (LoRA, arXiv:2106.09685)."""
+    return shape.layers * rank * sum(a + b for a, b in shape.products.values())
+
+
+def trained_parameters(shape: "ModelShape", recipe: Recipe) -> int:
+    full = recipe.method == "full"
+    return shape.parameters if full else adapter_parameters(shape, recipe.rank)
+
+
+def weight_bytes(shape: "ModelShape", recipe: Recipe) -> int:
+    """All weights, frozen and trained, on all devices together."""
+    each = shape.dtype.itemsize
+    if recipe.method == "full":
+        return shape.parameters * each
+    adapter = adapter_parameters(shape, recipe.rank) * each
+    quantised = shape.layers * shape.block_products if recipe.method == "qlora" else 0
+    return (shape.parameters - quantised) * each + math.ceil(quantised * NF4_BYTES) + adapter
+
+
+def gradient_bytes(shape: "ModelShape", recipe: Recipe) -> int:
+    return trained_parameters(shape, recipe) * shape.dtype.itemsize
+
+
+def state_bytes(shape: "ModelShape", recipe: Recipe) -> int:
+    """Two moments; in bfloat16 and 32-bit AdamW also the rounding error of each weight."""
+    trained, each = trained_parameters(shape, recipe), shape.dtype.itemsize
+    if recipe.optimizer == "adamw_8bit":
+        return math.ceil(trained * STATE_BYTES_8BIT)
+    return trained * each * (3 if shape.dtype == torch.bfloat16 else 2)
+
+
+def gathered_bytes(shape: "ModelShape", recipe: Recipe, *, accumulates: bool) -> int:
+    """What FSDP has on each device, beyond its own share.
+
+    The weights of the block that computes and of the next. The gradients of the block, and those of
+    the block before while they are summed over the devices in float32 or better. All of what lies
+    outside the blocks, with its gradients. If they are summed at the end of a step that
+    ``accumulates`` over micro-batches, all gradients. If no weights are freed, all weights.
+    """
+    if recipe.devices == 1:
+        return 0
+    each, exact = shape.dtype.itemsize, torch.promote_types(shape.dtype, torch.float32).itemsize
+    block, outside = shape.block_parameters, shape.other_parameters
+    whole = 0
+    if accumulates and not recipe.reduces_each:
+        whole += trained_parameters(shape, recipe) * exact
+    if not recipe.reshards:
+        whole += (shape.layers - 2) * block * each
+    if recipe.method != "full":
+        trained = adapter_parameters(shape, recipe.rank) // shape.layers
+        return (2 * block + outside) * each + trained * (each + exact) + whole
+    return block * (3 * each + exact) + outside * (each + exact) + whole
+
+
+# ---------------------------------------------------------------- activations
+
+
+def block_bytes(shape: "ModelShape", kernels: "Kernels", longest: int, *, parts: bool) -> int:
+    """What a block keeps of a token for its backward pass.
+
+    With hidden size H and intermediate size I, it keeps
+
+    - H: its input, for the first norm,
+    - what attention keeps (`Kernels.attention_bytes`), with its output, for o_proj,
+    - H: the sum of both, for the second norm,
+    - 2 I: gate and up, for SwiGLU,
+    - two numbers in float32 or better: the factors of the norms,
+    - 2 H + I: the norms and silu(gate) * up, unless ``parts`` are computed again
+      (`functions.recomputed`).
+    """
+    heads = shape.heads, shape.kv_heads, shape.head_dim
+    attention = kernels.attention_bytes(*heads, longest, shape.dtype)
+    kept = 2 * shape.hidden + 2 * shape.intermediate
+    kept += 0 if parts else 2 * shape.hidden + shape.intermediate
+    exact = torch.promote_types(shape.dtype, torch.float32).itemsize
+    return attention + kept * shape.dtype.itemsize + 2 * exact
+
+
+def adapter_activations(shape: "ModelShape", recipe: Recipe) -> int:
+    """What the adapters of a block keep of a token, beside their inputs, which are kept anyway.
+
+    What their second weights are multiplied by, and with dropout what it leaves of their inputs,
+    and which.
+    """
+    if recipe.method == "full":
+        return 0
+    numbers = len(shape.products) * recipe.rank
+    if recipe.has_dropout:
+        numbers += 2 * sum(inputs for inputs, _ in shape.products.values())
+    return numbers * shape.dtype.itemsize
+
+
+def activation_bytes(
+    shape: "ModelShape",
+    recipe: Recipe,
+    kernels: "Kernels",
+    rows: Rows,
+    tokens: int,
+    recomputation: Recomputation,
+) -> tuple[int, int, int]:
+    """What is kept of a micro-batch when its loss is computed, and what is needed beyond that.
+
+    Args:
+        tokens: of the micro-batch.
+
+    Returns:
+        Bytes kept, and the most that is needed in addition: by the loss, and by the backward pass
+        of a block.
+    """
+    each, exact = shape.dtype.itemsize, torch.promote_types(shape.dtype, torch.float32).itemsize
+    wanted = math.ceil(rows.supervised * tokens)
+    hidden, intermediate = shape.hidden * each, shape.intermediate * each
+    adapters = adapter_activations(shape, recipe)
+    whole = block_bytes(shape, kernels, rows.longest, parts=False) + adapters
+    block = block_bytes(shape, kernels, rows.longest, parts=recomputation.parts) + adapters
+    recomputed, blocks = recomputation.blocks, shape.layers
+    # The last block computes its MLP for the supervised tokens only.
+    spared = hidden + 2 * intermediate
+    spared += 0 if recomputation.parts else hidden + intermediate
+    kept = tokens * (recomputed * hidden + (blocks - recomputed) * block)
+    kept -= spared * (tokens - wanted) if recomputed < blocks else 0
+    kept += 2 * wanted * hidden  # the last norm's input, and the gradient of its output
+    chunk = min(kernels.logits_at_once, wanted * shape.config.vocab_size)
+    # In its own dtype and in float32 or better; one tensor serves both if they are the same.
+    loss = chunk * (exact if exact == each else exact + each)
+    if recipe.method == "full":
+        loss += shape.head_parameters * exact  # the gradient of the head, summed in this precision
+    # SwiGLU's backward pass has three tensors of its size, but its output is no longer needed, if
+    # that was kept at all. The residual has a gradient.
+    backward = wanted * ((3 if recomputation.parts else 2) * intermediate + hidden)
+    if recomputed:
+        alone = (recomputed - 1) * hidden + whole + 2 * intermediate + hidden
+        backward = max(backward, tokens * alone - kept)
+    if recipe.method == "qlora":  # the weight of one product at a time
+        backward += shape.hidden * intermediate
+    return kept, loss, backward
+
+
+def most_in_a_step(rows: Rows, devices: int) -> int:
+    """The most tokens of a step on each device, but for steps of unusually long rows."""
+    return max(rows.longest, int(1.25 * rows.tokens * rows.batch_size / devices))
+
+
+def heap_bytes(shape: "ModelShape", kernels: "Kernels", loss: int, backward: int) -> int:
+    """What a CPU takes beyond the tensors, as measured by benchmarks/plan.py.
+
+    The heap rarely finds room for a backward pass in what the loss has left. For bfloat16, products
+    need copies of their operands in another layout, sums in float32, and a buffer for each shape.
+    """
+    if kernels.device.type != "cpu":
+        return 0
+    return loss * 3 // 2 + BUFFERS if shape.dtype == torch.bfloat16 else min(loss, backward)
+
+
+def footprint(
+    shape: "ModelShape",
+    recipe: Recipe,
+    kernels: "Kernels",
+    rows: Rows,
+    tokens: int,
+    recomputation: Recomputation,
+) -> Footprint:
+    """All of it, on each device."""
+    accumulates = tokens < most_in_a_step(rows, recipe.devices)
+    # A longer row is a micro-batch too.
+    tokens = max(tokens, rows.longest - 1)
+    kept, loss, backward = activation_bytes(shape, recipe, kernels, rows, tokens, recomputation)
+    return Footprint(
+        weights=math.ceil(weight_bytes(shape, recipe) / recipe.shards),
+        gradients=math.ceil(gradient_bytes(shape, recipe) / recipe.shards),
+        states=math.ceil(state_bytes(shape, recipe) / recipe.shards),
+        gathered=gathered_bytes(shape, recipe, accumulates=accumulates),
+        activations=kept,
+        head=max(loss, backward),
+        heap=heap_bytes(shape, kernels, loss, backward),
+    )

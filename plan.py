@@ -1,0 +1,217 @@
+"""The plan of a run, from its settings: what fits, and what a run chooses for itself."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from engine import memory
+from engine.device import Kernels, cuda_kernels, kernels_for, pick_device
+from engine.footprint import Recipe, Recomputation, Rows, footprint
+from engine.hub import fetch
+from engine.optimizer import check_optimizer
+from engine.packing import IGNORE, Example
+from engine.plan import GIB, Device, Plan, Wishes, choose, saved_plan
+from engine.plan_report import (
+    Job,
+    decoding_table,
+    memory_table,
+    proposal_lines,
+    proposals,
+    scale_table,
+    speed_line,
+)
+from engine.roofline import CPU, Card, card_named, card_of_size
+from engine.shape import ModelShape, read_shape
+from run.config import KEYS, Config
+from run.errors import UserError
+from run.method import FULL, check_packages
+from run.training_json import read_description
+
+if TYPE_CHECKING:
+    from run.train_arguments import PlanFor
+
+# GSM8K's training rows with Llama-2's tokenizer, for a plan that reads no data: tokens on average
+# and at most, and the supervised share of them. Then the longest prompt of the test split.
+ROW_TOKENS, LONGEST_ROW, SUPERVISED, LONGEST_PROMPT = 201.4, 577, 0.648, 196
+# Of a card that is not here: what its driver leaves of its memory, and what the CUDA context and
+# the libraries take. Of one that is here, the libraries alone are still to come.
+USABLE, CONTEXT, LIBRARIES = 0.985, int(0.7 * GIB), int(0.2 * GIB)
+
+
+# ---------------------------------------------------------------- in a run
+
+
+def recipe_of(settings: Mapping[str, Any], devices: int = 1) -> Recipe:
+    """What a run with these ``settings`` trains; those of older runs lack the newer ones."""
+    return Recipe(
+        method=settings.get("method", "full"),
+        rank=settings.get("lora_rank", 64),
+        has_dropout=settings.get("lora_dropout", 0.0) > 0,
+        optimizer=settings.get("optimizer", "adamw"),
+        shard_over=settings.get("shard_over"),
+        reshards=settings.get("reshard_after_forward", True),
+        reduces_each=settings.get("reduce_gradients", "last") == "each",
+        devices=devices,
+    )
+
+
+def wishes_of(config: Config) -> Wishes:
+    return Wishes(config.micro_batch_tokens, config.gradient_checkpointing, config.compile)
+
+
+def rows_of(examples: Sequence[Example], batch_size: int) -> Rows:
+    lengths = [len(example.input_ids) - 1 for example in examples]
+    labels = sum(len(example.labels) - example.labels.count(IGNORE) for example in examples)
+    mean = sum(lengths) / len(lengths)
+    return Rows(mean, max(lengths) + 1, labels / sum(lengths), min(batch_size, len(examples)))
+
+
+def plan_run(
+    config: Config, folder: Path, examples: Sequence[Example], resume_from: Path | None
+) -> Plan:
+    """What a run chooses, before it loads the model in ``folder``; prints it in one line.
+
+    A resumed run keeps what it had chosen on the same kind of device.
+
+    Raises:
+        UserError: even the smallest choice exceeds the memory of the device.
+    """
+    device = pick_device()
+    shape = read_shape(folder, getattr(torch, config.dtype))
+    here = Device(memory.kind(device), free_here(device))
+    wishes = wishes_of(config)
+    record = read_description(resume_from).get("plan") if resume_from else None
+    if plan := saved_plan(record, here, wishes):
+        return plan
+    rows = rows_of(examples, config.batch_size)
+    recipe = recipe_of(asdict(config))
+    plan = choose(shape, recipe, kernels_for(device), rows, here, wishes)
+    if None in (wishes.micro_batch_tokens, wishes.gradient_checkpointing):
+        print(plan.describe(shape.layers, here.free) + (", made anew" if record else ""))
+    return plan
+
+
+def check_trains(config: Config, resume_from: Path | None) -> None:
+    """Raises UserError if a package is missing, or training exceeds the memory of the device.
+
+    This is before anything is loaded.
+    """
+    check_packages(config.method)
+    check_optimizer(config.optimizer)
+    device = pick_device()
+    total = memory.total_bytes(device)
+    if total is None:  # a CPU can swap
+        return
+    # A checkpoint of adapters has no model.
+    name = config.model if resume_from is None or config.method != FULL else str(resume_from)
+    shape = read_shape(fetch(name, ["config.json"]), getattr(torch, config.dtype))
+    refuse_too_large(config, name, shape, kernels_for(device), total)
+
+
+def refuse_too_large(
+    config: Config, name: str, shape: ModelShape, kernels: Kernels, total: int
+) -> None:
+    """Raises UserError if not even one token can be trained in ``total`` bytes."""
+    rows = Rows(1, 2, 1, 1)
+    recipe = recipe_of(asdict(config))
+    least = footprint(shape, recipe, kernels, rows, 1, Recomputation(shape.layers, True))
+    if least.total <= total:
+        return
+    job = job_of(config, shape, kernels, recipe.devices)
+    device = Device("", total)
+    fitting = proposals(job, device, card_of_size(total / GIB))
+    cures = [one.flags for one in fitting if one.flags.startswith("--") and _exists(one.flags)]
+    cures.append("a larger device or a smaller model")
+    raise UserError(
+        f"model {name}: training its {shape.parameters / 1e9:.2f} billion parameters takes "
+        f"{least.total / GIB:.1f} GiB (weights {least.weights / GIB:.1f}, gradients "
+        f"{least.gradients / GIB:.1f}, optimizer states {least.states / GIB:.1f}), over the "
+        f"{total / GIB:.1f} GiB of the device: take {', or '.join(cures)}"
+    )
+
+
+def _exists(flags: str) -> bool:
+    words = [word.removeprefix("--") for word in flags.split() if word.startswith("--")]
+    return all(word in KEYS or word == "nproc_per_node" for word in words)
+
+
+def free_here(device: torch.device) -> int:
+    free = memory.free_bytes(device)
+    return free - LIBRARIES if device.type == "cuda" else free
+
+
+# ---------------------------------------------------------------- train.py --plan
+
+
+def job_of(config: Config, shape: ModelShape, kernels: Kernels, devices: int) -> Job:
+    longest = min(LONGEST_ROW, config.max_length)
+    rows = Rows(min(ROW_TOKENS, longest), longest, SUPERVISED, config.batch_size)
+    recipe = recipe_of(asdict(config), devices)
+    sequence = LONGEST_PROMPT + config.max_new_tokens
+    return Job(shape, recipe, kernels, rows, wishes_of(config), sequence)
+
+
+def print_plan(config: Config, wanted: "PlanFor") -> None:
+    """Print what ``train.py --plan`` shows. Nothing is downloaded but config.json."""
+    shape = read_shape(fetch(config.model, ["config.json"]), getattr(torch, config.dtype))
+    for line in report(config, shape, wanted):
+        print(line)
+
+
+def report(config: Config, shape: ModelShape, wanted: "PlanFor") -> list[str]:
+    here, card, kernels, found = find_devices(wanted)
+    job = job_of(config, shape, kernels, here.count)
+    dtype = str(shape.dtype).removeprefix("torch.")
+    lines = [
+        *found,
+        f"model: {shape.parameters / 1e9:.2f} billion parameters, method {job.recipe.method}, "
+        f"{job.recipe.optimizer} in {dtype}",
+        f"rows: as in GSM8K, {ROW_TOKENS:.0f} tokens on average, {job.rows.longest} at most, "
+        f"{job.rows.batch_size} in a step",
+    ]
+    plan = job.on(here)
+    lines += ["", *memory_table(job, plan, here), "", *decoding_table(job, here), ""]
+    if job.fits(here):
+        lines.append(plan.describe(shape.layers, here.free))
+        if card is not CPU:
+            lines.append(speed_line(job.step(plan, card)))
+    else:
+        lines.append(
+            f"does not fit: {plan.needed / GIB:.2f} GiB and what is lost to fragmentation, of "
+            f"{here.free / GIB:.2f} GiB"
+        )
+    fitting = [one for one in proposals(job, here, card) if _exists(one.flags)]
+    lines += ["", *proposal_lines(fitting, card)]
+    if here.count > 1:
+        lines += ["", *scale_table(job, here, card)]
+    return lines
+
+
+def find_devices(wanted: "PlanFor") -> tuple[Device, Card, Kernels, list[str]]:
+    """The devices to plan for, by which card's data sheet, with what kernels; lines about them."""
+    if wanted.device_memory is not None:
+        free = int(wanted.device_memory * USABLE * GIB) - CONTEXT
+        card = card_of_size(wanted.device_memory)
+        line = (
+            f"devices: {wanted.devices} of {wanted.device_memory:g} GB, not looked for here, with "
+            f"{free / GIB:.2f} GiB free beside the CUDA context; speed as of {card.name}"
+        )
+        kernels = cuda_kernels(torch.device("cuda"))
+        return Device(f"{wanted.device_memory:g} GB", free, wanted.devices), card, kernels, [line]
+    device = pick_device()
+    name = memory.kind(device)
+    lines, frees = [], [free_here(device)]
+    if device.type == "cuda":
+        frees = [free_here(torch.device("cuda", n)) for n in range(torch.cuda.device_count())]
+    for number, free in enumerate(frees):
+        place = f"cuda:{number}" if device.type == "cuda" else "cpu"
+        lines.append(f"device: {place}, {name}, {free / GIB:.2f} GiB free")
+    card = CPU
+    if device.type == "cuda":
+        card = card_named(name) or card_of_size(frees[0] / GIB)
+        lines.append(f"speed as of {card.name}, by its data sheet")
+    here = Device(name, min(frees[: wanted.devices]), wanted.devices)
+    return here, card, kernels_for(device), lines

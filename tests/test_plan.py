@@ -1,0 +1,381 @@
+"""The plan: what it counts, what it chooses, what it keeps when a run resumes, what it prints."""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Killed, flags, kill, run_folder, seal
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import plan
+import train
+from engine import memory
+from engine.device import Kernels, cpu_kernels, cuda_kernels
+from engine.footprint import (
+    Recipe,
+    Recomputation,
+    Rows,
+    footprint,
+    gradient_bytes,
+    state_bytes,
+    weight_bytes,
+)
+from engine.optimizer import build_optimizer, make_state
+from engine.plan import GIB, Device, Plan, Wishes, choose, saved_plan
+from engine.shape import ModelShape
+from run.manifest import BEST, LAST, PREVIOUS
+from run.training_json import read_description
+
+ROOT = Path(plan.__file__).parent
+FULL, FREE = Recipe(), Wishes()
+GPU, CPU = cuda_kernels(torch.device("cuda")), cpu_kernels(with_onednn=False)
+ROWS = Rows(tokens=201.4, longest=577, supervised=0.648, batch_size=128)
+LLAMA_2_7B = ModelShape(
+    LlamaConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+    ),
+    torch.bfloat16,
+)
+
+
+# ---------------------------------------------------------------- counting
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4},
+        {"head_dim": 16, "num_hidden_layers": 3},
+    ],
+)
+def test_weights_gradients_and_states_are_counted_to_the_byte(
+    make_llama: Callable[..., LlamaForCausalLM], dtype: torch.dtype, settings: dict
+) -> None:
+    """Guards against a bias, a norm or a tied head that the formulas forget."""
+    model = make_llama(50, **settings).to(dtype)
+    shape, recipe = ModelShape(model.config, dtype), Recipe()
+    weights = list(model.parameters())
+    optimizer = build_optimizer(weights, 1e-3, (0.9, 0.999), 1e-8, 0.0)
+    make_state(optimizer)
+    states = [
+        tensor
+        for state in optimizer.state.values()
+        for name, tensor in state.items()
+        if name != "step"
+    ]
+    assert weight_bytes(shape, recipe) == sum(weight.nbytes for weight in weights)
+    assert gradient_bytes(shape, recipe) == sum(weight.nbytes for weight in weights)
+    assert state_bytes(shape, recipe) == sum(tensor.nbytes for tensor in states)
+
+
+def test_the_published_sizes_of_llama_2_7b() -> None:
+    """Guards against formulas that hold for tiny models only, and against NF4 of the head."""
+    assert LLAMA_2_7B.parameters == 6_738_415_616
+    full, small = Recipe(), Recipe(optimizer="adamw_8bit")
+    assert state_bytes(LLAMA_2_7B, full) == 6 * LLAMA_2_7B.parameters
+    assert state_bytes(LLAMA_2_7B, small) / LLAMA_2_7B.parameters == pytest.approx(2.03, abs=0.01)
+    lora, qlora = Recipe("lora", rank=64), Recipe("qlora", rank=64)
+    adapters = 2 * 159_907_840  # as PEFT counts them, in bfloat16
+    assert weight_bytes(LLAMA_2_7B, lora) == 2 * LLAMA_2_7B.parameters + adapters
+    assert gradient_bytes(LLAMA_2_7B, lora) == adapters
+    outside = 2 * LLAMA_2_7B.other_parameters + 2 * 2 * 4096 * 32
+    nf4 = 32 * LLAMA_2_7B.block_products * 0.515869
+    assert weight_bytes(LLAMA_2_7B, qlora) == pytest.approx(nf4 + outside + adapters, rel=1e-5)
+
+
+def test_the_peak_that_was_counted_on_meta_tensors_of_llama_2_7b() -> None:
+    """Guards against a formula that is right for tiny shapes only.
+
+    A storage tracker over meta tensors counted 72.2 GiB for 3,072 tokens of GSM8K without, and
+    65.96 GiB for 8,192 with full recomputation.
+    """
+    for tokens, blocks, counted in ((3072, 0, 72.2), (4032, 0, 74.9), (8192, 32, 65.96)):
+        job = LLAMA_2_7B, Recipe(), GPU, ROWS, tokens, Recomputation(blocks, True)
+        assert footprint(*job).total / GIB == pytest.approx(counted, rel=0.01)
+
+
+def test_devices_share_weights_gradients_and_states() -> None:
+    """Guards against sharing activations, and against gathered weights that are not counted."""
+    alone, shared = (
+        footprint(LLAMA_2_7B, Recipe(devices=n), GPU, ROWS, 2048, Recomputation(0, True))
+        for n in (1, 8)
+    )
+    for part in ("weights", "gradients", "states"):
+        assert getattr(shared, part) == pytest.approx(getattr(alone, part) / 8, abs=1)
+    assert (shared.activations, shared.head) == (alone.activations, alone.head)
+    assert alone.gathered == 0
+    block, outside = LLAMA_2_7B.block_parameters, LLAMA_2_7B.other_parameters
+    at_once = block * (2 * 2 + 2 + 4) + outside * (2 + 4)
+    whole = 4 * LLAMA_2_7B.parameters  # until the end of a step of several micro-batches
+    assert shared.gathered == at_once + whole
+    each = Recipe(devices=8, reduces_each=True), GPU, ROWS, 2048, Recomputation(0, True)
+    assert footprint(LLAMA_2_7B, *each).gathered == at_once
+    one = Recipe(devices=8), GPU, ROWS, 4096, Recomputation(0, True)
+    assert footprint(LLAMA_2_7B, *one).gathered == at_once
+    kept = Recipe(devices=8, reshards=False), GPU, ROWS, 4096, Recomputation(0, True)
+    assert footprint(LLAMA_2_7B, *kept).gathered == at_once + 30 * block * 2
+
+
+# ---------------------------------------------------------------- choosing
+
+
+def choices(kernels: Kernels, recipe: Recipe = FULL, wishes: Wishes = FREE) -> list[Plan]:
+    """The plan for memory from 1 to 140 GiB, in smaller steps where most plans change."""
+    sizes = [*range(4, 62, 8), *(size / 2 for size in range(2 * 62, 2 * 90)), *range(90, 141, 8)]
+    devices = [Device("", int(size * GIB), recipe.devices) for size in sizes]
+    return [choose(LLAMA_2_7B, recipe, kernels, ROWS, device, wishes) for device in devices]
+
+
+@pytest.mark.parametrize("kernels", [GPU, CPU], ids=["gpu", "cpu"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("wishes", [Wishes(), Wishes(4096)], ids=["free", "4096"])
+def test_more_memory_never_recomputes_more(kernels, method: str, wishes: Wishes) -> None:
+    """And whatever fits is chosen: guards against an order that skips a fitting choice."""
+    found = choices(kernels, Recipe(method, rank=64), wishes)
+    work = [(one.recomputed_blocks, one.recomputes_parts) for one in found]
+    assert work == sorted(work, reverse=True)
+    assert {32, 0} <= {blocks for blocks, _ in work}
+    assert work[-1] == (0, kernels is CPU)
+    for less, more in pairwise(found):
+        if less.recomputation == more.recomputation:
+            assert less.micro_batch_tokens <= more.micro_batch_tokens
+    if wishes.micro_batch_tokens:
+        assert {one.micro_batch_tokens for one in found} == {4096}
+
+
+def test_what_fits_is_chosen_and_nothing_else() -> None:
+    """Guards against a plan that needs more than is free, and against an order that skips one."""
+    for size in (67, 70, 72, 76, 90):
+        device = Device("", size * GIB)
+        chosen = choose(LLAMA_2_7B, Recipe(), GPU, ROWS, device, Wishes())
+        assert chosen.needed <= 0.97 * device.free
+        less = Recomputation(chosen.recomputed_blocks - 1, True)
+        if chosen.recomputed_blocks:
+            tokens = 2048
+        else:
+            less, tokens = (
+                Recomputation(0, chosen.recomputes_parts),
+                chosen.micro_batch_tokens + 256,
+            )
+        better = footprint(LLAMA_2_7B, Recipe(), GPU, ROWS, tokens, less).total
+        assert better > 0.97 * device.free or tokens > 8192
+
+
+def test_levels_come_in_the_order_of_what_they_cost() -> None:
+    """Few layers before many, whole layers only below the micro-batch that keeps a GPU busy."""
+    found = choices(GPU)
+    for one in found:
+        assert one.micro_batch_tokens >= 2048 or one.recomputed_blocks == 32
+    kept = [one for one in found if not one.recomputes_parts]
+    assert kept and {one.micro_batch_tokens for one in kept} == {8192}
+    assert (found[0].micro_batch_tokens, found[0].recomputed_blocks) == (768, 32)
+
+
+@pytest.mark.parametrize(("wish", "blocks"), [(True, 32), (False, 0)])
+def test_a_wish_is_kept(wish: bool, blocks: int) -> None:
+    found = choices(GPU, wishes=Wishes(None, wish, False))
+    assert {one.recomputed_blocks for one in found} == {blocks}
+    assert {one.compiles for one in found} == {False}
+    assert len({one.micro_batch_tokens for one in found}) > 3
+
+
+def test_a_cpu_with_enough_memory_has_the_micro_batches_it_always_had() -> None:
+    """Guards against slower training, and other bits, on a CPU."""
+    chosen = choose(LLAMA_2_7B, Recipe(), CPU, ROWS, Device("cpu", 10**13), Wishes())
+    assert (chosen.micro_batch_tokens, chosen.recomputation) == (8192, Recomputation(0, True))
+
+
+def test_a_saved_plan_is_only_for_its_device_and_wishes() -> None:
+    device, wishes = Device("NVIDIA H100", 80 * GIB, 2), Wishes()
+    made = choose(LLAMA_2_7B, Recipe(devices=2), GPU, ROWS, device, wishes)
+    record = vars(made)
+    assert saved_plan(record, replace(device, free=GIB), wishes) == made
+    assert saved_plan(record, replace(device, name="NVIDIA H200"), wishes) is None
+    assert saved_plan(record, replace(device, count=3), wishes) is None
+    assert saved_plan(record, device, Wishes(compile=True)) is None
+    assert saved_plan(None, device, wishes) is None
+    assert saved_plan({"other": 1}, device, wishes) is None
+
+
+# ---------------------------------------------------------------- in a run
+
+
+def null(settings: dict[str, str]) -> list[str]:
+    free = {"micro_batch_tokens": "null", "gradient_checkpointing": "null"}
+    return flags(settings | free)
+
+
+def test_a_plan_is_saved_and_kept_on_resuming(call, settings: dict[str, str], monkeypatch) -> None:
+    """And made anew, which is said, on another kind of device."""
+    found: list[tuple[int, int]] = []
+
+    def note(model, optimizer, batch, rate, budget, *rest):
+        found.append((budget, model.recomputed_blocks))
+        return train.train_step(model, optimizer, batch, rate, budget, *rest)
+
+    # Enough for one row at a time, with all layers recomputed.
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10**6)
+    settings["checkpoint_steps"] = "2"
+    with pytest.raises(Killed):
+        call(train, *null(settings), step=lambda *each: kill() if len(found) > 2 else note(*each))
+    record = read_description(run_folder(settings) / LAST)["plan"]
+    assert set(found) == {(256, 2)}
+    assert (record["micro_batch_tokens"], record["recomputed_blocks"]) == (256, 2)
+    assert record["device"] == "cpu" and record["wishes"]["micro_batch_tokens"] is None
+
+    found.clear()
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10**12)
+    with pytest.raises(Killed):
+        call(train, *null(settings), step=lambda *each: kill() if len(found) > 2 else note(*each))
+    assert set(found) == {(256, 2)}
+
+    found.clear()
+    monkeypatch.setattr(memory, "kind", lambda device: "another")
+    outcome = call(train, *null(settings), step=note)
+    assert outcome.code == 0 and set(found) == {(8192, 0)}
+    assert "plan: micro_batch_tokens 8192, no layer is recomputed" in outcome.out
+    assert ", made anew" in outcome.out
+    assert read_description(run_folder(settings) / BEST)["plan"]["device"] == "another"
+
+
+def test_a_run_of_an_older_version_resumes(call, settings: dict[str, str], stopped: Path) -> None:
+    """Its training.json has no plan."""
+    for name in (LAST, PREVIOUS):
+        description = read_description(stopped / name)
+        del description["plan"]
+        (stopped / name / "training.json").write_text(json.dumps(description))
+        seal(stopped / name)
+    outcome = call(train, *null(settings))
+    assert outcome.code == 0 and "plan: micro_batch_tokens 8192" in outcome.out
+
+
+def test_what_can_not_be_trained_is_refused_before_anything_is_loaded(
+    call, settings: dict[str, str], monkeypatch, tmp_path: Path
+) -> None:
+    """With nothing but config.json there, and the numbers that the plan shows."""
+    folder = tmp_path / "model"
+    LLAMA_2_7B.config.save_pretrained(folder)
+    monkeypatch.setattr(memory, "total_bytes", lambda device: 40 * GIB)
+    outcome = call(train, *flags(settings | {"model": str(folder), "dtype": "bfloat16"}))
+    outcome.assert_user_error(
+        "takes", "weights 12.6, gradients 12.6, optimizer states 37.7", "40.0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--devices", "8"], "--devices belongs to --plan: add --plan"),
+        (["--device_memory", "24"], "--device_memory belongs to --plan: add --plan"),
+        (["--plan", "--selftest"], "exclude each other"),
+        (["--plan", "--devices", "0"], "'0' must be a positive integer"),
+        (["--plan", "--device_memory", "nan"], "'nan' must be a positive, finite number"),
+    ],
+)
+def test_flags_that_make_no_sense(call, words: list[str], error: str) -> None:
+    call(train, *words).assert_user_error(error)
+
+
+# ---------------------------------------------------------------- train.py --plan
+
+
+@pytest.fixture
+def printed(call, settings: dict[str, str], tmp_path: Path) -> Callable[..., str]:
+    """What ``--plan`` prints of Llama-2-7B, of which there is only config.json."""
+    folder = tmp_path / "config"
+    LLAMA_2_7B.config.save_pretrained(folder)
+
+    def run(*words: str) -> str:
+        outcome = call(train, "--plan", "--model", str(folder), *words)
+        assert outcome.code == 0, outcome.err
+        return outcome.out
+
+    return run
+
+
+def test_the_plan_of_a_card_that_is_not_here(printed) -> None:
+    """The parts add up to the total, which fits; nothing else than config.json is there."""
+    text = printed("--device_memory", "80")
+    training = text.partition("\ntraining")[2].partition("\ndecoding")[0]
+    *parts, total = map(float, re.findall(r" (\d+\.\d\d)$", training, re.MULTILINE))
+    assert sum(parts) == pytest.approx(total, abs=0.05) and 70 < total < 78.1
+    assert "plan: micro_batch_tokens" in text and "256 slots" in text
+    assert "of the peak of H100" in text
+
+
+def test_what_does_not_fit_is_said_and_what_does_is_ranked(printed) -> None:
+    text = printed("--device_memory", "24")
+    assert "does not fit: " in text
+    lines = text.partition("settings that fit")[2].splitlines()[1:]
+    speeds = [int(re.match(r" *([\d,]+)  ", line)[1].replace(",", "")) for line in lines]
+    assert speeds == sorted(speeds, reverse=True) and speeds
+    assert any("torchrun --nproc_per_node 8" in line for line in lines)
+
+
+def test_the_plan_of_this_device(printed) -> None:
+    text = printed()
+    assert text.startswith("device: cpu, cpu, ") and "tokens a second" not in text
+
+
+def test_more_devices(printed) -> None:
+    """A share of memory each, bytes that travel, and from where on more no longer pay."""
+    text = printed("--device_memory", "80", "--devices", "32")
+    table = text.partition("devices  GiB each")[2].splitlines()[1:7]
+    rows = [[float(word.strip("%").replace(",", "")) for word in line.split()] for line in table]
+    assert [row[0] for row in rows] == [1, 2, 4, 8, 16, 32]
+    assert rows[0][4] == 0 and all(row[4] > 10 for row in rows[1:])
+    assert all(one[1] > other[1] for one, other in pairwise(rows[:4]))  # GiB each
+    assert rows[1][6] > rows[-1][6]  # share of the peak
+    assert re.search(r"more than (8|16) devices no longer pay", text)
+
+
+# ---------------------------------------------------------------- documents
+
+
+def test_the_table_of_the_readme_is_what_the_plan_finds(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    what_fits = importlib.import_module("what_fits")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "\n" + "\n".join(what_fits.table()) + "\n" in readme
+
+
+def test_the_slurm_script_is_bash_and_starts_train(tmp_path: Path) -> None:
+    """With stand-ins for Slurm's commands: guards against missing quotes and unset variables."""
+    script = ROOT / "docs" / "slurm.sh"
+    subprocess.run(["bash", "-n", script], check=True)
+    for name, body in {
+        "scontrol": "echo node7; echo node8",
+        "srun": 'printf "%s\\n" "$@"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"SUBMIT_DIR": str(tmp_path), "JOB_NODELIST": "node[7-8]", "JOB_ID": "20042"}
+    variables |= {"NNODES": "2", "GPUS_ON_NODE": "8"}
+    environment = {f"SLURM_{name}": value for name, value in variables.items()}
+    ran = subprocess.run(
+        ["bash", script, "--run_name", "two nodes"],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"} | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stderr == ""
+    words = ran.stdout.splitlines()
+    assert words[:5] == [".venv/bin/torchrun", "--nnodes", "2", "--nproc_per_node", "8"]
+    assert words[words.index("--rdzv_endpoint") + 1] == "node7:20042"
+    assert words[-5:] == ["train.py", "--shard_over", "8", "--run_name", "two nodes"]
