@@ -97,8 +97,8 @@ class RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
         hidden, weight, scale = ctx.saved_tensors
         normed = hidden.to(scale.dtype) * scale
-        trained = ctx.needs_input_grad[1]
-        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if trained else None
+        is_trained = ctx.needs_input_grad[1]
+        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if is_trained else None
         grad_normed = (grad * weight).to(scale.dtype)
         along = (grad_normed * normed).mean(-1, keepdim=True)
         grad_hidden = grad_normed.addcmul_(normed, along, value=-1).mul_(scale)

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import data
 import plan
 import train
-from engine import adamw_8bit, memory, packing
+from engine import adamw_8bit, loading, memory, packing
 from engine.device import kernels_for
 from engine.footprint import Recipe, state_bytes
 from engine.optimizer import build_optimizer, checkpoint_bytes, make_state, training_bytes
