@@ -7,13 +7,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from run import streams
 from run.errors import STORAGE_FAULTS, NotFiniteError, Stopped, UserError, one_line, storage_cure
 from run.signals import StopSignal
-
-USER_ERROR, NOT_FINITE = 2, 3
-
 
 OLDEST_PYTHON = (3, 11)
 
@@ -63,7 +61,7 @@ def check_platform() -> None:
 
 
 def _refuse(fault: str) -> None:
-    sys.exit(_complain(f"error: {fault}", USER_ERROR))
+    sys.exit(_complain(f"error: {fault}", UserError.exit_code))
 
 
 def _install_cure() -> str:
@@ -85,19 +83,17 @@ def run_script(story: Callable[..., None], *arguments: object) -> None:
     try:
         story(*arguments)
     except UserError as error:
-        sys.exit(_complain(f"error: {one_line(error)}", USER_ERROR))
-    except NotFiniteError as error:
-        sys.exit(_complain(f"stopped: {one_line(error)}", NOT_FINITE))
-    except Stopped as stop:
-        sys.exit(_complain(f"stopped: {one_line(stop)}", 128 + stop.signal_number))
+        _end(f"error: {one_line(error)}", error.exit_code)
+    except (NotFiniteError, Stopped) as error:
+        _end(f"stopped: {one_line(error)}", error.exit_code)
     except KeyboardInterrupt:  # from a library that installs its own handler to ask a question
-        sys.exit(_complain("stopped: SIGINT", 128 + signal.SIGINT))
+        _end("stopped: SIGINT", 128 + signal.SIGINT)
     except OSError as error:
         if error.errno not in STORAGE_FAULTS:
             raise
         where = f"{error.filename}: " if error.filename else ""
         fault = f"{where}{error.strerror}: {storage_cure(error)}, or choose another folder"
-        sys.exit(_complain(f"error: {one_line(fault)}", USER_ERROR))
+        _end(f"error: {one_line(fault)}", UserError.exit_code)
     StopSignal().listen().tell(_leave)  # during the heavy imports that may follow
 
 
@@ -108,7 +104,8 @@ def read_command_line(read_arguments: Callable[[list[str]], tuple]) -> tuple:
     with the result.
     """
     parsed: list[tuple] = []
-    run_script(lambda: parsed.append(read_arguments(sys.argv[1:])))
+    with streams.one_mouth():
+        run_script(lambda: parsed.append(read_arguments(sys.argv[1:])))
     return parsed[0]
 
 
@@ -144,6 +141,19 @@ def check_printed() -> None:
         raise UserError(
             f"standard output: can't be written ({why}): make room there, or redirect it elsewhere"
         )
+
+
+def _end(line: str, exit_code: int) -> NoReturn:
+    """Print why the process ends, and end it.
+
+    One of several processes ends without the interpreter's clean-up, in which its threads would
+    wait for answers that the others may never give.
+    """
+    _complain(line, exit_code)
+    if streams.is_one_of_several():
+        sys.stdout.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)
 
 
 def _complain(line: str, exit_code: int) -> int:
