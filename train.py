@@ -54,6 +54,7 @@ from engine.llama import Llama
 from engine.measure import Measurement, measure, perplexity_of
 from engine.optimizer import Schedule, build_optimizer, checkpoint_bytes, clip_gradients, make_state
 from engine.packing import NOT_AHEAD, Example, MicroBatch, Packer
+from engine.sharding import reducing_last
 from engine.state import copy_to_host, get_random_state, pack_state, set_random_state, unpack_state
 from engine.strategy import complete
 from grading.dataset import Problem, load_problems
@@ -243,15 +244,15 @@ def accumulate_gradients(
     Returns:
         Summed loss in nats, number of supervised tokens, and gradient norm before clipping.
     """
-    num_labels = sum(micro_batch.num_labels for micro_batch in micro_batches)
+    num_labels = model.ranks.total(micro_batch.num_labels for micro_batch in micro_batches)
     nats = torch.zeros((), dtype=torch.float64, device=model.device)
-    for micro_batch in micro_batches:
+    for micro_batch in reducing_last(model, micro_batches):
         loss = model(micro_batch)  # summed over its supervised tokens
         (loss / num_labels).backward()
         nats += loss.detach()
     grad_norm = clip_gradients(model.parameters(), max_grad_norm)
     packer.pack_ahead(model.kernels)  # before the next line waits for the device
-    sums = torch.stack([nats, grad_norm.double()]).tolist()
+    sums = torch.stack([model.ranks.sum(nats), grad_norm.double()]).tolist()
     return sums[0], num_labels, sums[1]
 
 

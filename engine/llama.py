@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from engine.device import Kernels, kernels_for
 from engine.functions import Elementwise, LayerParts, Rope, SwiGLU, recomputed, rotate_both, saved
 from engine.loss import LinearCrossEntropy
+from engine.ranks import ALONE
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -43,6 +44,8 @@ class Llama(nn.Module):
             backward pass instead of keeping them. They are the first ones: when their turn comes,
             the activations that the later blocks kept are already free.
         elementwise: how blocks compute in training between their products.
+        ranks: the processes among which micro-batches are dealt.
+        reduces_each: whether they sum gradients after each micro-batch (`engine.sharding.shard`).
     """
 
     def __init__(self, pretrained: "LlamaForCausalLM", kernels: Kernels | None = None):
@@ -57,6 +60,7 @@ class Llama(nn.Module):
         self.kernels = kernels or kernels_for(pretrained.device)
         self.recomputed_blocks = 0
         self.elementwise = EAGER
+        self.ranks, self.reduces_each = ALONE, False
 
     def forward(self, micro_batch: "MicroBatch") -> Tensor:
         """The summed negative log-likelihood of all supervised tokens, in nats.
@@ -73,13 +77,14 @@ class Llama(nn.Module):
         outputs = self.hidden_states(
             micro_batch.input_ids, micro_batch.position_ids, attend, micro_batch.output_positions
         )
-        return LinearCrossEntropy.apply(
+        nats = LinearCrossEntropy.apply(
             outputs,
             self.head.weight,
             micro_batch.labels,
             torch.is_grad_enabled(),
             self.kernels,
         )
+        return nats * 0 if micro_batch.is_filler else nats
 
     def next_logits(
         self,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.packing import Example, pack
+from engine.sharding import free_gathered
 from run.progress_bar import ProgressBar
 
 if TYPE_CHECKING:
@@ -40,13 +41,14 @@ def measure(model: "Llama", examples: Sequence[Example], micro_batch_tokens: int
     """
     was_training = model.training
     model.eval()
-    micro_batches = pack(examples, micro_batch_tokens, model.kernels)
+    micro_batches = pack(examples, micro_batch_tokens, model.kernels, model.ranks)
     nats = torch.zeros((), dtype=torch.float64, device=model.device)
     with ProgressBar("loss", len(micro_batches), "micro-batch", leave=False) as bar:
         for micro_batch in micro_batches:
             nats += model(micro_batch)
             bar.update()
+    free_gathered(model)
     model.train(was_training)
-    num_tokens = sum(micro_batch.num_labels for micro_batch in micro_batches)
-    loss = nats.item() / num_tokens
+    num_tokens = model.ranks.total(micro_batch.num_labels for micro_batch in micro_batches)
+    loss = model.ranks.sum(nats).item() / num_tokens
     return Measurement(loss, perplexity_of(loss), num_tokens)

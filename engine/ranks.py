@@ -15,11 +15,11 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import distributed
@@ -45,10 +45,18 @@ LOST = (
     "NCCL error",
 )
 
+NO_SIGNALS = torch.zeros(0)
+
 Item = TypeVar("Item")
 
 
-@dataclass(frozen=True)
+class Stop(Protocol):
+    """What `run.signals.StopSignal` has."""
+
+    signal_number: int | None
+
+
+@dataclass
 class Ranks:
     """This process among the ``size`` processes of its job.
 
@@ -61,6 +69,8 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    stop: Stop | None = field(default=None, compare=False, repr=False)
+    _signals: torch.Tensor = field(default=NO_SIGNALS, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -98,11 +108,38 @@ class Ranks:
         ]
 
     def sum(self, numbers: torch.Tensor) -> torch.Tensor:
-        """The sum of ``numbers``, a tensor of the same shape and device, over all ranks."""
-        if self.size > 1:
-            numbers = numbers.clone()
-            distributed.all_reduce(numbers)
-        return numbers
+        """The sum over all ranks of ``numbers``, of the same shape and on the same kind of device.
+
+        With them travels which signal each process has received (`agreed`).
+        """
+        if self.size == 1:
+            return numbers
+        signals = torch.zeros(self.size, dtype=numbers.dtype)
+        signals[self.rank] = (self.stop and self.stop.signal_number) or 0
+        message = torch.cat([numbers.flatten(), signals.to(numbers.device)])
+        distributed.all_reduce(message)
+        self._signals = message[numbers.numel() :]
+        return message[: numbers.numel()].view_as(numbers)
+
+    def total(self, counts: Iterable[int]) -> int:
+        """The sum of ``counts`` over all ranks."""
+        return int(self.sum(torch.tensor(sum(counts), dtype=torch.float64)))
+
+    @contextmanager
+    def agreed(self, stop: Stop) -> Iterator[Stop]:
+        """Listen to ``stop``, and give a signal to all ranks at the same step, by their next `sum`.
+
+        Yields:
+            ``stop`` itself in a process alone; otherwise what has the signal they agree on.
+        """
+        with stop:
+            self.stop = stop if self.size > 1 else None
+            yield self if self.size > 1 else stop
+
+    @property
+    def signal_number(self) -> int | None:
+        """The first rank's signal that the last `sum` has brought to all; None without any."""
+        return next((int(number) for number in self._signals.tolist() if number), None)
 
     def wait(self) -> None:
         """Wait until all ranks are here."""

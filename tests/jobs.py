@@ -86,7 +86,7 @@ def _read(file: Path) -> str:
 def run(size: int, folder: Path, function: Callable[..., Any], *arguments: Any) -> list[Ended]:
     """Run a job of which every process must succeed."""
     ended = Job(size, folder, function, *arguments).end()
-    assert [each.code for each in ended] == [0] * size, ended
+    assert all(each.code == 0 for each in ended), "\n".join(map(str, ended)).replace("\\n", "\n")
     return ended
 
 
