@@ -39,7 +39,6 @@ if __name__ == "__main__":
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from math import isfinite
 from pathlib import Path
 
 import torch
@@ -48,20 +47,28 @@ import data
 from engine import loading, memory
 from engine.compiling import prepare
 from engine.device import pick_device, prepare_process
-from engine.faults import does_not_fit, exact_match_failed, is_each_alone, rows_at_fault
+from engine.faults import (
+    does_not_fit,
+    exact_match_failed,
+    is_each_alone,
+    out_of_memory_on,
+    rows_at_fault,
+)
 from engine.hub import fetch
 from engine.llama import Llama
-from engine.measure import Measurement, measure, perplexity_of
+from engine.measure import Measurement, StepResult, measure, perplexity_of
 from engine.optimizer import Schedule, build_optimizer, checkpoint_bytes, clip_gradients, make_state
 from engine.packing import NOT_AHEAD, Example, MicroBatch, Packer
-from engine.sharding import reducing_last
+from engine.ranks import Ranks, job
+from engine.sharding import reducing_last, shard
 from engine.state import copy_to_host, get_random_state, pack_state, set_random_state, unpack_state
 from engine.strategy import complete
+from engine.together import parts_of
 from grading.dataset import Problem, load_problems
 from grading.rules import correct_openai
 from run.checkpoint import save_checkpoint, set_damaged_aside
 from run.files import replace_file
-from run.folder import check_same_run, claimed, finish, is_finished, restore
+from run.folder import check_same_run, claimed_by_all, finish, is_finished, restore
 from run.manifest import BEST, LAST, intact
 from run.progress import Progress
 from run.retention import check_disk_space, remove_state
@@ -73,7 +80,9 @@ from run.training_json import read_description, saved_settings, tokenizer_record
 # ---------------------------------------------------------------- the story
 
 
-def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts") -> None:
+def train(
+    config: Config, folder: Path, resume_from: Path | None, ranks: Ranks, parts: "Parts"
+) -> None:
     # What to learn from
     base = resume_from or intact(fetch(config.model))
     tokenizer = loading.load_tokenizer(base, tokenizer_record(base))
@@ -85,13 +94,15 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
     if resume_from is not None:
         check_same_run(resume_from, asdict(config), problems.sha256["train_sha256"])
         if is_finished(resume_from, steps) and not config.keep_state:
-            return remove_state(folder, read_description(resume_from))
+            return ranks.once(remove_state, folder, read_description(resume_from))
 
     # What learns
-    model = loading.load_model(base, getattr(torch, config.dtype), pick_device())
+    dtype, device = getattr(torch, config.dtype), pick_device()
+    model = loading.load_model(base, dtype, device, stays=ranks.size > 1)
     loading.check_data(model, rows + held_out, prompts, config.max_new_tokens, config.model)
+    shard(model, ranks, config.shard_over, config.reshard_after_forward, config.reduce_gradients)
     prepare(model, config.gradient_checkpointing, config.compile, config.micro_batch_tokens, rows)
-    packer = Packer(batches)
+    packer = Packer(batches, ranks)
     adam = config.learning_rate, (config.adam_beta1, config.adam_beta2), config.adam_epsilon
     optimizer = build_optimizer(model.parameters(), *adam, config.weight_decay)
     shape = config.lr_schedule, config.warmup_ratio, config.min_lr_ratio
@@ -99,11 +110,12 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
     decode = partial(parts.complete, model, tokenizer, config.max_new_tokens, config.decode_slots)
 
     # Where it left off
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed + ranks.rank)
     progress = Progress()
     if resume_from is not None:
         loading.copy_from_mapped_file(model)  # which the next saves will remove
-        progress = restore(resume_from, partial(unpack_state, optimizer=optimizer), steps)
+        unpack = partial(unpack_state, optimizer=optimizer, ranks=ranks, folder=resume_from)
+        progress = restore(resume_from, unpack, steps)
     progress.run = wandb_path(config.wandb_project, resume_from)
     saves = Saves(folder, asdict(config), batches.per_epoch, problems.sha256, tokenizer, parts)
 
@@ -112,17 +124,17 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
     if resume_from is None:
         saves.save_last(model, progress, *pack_state(optimizer, asdict(progress)))
     else:
-        set_damaged_aside(folder, resume_from)
+        ranks.once(set_damaged_aside, folder, resume_from)
         progress.forget_missing_best(folder / BEST)
     make_state(optimizer)
 
     # Where it reports
-    replace_file(folder / "config.yaml", settings_text(config))
+    ranks.once(replace_file, folder / "config.yaml", settings_text(config))
     tracker = open_tracker(progress, config.wandb_mode, config.run_name, folder, asdict(config))
     log = RunLog(folder, tracker, progress, batches.per_epoch, steps)
     log.start(len(rows), len(held_out), config.batch_size, model.device.type, config.dtype)
 
-    with log, StopSignal() as stop, saves:
+    with log, ranks.agreed(StopSignal()) as stop, saves:
         while progress.step < steps:
             batch = packer.batch(progress.step)
             rate = schedule.learning_rate(progress.step)
@@ -160,34 +172,10 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
                 log.sample(decode, prompts[0], problems.validation[0], memory.release)
             if signal_number is not None and progress.step < steps:
                 raise log.stopped(signal_number, folder / LAST)
-    finish(folder, config.keep_state, progress.best_loss)
+    ranks.once(finish, folder, config.keep_state, progress.best_loss)
 
 
 # ---------------------------------------------------------------- one step
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """The result of one optimizer step.
-
-    Attributes:
-        nats, num_labels: the loss summed over the batch's supervised tokens, and their number.
-        grad_norm: the gradient norm before clipping.
-        micro_batch_tokens: the limit with which the step fit into memory.
-    """
-
-    nats: float
-    num_labels: int
-    grad_norm: float
-    micro_batch_tokens: int
-
-    @property
-    def loss(self) -> float:
-        return self.nats / self.num_labels
-
-    @property
-    def is_finite(self) -> bool:
-        return isfinite(self.loss) and isfinite(self.grad_norm)
 
 
 def train_step(
@@ -202,7 +190,8 @@ def train_step(
     """Make one optimizer step on ``batch``, unless its loss or gradient is not finite.
 
     If memory runs out, the step starts again with micro-batches of half the tokens. This changes
-    only the order of some additions. Raises UserError if even a single sequence does not fit.
+    only the order of some additions. Raises UserError if even a single sequence does not fit, or
+    in one of several processes, which start again with half the tokens.
     """
     model.train()
     random_state = get_random_state()
@@ -216,6 +205,8 @@ def train_step(
                 raise
             if is_each_alone(batch, micro_batch_tokens):
                 raise does_not_fit(batch) from None
+            if model.ranks.size > 1:
+                raise out_of_memory_on(model.ranks.rank, micro_batch_tokens) from None
         # Outside the except block, where the traceback no longer holds the failed pass's tensors.
         model.zero_grad()
         memory.release()
@@ -283,18 +274,24 @@ class Parts:
     copy: Callable[..., dict[str, torch.Tensor] | None] = copy_to_host
 
 
-@memory.reported("training", "set a smaller micro_batch_tokens, or take a device with more memory")
 def main(config: Config, selftest: bool = False, **parts: Callable) -> None:
-    prepare_process(pick_device(), getattr(torch, config.dtype))
+    device = pick_device()
+    prepare_process(device, getattr(torch, config.dtype))
     if selftest:
-        splits = {split: load_problems(config.dataset, split) for split in ("train", "test")}
-        rows = {split: [asdict(problem) for problem in splits[split]] for split in splits}
+        splits = ("train", "test")
+        rows = {name: list(map(asdict, load_problems(config.dataset, name))) for name in splits}
         return run_selftest(config, rows)
     folder = local_path(config.output_dir) / config.run_name
-    with claimed(folder, config.resume) as resume_from:
-        loading.check_fits(resume_from or config.model, getattr(torch, config.dtype), trained=True)
+    with (
+        job(device) as ranks,
+        memory.reported("training", f"set a smaller micro_batch_tokens, or {memory.LARGER}"),
+        claimed_by_all(folder, config.resume, ranks, config.micro_batch_tokens) as resume_from,
+    ):
+        base = resume_from or config.model
+        loading.check_fits(base, getattr(torch, config.dtype), trained=True, ranks=ranks.size)
         saved = resume_from and saved_settings(resume_from, read_description(resume_from))
-        train(anchored(config, saved), folder, resume_from, Parts(**parts))
+        together = Parts(**(parts_of(ranks, save_checkpoint, complete) | parts))
+        train(anchored(config, saved), folder, resume_from, ranks, together)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,6 @@ class Llama(nn.Module):
             the activations that the later blocks kept are already free.
         elementwise: how blocks compute in training between their products.
         ranks: the processes among which micro-batches are dealt.
-        reduces_each: whether they sum gradients after each micro-batch (`engine.sharding.shard`).
     """
 
     def __init__(self, pretrained: "LlamaForCausalLM", kernels: Kernels | None = None):
@@ -59,8 +58,7 @@ class Llama(nn.Module):
         self.head_dim = pretrained.model.layers[0].self_attn.head_dim
         self.kernels = kernels or kernels_for(pretrained.device)
         self.recomputed_blocks = 0
-        self.elementwise = EAGER
-        self.ranks, self.reduces_each = ALONE, False
+        self.elementwise, self.ranks = EAGER, ALONE
 
     def forward(self, micro_batch: "MicroBatch") -> Tensor:
         """The summed negative log-likelihood of all supervised tokens, in nats.
@@ -77,12 +75,9 @@ class Llama(nn.Module):
         outputs = self.hidden_states(
             micro_batch.input_ids, micro_batch.position_ids, attend, micro_batch.output_positions
         )
+        labels, with_gradients = micro_batch.labels, torch.is_grad_enabled()
         nats = LinearCrossEntropy.apply(
-            outputs,
-            self.head.weight,
-            micro_batch.labels,
-            torch.is_grad_enabled(),
-            self.kernels,
+            outputs, self.head.weight, labels, with_gradients, self.kernels
         )
         return nats * 0 if micro_batch.is_filler else nats
 

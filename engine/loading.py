@@ -72,13 +72,19 @@ def load_tokenizer(folder: Path, trained_with: Mapping[str, Any] | None = None) 
 
 
 def check_fits(
-    name: str | Path, dtype: torch.dtype, *, trained: bool = False, available: int | None = None
+    name: str | Path,
+    dtype: torch.dtype,
+    *,
+    trained: bool = False,
+    ranks: int = 1,
+    available: int | None = None,
 ) -> None:
     """Raises UserError if a model exceeds the device's memory, before its weights are downloaded.
 
     Args:
         name: its folder or hub id.
         trained: count gradients and the optimizer's state too. Activations are never counted.
+        ranks: over how many devices all of this is spread.
         available: the memory of the device in bytes; None: that of this one, unless it is a CPU.
     """
     available = available or memory.total_bytes(pick_device())
@@ -91,22 +97,31 @@ def check_fits(
         del shapes["lm_head.weight"]
     each = training_bytes(dtype) if trained else dtype.itemsize
     number = sum(map(math.prod, shapes.values()))
-    if number * each > available:
+    if number * each > available * ranks:
         what = "weights, gradients and optimizer state" if trained else "weights"
         smaller = "set dtype bfloat16, or " if dtype == torch.float32 else ""
         raise UserError(
             f"model {name}: {what} of its {number / 1e9:.2f} billion parameters take "
             f"{number * each / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')} ({each} bytes "
-            f"each), over the {available / 1e9:.1f} GB of the device: {smaller}take a larger "
-            "device or a smaller model"
+            f"each), over the {available * ranks / 1e9:.1f} GB of "
+            f"{'the device' if ranks == 1 else f'{ranks} devices'}: {smaller}take a larger device "
+            "or a smaller model"
         )
 
 
 @memory.reported("loading the weights", memory.LARGER_DEVICE)
 def load_model(
-    folder: Path, dtype: torch.dtype, device: torch.device, kernels: Kernels | None = None
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: Kernels | None = None,
+    *,
+    stays: bool = False,
 ) -> Llama:
     """The model in ``folder``, in eval mode.
+
+    Args:
+        stays: leave the weights in host memory, from which `engine.sharding` spreads them.
 
     Raises:
         UserError: it can't be read, is not an unquantised Llama, lacks weights, or does not fit
@@ -137,7 +152,7 @@ def load_model(
     )
     kernels = kernels or kernels_for(device)
     kernels.replace_linear_layers(model)
-    return Llama(model.to(device), kernels).eval()
+    return Llama(model if stays else model.to(device), kernels).eval()
 
 
 def _read_config(folder: Path) -> tuple[LlamaConfig, dict[str, Shape]]:

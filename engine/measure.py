@@ -27,6 +27,30 @@ class Measurement:
         return f"loss {self.loss:#.8g}, perplexity {self.perplexity:#.8g}"
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """The result of one optimizer step.
+
+    Attributes:
+        nats, num_labels: the loss summed over the batch's supervised tokens, and their number.
+        grad_norm: the gradient norm before clipping.
+        micro_batch_tokens: the limit with which the step fit into memory.
+    """
+
+    nats: float
+    num_labels: int
+    grad_norm: float
+    micro_batch_tokens: int
+
+    @property
+    def loss(self) -> float:
+        return self.nats / self.num_labels
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
 def perplexity_of(loss: float) -> float:
     """exp of a mean loss in nats; infinity if it exceeds float64's range."""
     return math.exp(loss) if loss < 709 else math.inf

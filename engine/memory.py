@@ -40,7 +40,8 @@ OUT_OF_MEMORY = (
 # How it says that the device failed.
 DEVICE_FAULTS = ("CUDA error:", "Triton Error [CUDA]:", "CUBLAS_STATUS_", "CUDNN_STATUS_")
 # What to do if even the weights or the optimizer's state do not fit.
-LARGER_DEVICE = "take a device with more memory, or end what else is using this one"
+LARGER = "take a device with more memory"
+LARGER_DEVICE = f"{LARGER}, or end what else is using this one"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

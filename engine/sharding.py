@@ -14,22 +14,22 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from engine.ranks import Ranks
 from run.errors import UserError
 
 if TYPE_CHECKING:
     from engine.llama import Llama
     from engine.packing import MicroBatch
+    from engine.ranks import Ranks
 
 COPIES, SLICES = "copies", "slices"  # the dimensions of the mesh of ranks
 
 
 def shard(
     model: "Llama",
-    ranks: Ranks,
+    ranks: "Ranks",
     shard_over: int | None,
     reshard_after_forward: bool,
-    reduces_each: bool,
+    reduce_gradients: str = "last",
 ) -> None:
     """Spread ``model`` over ``ranks``, in place, and onto the device of its kernels.
 
@@ -38,13 +38,13 @@ def shard(
             and only gradients travel between the groups (HSDP). None: all of them share one.
         reshard_after_forward: whether a block's gathered weights are freed after the forward pass
             and gathered again for the backward pass.
-        reduces_each: sum the gradients over the ranks after each micro-batch, not only after a
-            step's last one: more is sent, but no rank keeps whole gradients.
+        reduce_gradients: after which micro-batch of a step the gradients are summed over the ranks:
+            ``last``, or ``each``, which sends more, but then no rank keeps whole gradients.
 
     Raises:
         UserError: ``shard_over`` does not divide the number of ranks.
     """
-    model.ranks, model.reduces_each = ranks, reduces_each
+    model.ranks, model.reduces_each = ranks, reduce_gradients == "each"
     if ranks.size == 1:
         return
     slices = shard_over or ranks.size

@@ -15,6 +15,18 @@ class UserError(Exception):
     exit_code = 2
 
 
+class OutOfMemory(UserError):
+    """One of several processes ran out of memory in a step, which ends all of them.
+
+    Attributes:
+        fitting: the micro_batch_tokens with which to try again.
+    """
+
+    def __init__(self, fitting: int, message: str):
+        super().__init__(message)
+        self.fitting = fitting
+
+
 class NotFiniteError(Exception):
     """The loss or the gradient norm is NaN or infinite. Exit code 3."""
 

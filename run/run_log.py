@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from run.errors import NotFiniteError, Stopped, UserError, cause_of
-from run.metrics_log import MetricsLog
+from run.metrics_log import MetricsLog, NoMetrics
 from run.progress import Progress, Speed
 from run.progress_bar import ProgressBar
+from run.streams import is_silent
 from run.training_json import read_description
 from run.wandb_run import RunPath, Tracker, new_run, saved_run, start_tracker
 
@@ -27,6 +28,7 @@ def open_tracker(
     progress: Progress, mode: str | None, name: str, folder: Path, settings: Mapping[str, Any]
 ) -> Tracker:
     """Open the run's tracker, and record its path, which W&B or a sweep's agent may have chosen."""
+    mode = "disabled" if is_silent() else mode  # the process that prints tracks the run, too
     tracker = start_tracker(mode, run=progress.run, name=name, folder=folder, settings=settings)
     progress.run = tracker.run or progress.run
     return tracker
@@ -48,7 +50,7 @@ class RunLog:
     def __init__(
         self, folder: Path, tracker: Tracker, progress: Progress, steps_per_epoch: int, steps: int
     ):
-        self._metrics = MetricsLog(folder, tracker, progress.step)
+        self._metrics = NoMetrics() if is_silent() else MetricsLog(folder, tracker, progress.step)
         self._bar = ProgressBar("training", steps, "step", progress.step)
         self._progress = progress
         self._steps_per_epoch = steps_per_epoch

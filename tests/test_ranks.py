@@ -116,13 +116,22 @@ class Case:
     batch_size: int = 8
     shard_over: int | None = None
     reshards: bool = True
-    reduces_each: bool = False
+    reduce_gradients: str = "last"
     recomputed_blocks: int = 0
 
 
 # 29 rows: the last batch of 8 has 5. A batch of 1 leaves all ranks but one with nothing.
-CASES = [Case(), Case(1), Case(3, reshards=False), Case(29, reduces_each=True, recomputed_blocks=1)]
-TWO_COPIES = [Case(shard_over=2), Case(3, shard_over=2, reduces_each=True), Case(shard_over=1)]
+CASES = [
+    Case(),
+    Case(1),
+    Case(3, reshards=False),
+    Case(29, reduce_gradients="each", recomputed_blocks=1),
+]
+TWO_COPIES = [
+    Case(shard_over=2),
+    Case(3, shard_over=2, reduce_gradients="each"),
+    Case(shard_over=1),
+]
 Found = dict[int, tuple[list[float], list[torch.Tensor]]]
 
 
@@ -140,7 +149,7 @@ def train_case(
     torch.manual_seed(here.rank)  # nothing may depend on it
     model = load_model(model_folder, torch.float64, CPU)
     model.recomputed_blocks = case.recomputed_blocks
-    shard(model, here, case.shard_over, case.reshards, case.reduces_each)
+    shard(model, here, case.shard_over, case.reshards, case.reduce_gradients)
     optimizer = build_optimizer(model.parameters(), 1e-2, (0.9, 0.999), 1e-8, 0.1)
     packer = Packer(data.Batches(rows, case.batch_size, seed=0), here)
     numbers = []
