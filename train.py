@@ -59,7 +59,7 @@ from engine.llama import Llama
 from engine.measure import Measurement, StepResult, measure, perplexity_of
 from engine.optimizer import Schedule, build_optimizer, checkpoint_bytes, clip_gradients, make_state
 from engine.packing import NOT_AHEAD, Example, MicroBatch, Packer
-from engine.ranks import Ranks, job
+from engine.ranks import ALONE, Ranks, job
 from engine.sharding import reducing_last, shard
 from engine.state import copy_to_host, get_random_state, pack_state, set_random_state, unpack_state
 from engine.strategy import complete
@@ -80,9 +80,7 @@ from run.training_json import read_description, saved_settings, tokenizer_record
 # ---------------------------------------------------------------- the story
 
 
-def train(
-    config: Config, folder: Path, resume_from: Path | None, ranks: Ranks, parts: "Parts"
-) -> None:
+def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts") -> None:
     # What to learn from
     base = resume_from or intact(fetch(config.model))
     tokenizer = loading.load_tokenizer(base, tokenizer_record(base))
@@ -94,28 +92,27 @@ def train(
     if resume_from is not None:
         check_same_run(resume_from, asdict(config), problems.sha256["train_sha256"])
         if is_finished(resume_from, steps) and not config.keep_state:
-            return ranks.once(remove_state, folder, read_description(resume_from))
+            return parts.ranks.once(remove_state, folder, read_description(resume_from))
 
     # What learns
-    dtype, device = getattr(torch, config.dtype), pick_device()
-    model = loading.load_model(base, dtype, device, stays=ranks.size > 1)
+    model = loading.load_model(base, getattr(torch, config.dtype), pick_device(), None, parts.ranks)
     loading.check_data(model, rows + held_out, prompts, config.max_new_tokens, config.model)
-    shard(model, ranks, config.shard_over, config.reshard_after_forward, config.reduce_gradients)
+    shard(model, config.shard_over, config.reshard_after_forward, config.reduce_gradients)
     prepare(model, config.gradient_checkpointing, config.compile, config.micro_batch_tokens, rows)
-    packer = Packer(batches, ranks)
+    packer = Packer(batches, parts.ranks)
     adam = config.learning_rate, (config.adam_beta1, config.adam_beta2), config.adam_epsilon
     optimizer = build_optimizer(model.parameters(), *adam, config.weight_decay)
     shape = config.lr_schedule, config.warmup_ratio, config.min_lr_ratio
     schedule = Schedule(steps, config.learning_rate, *shape)
+    max_norm = config.max_grad_norm
     decode = partial(parts.complete, model, tokenizer, config.max_new_tokens, config.decode_slots)
 
     # Where it left off
-    torch.manual_seed(config.seed + ranks.rank)
+    torch.manual_seed(config.seed + parts.ranks.rank)
     progress = Progress()
     if resume_from is not None:
         loading.copy_from_mapped_file(model)  # which the next saves will remove
-        unpack = partial(unpack_state, optimizer=optimizer, ranks=ranks, folder=resume_from)
-        progress = restore(resume_from, unpack, steps)
+        progress = restore(resume_from, partial(unpack_state, optimizer=optimizer), steps)
     progress.run = wandb_path(config.wandb_project, resume_from)
     saves = Saves(folder, asdict(config), batches.per_epoch, problems.sha256, tokenizer, parts)
 
@@ -124,25 +121,23 @@ def train(
     if resume_from is None:
         saves.save_last(model, progress, *pack_state(optimizer, asdict(progress)))
     else:
-        ranks.once(set_damaged_aside, folder, resume_from)
+        parts.ranks.once(set_damaged_aside, folder, resume_from)
         progress.forget_missing_best(folder / BEST)
     make_state(optimizer)
 
     # Where it reports
-    ranks.once(replace_file, folder / "config.yaml", settings_text(config))
+    parts.ranks.once(replace_file, folder / "config.yaml", settings_text(config))
     tracker = open_tracker(progress, config.wandb_mode, config.run_name, folder, asdict(config))
     log = RunLog(folder, tracker, progress, batches.per_epoch, steps)
     log.start(len(rows), len(held_out), config.batch_size, model.device.type, config.dtype)
 
-    with log, ranks.agreed(StopSignal()) as stop, saves:
+    with log, parts.ranks.agreed(StopSignal()) as stop, saves:
         while progress.step < steps:
             batch = packer.batch(progress.step)
             rate = schedule.learning_rate(progress.step)
             budget = progress.budget(config.micro_batch_tokens)
             with log.timing(batch):
-                result = parts.step(
-                    model, optimizer, batch, rate, budget, config.max_grad_norm, packer
-                )
+                result = parts.step(model, optimizer, batch, rate, budget, max_norm, packer)
             progress.add_step(result.nats, result.num_labels)
             if not result.is_finite:
                 raise log.not_finite(result, rows_at_fault(model, batch), folder / LAST)
@@ -172,7 +167,7 @@ def train(
                 log.sample(decode, prompts[0], problems.validation[0], memory.release)
             if signal_number is not None and progress.step < steps:
                 raise log.stopped(signal_number, folder / LAST)
-    ranks.once(finish, folder, config.keep_state, progress.best_loss)
+    parts.ranks.once(finish, folder, config.keep_state, progress.best_loss)
 
 
 # ---------------------------------------------------------------- one step
@@ -265,13 +260,14 @@ def exact_match(
 
 @dataclass(frozen=True)
 class Parts:
-    """The functions of `train` that a test can replace through `main`."""
+    """The functions of `train` that a test can replace through `main`, and who computes them."""
 
     step: Callable[..., StepResult] = train_step
     measure: Callable[..., Measurement] = measure
     complete: Callable[..., list[tuple[str, str]]] = complete
     save: Callable[..., None] = save_checkpoint
     copy: Callable[..., dict[str, torch.Tensor] | None] = copy_to_host
+    ranks: Ranks = ALONE
 
 
 def main(config: Config, selftest: bool = False, **parts: Callable) -> None:
@@ -290,8 +286,8 @@ def main(config: Config, selftest: bool = False, **parts: Callable) -> None:
         base = resume_from or config.model
         loading.check_fits(base, getattr(torch, config.dtype), trained=True, ranks=ranks.size)
         saved = resume_from and saved_settings(resume_from, read_description(resume_from))
-        together = Parts(**(parts_of(ranks, save_checkpoint, complete) | parts))
-        train(anchored(config, saved), folder, resume_from, ranks, together)
+        together = parts_of(ranks, save_checkpoint, complete)
+        train(anchored(config, saved), folder, resume_from, Parts(**(together | parts)))
 
 
 if __name__ == "__main__":

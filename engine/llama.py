@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from engine.device import Kernels, kernels_for
 from engine.functions import Elementwise, LayerParts, Rope, SwiGLU, recomputed, rotate_both, saved
 from engine.loss import LinearCrossEntropy
-from engine.ranks import ALONE
+from engine.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -47,7 +47,9 @@ class Llama(nn.Module):
         ranks: the processes among which micro-batches are dealt.
     """
 
-    def __init__(self, pretrained: "LlamaForCausalLM", kernels: Kernels | None = None):
+    def __init__(
+        self, pretrained: "LlamaForCausalLM", kernels: Kernels | None = None, ranks: Ranks = ALONE
+    ):
         super().__init__()
         # Not a submodule: a layer that is reached by two ways can't be sharded.
         object.__setattr__(self, "pretrained", pretrained)
@@ -58,7 +60,7 @@ class Llama(nn.Module):
         self.head_dim = pretrained.model.layers[0].self_attn.head_dim
         self.kernels = kernels or kernels_for(pretrained.device)
         self.recomputed_blocks = 0
-        self.elementwise, self.ranks = EAGER, ALONE
+        self.elementwise, self.ranks = EAGER, ranks
 
     def forward(self, micro_batch: "MicroBatch") -> Tensor:
         """The summed negative log-likelihood of all supervised tokens, in nats.

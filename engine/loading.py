@@ -14,6 +14,7 @@ from engine.device import Kernels, kernels_for, pick_device
 from engine.hub import fetch
 from engine.llama import Llama
 from engine.optimizer import training_bytes
+from engine.ranks import ALONE, Ranks
 from engine.refusals import (
     Shape,
     check_config,
@@ -24,6 +25,7 @@ from engine.refusals import (
     refuse_code,
     refuse_pointer,
 )
+from engine.sharding import is_spread
 from engine.tokenizer import Tokenizer
 from engine.tokenizer_files import made_without_scores, read_files
 from run.errors import UserError, cause_of
@@ -115,13 +117,13 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     kernels: Kernels | None = None,
-    *,
-    stays: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Llama:
     """The model in ``folder``, in eval mode.
 
     Args:
-        stays: leave the weights in host memory, from which `engine.sharding` spreads them.
+        ranks: the processes that `engine.sharding` spreads it over; of several, each leaves the
+            weights in host memory.
 
     Raises:
         UserError: it can't be read, is not an unquantised Llama, lacks weights, or does not fit
@@ -152,7 +154,7 @@ def load_model(
     )
     kernels = kernels or kernels_for(device)
     kernels.replace_linear_layers(model)
-    return Llama(model if stays else model.to(device), kernels).eval()
+    return Llama(model.to(device) if ranks.size == 1 else model, kernels, ranks).eval()
 
 
 def _read_config(folder: Path) -> tuple[LlamaConfig, dict[str, Shape]]:
@@ -192,7 +194,7 @@ def copy_from_mapped_file(model: Llama) -> None:
     A file that is removed while it is mapped, like a replaced checkpoint, keeps its disk space.
     """
     for parameter in model.parameters():
-        if parameter.device.type == "cpu":
+        if parameter.device.type == "cpu" and not is_spread(parameter):  # which is a copy
             parameter.data = parameter.data.clone()
 
 

@@ -56,7 +56,7 @@ class Stop(Protocol):
     signal_number: int | None
 
 
-@dataclass
+@dataclass(eq=False)
 class Ranks:
     """This process among the ``size`` processes of its job.
 
@@ -69,8 +69,8 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
-    stop: Stop | None = field(default=None, compare=False, repr=False)
-    _signals: torch.Tensor = field(default=NO_SIGNALS, compare=False, repr=False)
+    stop: Stop | None = field(default=None, repr=False)
+    _signals: torch.Tensor = field(default=NO_SIGNALS, repr=False)
 
     @property
     def is_main(self) -> bool:

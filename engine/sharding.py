@@ -19,19 +19,17 @@ from run.errors import UserError
 if TYPE_CHECKING:
     from engine.llama import Llama
     from engine.packing import MicroBatch
-    from engine.ranks import Ranks
 
 COPIES, SLICES = "copies", "slices"  # the dimensions of the mesh of ranks
 
 
 def shard(
     model: "Llama",
-    ranks: "Ranks",
     shard_over: int | None,
     reshard_after_forward: bool,
     reduce_gradients: str = "last",
 ) -> None:
-    """Spread ``model`` over ``ranks``, in place, and onto the device of its kernels.
+    """Spread ``model`` over its ranks, in place, and onto the device of its kernels.
 
     Args:
         shard_over: how many ranks share one copy of the weights; each group of so many has a copy,
@@ -44,7 +42,7 @@ def shard(
     Raises:
         UserError: ``shard_over`` does not divide the number of ranks.
     """
-    model.ranks, model.reduces_each = ranks, reduce_gradients == "each"
+    ranks, model.reduces_each = model.ranks, reduce_gradients == "each"
     if ranks.size == 1:
         return
     slices = shard_over or ranks.size
@@ -82,6 +80,10 @@ def free_gathered(model: "Llama") -> None:
     for module in (model, *model.blocks):
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def is_spread(tensor: Tensor) -> bool:
+    return isinstance(tensor, DTensor)
 
 
 def slice_of(tensor: Tensor) -> Tensor:

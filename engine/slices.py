@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -69,7 +69,7 @@ def has_slices(folder: Path) -> bool:
     return (folder / FOLDER).is_dir()
 
 
-def read_slices(folder: Path, tensors: Mapping[str, Tensor], ranks: "Ranks") -> None:
+def read_slices(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Read into ``tensors``, in place, what a checkpoint of any number of ranks has of them.
 
     A random state of a rank that did not exist remains as it is.
@@ -77,20 +77,30 @@ def read_slices(folder: Path, tensors: Mapping[str, Tensor], ranks: "Ranks") -> 
     Args:
         folder: the checkpoint.
 
+    Returns:
+        ``tensors``, without an optimizer's state if the checkpoint is from before its first step.
+
     Raises:
         ValueError: the checkpoint has other tensors.
     """
+    is_alone = not distributed.is_initialized()
+    rank = 0 if is_alone else distributed.get_rank()
     path = folder / FOLDER if has_slices(folder) else folder
     reader = checkpoint.HuggingFaceStorageReader(str(path))
     saved = reader.read_metadata().state_dict_metadata
-    named = {_name_of(name, ranks.rank): tensor for name, tensor in tensors.items()}
+    named = {_name_of(name, rank): tensor for name, tensor in tensors.items()}
     ours, theirs = ({name for name in names if _is_of_all(name)} for names in (named, saved))
     if theirs and ours != theirs:  # before its first step, an optimizer has no state
         raise ValueError(f"it lacks {sorted(ours - theirs)}, and has {sorted(theirs - ours)}")
     wanted = {name: tensor for name, tensor in named.items() if name in saved}
     with warnings.catch_warnings(), _own_error():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        checkpoint.load(wanted, storage_reader=reader, no_dist=ranks.size == 1)
+        checkpoint.load(wanted, storage_reader=reader, no_dist=is_alone)
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if _name_of(name, rank) in saved or not _is_of_all(name)
+    }
 
 
 def _is_of_all(name: str) -> bool:

@@ -8,7 +8,7 @@ import torch
 
 from engine import memory
 from engine.optimizer import make_state
-from engine.ranks import ALONE, Ranks
+from engine.sharding import is_spread
 from engine.slices import has_slices, read_slices
 from run.files import say_once
 
@@ -141,15 +141,12 @@ def unpack_state(
     read: Callable[[], Mapping[str, torch.Tensor]],
     saved: Mapping[str, Any],
     optimizer: torch.optim.Optimizer,
-    ranks: Ranks = ALONE,
     folder: Path | None = None,
 ) -> dict[str, Any]:
     """Restore what `pack_state` returned: ``read`` gives its tensors, ``saved`` is its second part.
 
     Args:
-        ranks: the processes over which the state is spread.
-        folder: the checkpoint, from which several processes read their slices, or which several
-            have saved.
+        folder: the checkpoint, which several processes read or have saved; each reads its slices.
 
     Returns:
         The fields of the progress.
@@ -157,10 +154,10 @@ def unpack_state(
     Raises:
         UserError: the state does not fit into memory, or the device failed.
     """
-    if ranks.size > 1 or (folder and has_slices(folder)):
+    if folder and (has_slices(folder) or is_spread(optimizer.param_groups[0]["params"][0])):
         make_state(optimizer)
         tensors, _ = pack_state(optimizer, {})
-        read_slices(folder, tensors, ranks)
+        tensors = read_slices(folder, tensors)
     else:
         tensors = read()
     _load(tensors, saved, optimizer)

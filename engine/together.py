@@ -35,6 +35,7 @@ def parts_of(
     if ranks.size == 1:
         return {}
     return {
+        "ranks": ranks,
         "save": partial(save_together, save, ranks),
         "copy": lambda *_: None,  # training waits until a checkpoint is written
         "complete": partial(complete_together, complete),

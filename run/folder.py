@@ -253,7 +253,7 @@ def restore(folder: Path, unpack: Callable[..., Mapping[str, Any]], steps: int) 
     """
     saved = read_description(folder)
     try:
-        progress = Progress(**unpack(partial(read_state, folder), saved["state"]))
+        progress = Progress(**unpack(partial(read_state, folder), saved["state"], folder=folder))
     except UserError:  # about the device, not about the folder
         raise
     except Exception as error:  # safetensors and torch raise many types

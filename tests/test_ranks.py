@@ -48,7 +48,7 @@ def test_ranks_agree_and_only_the_first_one_prints(tmp_path: Path) -> None:
 
 def test_a_process_alone_needs_no_other() -> None:
     with job(CPU) as here:
-        assert here is ALONE and here == Ranks(0, 1)
+        assert here is ALONE and (here.rank, here.size) == (0, 1)
         assert here.once(lambda: 3) == here.broadcast(3) == 3 and here.gather(4) == [4]
         assert here.share([1, 2, 3]) == [1, 2, 3] and here.sum(torch.ones(2)).tolist() == [1, 1]
         here.wait()
@@ -147,9 +147,9 @@ def train_case(
     model_folder: Path, rows: list[Example], case: Case, here: Ranks
 ) -> tuple[list[float], list[torch.Tensor]]:
     torch.manual_seed(here.rank)  # nothing may depend on it
-    model = load_model(model_folder, torch.float64, CPU)
+    model = load_model(model_folder, torch.float64, CPU, ranks=here)
     model.recomputed_blocks = case.recomputed_blocks
-    shard(model, here, case.shard_over, case.reshards, case.reduce_gradients)
+    shard(model, case.shard_over, case.reshards, case.reduce_gradients)
     optimizer = build_optimizer(model.parameters(), 1e-2, (0.9, 0.999), 1e-8, 0.1)
     packer = Packer(data.Batches(rows, case.batch_size, seed=0), here)
     numbers = []
