@@ -76,7 +76,16 @@ def _install_cure() -> str:
 
 
 def run_script(story: Callable[..., None], *arguments: object) -> None:
-    """Run ``story(*arguments)``; end the process with the documented exit code if it fails."""
+    """Run ``story(*arguments)``; end the process with the documented exit code if it fails.
+
+    One of several processes (torchrun) ends here in any case.
+    """
+    _run(story, *arguments)
+    if streams.is_one_of_several():
+        _end_at_once(0)
+
+
+def _run(story: Callable[..., None], *arguments: object) -> None:
     check_platform()
     streams.prepare()
     StopSignal().listen().tell(_stop)
@@ -105,7 +114,7 @@ def read_command_line(read_arguments: Callable[[list[str]], tuple]) -> tuple:
     """
     parsed: list[tuple] = []
     with streams.one_mouth():
-        run_script(lambda: parsed.append(read_arguments(sys.argv[1:])))
+        _run(lambda: parsed.append(read_arguments(sys.argv[1:])))
     return parsed[0]
 
 
@@ -144,16 +153,23 @@ def check_printed() -> None:
 
 
 def _end(line: str, exit_code: int) -> NoReturn:
-    """Print why the process ends, and end it.
-
-    One of several processes ends without the interpreter's clean-up, in which its threads would
-    wait for answers that the others may never give.
-    """
+    """Print why the process ends, and end it."""
     _complain(line, exit_code)
     if streams.is_one_of_several():
-        sys.stdout.flush()
-        os._exit(exit_code)
+        _end_at_once(exit_code)
     sys.exit(exit_code)
+
+
+def _end_at_once(exit_code: int) -> NoReturn:
+    """End one of several processes without the interpreter's clean-up.
+
+    There the threads of PyTorch's communication would wait for answers that other processes may
+    never give, or be torn down while they run, which aborts ("terminate called without an active
+    exception"). All files are closed by now.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def _complain(line: str, exit_code: int) -> int:
