@@ -4,6 +4,7 @@ python train.py --learning_rate 1e-5 --run_name lower-rate
 python train.py --config demo.yaml
 python train.py --model ./my-llama --dataset ./my-gsm8k --wandb_mode disabled
 python train.py --selftest
+torchrun --nproc_per_node 8 train.py
 
 config.yaml lists every setting with its meaning. Each can also be set on the command line. To
 resume a run that was stopped, type the same command again.
@@ -271,23 +272,21 @@ class Parts:
 
 
 def main(config: Config, selftest: bool = False, **parts: Callable) -> None:
-    device = pick_device()
-    prepare_process(device, getattr(torch, config.dtype))
-    if selftest:
-        splits = ("train", "test")
-        rows = {name: list(map(asdict, load_problems(config.dataset, name))) for name in splits}
-        return run_selftest(config, rows)
-    folder = local_path(config.output_dir) / config.run_name
-    with (
-        job(device) as ranks,
-        memory.reported("training", f"set a smaller micro_batch_tokens, or {memory.LARGER}"),
-        claimed_by_all(folder, config.resume, ranks, config.micro_batch_tokens) as resume_from,
-    ):
-        base = resume_from or config.model
-        loading.check_fits(base, getattr(torch, config.dtype), trained=True, ranks=ranks.size)
-        saved = resume_from and saved_settings(resume_from, read_description(resume_from))
-        together = parts_of(ranks, save_checkpoint, complete)
-        train(anchored(config, saved), folder, resume_from, Parts(**(together | parts)))
+    device, dtype = pick_device(), getattr(torch, config.dtype)
+    cure = f"set a smaller micro_batch_tokens, or {memory.LARGER}"
+    with job(device) as ranks, memory.reported("training", cure):
+        prepare_process(device, dtype)
+        if selftest:
+            splits = ("train", "test")
+            rows = {name: list(map(asdict, load_problems(config.dataset, name))) for name in splits}
+            return run_selftest(config, rows)
+        folder = local_path(config.output_dir) / config.run_name
+        budget = config.micro_batch_tokens
+        with claimed_by_all(folder, config.resume, ranks, budget) as resume_from:
+            loading.check_fits(resume_from or config.model, dtype, trained=True, ranks=ranks.size)
+            saved = resume_from and saved_settings(resume_from, read_description(resume_from))
+            together = parts_of(ranks, save_checkpoint, complete)
+            train(anchored(config, saved), folder, resume_from, Parts(**(together | parts)))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from run.manifest import BEST, LAST, MANIFEST_FILE, METRICS_FILE
 from run.metrics_log import MetricsLog
 from run.paths import local_path
 from run.retention import check_disk_space, disk_space
+from run.streams import is_one_of_several
 from run.training_json import read_description
 from run.wandb_run import NoTracker, RunPath, start_tracker
 
@@ -46,6 +47,8 @@ def run_selftest(config: Config, rows: Mapping[str, Sequence[Row]]) -> None:
     Raises:
         UserError: a check failed.
     """
+    if is_one_of_several():
+        raise UserError("--selftest: starts the processes that it needs: type it without torchrun")
     with temporary_folder(local_path(config.output_dir)) as folder:
         write_data(rows, config.batch_size, folder / "data")
         print(
