@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -32,7 +32,8 @@ from run.errors import UserError, one_line
 TIMEOUT = timedelta(minutes=30)
 # How long to wait at the start, until all have connected.
 START_TIMEOUT = timedelta(minutes=10)
-REPORTED = "reported"  # in the job's store: how many processes have ended with an error
+# In the job's store: how many processes have ended with an error, and whether rank 0 has left.
+REPORTED, LEFT = "reported", "left"
 # How gloo and NCCL say that another process is gone or does not answer.
 LOST = (
     "Connection closed by peer",
@@ -65,10 +66,12 @@ class Ranks:
     Attributes:
         rank: its number in the job; rank 0 prints, logs, and writes the files that all share.
         size: how many processes there are.
+        store: what all can read and write without waiting for each other; None for one process.
     """
 
     rank: int = 0
     size: int = 1
+    store: distributed.Store | None = field(default=None, repr=False)
     stop: Stop | None = field(default=None, repr=False)
     _signals: torch.Tensor = field(default=NO_SIGNALS, repr=False)
 
@@ -145,6 +148,17 @@ class Ranks:
         """Wait until all ranks are here."""
         self.gather(None)
 
+    def check_same(self, values: Mapping[str, Any]) -> None:
+        """Raises UserError on all ranks if their ``values`` differ, such as files or settings."""
+        first, *others = self.gather(values)
+        for rank, theirs in enumerate(others, start=1):
+            for name in first:
+                if theirs[name] != first[name]:
+                    raise UserError(
+                        f"torchrun: {name} is {first[name]!r} for process 0 and {theirs[name]!r} "
+                        f"for process {rank}: give all of them the same command and the same files"
+                    )
+
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
         """This rank's part of ``items``: every ``size``-th, from ``rank`` on."""
         return items[self.rank :: self.size]
@@ -172,6 +186,8 @@ def job(device: torch.device) -> Iterator[Ranks]:
     ranks, store = _join(device)
     try:
         yield ranks
+        if ranks.is_main:
+            store.set(LEFT, "")
         ranks.wait()
     except BaseException as error:
         ending = _lost(error) if _is_lost(error) else error
@@ -201,7 +217,7 @@ def _join(device: torch.device) -> tuple[Ranks, distributed.Store]:
             "each of them with torchrun, and set GLOO_SOCKET_IFNAME if a machine has several "
             "networks"
         ) from None
-    return Ranks(rank, size), store
+    return Ranks(rank, size, store), store
 
 
 def _is_lost(error: BaseException) -> bool:
