@@ -146,6 +146,7 @@ def evaluate(
 
     # The model that answers them
     model = parts.load_model(folder, getattr(torch, config.dtype), pick_device())
+    model.ranks = here  # to each of which the questions are dealt
     check_ids(model, prompts, source.path)
     longest = max(map(len, prompts)) + config.max_new_tokens
     check_positions(
@@ -160,7 +161,6 @@ def evaluate(
         max_new_tokens=config.max_new_tokens,
         eos_token_ids=eos_token_ids(model, tokenizer),
         decode=parts.decode,
-        here=here,
     )
     identity = {
         "checkpoint": hide_home(source.path),

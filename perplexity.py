@@ -81,6 +81,7 @@ def measure_source(
     examples = data.leave_out_long(examples, config.max_length, split)
 
     model = load_model(folder, dtype, device)
+    model.ranks = here  # to which the micro-batches are dealt, each with a whole copy of the model
     source.check_unchanged()
     check_ids(model, (example.input_ids for example in examples), source.path)
     longest = max(len(example.input_ids) for example in examples)
@@ -90,7 +91,6 @@ def measure_source(
         {"weights": weights, "data_sha256": data_sha256, "rows": len(examples)}
         | {key: getattr(config, key) for key in ("prompt", "dtype", "micro_batch_tokens")}
     )
-    model.ranks = here  # among which the micro-batches are dealt; each has a whole copy of the model
     return len(examples), measure(model, examples, config.micro_batch_tokens)
 
 

@@ -6,13 +6,14 @@ of them go on decoding.
 
 Prompts are dealt in advance, each to the next rank in turn. Ranks with equal devices finish at
 about the same time, and in bfloat16, where a completion can depend on those beside it, the same job
-writes the same completions again. If ranks took prompts from a shared queue, chance would decide.
+writes the same completions again. If ranks took prompts from a shared queue, chance would decide
+which prompts are decoded together.
 """
 
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 from engine.decoding import Completion
@@ -24,6 +25,18 @@ SECONDS_BETWEEN_LOOKS = 0.05  # one takes about 0.1 ms
 SECONDS_BETWEEN_SIGNS = 10.0
 
 Ids = Sequence[tuple[int, int]]
+
+
+def parts_of(count: int, size: int) -> list[list[int]]:
+    """The positions of ``count`` prompts that each of ``size`` ranks gets.
+
+    Each round begins with another rank, so that every rank has some in an evenly spread sample,
+    such as the one that is verified.
+    """
+    parts: list[list[int]] = [[] for _ in range(size)]
+    for position in range(count):
+        parts[(position + position // size) % size].append(position)
+    return parts
 
 
 class Deal:
@@ -41,8 +54,8 @@ class Deal:
             ids: what names the prompts; pairs of integers.
             how: a JSON object for the other ranks, which says how to complete them.
         """
-        parts = [range(rank, len(ids), here.size) for rank in range(here.size)]
-        self.positions = [position for part in parts for position in part]
+        parts = parts_of(len(ids), here.size)
+        self.positions = list(chain.from_iterable(parts))
         self.own = [ids[position] for position in parts[0]]
         starts = [0, *accumulate(map(len, parts))]
         for rank in range(1, here.size):

@@ -8,7 +8,6 @@ from typing import Any
 from engine.dealing import Deal, Ids, Worker
 from engine.decoding import Calculator, Completion, greedy_decode, sample_decode
 from engine.llama import Llama
-from engine.ranks import ALONE, Ranks
 from engine.tokenizer import Tokenizer
 
 
@@ -63,14 +62,13 @@ def decode(
 class Decoder:
     """A model and the questions to ask it.
 
-    In a job of several processes, each has a whole copy of the model on its own device, which must
-    fit there: Llama-2-7B takes 13.5 GB in bfloat16.
+    If ``model.ranks`` are several, each of them has such a decoder of the same questions, with a
+    whole copy of the model: Llama-2-7B takes 13.5 GB of each device in bfloat16.
 
     Attributes:
         questions, prompts: as text, and as the token ids that the model reads.
         slots: how many completions are decoded at once on a device; None to choose.
         decode: see `decode`.
-        here: the processes that decode together. Each must have the same questions.
     """
 
     model: Llama
@@ -81,15 +79,15 @@ class Decoder:
     eos_token_ids: frozenset[int]
     slots: int | None = None
     decode: Callable[..., Iterator[Completion]] = decode
-    here: Ranks = ALONE
 
     def completions(self, ids: Ids, how: How) -> Iterator[Completion]:
         """Complete ``ids``, each of which is the number of a question and the number of a sample.
 
-        The index of a completion is its position in ``ids``. In a job of several processes, this is
-        called on rank 0, while the others are in `answer`.
+        The index of a completion is its position in ``ids``. Of several ranks, rank 0 calls this
+        while the others are in `answer`.
         """
-        return self._completed(ids, how) if self.here.size == 1 else self._dealt(ids, how)
+        is_alone = self.model.ranks.size == 1
+        return self._completed(ids, how) if is_alone else self._dealt(ids, how)
 
     def answer(self, calculator: Calculator | None) -> None:
         """Decode what rank 0 asks of this rank, until rank 0 leaves the job.
@@ -97,13 +95,13 @@ class Decoder:
         Args:
             calculator: for completions that are written with one.
         """
-        worker = Worker(self.here)
+        worker = Worker(self.model.ranks)
         for ids, how in worker.parts():
             for completion in self._completed(ids, _made(how, calculator), worker.give_sign):
                 worker.send(completion)
 
     def _dealt(self, ids: Ids, how: How) -> Iterator[Completion]:
-        deal = Deal(self.here, ids, _described(how))
+        deal = Deal(self.model.ranks, ids, _described(how))
         for completion in chain(self._completed(deal.own, how, deal.arrived), deal.rest()):
             completion.index = deal.positions[completion.index]
             yield completion
