@@ -106,7 +106,6 @@ class Parts:
 # ---------------------------------------------------------------- the story
 
 
-@memory.reported("evaluating", "set a smaller decode_slots, or take a device with more memory")
 def main(arguments: argparse.Namespace, typed: dict[str, str], *, parts: Parts = Parts()) -> None:
     if arguments.rescore:
         rescore(arguments.rescore, arguments.output)
@@ -128,6 +127,7 @@ def main(arguments: argparse.Namespace, typed: dict[str, str], *, parts: Parts =
             evaluate(arguments, source, output, here, parts)
 
 
+@memory.reported("evaluating", "set a smaller decode_slots, or take a device with more memory")
 def evaluate(
     arguments: argparse.Namespace, source: Source, output: Path, here: Ranks, parts: Parts
 ) -> None:

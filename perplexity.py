@@ -49,7 +49,6 @@ from run.model_source import Source, resolve_source
 from run.training_json import tokenizer_record
 
 
-@memory.reported("measuring", "set a smaller micro_batch_tokens, or take a larger device")
 def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
     with ranks.job(pick_device()) as here:
         source = resolve_source(arguments.ckpt, arguments.config, typed)
@@ -63,6 +62,7 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
         check_printed()
 
 
+@memory.reported("measuring", "set a smaller micro_batch_tokens, or take a larger device")
 def measure_source(
     source: Source, split: str, limit: int | None, here: Ranks
 ) -> tuple[int, Measurement]:

@@ -22,7 +22,7 @@ from run.errors import UserError
 
 COMPLETIONS = "completions"  # the queue of those that are on their way to rank 0
 SECONDS_BETWEEN_LOOKS = 0.05  # one takes about 0.1 ms
-SECONDS_BETWEEN_SIGNS = 10.0
+SECONDS_BETWEEN_SIGNS = 1.0
 
 Ids = Sequence[tuple[int, int]]
 
@@ -30,8 +30,8 @@ Ids = Sequence[tuple[int, int]]
 def parts_of(count: int, size: int) -> list[list[int]]:
     """The positions of ``count`` prompts that each of ``size`` ranks gets.
 
-    Each round begins with another rank, so that every rank has some in an evenly spread sample,
-    such as the one that is verified.
+    Each round begins with another rank, since in an evenly spread sample, such as the one that is
+    verified, all could otherwise be of the same rank.
     """
     parts: list[list[int]] = [[] for _ in range(size)]
     for position in range(count):
@@ -129,9 +129,13 @@ class Worker:
 
         Returns:
             An empty list: no completions arrive here.
+
+        Raises:
+            UserError: another process has failed.
         """
         if time.monotonic() >= self._next_sign:
             self._next_sign = time.monotonic() + SECONDS_BETWEEN_SIGNS
+            _check_nobody_failed(self._here)
             _put(self._here, COMPLETIONS, {})
         return []
 
@@ -146,7 +150,11 @@ def _put(here: Ranks, queue: str, value: Mapping[str, Any]) -> None:
 
 def _taken(here: Ranks, queue: str) -> Iterator[dict[str, Any]]:
     """What is in ``queue`` now. Raises UserError if another process has failed."""
-    if here.store.check([REPORTED]):
-        raise UserError("another process of this job has failed, and says why")
+    _check_nobody_failed(here)
     for _ in range(here.store.queue_len(queue)):
         yield json.loads(here.store.queue_pop(queue))
+
+
+def _check_nobody_failed(here: Ranks) -> None:
+    if here.store.check([REPORTED]):
+        raise UserError("another process of this job has failed, and says why")
