@@ -15,12 +15,13 @@ from typing import Any
 import jobs
 import pytest
 import torch
-from conftest import flags
+from conftest import flags, run_folder
 from torch import distributed
 
 import data
 import evaluate
 import perplexity
+import train
 from engine import dealing
 from engine.decoding import Completion
 from engine.loading import load_model, load_tokenizer
@@ -32,6 +33,7 @@ from grading.dataset import load_problems
 from grading.predictions import writing_into
 from run.errors import UserError
 from run.script import read_command_line, run_script
+from run.wandb_run import start_tracker
 
 SCRIPTS = {"evaluate": evaluate, "perplexity": perplexity}
 FOLDERS = (".", "calculator", "samples")
@@ -117,6 +119,27 @@ def test_more_ranks_than_problems(one: tuple[Path, str], greedy: list[str], tmp_
     ended = jobs.run(1, tmp_path / "job", run, "evaluate", arguments)
     assert "resuming: 2 of 12 problems" in ended[0].out
     assert rows_of(tmp_path) == rows_of(one[0])
+
+
+def noted(file: Path, *arguments: Any, **keywords: Any) -> Any:
+    with file.open("a") as stream:
+        stream.write("started\n")
+    return start_tracker(*arguments, **keywords)
+
+
+def test_the_score_of_a_run_is_logged_once(
+    call: Any, settings: dict[str, str], tmp_path: Path
+) -> None:
+    """Guards against one line in metrics.jsonl, and one run in W&B, for each process."""
+    assert call(train, *flags(settings | {"epochs": "1"})).code == 0
+    parts = evaluate.Parts(start_tracker=partial(noted, tmp_path / "trackers"))
+    best = run_folder(settings) / "best"
+    story = partial(run, parts=parts)
+    jobs.run(2, tmp_path / "job", story, "evaluate", ["--ckpt", str(best)])
+    log = (run_folder(settings) / "metrics.jsonl").read_text()
+    assert log.count("eval/exact_match") == 1
+    assert (tmp_path / "trackers").read_text() == "started\n"
+    assert len(rows_of(run_folder(settings) / "eval" / "test")) == 12
 
 
 # ---------------------------------------------------------------- kills and faults
@@ -295,23 +318,30 @@ def measured(model_folder: Path, data_folder: Path) -> None:
     model = load_model(model_folder, torch.float64, torch.device("cpu"))
     problems = load_problems(str(data_folder), "test")
     examples = data.encode(load_tokenizer(model_folder), problems, PROMPT)
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
     with job(torch.device("cpu")) as here:
         model.ranks = here
-        print(json.dumps([measure(model, examples, limit).loss for limit in (100, 300, 10000)]))
+        losses = [measure(model, examples, limit).loss for limit in (100, 300, 10000)]
+        print(json.dumps([len(passes), losses]))
 
 
 def test_perplexity_is_that_of_one_process(
     model_folder: Path, data_folder: Path, greedy: list[str], tmp_path: Path
 ) -> None:
-    losses, printed = [], []
+    passes, losses, printed = [], [], []
     for size in (1, 3):
         place = tmp_path / str(size)
         ended = jobs.run(size, place, measured, model_folder, data_folder)
-        losses.append(json.loads(ended[0].out))
+        found = [json.loads(each.out) for each in ended]
+        assert all(each == found[0] for each in found)
+        passes.append(found[0][0])
+        losses.append(found[0][1])
         ended = jobs.run(size, place, run, "perplexity", [*greedy[:-1], "--split", "test"])
         printed.append(re.findall(r"[0-9.]+", ended[0].out.replace(str(model_folder), "")))
         assert all(each.out + each.err == "" for each in ended[1:])
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+    assert passes[1] < passes[0] / 2  # each process has a part of the micro-batches
     assert printed[0][:2] == printed[1][:2] and printed[0][0] == "12"  # rows, supervised tokens
     found = [[float(number) for number in numbers[2:]] for numbers in printed]
     assert found[0] == pytest.approx(found[1], rel=1e-6) and len(found[0]) == 2
