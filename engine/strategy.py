@@ -97,11 +97,11 @@ class Decoder:
         """
         worker = Worker(self.model.ranks)
         for ids, how in worker.parts():
-            for completion in self._completed(ids, _made(how, calculator), worker.give_sign):
+            for completion in self._completed(ids, remake(how, calculator), worker.give_sign):
                 worker.send(completion)
 
     def _dealt(self, ids: Ids, how: How) -> Iterator[Completion]:
-        deal = Deal(self.model.ranks, ids, _described(how))
+        deal = Deal(self.model.ranks, ids, describe(how))
         for completion in chain(self._completed(deal.own, how, deal.arrived), deal.rest()):
             completion.index = deal.positions[completion.index]
             yield completion
@@ -124,15 +124,16 @@ class Decoder:
         )
 
 
-def _described(how: How) -> dict[str, Any]:
-    """``how`` as a JSON object, for `_made`."""
+def describe(how: How) -> dict[str, Any]:
+    """``how`` as a JSON object, from which another process can `remake` it."""
     settings = {"with_calculator": how.calculator is not None}
     if isinstance(how, Sampling):
         settings |= {"temperature": how.temperature, "seed": how.seed}
     return settings
 
 
-def _made(settings: Mapping[str, Any], calculator: Calculator | None) -> How:
+def remake(settings: Mapping[str, Any], calculator: Calculator | None) -> How:
+    """What `describe` described; ``calculator`` is this process's own."""
     used = calculator if settings["with_calculator"] else None
     if "seed" in settings:
         return Sampling(settings["temperature"], settings["seed"], used)

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -24,10 +25,11 @@ import perplexity
 import train
 from engine import dealing
 from engine.decoding import Completion
+from engine.llama import Llama
 from engine.loading import load_model, load_tokenizer
 from engine.measure import measure
 from engine.ranks import Ranks, job
-from engine.strategy import decode
+from engine.strategy import Greedy, Sampling, decode, describe, remake
 from engine.verify import spread
 from grading.dataset import load_problems
 from grading.predictions import writing_into
@@ -288,6 +290,22 @@ def test_every_prompt_is_dealt_once_and_evenly(count: int, size: int) -> None:
     assert len(verified) >= min(2, size, count)  # in plain turns, three ranks have none of 12
 
 
+@pytest.mark.parametrize("calculator", [None, "a calculator"])
+@pytest.mark.parametrize("how", [Greedy, partial(Sampling, 0.7, 3)])
+def test_every_rank_decodes_in_the_same_way(how: Any, calculator: Any) -> None:
+    """Guards against completions without the calculator, or with another seed."""
+    sent = json.loads(json.dumps(describe(how(calculator))))
+    assert remake(sent, "a calculator") == how(calculator)
+
+
+def work_for(seconds: float, worker: dealing.Worker) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        assert worker.give_sign() == []
+        time.sleep(0.01)
+    worker.send(Completion(0, 3, [5, 6], "eos"))
+
+
 def test_a_rank_that_falls_silent_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against an endless wait for a machine that has lost its power."""
     store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -298,13 +316,10 @@ def test_a_rank_that_falls_silent_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
     worker = dealing.Worker(Ranks(1, 2, store))
     ids, how = next(worker.parts())
     assert deal.own == [(0, 0)] and ids == [[1, 0]] and how == {"some": "how"}
-    until = time.monotonic() + 0.6  # longer than the limit, at work all the time
-    rest = deal.rest()
-    while time.monotonic() < until:
-        assert worker.give_sign() == [] and deal.arrived() == []
-        time.sleep(0.01)
-    worker.send(Completion(0, 3, [5, 6], "eos"))
-    assert next(rest) == Completion(1, 3, [5, 6], "eos") and list(rest) == []
+    at_work = threading.Thread(target=work_for, args=(0.9, worker))  # longer than the limit
+    at_work.start()
+    assert list(deal.rest()) == [Completion(1, 3, [5, 6], "eos")]
+    at_work.join()
     deal = dealing.Deal(Ranks(0, 2, store), [(0, 0), (1, 0)], {})
     with pytest.raises(UserError, match="no other process of this job has given a sign of life"):
         list(deal.rest())
@@ -313,35 +328,50 @@ def test_a_rank_that_falls_silent_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
 # ---------------------------------------------------------------- perplexity
 
 
+def count_passes(passes: list[int]) -> None:
+    forward = Llama.forward
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        passes.append(1)
+        return forward(*arguments)
+
+    Llama.forward = counted
+
+
+def run_counted(argv: list[str], folder: Path) -> None:
+    """And say how many forward passes this process made."""
+    passes: list[int] = []
+    count_passes(passes)
+    run("perplexity", argv)
+    (folder / f"{os.environ.get('RANK', 0)}.passes").write_text(str(len(passes)))
+
+
 def measured(model_folder: Path, data_folder: Path) -> None:
     """In float64, with micro-batches of one row to several."""
     model = load_model(model_folder, torch.float64, torch.device("cpu"))
     problems = load_problems(str(data_folder), "test")
     examples = data.encode(load_tokenizer(model_folder), problems, PROMPT)
-    passes = []
-    model.register_forward_hook(lambda *_: passes.append(1))
     with job(torch.device("cpu")) as here:
         model.ranks = here
-        losses = [measure(model, examples, limit).loss for limit in (100, 300, 10000)]
-        print(json.dumps([len(passes), losses]))
+        print(json.dumps([measure(model, examples, limit).loss for limit in (100, 300, 10000)]))
 
 
 def test_perplexity_is_that_of_one_process(
     model_folder: Path, data_folder: Path, greedy: list[str], tmp_path: Path
 ) -> None:
-    passes, losses, printed = [], [], []
+    losses, printed, passes = [], [], []
+    arguments = [*greedy[:-1], "--split", "test", "--max_length", "256"]
+    arguments += ["--micro_batch_tokens", "256"]
     for size in (1, 3):
         place = tmp_path / str(size)
         ended = jobs.run(size, place, measured, model_folder, data_folder)
-        found = [json.loads(each.out) for each in ended]
-        assert all(each == found[0] for each in found)
-        passes.append(found[0][0])
-        losses.append(found[0][1])
-        ended = jobs.run(size, place, run, "perplexity", [*greedy[:-1], "--split", "test"])
+        losses += [json.loads(each.out) for each in ended]
+        ended = jobs.run(size, place, run_counted, arguments, place)
         printed.append(re.findall(r"[0-9.]+", ended[0].out.replace(str(model_folder), "")))
+        passes.append([int(file.read_text()) for file in place.glob("*.passes")])
         assert all(each.out + each.err == "" for each in ended[1:])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
-    assert passes[1] < passes[0] / 2  # each process has a part of the micro-batches
+    assert losses[1:] == [pytest.approx(losses[0], rel=1e-12)] * 3
     assert printed[0][:2] == printed[1][:2] and printed[0][0] == "12"  # rows, supervised tokens
     found = [[float(number) for number in numbers[2:]] for numbers in printed]
     assert found[0] == pytest.approx(found[1], rel=1e-6) and len(found[0]) == 2
+    assert len(passes[1]) == 3 and max(passes[1]) < passes[0][0] / 2  # each measures a part
