@@ -328,22 +328,20 @@ def test_a_rank_that_falls_silent_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
 # ---------------------------------------------------------------- perplexity
 
 
-def count_passes(passes: list[int]) -> None:
-    forward = Llama.forward
+def run_counted(argv: list[str], folder: Path) -> None:
+    """And say how many forward passes this process made."""
+    forward, passes = Llama.forward, []
 
     def counted(*arguments: Any) -> torch.Tensor:
         passes.append(1)
         return forward(*arguments)
 
+    def story() -> None:
+        perplexity.main(*perplexity.read_arguments(argv))
+        (folder / f"{os.environ.get('RANK', 0)}.passes").write_text(str(len(passes)))
+
     Llama.forward = counted
-
-
-def run_counted(argv: list[str], folder: Path) -> None:
-    """And say how many forward passes this process made."""
-    passes: list[int] = []
-    count_passes(passes)
-    run("perplexity", argv)
-    (folder / f"{os.environ.get('RANK', 0)}.passes").write_text(str(len(passes)))
+    run_script(story)
 
 
 def measured(model_folder: Path, data_folder: Path) -> None:
