@@ -6,6 +6,7 @@ python evaluate.py --ckpt checkpoints/llama-2-7b-gsm8k/best --calculator true
 python evaluate.py --ckpt checkpoints/llama-2-7b-gsm8k/best --samples 8 --temperature 0.7
 python evaluate.py --rescore checkpoints/llama-2-7b-gsm8k/eval/test/predictions.jsonl
 python evaluate.py --compare one/predictions.jsonl other/predictions.jsonl
+torchrun --nproc_per_node 8 evaluate.py --ckpt checkpoints/llama-2-7b-gsm8k/best
 
 Greedy decoding gives the score. A calculator or several samples per problem give additional ones.
 Each completion is written to predictions.jsonl as soon as it is finished, and the same command
@@ -15,7 +16,6 @@ resumes after a stop. scores.json and the table are written at the end.
 import argparse
 from pathlib import Path
 
-from run.errors import UserError
 from run.script import check_platform, check_printed, read_command_line, run_script
 
 check_platform()  # before the imports that would fail
@@ -27,6 +27,7 @@ from run.arguments import (
     positive_float,
     positive_int,
 )
+from run.evaluation_modes import check_mode
 
 TEMPERATURE = 0.7  # the default for samples, as in gsm8k-ScRel's majority votes
 
@@ -55,24 +56,6 @@ def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]
     return arguments, typed
 
 
-def check_mode(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
-    """Raises UserError if flags contradict each other."""
-    model_flags = ["ckpt", "split", "limit", "verify_batching", "samples", "temperature"]
-    excluded = {"compare": [*model_flags, "output", "rescore"], "rescore": model_flags}
-    for mode, names in excluded.items():
-        set_here = [name for name in names if getattr(arguments, name) is not None]
-        used = [f"--{name.replace('_', '-')}" for name in set_here] + [f"--{key}" for key in typed]
-        if getattr(arguments, mode) and used:
-            raise UserError(
-                f"command line: {', '.join(used)} can't be used with --{mode}, which reads files, "
-                "not a model"
-            )
-    if arguments.temperature and not arguments.samples:
-        raise UserError(
-            "command line: --temperature applies to samples: set their number with --samples K"
-        )
-
-
 if __name__ == "__main__":
     command_line = read_command_line(read_arguments)  # before the heavy imports
 
@@ -84,18 +67,19 @@ from typing import Any
 import torch
 
 import data
-from engine import memory
+from engine import memory, ranks
 from engine.decoding import Completion
 from engine.device import pick_device, prepare_process
 from engine.hub import fetch
 from engine.llama import Llama
 from engine.loading import check_fits, check_ids, check_positions, load_model, load_tokenizer
+from engine.ranks import Ranks
 from engine.strategy import Decoder, Greedy, How, Sampling, decode, eos_token_ids
 from engine.verify import verify_batching
 from grading.calculator import ForcedResults
 from grading.compare import compare_files
 from grading.dataset import Problem
-from grading.predictions import PredictionsFile, graded_row, writing_into
+from grading.predictions import PredictionsFile, graded_row, open_files, writing_into
 from grading.report import comparison_table, evaluation_report
 from grading.rescore import rescore
 from grading.results import CALCULATOR, GREEDY, SAMPLES, CompletionId, previous_timing
@@ -121,7 +105,6 @@ class Parts:
 # ---------------------------------------------------------------- the story
 
 
-@memory.reported("evaluating", "set a smaller decode_slots, or take a device with more memory")
 def main(arguments: argparse.Namespace, typed: dict[str, str], *, parts: Parts = Parts()) -> None:
     if arguments.rescore:
         rescore(arguments.rescore, arguments.output)
@@ -130,19 +113,23 @@ def main(arguments: argparse.Namespace, typed: dict[str, str], *, parts: Parts =
         print(comparison_table(compare_files(*arguments.compare), [*map(str, arguments.compare)]))
         check_printed()
         return
-    device = pick_device()
-    source = resolve_source(arguments.ckpt, arguments.config, typed)
-    prepare_process(device, getattr(torch, source.config.dtype))
-    check_fits(source.path, getattr(torch, source.config.dtype), adapter=source.adapter)
-    output = arguments.output or evaluation_folder(
-        source.path, source.run_folder, source.config.output_dir, arguments.split
-    )
-    others = {CALCULATOR: source.config.calculator, SAMPLES: arguments.samples}
-    with writing_into(output, *(output / name for name, is_asked in others.items() if is_asked)):
-        evaluate(arguments, source, output, parts)
+    with ranks.job(pick_device()) as here:
+        source = resolve_source(arguments.ckpt, arguments.config, typed)
+        prepare_process(pick_device(), getattr(torch, source.config.dtype))
+        check_fits(source.path, getattr(torch, source.config.dtype), adapter=source.adapter)
+        output = arguments.output or evaluation_folder(
+            source.path, source.run_folder, source.config.output_dir, arguments.split
+        )
+        others = {CALCULATOR: source.config.calculator, SAMPLES: arguments.samples}
+        folders = [output, *(output / name for name, is_asked in others.items() if is_asked)]
+        with writing_into(*folders if here.is_main else ()):
+            evaluate(arguments, source, output, here, parts)
 
 
-def evaluate(arguments: argparse.Namespace, source: Source, output: Path, parts: Parts) -> None:
+@memory.reported("evaluating", "set a smaller decode_slots, or take a device with more memory")
+def evaluate(
+    arguments: argparse.Namespace, source: Source, output: Path, here: Ranks, parts: Parts
+) -> None:
     """Decode and score as requested, into folders that the caller has locked."""
     config, split = source.config, arguments.split
 
@@ -161,6 +148,7 @@ def evaluate(arguments: argparse.Namespace, source: Source, output: Path, parts:
     # The model that answers them
     dtype, device = getattr(torch, config.dtype), pick_device()
     model = parts.load_model(folder, dtype, device, None, source.adapter)
+    model.ranks = here  # to each of which the questions are dealt
     check_ids(model, prompts, source.path)
     longest = max(map(len, prompts)) + config.max_new_tokens
     check_positions(
@@ -187,17 +175,20 @@ def evaluate(arguments: argparse.Namespace, source: Source, output: Path, parts:
         "dtype": config.dtype,
     }
     source.check_unchanged()
+    here.check_same({**identity, "checkpoint": None, "num_problems": len(problems)})
+    if not here.is_main:
+        return decoder.answer(calculator)
 
     # Open every file before decoding, so that one that can't be resumed fails immediately
-    size, open_file = len(problems), parts.open_predictions
-    files = {GREEDY: open_file(output, identity, size)}
-    if calculator:
-        settings = {"with_calculator": True}
-        files[CALCULATOR] = open_file(output / CALCULATOR, identity | settings, size)
-    if arguments.samples:
-        settings = {"temperature": arguments.temperature, "seed": config.seed}
-        settings["with_calculator"] = config.calculator
-        files[SAMPLES] = open_file(output / SAMPLES, identity | settings, size, arguments.samples)
+    files = open_files(
+        parts.open_predictions,
+        output,
+        identity,
+        len(problems),
+        arguments.samples,
+        config.calculator,
+        {"temperature": arguments.temperature, "seed": config.seed},
+    )
 
     # Greedy decoding gives the score, and the others are reported with it
     scored: dict[str, Scored | None] = {GREEDY: None}  # None: begun and not complete
@@ -214,7 +205,7 @@ def evaluate(arguments: argparse.Namespace, source: Source, output: Path, parts:
             scored[SAMPLES] = decode_and_score(decoder, problems, files[SAMPLES], how)
     finally:  # if one decoding is stopped, the scores of the earlier ones are still written
         scores = write_all_scores(output, scored)
-        if scores and source.run_folder and size == len(all_problems):
+        if scores and source.run_folder and len(problems) == len(all_problems):
             log_scores(
                 source.run_folder,
                 source.description,

@@ -3,6 +3,7 @@
 python perplexity.py --ckpt checkpoints/llama-2-7b-gsm8k/best --split test
 python perplexity.py --ckpt meta-llama/Llama-2-7b-hf --split validation
 python perplexity.py --ckpt checkpoints/llama-2-7b-gsm8k/last --split train --limit 500
+torchrun --nproc_per_node 8 perplexity.py --ckpt checkpoints/llama-2-7b-gsm8k/best
 
 The loss is the mean negative log-likelihood, in nats, over the tokens of the answers and EOS.
 Perplexity is its exponential. Training and validation use the same loss function.
@@ -37,50 +38,64 @@ if __name__ == "__main__":
 import torch
 
 import data
-from engine import memory
+from engine import memory, ranks
 from engine.device import pick_device, prepare_process
 from engine.hub import fetch
 from engine.loading import check_fits, check_ids, check_positions, load_model, load_tokenizer
-from engine.measure import measure
+from engine.measure import Measurement, measure
 from engine.plan import MOST_TOKENS
-from run.model_source import resolve_source
+from engine.ranks import Ranks
+from run.model_source import Source, resolve_source
 from run.training_json import tokenizer_record
 
 
-@memory.reported("measuring", "set a smaller micro_batch_tokens, or take a larger device")
 def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
-    device = pick_device()
-    source = resolve_source(arguments.ckpt, arguments.config, typed)
-    config = source.config
+    with ranks.job(pick_device()) as here:
+        source = resolve_source(arguments.ckpt, arguments.config, typed)
+        examples, result = measure_source(source, arguments.split, arguments.limit, here)
+        print(
+            f"{source.path} on {arguments.split}: {examples} rows, "
+            f"{result.num_tokens} supervised tokens"
+        )
+        print(f"loss {result.loss:#.8g}")
+        print(f"perplexity {result.perplexity:#.8g}")
+        check_printed()
+
+
+@memory.reported("measuring", "set a smaller micro_batch_tokens, or take a larger device")
+def measure_source(
+    source: Source, split: str, limit: int | None, here: Ranks
+) -> tuple[int, Measurement]:
+    """The number of rows that fit, and the loss over them."""
+    config, device = source.config, pick_device()
     dtype = getattr(torch, config.dtype)
     prepare_process(device, dtype)
     check_fits(source.path, dtype, adapter=source.adapter)
     folder = fetch(source.model)
-    if source.adapter:
-        source.weights_identity(folder)  # of its base
     tokenizer_folder = source.tokenizer(folder)
     tokenizer = load_tokenizer(tokenizer_folder, tokenizer_record(tokenizer_folder))
-    problems = data.load_split(config.dataset, arguments.split, config.validation_size, config.seed)
-    if arguments.split != "train":  # for which a run's hash includes the validation rows
-        source.check_rows(arguments.split, data.fingerprint(problems))
-    examples = data.encode(tokenizer, problems[: arguments.limit], config.prompt)
-    examples = data.leave_out_long(examples, config.max_length, arguments.split)
+    problems = data.load_split(config.dataset, split, config.validation_size, config.seed)
+    data_sha256 = data.fingerprint(problems)
+    if split != "train":  # for which a run's hash includes the validation rows
+        source.check_rows(split, data_sha256)
+    examples = data.encode(tokenizer, problems[:limit], config.prompt)
+    examples = data.leave_out_long(examples, config.max_length, split)
 
+    # An adapter's base is compared with the one that it was trained on.
+    weights = source.weights_identity(folder) if source.manifest else folder.name
     model = load_model(folder, dtype, device, adapter=source.adapter)
+    model.ranks = here  # to which the micro-batches are dealt, each with a whole copy of the model
     source.check_unchanged()
     check_ids(model, (example.input_ids for example in examples), source.path)
     longest = max(len(example.input_ids) for example in examples)
     check_positions(model, longest, "the longest row", "set a smaller max_length")
-
     # Nothing is kept for a backward pass, so that even large micro-batches need little memory.
-    result = measure(model, examples, config.micro_batch_tokens or MOST_TOKENS)
-    print(
-        f"{source.path} on {arguments.split}: {len(examples)} rows, "
-        f"{result.num_tokens} supervised tokens"
+    budget = config.micro_batch_tokens or MOST_TOKENS
+    here.check_same(
+        {"weights": weights, "data_sha256": data_sha256, "rows": len(examples), "budget": budget}
+        | {key: getattr(config, key) for key in ("prompt", "dtype")}
     )
-    print(f"loss {result.loss:#.8g}")
-    print(f"perplexity {result.perplexity:#.8g}")
-    check_printed()
+    return len(examples), measure(model, examples, budget)
 
 
 if __name__ == "__main__":

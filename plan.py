@@ -23,6 +23,7 @@ from engine.plan_report import (
     scale_table,
     speed_line,
 )
+from engine.ranks import ALONE, Ranks
 from engine.roofline import CPU, Card, card_named, card_of_size
 from engine.shape import ModelShape, read_shape
 from run.config import KEYS, Config
@@ -70,7 +71,11 @@ def rows_of(examples: Sequence[Example], batch_size: int) -> Rows:
 
 
 def plan_run(
-    config: Config, folder: Path, examples: Sequence[Example], resume_from: Path | None
+    config: Config,
+    folder: Path,
+    examples: Sequence[Example],
+    resume_from: Path | None,
+    ranks: Ranks = ALONE,
 ) -> Plan:
     """What a run chooses, before it loads the model in ``folder``; prints it in one line.
 
@@ -81,26 +86,28 @@ def plan_run(
     """
     device = pick_device()
     shape = read_shape(folder, getattr(torch, config.dtype))
-    here = Device(memory.kind(device), free_here(device))
+    free = min(ranks.gather(free_here(device)))  # all ranks make the same choice
+    here = Device(memory.kind(device), free, ranks.size)
     wishes = wishes_of(config)
     record = read_description(resume_from).get("plan") if resume_from else None
     if plan := saved_plan(record, here, wishes):
         return plan
     rows = rows_of(examples, config.batch_size)
-    recipe = recipe_of(asdict(config))
+    recipe = recipe_of(asdict(config), ranks.size)
     plan = choose(shape, recipe, kernels_for(device), rows, here, wishes)
     if None in (wishes.micro_batch_tokens, wishes.gradient_checkpointing):
         print(plan.describe(shape.layers, here.free) + (", made anew" if record else ""))
     return plan
 
 
-def check_trains(config: Config, resume_from: Path | None) -> None:
+def check_trains(config: Config, resume_from: Path | None, devices: int = 1) -> None:
     """Raises UserError if a package is missing, or training exceeds the memory of the device.
 
     This is before anything is loaded.
     """
     check_packages(config.method)
     check_optimizer(config.optimizer)
+    check_spreads(config, devices)
     device = pick_device()
     total = memory.total_bytes(device)
     if total is None:  # a CPU can swap
@@ -108,20 +115,31 @@ def check_trains(config: Config, resume_from: Path | None) -> None:
     # A checkpoint of adapters has no model.
     name = config.model if resume_from is None or config.method != FULL else str(resume_from)
     shape = read_shape(fetch(name, ["config.json"]), getattr(torch, config.dtype))
-    refuse_too_large(config, name, shape, kernels_for(device), total)
+    refuse_too_large(config, name, shape, kernels_for(device), total, devices)
+
+
+def check_spreads(config: Config, devices: int) -> None:
+    """Raises UserError if what is trained can't be spread over several devices."""
+    if devices > 1 and not recipe_of(asdict(config)).spreads:
+        is_qlora = config.method == "qlora"
+        setting, other = ("method qlora", "lora") if is_qlora else ("optimizer adamw_8bit", "adamw")
+        raise UserError(
+            f"torchrun: {setting}: does not spread over {devices} processes: start one process, or "
+            f"set {setting.split()[0]} {other}"
+        )
 
 
 def refuse_too_large(
-    config: Config, name: str, shape: ModelShape, kernels: Kernels, total: int
+    config: Config, name: str, shape: ModelShape, kernels: Kernels, total: int, devices: int = 1
 ) -> None:
-    """Raises UserError if not even one token can be trained in ``total`` bytes."""
+    """Raises UserError if not even one token can be trained in ``total`` bytes of each device."""
     rows = Rows(1, 2, 1, 1)
-    recipe = recipe_of(asdict(config))
+    recipe = recipe_of(asdict(config), devices)
     least = footprint(shape, recipe, kernels, rows, 1, Recomputation(shape.layers, True))
     if least.total <= total:
         return
     job = job_of(config, shape, kernels, recipe.devices)
-    device = Device("", total)
+    device = Device("", total, devices)
     fitting = proposals(job, device, card_of_size(total / GIB))
     cures = [one.flags for one in fitting if one.flags.startswith("--") and _exists(one.flags)]
     cures.append("a larger device or a smaller model")
@@ -156,6 +174,7 @@ def job_of(config: Config, shape: ModelShape, kernels: Kernels, devices: int) ->
 
 def print_plan(config: Config, wanted: "PlanFor") -> None:
     """Print what ``train.py --plan`` shows. Nothing is downloaded but config.json."""
+    check_spreads(config, wanted.devices)
     shape = read_shape(fetch(config.model, ["config.json"]), getattr(torch, config.dtype))
     for line in report(config, shape, wanted):
         print(line)

@@ -5,6 +5,7 @@ python train.py --config demo.yaml
 python train.py --method lora --learning_rate 2e-4 --run_name lora
 python train.py --selftest
 python train.py --plan --device_memory 24 --devices 8
+torchrun --nproc_per_node 8 train.py
 
 config.yaml lists every setting. To resume a run that was stopped, type the same command again.
 """
@@ -30,7 +31,6 @@ if __name__ == "__main__":
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from math import isfinite
 from pathlib import Path
 
 import torch
@@ -40,24 +40,40 @@ import plan
 from engine import loading, memory
 from engine.compiling import prepare
 from engine.device import pick_device, prepare_process
-from engine.faults import does_not_fit, exact_match_failed, is_each_alone, rows_at_fault
+from engine.faults import (
+    does_not_fit,
+    exact_match_failed,
+    is_each_alone,
+    out_of_memory_on,
+    rows_at_fault,
+)
 from engine.hub import fetch
 from engine.llama import Llama
-from engine.measure import Measurement, measure, perplexity_of
+from engine.measure import Measurement, StepResult, measure, perplexity_of
 from engine.optimizer import Schedule, build_optimizer, checkpoint_bytes, clip_gradients, make_state
 from engine.packing import NOT_AHEAD, Example, MicroBatch, Packer
+from engine.ranks import ALONE, Ranks, job
+from engine.sharding import reducing_last, shard
 from engine.state import copy_to_host, get_random_state, pack_state, set_random_state, unpack_state
 from engine.strategy import complete
+from engine.together import parts_of
 from grading.dataset import Problem, load_problems
 from grading.score import share_correct
 from run.checkpoint import save_checkpoint, set_damaged_aside
 from run.files import replace_file
-from run.folder import check_same_run, claimed, finish, is_finished, restore
+from run.folder import (
+    check_same_run,
+    claimed_by_all,
+    finish,
+    fitting_budget,
+    is_finished,
+    restore,
+)
 from run.manifest import BEST, LAST
 from run.model_source import find_start
 from run.progress import Progress
 from run.retention import check_disk_space, remove_state
-from run.run_log import RunLog, open_tracker, wandb_path
+from run.run_log import open_log, wandb_path
 from run.saves import Saves
 from run.selftest import run_selftest
 from run.training_json import read_description, tokenizer_record
@@ -77,54 +93,54 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
     if resume_from is not None:
         check_same_run(resume_from, asdict(config), problems.sha256["train_sha256"])
         if is_finished(resume_from, steps) and not config.keep_state:
-            return remove_state(folder, read_description(resume_from))
+            return parts.ranks.once(remove_state, folder, read_description(resume_from))
 
     # What learns
-    planned = plan.plan_run(config, start.weights, rows, resume_from)
-    model = loading.load_model(start.weights, getattr(torch, config.dtype), adapter=start.adapter)
+    ranks, dtype, max_norm = parts.ranks, getattr(torch, config.dtype), config.max_grad_norm
+    planned = plan.plan_run(config, start.weights, rows, resume_from, ranks)
+    model = loading.load_model(start.weights, dtype, adapter=start.adapter, ranks=ranks)
     loading.check_data(model, rows + held_out, prompts, config.max_new_tokens, config.model)
+    shard(model, config.shard_over, config.reshard_after_forward, config.reduce_gradients)
     prepare(model, planned.recomputation, config.compile)
-    kind = config.optimizer
-    packer = Packer(batches)
+    packer = Packer(batches, ranks)
     adam = config.learning_rate, (config.adam_beta1, config.adam_beta2), config.adam_epsilon
-    optimizer = build_optimizer(model.trained, *adam, config.weight_decay, kind)
+    optimizer = build_optimizer(model.trained, *adam, config.weight_decay, config.optimizer)
     shape = config.lr_schedule, config.warmup_ratio, config.min_lr_ratio
     schedule = Schedule(steps, config.learning_rate, *shape)
     decode = partial(parts.complete, model, tokenizer, config.max_new_tokens, config.decode_slots)
 
     # Where it left off
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed + parts.ranks.rank)
     progress = Progress()
     if resume_from is not None:
         loading.copy_from_mapped_file(model)  # which the next saves will remove
         progress = restore(resume_from, partial(unpack_state, optimizer=optimizer), steps)
+        fits = fitting_budget(folder, config.micro_batch_tokens, planned.micro_batch_tokens)
+        progress.fitting = fits or progress.fitting
     progress.run = wandb_path(config.wandb_project, resume_from)
     record, hashes = (asdict(config), asdict(planned)), (start.base, problems.sha256)
     saves = Saves(folder, *record, batches.per_epoch, *hashes, tokenizer, parts)
 
     # Fail in second five, not in hour five
-    check_disk_space(folder, *checkpoint_bytes(model.trained, kind))
+    check_disk_space(folder, *checkpoint_bytes(model.trained, config.optimizer))
     if resume_from is None:
         saves.save_last(model, progress, *pack_state(optimizer, asdict(progress)))
     else:
-        set_damaged_aside(folder, resume_from)
+        parts.ranks.once(set_damaged_aside, folder, resume_from)
         progress.forget_missing_best(folder / BEST)
     make_state(optimizer)
 
     # Where it reports
-    replace_file(folder / "config.yaml", settings_text(config))
-    tracker = open_tracker(progress, config.wandb_mode, config.run_name, folder, asdict(config))
-    log = RunLog(folder, tracker, progress, batches.per_epoch, steps)
+    parts.ranks.once(replace_file, folder / "config.yaml", settings_text(config))
+    log = open_log(folder, progress, asdict(config), batches.per_epoch, steps)
     log.start(len(rows), len(held_out), config.batch_size, model.device.type, config.dtype)
 
-    with log, StopSignal() as stop, saves:
+    with log, parts.ranks.agreed(StopSignal()) as stop, saves:
         while progress.step < steps:
-            batch = packer.batch(progress.step)
-            rate = schedule.learning_rate(progress.step)
+            batch, rate = packer.batch(progress.step), schedule.learning_rate(progress.step)
             budget = progress.budget(planned.micro_batch_tokens)
-            arguments = model, optimizer, batch, rate, budget, config.max_grad_norm
             with log.timing(batch):
-                result = parts.step(*arguments, packer)
+                result = parts.step(model, optimizer, batch, rate, budget, max_norm, packer)
             progress.add_step(result.nats, result.num_labels)
             if not result.is_finite:
                 raise log.not_finite(result, rows_at_fault(model, batch), folder / LAST)
@@ -154,34 +170,10 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
                 log.sample(decode, prompts[0], problems.validation[0], memory.release)
             if signal_number is not None and progress.step < steps:
                 raise log.stopped(signal_number, folder / LAST)
-    finish(folder, config.keep_state, progress.best_loss)
+    parts.ranks.once(finish, folder, config.keep_state, progress.best_loss)
 
 
 # ---------------------------------------------------------------- one step
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """The result of one optimizer step.
-
-    Attributes:
-        nats, num_labels: the loss summed over the batch's supervised tokens, and their number.
-        grad_norm: the gradient norm before clipping.
-        micro_batch_tokens: the limit with which the step fit into memory.
-    """
-
-    nats: float
-    num_labels: int
-    grad_norm: float
-    micro_batch_tokens: int
-
-    @property
-    def loss(self) -> float:
-        return self.nats / self.num_labels
-
-    @property
-    def is_finite(self) -> bool:
-        return isfinite(self.loss) and isfinite(self.grad_norm)
 
 
 def train_step(
@@ -196,7 +188,8 @@ def train_step(
     """Make one optimizer step on ``batch``, unless its loss or gradient is not finite.
 
     If memory runs out, the step starts again with micro-batches of half the tokens. This changes
-    only the order of some additions. Raises UserError if even a single sequence does not fit.
+    only the order of some additions. Raises UserError if even a single sequence does not fit, or
+    in one of several processes, which start again with half the tokens.
     """
     model.train()
     random_state = get_random_state()
@@ -210,6 +203,8 @@ def train_step(
                 raise
             if is_each_alone(batch, micro_batch_tokens):
                 raise does_not_fit(batch) from None
+            if model.ranks.size > 1:
+                raise out_of_memory_on(model.ranks.rank, micro_batch_tokens) from None
         # Outside the except block, where the traceback no longer holds the failed pass's tensors.
         model.zero_grad()
         memory.release()
@@ -238,15 +233,15 @@ def accumulate_gradients(
     Returns:
         Summed loss in nats, number of supervised tokens, and gradient norm before clipping.
     """
-    num_labels = sum(micro_batch.num_labels for micro_batch in micro_batches)
+    num_labels = model.ranks.total(micro_batch.num_labels for micro_batch in micro_batches)
     nats = torch.zeros((), dtype=torch.float64, device=model.device)
-    for micro_batch in micro_batches:
+    for micro_batch in reducing_last(model, micro_batches):
         loss = model(micro_batch)  # summed over its supervised tokens
         (loss / num_labels).backward()
         nats += loss.detach()
     grad_norm = clip_gradients(model.trained, max_grad_norm)
     packer.pack_ahead(model.kernels)  # before the next line waits for the device
-    sums = torch.stack([nats, grad_norm.double()]).tolist()
+    sums = torch.stack([model.ranks.sum(nats), grad_norm.double()]).tolist()
     return sums[0], num_labels, sums[1]
 
 
@@ -267,28 +262,32 @@ def exact_match(
 
 @dataclass(frozen=True)
 class Parts:
-    """The functions of `train` that a test can replace through `main`."""
+    """The functions of `train` that a test can replace through `main`, and who computes them."""
 
     step: Callable[..., StepResult] = train_step
     measure: Callable[..., Measurement] = measure
     complete: Callable[..., list[tuple[str, str]]] = complete
     save: Callable[..., None] = save_checkpoint
     copy: Callable[..., dict[str, torch.Tensor] | None] = copy_to_host
+    ranks: Ranks = ALONE
 
 
-@memory.reported("training", "set a smaller micro_batch_tokens, or take a device with more memory")
 def main(
     config: Config, selftest: bool = False, wanted: PlanFor | None = None, **parts: Callable
 ) -> None:
     if wanted is not None:
         return plan.print_plan(config, wanted)
-    prepare_process(pick_device(), getattr(torch, config.dtype))
-    if selftest:
-        return run_selftest(config, partial(load_problems, config.dataset))
-    folder = local_path(config.output_dir) / config.run_name
-    with claimed(folder, config.resume) as resume_from:
-        plan.check_trains(config, resume_from)
-        train(anchored(config, resume_from), folder, resume_from, Parts(**parts))
+    device, dtype = pick_device(), getattr(torch, config.dtype)
+    cure = f"set a smaller micro_batch_tokens, or {memory.LARGER}"
+    with job(device) as ranks, memory.reported("training", cure):
+        prepare_process(device, dtype)
+        if selftest:
+            return run_selftest(config, partial(load_problems, config.dataset))
+        folder, budget = local_path(config.output_dir) / config.run_name, config.micro_batch_tokens
+        with claimed_by_all(folder, config.resume, ranks, budget) as resume_from:
+            plan.check_trains(config, resume_from, ranks.size)
+            together = parts_of(ranks, save_checkpoint, complete) | parts
+            train(anchored(config, resume_from), folder, resume_from, Parts(**together))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from transformers import LlamaConfig
 
+from engine.footprint import Recipe
 from engine.plan_report import proposals
 from engine.shape import ModelShape
 from plan import find_devices, job_of
@@ -54,7 +55,7 @@ def table() -> list[str]:
 
 
 def cell(memory: int, count: int, names: dict[str, str]) -> str:
-    if count > 1 and names["method"] == "qlora":
+    if count > 1 and not Recipe(**names).spreads:
         return "-"
     here, card, kernels, _ = find_devices(PlanFor(memory, count))
     shape = ModelShape(LLAMA_2_7B, torch.bfloat16)

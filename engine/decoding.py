@@ -9,7 +9,7 @@ not depend on its neighbours.
 
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -98,6 +98,7 @@ def greedy_decode(
     eos_token_ids: frozenset[int],
     slots: int | None,
     calculator: Calculator | None = None,
+    arrived: Callable[[], list[Completion]] = list,
 ) -> Iterator[Completion]:
     """Complete each prompt with the most probable token at every step.
 
@@ -106,6 +107,7 @@ def greedy_decode(
         max_new_tokens: the length at which a completion is cut: one number, or one per prompt.
         slots: how many to decode at the same time; changes no completion. None: see `plan_slots`.
         calculator: writes the results of ``<<expression=`` in the model's place.
+        arrived: called at every step; the completions that it returns are yielded with our own.
 
     Yields:
         Each prompt's `Completion` as soon as it is finished, in no particular order.
@@ -114,7 +116,7 @@ def greedy_decode(
         UserError: the slots do not fit into the free memory.
     """
     queue = Queue(prompts, max_new_tokens)
-    return decode(model, queue, None, eos_token_ids, slots, calculator)
+    return decode(model, queue, None, eos_token_ids, slots, calculator, arrived)
 
 
 def sample_decode(
@@ -127,6 +129,7 @@ def sample_decode(
     eos_token_ids: frozenset[int],
     slots: int | None,
     calculator: Calculator | None = None,
+    arrived: Callable[[], list[Completion]] = list,
 ) -> Iterator[Completion]:
     """Complete each prompt with tokens sampled from softmax(logits / temperature).
 
@@ -137,8 +140,8 @@ def sample_decode(
         seeds: one for each prompt's stream.
         The others: as in `greedy_decode`.
     """
-    queue = Queue(prompts, max_new_tokens, seeds)
-    return decode(model, queue, partial(sampled, temperature), eos_token_ids, slots, calculator)
+    queue, choose = Queue(prompts, max_new_tokens, seeds), partial(sampled, temperature)
+    return decode(model, queue, choose, eos_token_ids, slots, calculator, arrived)
 
 
 class Queue:
@@ -222,6 +225,7 @@ def decode(
     eos_token_ids: frozenset[int],
     slots: int | None,
     calculator: Calculator | None = None,
+    arrived: Callable[[], list[Completion]] = list,
 ) -> Iterator[Completion]:
     """Complete the prompts of ``queue``; see `greedy_decode` for the arguments and the results.
 
@@ -243,7 +247,7 @@ def decode(
             else:
                 tokens = cached.decode_one_token(queue.running)
             # 2. Append the tokens known by now, and free the slots of finished completions.
-            finished = []
+            finished = arrived()
             for slot, token in tokens.items():
                 one = queue.running[slot]
                 one.append(token, queue.limits[one.index], eos_token_ids, calculator)

@@ -77,17 +77,23 @@ class Kernels:
 
 
 def pick_device(machine: checks.Machine | None = None) -> torch.device:
-    """The first GPU, or the CPU if there is none.
+    """The first GPU, or the CPU if there is none; under torchrun, each process has its own GPU.
 
     Args:
         machine: None for this one.
 
     Raises:
-        UserError: there is an NVIDIA GPU that this PyTorch can't use.
+        UserError: there is an NVIDIA GPU that this PyTorch can't use, or torchrun has started more
+            processes than there are GPUs.
     """
     machine = machine or checks.find_machine()
     checks.check_usable(machine)
-    return torch.device("cuda" if machine.cards else "cpu")
+    if not machine.cards:
+        return torch.device("cpu")
+    if not machine.is_one_of_many:
+        return torch.device("cuda")
+    checks.check_enough(machine)
+    return torch.device("cuda", machine.local_rank)
 
 
 def prepare_process(

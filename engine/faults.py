@@ -7,7 +7,7 @@ from engine.llama import Llama
 from engine.memory import is_out_of_memory
 from engine.optimizer import gradient_norm
 from engine.packing import Example, pack
-from run.errors import UserError, cause_of
+from run.errors import OutOfMemory, UserError, cause_of
 
 MOST_LINES = 8  # named in a message
 
@@ -47,6 +47,20 @@ def does_not_fit(batch: Sequence[Example]) -> UserError:
         f"out of memory with each sequence alone, the longest of {longest} tokens: set "
         "gradient_checkpointing true, dtype bfloat16 or a smaller max_length, or take a larger "
         "device"
+    )
+
+
+def out_of_memory_on(rank: int, micro_batch_tokens: int) -> OutOfMemory:
+    """The error for one of several ranks that runs out of memory, in which the others can't go on.
+
+    They wait for it in the middle of a layer, and its share of the step is lost.
+    """
+    half = micro_batch_tokens // 2
+    return OutOfMemory(
+        half,
+        f"rank {rank} is out of memory with micro_batch_tokens {micro_batch_tokens}: the run goes "
+        f"on from what was saved, with {half}, if you type the same command again, or by itself "
+        "with torchrun --max-restarts 3",
     )
 
 

@@ -48,6 +48,11 @@ class Recipe:
     def shards(self) -> int:
         return self.shard_over or self.devices
 
+    @property
+    def spreads(self) -> bool:
+        """Whether several devices can share the weights and the optimizer's state."""
+        return self.method != "qlora" and self.optimizer != "adamw_8bit"
+
 
 @dataclass(frozen=True)
 class Rows:

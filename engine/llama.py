@@ -29,6 +29,7 @@ from engine.functions import (
     saved,
 )
 from engine.loss import LinearCrossEntropy
+from engine.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -54,9 +55,12 @@ class Llama(nn.Module):
         recomputes_parts: whether the others compute their norms and SwiGLU again.
         elementwise: how blocks compute in training between their products.
         stored: what a checkpoint contains: ``pretrained``, or `engine.lora.Adapters`.
+        ranks: the processes among which micro-batches are dealt.
     """
 
-    def __init__(self, pretrained: "LlamaForCausalLM", kernels: Kernels | None = None):
+    def __init__(
+        self, pretrained: "LlamaForCausalLM", kernels: Kernels | None = None, ranks: Ranks = ALONE
+    ):
         super().__init__()
         # Not a submodule: a layer that is reached by two ways can't be sharded.
         object.__setattr__(self, "pretrained", pretrained)
@@ -67,7 +71,8 @@ class Llama(nn.Module):
         self.config = pretrained.config
         self.head_dim = pretrained.model.layers[0].self_attn.head_dim
         self.kernels = kernels or kernels_for(pretrained.device)
-        self.recomputed_blocks, self.recomputes_parts, self.elementwise = 0, True, EAGER
+        self.recomputed_blocks, self.recomputes_parts = 0, True
+        self.elementwise, self.ranks = EAGER, ranks
 
     def forward(self, micro_batch: "MicroBatch") -> Tensor:
         """The summed negative log-likelihood of all supervised tokens, in nats.
@@ -84,7 +89,8 @@ class Llama(nn.Module):
         inputs = micro_batch.input_ids, micro_batch.position_ids, attend
         outputs = self.hidden_states(*inputs, micro_batch.output_positions)
         arguments = self.head.weight, micro_batch.labels, torch.is_grad_enabled(), self.kernels
-        return LinearCrossEntropy.apply(outputs, *arguments)
+        nats = LinearCrossEntropy.apply(outputs, *arguments)
+        return nats * 0 if micro_batch.is_filler else nats
 
     def next_logits(
         self,

@@ -14,6 +14,7 @@ from engine.device import Kernels, kernels_for, pick_device
 from engine.footprint import Recipe, weight_bytes
 from engine.hub import fetch
 from engine.llama import Llama
+from engine.ranks import ALONE, Ranks
 from engine.refusals import (
     Shape,
     check_folder,
@@ -24,6 +25,7 @@ from engine.refusals import (
     refuse_pointer,
 )
 from engine.shape import not_a_llama, read_config, read_shape
+from engine.sharding import is_spread
 from engine.tokenizer import Tokenizer
 from engine.tokenizer_files import made_without_scores, read_files
 from run.errors import UserError
@@ -116,12 +118,15 @@ def load_model(
     device: torch.device | None = None,
     kernels: Kernels | None = None,
     adapter: "Adapter | None" = None,
+    ranks: Ranks = ALONE,
 ) -> Llama:
     """The model in ``folder``, in eval mode.
 
     Args:
         device: None: see `pick_device`.
         adapter: what to add to it; its own weights are then frozen.
+        ranks: the processes that `engine.sharding` spreads it over; of several, each leaves the
+            weights in host memory.
 
     Raises:
         UserError: it can't be read, is not an unquantised Llama, lacks weights, or does not fit
@@ -162,7 +167,7 @@ def load_model(
 
         quantise(model, folder, device)
     kernels.replace_linear_layers(model)
-    llama = Llama(model.to(device), kernels)
+    llama = Llama(model.to(device) if ranks.size == 1 else model, kernels, ranks)
     if adapter:
         from engine.lora import add_adapters
 
@@ -202,7 +207,7 @@ def copy_from_mapped_file(model: Llama) -> None:
     A file that is removed while it is mapped, like a replaced checkpoint, keeps its disk space.
     """
     for parameter in model.trained:
-        if parameter.device.type == "cpu":
+        if parameter.device.type == "cpu" and not is_spread(parameter):  # which is a copy
             parameter.data = parameter.data.clone()
 
 

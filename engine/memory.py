@@ -40,7 +40,8 @@ OUT_OF_MEMORY = (
 # How it says that the device failed.
 DEVICE_FAULTS = ("CUDA error:", "Triton Error [CUDA]:", "CUBLAS_STATUS_", "CUDNN_STATUS_")
 # What to do if even the weights or the optimizer's state do not fit.
-LARGER_DEVICE = "take a device with more memory, or end what else is using this one"
+LARGER = "take a device with more memory"
+LARGER_DEVICE = f"{LARGER}, or end what else is using this one"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -98,7 +99,10 @@ def kind(device: torch.device) -> str:
 def free_bytes(
     device: torch.device, control_groups: Path = CONTROL_GROUPS, membership: Path = MEMBERSHIP
 ) -> int:
-    """Available memory of ``device``, within the system's, a container's and a job's limit."""
+    """Available memory of ``device``, within the system's, a container's and a job's limit.
+
+    Processes that torchrun has started on one machine have an equal part each of its main memory.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -115,7 +119,8 @@ def free_bytes(
         limits.append(int(lines["MemAvailable"].split()[0]) * 1024)
     except (OSError, KeyError, ValueError):  # not Linux
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
-    return min(limit for limit in limits if limit is not None)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(limit for limit in limits if limit is not None) // processes
 
 
 def _groups(root: Path, controller: str, membership: Path) -> list[Path]:

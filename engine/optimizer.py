@@ -9,6 +9,7 @@ import optimi
 import torch
 
 from engine import adamw_8bit, memory
+from engine.sharding import norm_over_slices, slice_of
 from run.errors import cause_of
 
 ADAMW, ADAMW_8BIT = "adamw", "adamw_8bit"  # the names that the setting optimizer allows
@@ -189,9 +190,9 @@ def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norms = [
         torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
-        for gradient in gradients
+        for gradient in map(slice_of, gradients)
     ]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    return norm_over_slices(torch.linalg.vector_norm(torch.stack(norms)), gradients[0])
 
 
 # ---------------------------------------------------------------- learning rate

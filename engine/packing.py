@@ -6,13 +6,14 @@ padding is added once, at the end of the row (`MicroBatch`).
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 if TYPE_CHECKING:
     from engine.device import Kernels
+    from engine.ranks import Ranks
 
 IGNORE = -100  # the label of a token that is not supervised, as in torch's cross_entropy
 
@@ -53,6 +54,8 @@ class MicroBatch:
             N are those whose next token is supervised. For prompts it is the last token of each.
         labels: ``[N]``: the supervised next tokens; empty for prompts.
         num_labels: N.
+        is_filler: whether it keeps a rank busy that has nothing left to compute while others have.
+            Its loss and its gradients count as zero, and so do its labels.
     """
 
     input_ids: torch.Tensor
@@ -62,6 +65,7 @@ class MicroBatch:
     output_positions: torch.Tensor
     labels: torch.Tensor
     num_labels: int
+    is_filler: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -125,7 +129,10 @@ def _on(device: torch.device, numbers: list[int], dtype: torch.dtype = torch.lon
 
 
 def pack(
-    examples: Sequence[Example], micro_batch_tokens: int, kernels: "Kernels"
+    examples: Sequence[Example],
+    micro_batch_tokens: int,
+    kernels: "Kernels",
+    ranks: "Ranks | None" = None,
 ) -> list[MicroBatch]:
     """Distribute ``examples`` over few micro-batches of at most ``micro_batch_tokens`` tokens.
 
@@ -133,11 +140,25 @@ def pack(
     would leave a fast device waiting for the next operation. Padding does not count. A longer
     sequence gets a micro-batch of its own. The packing changes no result, since attention does not
     cross sequence boundaries and every supervised token weighs the same (see `engine.loss`).
+
+    Args:
+        ranks: the processes that share the micro-batches; None: this one has them all.
+
+    Returns:
+        Those of this rank, as many as every other one has.
     """
     lengths = [len(example.input_ids) - 1 for example in examples]
     bins = _first_fit(lengths, micro_batch_tokens)
-    bins = _evenly(lengths, len(bins), micro_batch_tokens) or bins
-    return [collate([examples[index] for index in sorted(members)], kernels) for members in bins]
+    missing = -len(bins) % ranks.size if ranks else 0
+    bins = _evenly(lengths, len(bins) + missing, micro_batch_tokens) or bins + [[]] * missing
+    mine = _dealt(bins, lengths, ranks) if ranks else bins
+    filler = min(examples, key=lambda example: len(example.input_ids))
+    return [
+        collate([examples[index] for index in sorted(members)], kernels)
+        if members
+        else replace(collate([filler], kernels), num_labels=0, is_filler=True)
+        for members in mine
+    ]
 
 
 class Packer:
@@ -146,8 +167,8 @@ class Packer:
     The step after the last one is packed too, and thrown away.
     """
 
-    def __init__(self, batches: Batches):
-        self._batches = batches
+    def __init__(self, batches: Batches, ranks: "Ranks | None" = None):
+        self._batches, self._ranks = batches, ranks
         self._step = self._micro_batch_tokens = 0
         self._ahead: tuple[Sequence[Example], int, list[MicroBatch]] = (), 0, []
 
@@ -164,13 +185,13 @@ class Packer:
         rows, limit, micro_batches = self._ahead
         if limit == micro_batch_tokens and rows == batch:
             return micro_batches
-        return pack(batch, micro_batch_tokens, kernels)
+        return pack(batch, micro_batch_tokens, kernels, self._ranks)
 
     def pack_ahead(self, kernels: "Kernels") -> None:
         """Pack the next step's batch, with the limit of the last call of `pack`."""
         if kernels.packs_ahead and self._batches:
             rows, limit = self._batches[self._step + 1], self._micro_batch_tokens
-            self._ahead = rows, limit, pack(rows, limit, kernels)
+            self._ahead = rows, limit, pack(rows, limit, kernels, self._ranks)
 
 
 NOT_AHEAD = Packer(())  # for a step on its own
@@ -213,3 +234,16 @@ def _evenly(lengths: Sequence[int], count: int, most: int) -> list[list[int]] | 
 
 def _longest_first(lengths: Sequence[int]) -> list[int]:
     return sorted(range(len(lengths)), key=lambda index: -lengths[index])
+
+
+def _dealt(bins: list[list[int]], lengths: Sequence[int], ranks: "Ranks") -> list[list[int]]:
+    """This rank's part of ``bins``, a multiple of the ranks in number.
+
+    Ranks meet in every layer of every micro-batch, so those that they compute at the same time are
+    of nearly the same size. The largest ones go to each rank in turn.
+    """
+    if ranks.size == 1:
+        return bins
+    ordered = sorted(bins, key=lambda members: -sum(lengths[index] for index in members))
+    rounds = [ordered[start : start + ranks.size] for start in range(0, len(bins), ranks.size)]
+    return [each[(ranks.rank + turn) % ranks.size] for turn, each in enumerate(rounds)]

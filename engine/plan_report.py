@@ -149,13 +149,15 @@ def _variants(job: Job, device: Device) -> Iterator[tuple[str, Job, int]]:
         if recipe.optimizer == "adamw":
             recipes["--optimizer adamw_8bit"] = replace(recipe, optimizer="adamw_8bit")
         recipes["--method lora"] = replace(recipe, method="lora")
-    if recipe.method != "qlora" and device.count == 1:  # which does not spread over devices
+    if recipe.method != "qlora":
         recipes["--method qlora"] = replace(recipe, method="qlora")
     counts = [device.count]
     if device.count == 1 and job.kernels.device.type == "cuda":
         counts += [2, 4, 8]
     for count, dtype, method in product(counts, shapes, recipes):
         if count != device.count and (dtype or method):
+            continue
+        if count > 1 and not recipes[method].spreads:
             continue
         other = replace(job, shape=shapes[dtype], recipe=recipes[method])
         many = f"torchrun --nproc_per_node {count} train.py" if count != device.count else ""

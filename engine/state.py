@@ -1,11 +1,15 @@
 """What a run saves as named tensors: packed, copied to host memory, and unpacked."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from engine import memory
+from engine.optimizer import make_state
+from engine.sharding import is_spread
+from engine.slices import has_slices, read_slices
 from run.files import say_once
 
 if TYPE_CHECKING:
@@ -24,16 +28,23 @@ IMPLEMENTATION = ("triton", "foreach", "fused", "capturable")
 def get_random_state() -> dict[str, torch.Tensor]:
     """A snapshot of every random number generator that training uses, by name."""
     state = {"random.cpu": torch.get_rng_state()}
-    for number in range(torch.cuda.device_count()):
-        state[f"random.cuda.{number}"] = torch.cuda.get_rng_state(number)
+    for number, device in enumerate(_own_devices()):
+        state[f"random.cuda.{number}"] = torch.cuda.get_rng_state(device)
     return state
+
+
+def _own_devices() -> Sequence[int]:
+    """The numbers of the GPUs of this process."""
+    if torch.distributed.is_initialized() and torch.cuda.is_available():
+        return [torch.cuda.current_device()]
+    return range(torch.cuda.device_count())
 
 
 def set_random_state(state: Mapping[str, torch.Tensor]) -> None:
     torch.set_rng_state(state["random.cpu"])
-    for number in range(torch.cuda.device_count()):
+    for number, device in enumerate(_own_devices()):
         if f"random.cuda.{number}" in state:
-            torch.cuda.set_rng_state(state[f"random.cuda.{number}"], number)
+            torch.cuda.set_rng_state(state[f"random.cuda.{number}"], device)
 
 
 def pack_state(
@@ -130,8 +141,12 @@ def unpack_state(
     read: Callable[[], Mapping[str, torch.Tensor]],
     saved: Mapping[str, Any],
     optimizer: torch.optim.Optimizer,
+    folder: Path | None = None,
 ) -> dict[str, Any]:
     """Restore what `pack_state` returned: ``read`` gives its tensors, ``saved`` is its second part.
+
+    Args:
+        folder: the checkpoint, which several processes read or have saved; each reads its slices.
 
     Returns:
         The fields of the progress.
@@ -139,7 +154,12 @@ def unpack_state(
     Raises:
         UserError: the state does not fit into memory, or the device failed.
     """
-    tensors = read()
+    if folder and (has_slices(folder) or is_spread(optimizer.param_groups[0]["params"][0])):
+        make_state(optimizer)
+        tensors, _ = pack_state(optimizer, {})
+        tensors = read_slices(folder, tensors)
+    else:
+        tensors = read()
     _load(tensors, saved, optimizer)
     set_random_state(tensors)
     return saved["progress"]

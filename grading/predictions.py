@@ -2,15 +2,18 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from grading.dataset import Problem
 from grading.results import (
+    CALCULATOR,
+    GREEDY,
     IDENTITY_FILE,
     PREDICTIONS_FILE,
+    SAMPLES,
     SCORES_FILE,
     CompletionId,
     changed_settings,
@@ -210,6 +213,35 @@ class PredictionsFile:
         finally:
             with naming(self.file):
                 self._stream.close()
+
+
+def open_files(
+    open_file: Callable[..., PredictionsFile],
+    folder: Path,
+    identity: dict[str, Any],
+    num_problems: int,
+    num_samples: int | None,
+    with_calculator: bool,
+    sampling: dict[str, Any],
+) -> dict[str, PredictionsFile]:
+    """The files of an evaluation, by the name of the decoding, in the order of the decodings.
+
+    Args:
+        open_file: `PredictionsFile`, or what a test puts in its place.
+        num_samples: for each problem; None if there are no samples.
+        sampling: what the samples depend on beside ``identity``.
+
+    Raises:
+        UserError: one of the files can't be continued; see `PredictionsFile`.
+    """
+    files = {GREEDY: open_file(folder, identity, num_problems)}
+    if with_calculator:
+        settings = {"with_calculator": True}
+        files[CALCULATOR] = open_file(folder / CALCULATOR, identity | settings, num_problems)
+    if num_samples:
+        settings = sampling | {"with_calculator": with_calculator}
+        files[SAMPLES] = open_file(folder / SAMPLES, identity | settings, num_problems, num_samples)
+    return files
 
 
 def graded_row(

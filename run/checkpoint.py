@@ -41,10 +41,10 @@ from run.manifest import (
     fault_of,
     read_manifest,
 )
+from run.spellings import write_both_spellings
 
 if TYPE_CHECKING:
     import torch
-
 
 # The size of one file. This limits what is copied from a GPU at a time, and lets one file be synced
 # and hashed while the next is written.
@@ -57,7 +57,9 @@ class Model(Protocol):
     def save_pretrained(self, folder: Path, *, max_shard_size: int) -> None: ...
 
 
-class Tokenizer(Protocol):
+class Savable(Protocol):
+    """A tokenizer, or tensors that several processes save together."""
+
     def save(self, folder: Path) -> None: ...
 
 
@@ -94,9 +96,9 @@ def _remove_quietly(folder: Path) -> None:
 def save_checkpoint(
     folder: Path,
     model: Model,
-    tokenizer: Tokenizer,
+    tokenizer: Savable,
     description: Mapping[str, Any],
-    state: "Mapping[str, torch.Tensor] | None" = None,
+    state: "Mapping[str, torch.Tensor] | Savable | None" = None,
     removals: Removals | None = None,
     part_bytes: int = PART_BYTES,
 ) -> None:
@@ -104,15 +106,13 @@ def save_checkpoint(
 
     Args:
         description: the content of ``training.json``.
-        state: the additional tensors of ``last``.
+        state: the additional tensors of ``last``, or what saves them.
         removals: deletes the replaced checkpoint; None: it is deleted before this returns.
         part_bytes: the size limit of each file of tensors.
 
     Raises:
         UserError: the disk is full or not writable. The earlier checkpoints are intact.
     """
-    from safetensors.torch import save_file
-
     staged = staged_beside(folder)
     if removals is not None:
         removals.wait()
@@ -128,9 +128,7 @@ def save_checkpoint(
                 write_both_spellings(staged / "config.json")
             tokenizer.save(staged)
             seal.add_new_files()
-            for number, part in enumerate(_parts(state or {}, part_bytes), start=1):
-                save_file(part, staged / STATE_FILES.replace("*", f"{number:05}"))
-                seal.add_new_files()
+            _save_state(state or {}, staged, part_bytes, seal)
             content = json.dumps(dict(description), indent=2) + "\n"
             (staged / DESCRIPTION_FILE).write_text(content, encoding="utf-8")
             seal.add_new_files()
@@ -147,23 +145,6 @@ def save_checkpoint(
         removals.start(folder)
 
 
-def write_both_spellings(file: Path) -> None:
-    """Add the rotary embedding's parameters to a ``config.json`` as Transformers 4 spells them.
-
-    Transformers 5 writes only ``rope_parameters``. Transformers 4, and with it many installations
-    of vLLM and lm-eval, silently ignores that and assumes a theta of 10,000 and no scaling.
-    """
-    content = json.loads(file.read_bytes())
-    rope = content.get("rope_parameters")
-    if rope is not None:
-        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
-        content["rope_theta"] = rope["rope_theta"]
-        content["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else scaling
-        if rope.get("rope_type") == "longrope" and "original_max_position_embeddings" in rope:
-            content["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def _not_written(folder: Path, error: Exception) -> UserError:
     exists = any((folder.parent / name).exists() for name in (BEST, LAST, PREVIOUS))
     intact = "; earlier ones are intact" if exists else ""
@@ -176,6 +157,18 @@ def _not_written(folder: Path, error: Exception) -> UserError:
 def staged_beside(folder: Path) -> Path:
     """The folder in which a checkpoint is written before it becomes ``folder``."""
     return folder.with_name(f".{folder.name}.staged")
+
+
+def _save_state(
+    state: "Mapping[str, torch.Tensor] | Savable", folder: Path, part_bytes: int, seal: Seal
+) -> None:
+    from safetensors.torch import save_file
+
+    if not isinstance(state, Mapping):
+        return state.save(folder)
+    for number, part in enumerate(_parts(state, part_bytes), start=1):
+        save_file(part, folder / STATE_FILES.replace("*", f"{number:05}"))
+        seal.add_new_files()
 
 
 def _parts(

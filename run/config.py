@@ -69,6 +69,9 @@ class Config:
     dtype: Literal["bfloat16", "float32"]
     gradient_checkpointing: bool | None
     compile: bool | None
+    shard_over: Count | None
+    reshard_after_forward: bool
+    reduce_gradients: Literal["last", "each"]
     log_every: Count
     checkpoint_steps: Count | None
     keep_state: bool

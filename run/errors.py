@@ -12,9 +12,25 @@ class UserError(Exception):
     The message is one line that names the value, the rule and the cure.
     """
 
+    exit_code = 2
+
+
+class OutOfMemory(UserError):
+    """One of several processes ran out of memory in a step, which ends all of them.
+
+    Attributes:
+        fitting: the micro_batch_tokens with which to try again.
+    """
+
+    def __init__(self, fitting: int, message: str):
+        super().__init__(message)
+        self.fitting = fitting
+
 
 class NotFiniteError(Exception):
     """The loss or the gradient norm is NaN or infinite. Exit code 3."""
+
+    exit_code = 3
 
 
 class Stopped(BaseException):
@@ -27,6 +43,7 @@ class Stopped(BaseException):
     def __init__(self, signal_number: int, message: str):
         super().__init__(message)
         self.signal_number = signal_number
+        self.exit_code = 128 + signal_number
 
 
 def one_line(text: object) -> str:

@@ -1,14 +1,15 @@
 """A run's folder: claims it, finds the checkpoint to resume from, and rejects changed settings."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from run.checkpoint import newest_intact
 from run.config import KEYS, PLACES
-from run.errors import UserError, one_line
+from run.errors import OutOfMemory, UserError, one_line
 from run.files import replace_file
 from run.locks import locked
 from run.manifest import (
@@ -38,6 +39,9 @@ FREE_SETTINGS = frozenset(
         "micro_batch_tokens",
         "gradient_checkpointing",
         "compile",
+        "shard_over",
+        "reshard_after_forward",
+        "reduce_gradients",
         "log_every",
         "checkpoint_steps",
         "keep_state",
@@ -53,6 +57,9 @@ FREE_SETTINGS = frozenset(
 # What was so before there was a setting for it.
 OLDER = {"method": FULL, "optimizer": "adamw"}
 
+# In a run's folder: what one of several processes found out when it ran out of memory, and could no
+# longer tell the others.
+FITTING_FILE = ".fitting.json"
 LOCK_SECONDS = 1.0  # how long to wait for the lock, since an evaluation holds it only briefly
 
 
@@ -77,6 +84,56 @@ def claimed(folder: Path, resume: str) -> Iterator[Path | None]:
         except OSError as error:
             raise _not_writable(folder, error) from None
         yield _find_start(folder, resume)
+
+
+class Ranks(Protocol):
+    """The processes of a job (`engine.ranks.Ranks`)."""
+
+    rank: int
+    is_main: bool
+
+    def broadcast(self, value: Any) -> Any: ...
+
+
+@contextmanager
+def claimed_by_all(
+    folder: Path, resume: str, ranks: Ranks, micro_batch_tokens: int | None
+) -> Iterator[Path | None]:
+    """`claimed` by rank 0 for all processes of a job. A budget that did not fit is remembered.
+
+    Args:
+        micro_batch_tokens: the setting, for which the budget that fits is remembered.
+
+    Raises:
+        UserError: as `claimed`; or a rank does not see the folder.
+    """
+    with claimed(folder, resume) if ranks.is_main else nullcontext() as found:
+        start = ranks.broadcast(found and str(found))
+        if not folder.is_dir():
+            raise UserError(
+                f"{folder}: rank {ranks.rank} does not see it: choose an --output_dir on a file "
+                "system that all machines share"
+            )
+        try:
+            yield start and Path(start)
+        except OutOfMemory as error:
+            content = {"micro_batch_tokens": micro_batch_tokens, "fitting": error.fitting}
+            replace_file(folder / FITTING_FILE, json.dumps(content) + "\n")
+            raise
+
+
+def fitting_budget(folder: Path, setting: int | None, planned: int) -> tuple[int, int] | None:
+    """`Progress.fitting`, if a job has run out of memory with this setting micro_batch_tokens.
+
+    Args:
+        planned: what the setting stands for.
+    """
+    try:
+        content = json.loads((folder / FITTING_FILE).read_bytes())
+        is_set_so = content["micro_batch_tokens"] == setting
+        return (planned, int(content["fitting"])) if is_set_so else None
+    except (OSError, ValueError, KeyError, TypeError):  # there is none
+        return None
 
 
 def _not_writable(folder: Path, error: OSError) -> UserError:
@@ -206,7 +263,7 @@ def restore(folder: Path, unpack: Callable[..., Mapping[str, Any]], steps: int) 
     """
     saved = read_description(folder)
     try:
-        progress = Progress(**unpack(partial(read_state, folder), saved["state"]))
+        progress = Progress(**unpack(partial(read_state, folder), saved["state"], folder=folder))
     except UserError:  # about the device, not about the folder
         raise
     except Exception as error:  # safetensors and torch raise many types

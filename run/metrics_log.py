@@ -85,6 +85,19 @@ class MetricsLog:
         self._tracker.finish()
 
 
+class NoMetrics:
+    """The log of a process for which another one keeps it."""
+
+    def write(self, step: int, epoch: float, numbers: Mapping[str, float]) -> None:
+        pass
+
+    def __enter__(self) -> "NoMetrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 def is_logged(folder: Path, step: int, numbers: Mapping[str, float]) -> bool:
     """Whether a line of the run's ``metrics.jsonl`` has all of ``numbers`` at ``step``."""
     try:

@@ -6,6 +6,8 @@ from datetime import timedelta
 
 from tqdm import tqdm
 
+from run.streams import is_silent
+
 FIRST_SECONDS = 10  # from the start to the first plain line
 EVERY_SECONDS = 30  # from one plain line to the next
 
@@ -48,7 +50,7 @@ class ProgressBar:
             desc=self._title,
             unit=self._unit,
             leave=self._leave,
-            disable=None,  # unless standard error is a terminal
+            disable=is_silent() or None,  # None: unless standard error is a terminal
         )
         self._started = self._clock()
         self._due = self._started + FIRST_SECONDS

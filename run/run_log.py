@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from run.errors import NotFiniteError, Stopped, UserError, cause_of
-from run.metrics_log import MetricsLog
+from run.metrics_log import MetricsLog, NoMetrics
 from run.progress import Progress, Speed
 from run.progress_bar import ProgressBar
+from run.streams import is_silent
 from run.training_json import read_description
 from run.wandb_run import RunPath, Tracker, new_run, saved_run, start_tracker
 
@@ -23,13 +24,20 @@ def wandb_path(project: str, resume_from: Path | None) -> RunPath:
     return saved_run(description, project, description["settings"].get("wandb_project"))
 
 
-def open_tracker(
-    progress: Progress, mode: str | None, name: str, folder: Path, settings: Mapping[str, Any]
-) -> Tracker:
-    """Open the run's tracker, and record its path, which W&B or a sweep's agent may have chosen."""
-    tracker = start_tracker(mode, run=progress.run, name=name, folder=folder, settings=settings)
-    progress.run = tracker.run or progress.run
-    return tracker
+def open_log(
+    folder: Path,
+    progress: Progress,
+    settings: Mapping[str, Any],
+    steps_per_epoch: int,
+    steps: int,
+) -> "RunLog":
+    """Open the run's log and tracker, whose path W&B or a sweep's agent may have chosen."""
+    # The process that prints tracks the run, too.
+    mode = "disabled" if is_silent() else settings["wandb_mode"]
+    run, name = progress.run, settings["run_name"]
+    tracker = start_tracker(mode, run=run, name=name, folder=folder, settings=settings)
+    progress.run = tracker.run or run
+    return RunLog(folder, tracker, progress, steps_per_epoch, steps)
 
 
 class Stepped(Protocol):
@@ -48,7 +56,7 @@ class RunLog:
     def __init__(
         self, folder: Path, tracker: Tracker, progress: Progress, steps_per_epoch: int, steps: int
     ):
-        self._metrics = MetricsLog(folder, tracker, progress.step)
+        self._metrics = NoMetrics() if is_silent() else MetricsLog(folder, tracker, progress.step)
         self._bar = ProgressBar("training", steps, "step", progress.step)
         self._progress = progress
         self._steps_per_epoch = steps_per_epoch

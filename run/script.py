@@ -7,13 +7,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from run import streams
 from run.errors import STORAGE_FAULTS, NotFiniteError, Stopped, UserError, one_line, storage_cure
 from run.signals import StopSignal
-
-USER_ERROR, NOT_FINITE = 2, 3
-
 
 OLDEST_PYTHON = (3, 11)
 
@@ -63,7 +61,7 @@ def check_platform() -> None:
 
 
 def _refuse(fault: str) -> None:
-    sys.exit(_complain(f"error: {fault}", USER_ERROR))
+    sys.exit(_complain(f"error: {fault}", UserError.exit_code))
 
 
 def _install_cure() -> str:
@@ -78,26 +76,33 @@ def _install_cure() -> str:
 
 
 def run_script(story: Callable[..., None], *arguments: object) -> None:
-    """Run ``story(*arguments)``; end the process with the documented exit code if it fails."""
+    """Run ``story(*arguments)``; end the process with the documented exit code if it fails.
+
+    One of several processes (torchrun) ends here in any case.
+    """
+    _run(story, *arguments)
+    if streams.is_one_of_several():
+        _end_at_once(0)
+
+
+def _run(story: Callable[..., None], *arguments: object) -> None:
     check_platform()
     streams.prepare()
     StopSignal().listen().tell(_stop)
     try:
         story(*arguments)
     except UserError as error:
-        sys.exit(_complain(f"error: {one_line(error)}", USER_ERROR))
-    except NotFiniteError as error:
-        sys.exit(_complain(f"stopped: {one_line(error)}", NOT_FINITE))
-    except Stopped as stop:
-        sys.exit(_complain(f"stopped: {one_line(stop)}", 128 + stop.signal_number))
+        _end(f"error: {one_line(error)}", error.exit_code)
+    except (NotFiniteError, Stopped) as error:
+        _end(f"stopped: {one_line(error)}", error.exit_code)
     except KeyboardInterrupt:  # from a library that installs its own handler to ask a question
-        sys.exit(_complain("stopped: SIGINT", 128 + signal.SIGINT))
+        _end("stopped: SIGINT", 128 + signal.SIGINT)
     except OSError as error:
         if error.errno not in STORAGE_FAULTS:
             raise
         where = f"{error.filename}: " if error.filename else ""
         fault = f"{where}{error.strerror}: {storage_cure(error)}, or choose another folder"
-        sys.exit(_complain(f"error: {one_line(fault)}", USER_ERROR))
+        _end(f"error: {one_line(fault)}", UserError.exit_code)
     StopSignal().listen().tell(_leave)  # during the heavy imports that may follow
 
 
@@ -108,7 +113,8 @@ def read_command_line(read_arguments: Callable[[list[str]], tuple]) -> tuple:
     with the result.
     """
     parsed: list[tuple] = []
-    run_script(lambda: parsed.append(read_arguments(sys.argv[1:])))
+    with streams.one_mouth():
+        _run(lambda: parsed.append(read_arguments(sys.argv[1:])))
     return parsed[0]
 
 
@@ -144,6 +150,26 @@ def check_printed() -> None:
         raise UserError(
             f"standard output: can't be written ({why}): make room there, or redirect it elsewhere"
         )
+
+
+def _end(line: str, exit_code: int) -> NoReturn:
+    """Print why the process ends, and end it."""
+    _complain(line, exit_code)
+    if streams.is_one_of_several():
+        _end_at_once(exit_code)
+    sys.exit(exit_code)
+
+
+def _end_at_once(exit_code: int) -> NoReturn:
+    """End one of several processes without the interpreter's clean-up.
+
+    There the threads of PyTorch's communication would wait for answers that other processes may
+    never give, or be torn down while they run, which aborts ("terminate called without an active
+    exception"). All files are closed by now.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def _complain(line: str, exit_code: int) -> int:

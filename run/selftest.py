@@ -27,6 +27,7 @@ from run.method import FULL
 from run.metrics_log import MetricsLog
 from run.paths import local_path
 from run.retention import check_disk_space, disk_space
+from run.streams import is_one_of_several
 from run.training_json import read_description
 from run.wandb_run import NoTracker, RunPath, start_tracker
 
@@ -50,12 +51,13 @@ def run_selftest(config: Config, load_rows: Callable[[str], Sequence[Any]]) -> N
     Raises:
         UserError: a check failed.
     """
+    if is_one_of_several():
+        raise UserError("--selftest: starts the processes that it needs: type it without torchrun")
     rows = {split: [*map(asdict, load_rows(split))] for split in ("train", "test")}
     with temporary_folder(local_path(config.output_dir)) as folder:
         write_data(rows, config.batch_size, folder / "data")
         print(
-            f"selftest: {EPOCHS} epochs of {STEPS_PER_EPOCH} steps in {folder}, which is removed "
-            "at the end"
+            f"selftest: {EPOCHS} epochs of {STEPS_PER_EPOCH} steps in {folder}, removed at the end"
         )
         expected = train(config, folder, UNINTERRUPTED)
         last_step, validation_loss = expected.losses[-1]

@@ -6,11 +6,32 @@ import atexit
 import errno
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
 from typing import Any
 
 # OSError: the stream is broken. ValueError: it is closed, or can't encode a character.
 FAULTS = (OSError, ValueError)
+
+
+def is_one_of_several() -> bool:
+    """Whether torchrun has started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def is_silent() -> bool:
+    """Whether another process prints for this one: of several, only rank 0 prints."""
+    return is_one_of_several() and os.environ.get("RANK") != "0"
+
+
+@contextmanager
+def one_mouth() -> Iterator[None]:
+    """Drop the errors of all processes on a machine but one, where all make the same mistake."""
+    if not is_one_of_several() or os.environ.get("LOCAL_RANK") == "0":
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as null, redirect_stderr(null):
+        yield
 
 
 class Tolerant:
@@ -56,8 +77,11 @@ class Tolerant:
 def prepare() -> None:
     """Make ``sys.stdout`` and ``sys.stderr`` tolerant and line-buffered.
 
-    Characters that their encoding lacks are written as escape sequences.
+    Characters that their encoding lacks are written as escape sequences. What a process prints that
+    `is_silent` is dropped.
     """
+    if is_silent():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for number in range(3):
         _open_if_closed(number)
     for number, name in ((1, "stdout"), (2, "stderr")):

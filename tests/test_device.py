@@ -372,3 +372,13 @@ def test_only_a_gpu_is_asked_for_the_kernel(monkeypatch: pytest.MonkeyPatch) -> 
             made = build_optimizer([weight], 1e-3, (0.9, 0.999), 1e-8, 0.0)
             assert not made.param_groups[0].get("triton")
     assert [device.type for device in asked] == ["cuda"]
+
+
+def test_each_process_of_torchrun_has_a_gpu_of_its_own() -> None:
+    """Guards against processes that all compute on the first GPU."""
+    of_two = replace(WORKING, is_one_of_many=True, cards=(H100, T4))
+    assert pick_device(replace(of_two, local_rank=1)) == torch.device("cuda", 1)
+    with pytest.raises(UserError, match=r"Tesla T4 has compute capability 7.5, and bfloat16"):
+        checks.check_card(replace(of_two, local_rank=1), torch.bfloat16)
+    with pytest.raises(UserError, match=r"process 2 of this machine finds 2 GPUs: .* --nproc_per"):
+        pick_device(replace(of_two, local_rank=2))

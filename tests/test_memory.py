@@ -481,3 +481,15 @@ def test_the_tightest_of_nested_limits_holds(tmp_path: Path) -> None:
             (tmp_path / group / "memory.current").write_text("1000\n")
             (tmp_path / group / "memory.stat").write_text("inactive_file 0\nactive_file 0\n")
         assert memory.free_bytes(CPU, tmp_path, membership) == 4000
+
+
+def test_processes_of_one_machine_divide_its_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against three caches, each as large as if its process were alone."""
+    (tmp_path / "memory.max").write_text("7000\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.stat").write_text("inactive_file 0\nactive_file 0\n")
+    for number, expected in (("1", 6000), ("3", 2000)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", number)
+        assert memory.free_bytes(CPU, tmp_path, tmp_path / "none") == expected

@@ -48,6 +48,7 @@ class Machine:
         hides_gpus: whether the environment hides all GPUs from this process.
         visible: the value of CUDA_VISIBLE_DEVICES; None: not set.
         is_one_of_many: whether torchrun has started this process, with one GPU for each.
+        local_rank: its number among those on this machine, and that of its GPU.
         cards: the GPUs that PyTorch can use.
     """
 
@@ -60,6 +61,7 @@ class Machine:
     hides_gpus: bool = False
     visible: str | None = None
     is_one_of_many: bool = False
+    local_rank: int = 0
     cards: tuple[Card, ...] = ()
 
 
@@ -81,6 +83,7 @@ def find_machine() -> Machine:
         hides_gpus=hides_gpus(os.environ),
         visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
         is_one_of_many="LOCAL_RANK" in os.environ,
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         cards=tuple(Card(card.name, (card.major, card.minor)) for card in cards),
     )
 
@@ -153,9 +156,18 @@ def builds_for(release: int) -> str:
     return f"update the driver to {max(BUILDS)} or newer"
 
 
+def check_enough(machine: Machine) -> None:
+    """Raises UserError if this process, one of several, has no card of its own."""
+    if machine.local_rank >= len(machine.cards):
+        raise UserError(
+            f"torchrun: process {machine.local_rank} of this machine finds {len(machine.cards)} "
+            f"GPUs: start as many as there are, with --nproc_per_node {len(machine.cards)}"
+        )
+
+
 def check_card(machine: Machine, dtype: torch.dtype) -> None:
-    """Raises UserError if the first card can't compute in ``dtype``."""
-    card = machine.cards[0]
+    """Raises UserError if this process's card can't compute in ``dtype``."""
+    card = machine.cards[machine.local_rank]
     number = ".".join(map(str, card.capability))
     if machine.cuda and not has_kernels(machine.architectures, card.capability):
         raise UserError(

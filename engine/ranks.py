@@ -1,0 +1,249 @@
+"""The processes of a job that torchrun starts: who they are, and how they agree.
+
+A script joins its job once, and hands the object on:
+
+    with ranks.job(pick_device()) as here:
+        folder = here.once(claim, path)           # rank 0 calls it; all get what it returned
+        answers = here.gather(ask(here.share(questions)))
+
+A process that was started alone gets `ALONE`, which has the same methods, communicates with nobody,
+and needs no process group. So no caller has to ask how many there are. What ranks tell each other
+is JSON, never a pickle.
+"""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import distributed
+
+from run.errors import UserError, one_line
+
+# How long a process waits for another one that neither answers nor closes its connections, as when
+# its machine loses power. It must exceed what one process does while the others wait for it: rank 0
+# hashes a checkpoint. A process that was killed is noticed at once.
+TIMEOUT = timedelta(minutes=30)
+# How long to wait at the start, until all have connected.
+START_TIMEOUT = timedelta(minutes=10)
+# In the job's store: how many processes have ended with an error, and whether rank 0 has left.
+REPORTED, LEFT = "reported", "left"
+# How gloo and NCCL say that another process is gone or does not answer.
+LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "Socket closed",
+    "Connection was likely closed",
+    "NCCL communicator was aborted",
+    "NCCL error",
+)
+
+NO_SIGNALS = torch.zeros(0)
+
+Item = TypeVar("Item")
+
+
+class Stop(Protocol):
+    """What `run.signals.StopSignal` has."""
+
+    signal_number: int | None
+
+
+@dataclass(eq=False)
+class Ranks:
+    """This process among the ``size`` processes of its job.
+
+    Every rank must call the same methods in the same order; each call but ``share`` waits for all.
+
+    Attributes:
+        rank: its number in the job; rank 0 prints, logs, and writes the files that all share.
+        size: how many processes there are.
+        store: what all can read and write without waiting for each other; None for one process.
+    """
+
+    rank: int = 0
+    size: int = 1
+    store: distributed.Store | None = field(default=None, repr=False)
+    stop: Stop | None = field(default=None, repr=False)
+    _signals: torch.Tensor = field(default=NO_SIGNALS, repr=False)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def once(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call ``function(*arguments)`` on rank 0 only, while the others wait.
+
+        Returns:
+            On every rank what it returned, which must be a JSON value.
+
+        Raises:
+            Exception: what it raised, on rank 0. `job` ends the others.
+        """
+        return self.broadcast(function(*arguments) if self.is_main else None)
+
+    def broadcast(self, value: Any) -> Any:
+        """The JSON value that rank 0 gives; what the others give is ignored."""
+        return value if self.size == 1 else self.gather(value if self.is_main else None)[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """The JSON values of all ranks, in their order, on every rank."""
+        if self.size == 1:
+            return [value]
+        content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = [torch.zeros(1, dtype=torch.long) for _ in range(self.size)]
+        distributed.all_gather(lengths, torch.tensor([len(content)]))
+        longest = int(max(lengths))
+        contents = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
+        padded = torch.cat([content, torch.zeros(longest - len(content), dtype=torch.uint8)])
+        distributed.all_gather(contents, padded)
+        return [
+            json.loads(bytes(bytearray(each[: int(length)].tolist())))
+            for each, length in zip(contents, lengths, strict=True)
+        ]
+
+    def sum(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks of ``numbers``, of the same shape and on the same kind of device.
+
+        With them travels which signal each process has received (`agreed`).
+        """
+        if self.size == 1:
+            return numbers
+        signals = torch.zeros(self.size, dtype=numbers.dtype)
+        signals[self.rank] = (self.stop and self.stop.signal_number) or 0
+        message = torch.cat([numbers.flatten(), signals.to(numbers.device)])
+        distributed.all_reduce(message)
+        self._signals = message[numbers.numel() :]
+        return message[: numbers.numel()].view_as(numbers)
+
+    def total(self, counts: Iterable[int]) -> int:
+        """The sum of ``counts`` over all ranks."""
+        return int(self.sum(torch.tensor(sum(counts), dtype=torch.float64)))
+
+    @contextmanager
+    def agreed(self, stop: Stop) -> Iterator[Stop]:
+        """Listen to ``stop``, and give a signal to all ranks at the same step, by their next `sum`.
+
+        Yields:
+            ``stop`` itself in a process alone; otherwise what has the signal they agree on.
+        """
+        with stop:
+            self.stop = stop if self.size > 1 else None
+            yield self if self.size > 1 else stop
+
+    @property
+    def signal_number(self) -> int | None:
+        """The first rank's signal that the last `sum` has brought to all; None without any."""
+        return next((int(number) for number in self._signals.tolist() if number), None)
+
+    def wait(self) -> None:
+        """Wait until all ranks are here."""
+        self.gather(None)
+
+    def check_same(self, values: Mapping[str, Any]) -> None:
+        """Raises UserError on all ranks if their ``values`` differ, such as files or settings."""
+        first, *others = self.gather(values)
+        for rank, theirs in enumerate(others, start=1):
+            for name in first:
+                if theirs[name] != first[name]:
+                    raise UserError(
+                        f"torchrun: {name} is {first[name]!r} for process 0 and {theirs[name]!r} "
+                        f"for process {rank}: give all of them the same command and the same files"
+                    )
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """This rank's part of ``items``: every ``size``-th, from ``rank`` on."""
+        return items[self.rank :: self.size]
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def job(device: torch.device) -> Iterator[Ranks]:
+    """Join the job of which torchrun has made this process a part, and leave it at the end.
+
+    An error in any process ends all of them, and one line says why: the first process that fails
+    reports its error, and the others, which then lose their connection to it, end without a word.
+
+    Args:
+        device: where this process computes; it decides how tensors travel (gloo, NCCL).
+
+    Raises:
+        UserError: the processes can't connect, or another one was killed or no longer answers.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    ranks, store = _join(device)
+    try:
+        yield ranks
+        if ranks.is_main:
+            store.set(LEFT, "")
+        ranks.wait()
+    except BaseException as error:
+        ending = _lost(error) if _is_lost(error) else error
+        if not _is_first(store):
+            _leave(getattr(ending, "exit_code", 1))
+        if ending is not error:
+            raise ending from None
+        if not hasattr(error, "exit_code") and not isinstance(error, OSError):
+            traceback.print_exception(error)
+            _leave(1)
+        raise
+    distributed.destroy_process_group()
+
+
+def _join(device: torch.device) -> tuple[Ranks, distributed.Store]:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        store, rank, size = next(distributed.rendezvous("env://", timeout=START_TIMEOUT))
+        distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"torchrun: the processes of this job can't connect ({one_line(error)[:160]}): start "
+            "each of them with torchrun, and set GLOO_SOCKET_IFNAME if a machine has several "
+            "networks"
+        ) from None
+    return Ranks(rank, size, store), store
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Whether ``error`` says that another process is gone or does not answer."""
+    is_one = isinstance(error, distributed.DistError)
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in LOST)
+    return (is_one or said) and not isinstance(error, torch.OutOfMemoryError)
+
+
+def _lost(error: BaseException) -> UserError:
+    return UserError(
+        f"another process of this job was killed or no longer answers ({one_line(error)[:160]}): "
+        "type the same command again, which goes on from what was saved"
+    )
+
+
+def _is_first(store: distributed.Store) -> bool:
+    """Whether no other process of the job has reported an error."""
+    try:
+        return store.add(REPORTED, 1) == 1
+    except RuntimeError:  # it was in a process that is gone
+        return True
+
+
+def _leave(exit_code: int) -> None:
+    """End this process at once: others may never answer what its threads still wait for."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)

@@ -1,0 +1,151 @@
+"""What the ranks of a job do together although a model is spread over them: save, load, decode."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from engine import memory
+from engine.llama import Llama
+from engine.sharding import whole
+from engine.slices import Slices
+from run.errors import UserError, cause_of
+
+if TYPE_CHECKING:
+    from engine.ranks import Ranks
+    from engine.tokenizer import Tokenizer
+
+Complete = Callable[..., list[tuple[str, str]]]
+
+
+def parts_of(
+    ranks: "Ranks", save: Callable[..., None], complete: Complete
+) -> dict[str, Callable[..., Any]]:
+    """How a model that is spread over ``ranks`` is saved and decoded; nothing for one process.
+
+    Args:
+        save: `run.checkpoint.save_checkpoint`.
+        complete: `engine.strategy.complete`.
+    """
+    if ranks.size == 1:
+        return {}
+    return {
+        "ranks": ranks,
+        "save": partial(save_together, save, ranks),
+        "copy": lambda *_: None,  # training waits until a checkpoint is written
+        "complete": partial(complete_together, complete),
+    }
+
+
+# ---------------------------------------------------------------- saving
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """A model with the ``weights`` of all ranks in host memory."""
+
+    model: LlamaForCausalLM
+    weights: Mapping[str, Tensor]
+
+    def save_pretrained(self, folder: Path, *, max_shard_size: int) -> None:
+        weights = dict(self.weights)
+        self.model.save_pretrained(folder, state_dict=weights, max_shard_size=max_shard_size)
+
+
+def save_together(
+    save: Callable[..., None],
+    ranks: "Ranks",
+    folder: Path,
+    model: LlamaForCausalLM,
+    tokenizer: "Tokenizer",
+    description: Mapping[str, Any],
+    state: Mapping[str, Tensor] | None = None,
+    **keywords: Any,
+) -> None:
+    """As ``save``, which rank 0 calls with all weights, while each rank writes its own slices.
+
+    Returns on every rank when the checkpoint is in place. An error of rank 0 ends the job.
+    """
+    weights = gather_on_main(ranks, model.state_dict())
+    slices = None if state is None else Slices(ranks, state)
+    if ranks.is_main:
+        save(folder, Gathered(model, weights), tokenizer, description, slices, **keywords)
+    elif slices is not None:
+        slices.save(None)
+    ranks.wait()
+
+
+def gather_on_main(ranks: "Ranks", tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All of ``tensors`` in the host memory of rank 0; nothing on the others.
+
+    What is one tensor under two names, as tied weights are, remains one.
+    """
+    found: dict[int, Tensor] = {}
+    for tensor in tensors.values():
+        if id(tensor) not in found:
+            gathered = whole(tensor)
+            found[id(tensor)] = gathered.cpu() if ranks.is_main else gathered.new_empty(0)
+    return {name: found[id(tensor)] for name, tensor in tensors.items()} if ranks.is_main else {}
+
+
+# ---------------------------------------------------------------- decoding
+
+
+def complete_together(
+    complete: Complete,
+    model: Llama,
+    tokenizer: "Tokenizer",
+    max_new_tokens: int,
+    slots: int | None,
+    prompts: Sequence[list[int]],
+) -> list[tuple[str, str]]:
+    """As ``complete``, each rank with a part of ``prompts`` and all weights.
+
+    Raises:
+        UserError: on every rank, if it failed on one.
+    """
+    ranks, fault, answers = model.ranks, "", []
+    plain = gathered_model(model)
+    try:
+        if mine := ranks.share(prompts):
+            answers = complete(plain, tokenizer, max_new_tokens, slots, mine)
+    except Exception as error:  # others would wait for an answer
+        fault = str(error) if isinstance(error, UserError) else cause_of(error)
+    del plain
+    memory.release()
+    dealt: list[Any] = [None] * len(prompts)
+    for rank, (rank_fault, rank_answers) in enumerate(ranks.gather([fault, answers])):
+        if rank_fault:
+            raise UserError(f"rank {rank}: {rank_fault}")
+        dealt[rank :: ranks.size] = map(tuple, rank_answers)
+    return dealt
+
+
+@torch.no_grad()
+def gathered_model(model: Llama) -> Llama:
+    """A copy of a model that is spread over the ranks, with all weights on each of them.
+
+    Raises:
+        UserError: on every rank, if there is no room for it on one.
+    """
+    needed = sum(weight.nbytes for weight in model.parameters())
+    free = min(model.ranks.gather(memory.free_bytes(model.device)))
+    if needed > free:
+        raise UserError(
+            f"all weights take {needed / 1e9:.1f} GB on each process, which has {free / 1e9:.1f} "
+            "GB free: evaluate.py decodes the saved checkpoint"
+        )
+    with torch.device("meta"):
+        plain = LlamaForCausalLM(model.config)
+    weights = {name: whole(weight) for name, weight in model.pretrained.state_dict().items()}
+    plain.load_state_dict(weights, assign=True)
+    plain.tie_weights()
+    plain.model.rotary_emb = model.rotary  # which is not spread, and has no weights
+    plain.generation_config = model.pretrained.generation_config
+    model.kernels.replace_linear_layers(plain)
+    return Llama(plain, model.kernels).eval()

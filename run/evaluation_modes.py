@@ -1,0 +1,30 @@
+"""Which flags of evaluate.py can be used together."""
+
+import argparse
+
+from run.errors import UserError
+from run.streams import is_one_of_several
+
+
+def check_mode(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
+    """Raises UserError if flags contradict each other."""
+    model_flags = ["ckpt", "split", "limit", "verify_batching", "samples", "temperature"]
+    excluded = {"compare": [*model_flags, "output", "rescore"], "rescore": model_flags}
+    for mode, names in excluded.items():
+        set_here = [name for name in names if getattr(arguments, name) is not None]
+        used = [f"--{name.replace('_', '-')}" for name in set_here] + [f"--{key}" for key in typed]
+        if getattr(arguments, mode) and used:
+            raise UserError(
+                f"command line: {', '.join(used)} can't be used with --{mode}, which reads files, "
+                "not a model"
+            )
+    mode = next((mode for mode in excluded if getattr(arguments, mode)), None)
+    if mode and is_one_of_several():
+        raise UserError(
+            f"command line: --{mode} reads files, for which one process is enough: start it with "
+            "python, not torchrun"
+        )
+    if arguments.temperature and not arguments.samples:
+        raise UserError(
+            "command line: --temperature applies to samples: set their number with --samples K"
+        )

@@ -1,0 +1,274 @@
+"""train.py in several processes: resumed by any number, stopped, killed, and out of memory."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jobs
+import pytest
+import torch
+from conftest import make_config, run_folder, step_that
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+import train
+from engine.device import kernels_for
+from engine.loading import load_model, load_tokenizer
+from engine.optimizer import build_optimizer, make_state
+from engine.ranks import job
+from engine.sharding import shard
+from engine.state import pack_state, unpack_state
+from engine.together import parts_of
+from run import checkpoint
+from run.folder import restore
+from run.manifest import BEST, LAST, PREVIOUS, fault_of
+from run.progress import Progress
+from run.saves import Saves
+from run.script import run_script
+from run.training_json import read_description
+
+CPU = torch.device("cpu")
+STEPS = 7
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def train_in_float64(settings: dict[str, str], parts: Callable[[], dict[str, Any]] = dict) -> None:
+    """train.py as its last line runs it; no setting has float64."""
+    config = make_config(settings)
+    object.__setattr__(config, "dtype", "float64")
+    run_script(partial(train.main, config, **parts()))
+
+
+def dying(at: int) -> dict[str, Any]:
+    """Parts of a run whose rank 1, or only process, is killed in this step."""
+    is_one = os.environ["WORLD_SIZE"] == "1"
+    die = partial(os.kill, os.getpid(), signal.SIGKILL)
+    return {"step": step_that(die, at)} if rank() == 1 or is_one else {}
+
+
+def numbers(folder: Path) -> list[tuple[int, str, float]]:
+    """What the log says that must not depend on the processes."""
+    return [
+        (line["step"], name, line[name])
+        for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        for name in ("train/loss", "train/grad_norm", "train/learning_rate", "val/loss")
+        if name in line
+    ]
+
+
+def check_numbers(folder: Path, expected: list[tuple[int, str, float]]) -> None:
+    found = numbers(folder)
+    assert [each[:2] for each in found] == [each[:2] for each in expected]
+    values = ([each[2] for each in some] for some in (found, expected))
+    torch.testing.assert_close(*values, rtol=0, atol=1e-10)
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, model_folder: Path, data_folder: Path
+) -> dict[str, Any]:
+    """The settings of a run of 7 steps, which ran alone, and died with 1 and with 2 processes."""
+    folder = tmp_path_factory.mktemp("runs")
+    settings = {
+        "model": str(model_folder),
+        "dataset": str(data_folder),
+        "output_dir": str(folder),
+        "max_length": "256",
+        "validation_size": "17",
+        "epochs": "1",
+        "batch_size": "16",
+        "micro_batch_tokens": "512",
+        "learning_rate": "3e-3",
+        "gradient_checkpointing": "false",
+        "checkpoint_steps": "3",
+        "max_new_tokens": "4",
+        "wandb_mode": "disabled",
+    }
+    alone = settings | {"run_name": "alone"}
+    jobs.run(1, folder / "printed", train_in_float64, alone)
+    for size in (1, 2):
+        died = settings | {"run_name": f"died-{size}"}
+        started = time.monotonic()
+        ended = jobs.Job(
+            size, folder / f"printed-{size}", train_in_float64, died, partial(dying, 5)
+        ).end()
+        assert time.monotonic() - started < 40
+        assert [each.code for each in ended] == [2, -9][-size:], ended
+        steps = [read_description(run_folder(died) / name)["step"] for name in (LAST, PREVIOUS)]
+        assert steps == [3, 0]
+        if size == 2:
+            line = "error: another process of this job was killed or no longer answers ("
+            assert ended[0].err.startswith(line) and ended[0].err.count("\n") == 1, ended
+    return {"settings": settings, "expected": numbers(folder / "alone")}
+
+
+@pytest.mark.parametrize(("died", "size"), [(2, 1), (2, 2), (2, 3), (2, 4), (1, 3)])
+def test_any_number_of_processes_resumes_a_run(
+    tmp_path: Path, runs: dict[str, Any], died: int, size: int
+) -> None:
+    """Guards against a checkpoint that only as many processes can read as have written it."""
+    settings = runs["settings"] | {"run_name": f"on-{size}-after-{died}"}
+    shutil.copytree(run_folder(settings).with_name(f"died-{died}"), run_folder(settings))
+    ended = jobs.run(size, tmp_path, train_in_float64, settings)
+    assert f"{LAST} at step 3 of {STEPS}" in ended[0].out
+    assert all(each.out == each.err == "" for each in ended[1:])
+    check_numbers(run_folder(settings), runs["expected"])
+    assert not any(fault_of(run_folder(settings) / name) for name in (BEST, LAST, PREVIOUS))
+    if size > 1:
+        check_files(run_folder(settings), run_folder(settings).with_name("alone"), size)
+
+
+def check_files(folder: Path, alone: Path, size: int) -> None:
+    """``best`` is a Hugging Face folder, each rank has written its slices, nothing is a pickle."""
+    models = (
+        AutoModelForCausalLM.from_pretrained(each / BEST, dtype=torch.float64)
+        for each in (folder, alone)
+    )
+    torch.testing.assert_close(*(list(each.parameters()) for each in models), rtol=0, atol=1e-10)
+    files = sorted((folder / LAST / "state").iterdir())
+    assert len(files) == size
+    for number, file in enumerate(files):
+        with safe_open(file, "pt") as opened:
+            names = {*opened.keys()}
+        assert ("random.cpu" if number == 0 else f"rank.{number}.random.cpu") in names
+        assert "optimizer.0.exp_avg" in names
+    suffixes = {file.suffix for file in folder.rglob("*") if file.is_file()}
+    assert suffixes <= {".safetensors", ".json", ".jsonl", ".yaml", ".model"}
+
+
+def asked_to_stop() -> dict[str, Any]:
+    """Parts of a run whose rank 1 alone gets SIGTERM, in step 3."""
+    ask = partial(os.kill, os.getpid(), signal.SIGTERM)
+    return {"step": step_that(ask, at=3)} if rank() == 1 else {}
+
+
+def test_a_signal_to_one_process_saves_on_all(tmp_path: Path, runs: dict[str, Any]) -> None:
+    """Guards against ranks that stop at different steps, and so wait for each other forever."""
+    settings = runs["settings"] | {"run_name": "stopped"}
+    ended = jobs.Job(3, tmp_path, train_in_float64, settings, asked_to_stop).end()
+    assert [each.code for each in ended] == [143] * 3, ended
+    written = "".join(each.err for each in ended)
+    assert "stopped: SIGTERM after step 3, saved in" in written and written.count("\n") == 1, ended
+    assert read_description(run_folder(settings) / LAST)["step"] == 3
+    jobs.run(2, tmp_path, train_in_float64, settings)
+    check_numbers(run_folder(settings), runs["expected"])
+
+
+MOST_TOKENS = 320  # more do not fit into the memory of rank 1
+
+
+def short_of_memory() -> dict[str, Any]:
+    """Parts of a run whose rank 1 runs out of memory within a layer's backward pass, in step 5."""
+    if rank() != 1:
+        return {}
+    count = 0
+
+    def step(model: Any, *rest: Any) -> train.StepResult:
+        nonlocal count
+        count += 1
+        if count == 1:
+            model.blocks[0].register_forward_hook(watch)
+        return train.train_step(model, *rest)
+
+    def watch(block: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        if output.requires_grad and len(inputs[0]) > MOST_TOKENS and count >= 5:
+            output.register_hook(run_out)
+
+    return {"step": step}
+
+
+def run_out(gradient: torch.Tensor) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_out_of_memory_on_one_process_ends_the_step_on_all(
+    tmp_path: Path, runs: dict[str, Any]
+) -> None:
+    """Guards against processes that wait for one which tries again on its own."""
+    settings = runs["settings"] | {"run_name": "short"}
+    started = time.monotonic()
+    ended = jobs.Job(2, tmp_path, train_in_float64, settings, short_of_memory).end()
+    assert time.monotonic() - started < 40
+    assert [each.code for each in ended] == [2, 2], ended
+    written = "".join(each.err for each in ended)
+    line = "error: rank 1 is out of memory with micro_batch_tokens 512: the run goes on from what "
+    assert written.startswith(line) and "with 256" in written and written.count("\n") == 1, ended
+    assert read_description(run_folder(settings) / LAST)["step"] == 3
+    jobs.run(2, tmp_path, train_in_float64, settings, short_of_memory)
+    check_numbers(run_folder(settings), runs["expected"])
+    state = read_description(run_folder(settings) / LAST)["state"]
+    assert state["progress"]["fitting"] == [512, 256]
+
+
+# ---------------------------------------------------------------- kills within a save
+
+
+def save_and_die(model_folder: Path, folder: Path, victim: int, event: int) -> None:
+    """Save a checkpoint, and another one, in which ``victim`` is killed at an event of its own.
+
+    Events are the calls to the system that open, make, rename or remove something.
+    """
+    with job(CPU) as here:
+        model = load_model(model_folder, torch.float64, CPU, kernels_for(CPU), here)
+        shard(model, None, True)
+        optimizer = build_optimizer(model.parameters(), 1e-2, (0.9, 0.999), 1e-8, 0.1)
+        make_state(optimizer)
+        parts = train.Parts(**parts_of(here, checkpoint.save_checkpoint, train.complete))
+        tokenizer = load_tokenizer(model_folder)
+        saves = Saves(folder, {"checkpoint_steps": None}, 7, {}, tokenizer, parts)
+        left = event
+
+        def count(name: str, arguments: tuple) -> None:
+            nonlocal left
+            if name in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir"):
+                left -= str(folder) in str(arguments[0])
+                if not left:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        for step in (1, 2):
+            progress = Progress(step=step)
+            if step == 2 and here.rank == victim:
+                sys.addaudithook(count)
+            saves.save_last(model, progress, *pack_state(optimizer, asdict(progress)))
+        saves.removals.wait()
+        print(f"{left} left")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_kill_within_a_save_leaves_a_whole_checkpoint(
+    tmp_path: Path, model_folder: Path, victim: int
+) -> None:
+    """Guards against a checkpoint that rank 0 publishes without the slices of a killed one."""
+    [ended] = jobs.run(
+        2, tmp_path / "all", save_and_die, model_folder, tmp_path / "all", victim, 999
+    )[victim : victim + 1]
+    events = 999 - int(ended.out.split()[0])
+    assert events >= (40, 2)[victim]
+    found = set()
+    for number in range(1, events + 1, max(1, events // 8)):
+        folder = tmp_path / str(number)
+        codes = [
+            each.code
+            for each in jobs.Job(
+                2, folder, save_and_die, model_folder, folder, victim, number
+            ).end()
+        ]
+        assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1, (number, codes)
+        newest = checkpoint.newest_intact(folder)
+        step = read_description(newest)["step"]
+        found.add(step)
+        model = load_model(newest, torch.float64, CPU)
+        optimizer = build_optimizer(model.parameters(), 1e-2, (0.9, 0.999), 1e-8, 0.1)
+        assert restore(newest, partial(unpack_state, optimizer=optimizer), 9).step == step
+    assert found == ({1, 2} if victim == 0 else {1}), found

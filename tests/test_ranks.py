@@ -1,0 +1,192 @@
+"""Several processes of one job: how they agree, and how they end together."""
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jobs
+import pytest
+import torch
+from conftest import PROMPT
+
+import data
+import train
+from engine.loading import load_model
+from engine.measure import measure
+from engine.optimizer import build_optimizer
+from engine.packing import Example, Packer
+from engine.ranks import ALONE, Ranks, job
+from engine.sharding import shard, slice_of, whole
+from engine.tokenizer import Tokenizer
+from grading.dataset import Problem
+from run.errors import Stopped, UserError
+from run.script import run_script
+
+CPU = torch.device("cpu")
+
+
+def talk(sizes: list[int]) -> None:
+    with job(CPU) as here:
+        print("heard")
+        assert here.size in sizes and here.is_main == (here.rank == 0)
+        each = [{"rank": rank, "text": "é" * rank} for rank in range(here.size)]
+        assert here.gather(each[here.rank]) == each
+        assert here.broadcast(here.rank) == 0
+        assert here.once(lambda: [1.5, None]) == [1.5, None]
+        assert here.sum(torch.tensor([here.rank, 1.0])).tolist() == [sum(range(here.size)), 3]
+        dealt = here.gather(list(here.share(range(7))))
+        assert sorted(item for share in dealt for item in share) == list(range(7))
+        here.wait()
+
+
+def test_ranks_agree_and_only_the_first_one_prints(tmp_path: Path) -> None:
+    ended = jobs.run(3, tmp_path, talk, [3])
+    assert [each.out for each in ended] == ["heard\n"] * 3  # `run_script` silences them
+
+
+def test_a_process_alone_needs_no_other() -> None:
+    with job(CPU) as here:
+        assert here is ALONE and (here.rank, here.size) == (0, 1)
+        assert here.once(lambda: 3) == here.broadcast(3) == 3 and here.gather(4) == [4]
+        assert here.share([1, 2, 3]) == [1, 2, 3] and here.sum(torch.ones(2)).tolist() == [1, 1]
+        here.wait()
+    assert not torch.distributed.is_initialized()
+
+
+def fail(how: str, at: int) -> None:
+    run_script(failing, how, at)
+
+
+def failing(how: str, at: int) -> None:
+    with job(CPU) as here:
+        print(f"rank {here.rank} is here")
+        here.wait()
+        if how == "stopped":  # by the same signal, on all
+            raise Stopped(signal.SIGTERM, "as agreed")
+        if here.rank == at:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise {
+                "mistake": UserError("x: is wrong: mend it"),
+                "bug": ZeroDivisionError("a bug"),
+                "full": OSError(28, "No space left on device", "/full"),
+            }[how]
+        here.wait()
+
+
+@pytest.mark.parametrize(
+    ("how", "at", "codes", "line"),
+    [
+        ("mistake", 0, {2}, "error: x: is wrong: mend it\n"),
+        ("mistake", 2, {2}, "error: x: is wrong: mend it\n"),
+        ("full", 1, {2}, "error: /full: No space left on device: make room there"),
+        ("stopped", 0, {143}, "stopped: as agreed\n"),
+        ("bug", 1, {1, 2}, "ZeroDivisionError: a bug\n"),
+        ("killed", 0, {2, -9}, "error: another process of this job was killed or no longer answ"),
+        ("killed", 2, {2, -9}, "error: another process of this job was killed or no longer answ"),
+    ],
+)
+def test_a_failing_process_ends_all_with_one_line(
+    tmp_path: Path, how: str, at: int, codes: set[int], line: str
+) -> None:
+    """Guards against processes that wait for a dead one, and one line from each of them."""
+    started = time.monotonic()
+    ended = jobs.Job(3, tmp_path, fail, how, at).end()
+    assert time.monotonic() - started < 20
+    assert {each.code for each in ended} == codes, ended
+    written = "".join(each.err for each in ended)
+    assert line in written, ended
+    assert how == "bug" or written.count("\n") == 1, ended
+    assert [each.out for each in ended] == ["rank 0 is here\n", "", ""]
+
+
+# ---------------------------------------------------------------- training
+
+
+BUDGET = 160
+STEPS = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """Settings of a few steps. None of them changes a result."""
+
+    batch_size: int = 8
+    shard_over: int | None = None
+    reshards: bool = True
+    reduce_gradients: str = "last"
+    recomputed_blocks: int = 0
+
+
+# 29 rows: the last batch of 8 has 5. A batch of 1 leaves all ranks but one with nothing.
+CASES = [
+    Case(),
+    Case(1),
+    Case(3, reshards=False),
+    Case(29, reduce_gradients="each", recomputed_blocks=1),
+]
+TWO_COPIES = [
+    Case(shard_over=2),
+    Case(3, shard_over=2, reduce_gradients="each"),
+    Case(shard_over=1),
+]
+Found = dict[int, tuple[list[float], list[torch.Tensor]]]
+
+
+def train_steps(model_folder: Path, rows: list[Example], cases: list[Case], file: Path) -> None:
+    """In each process of a job: train as each case says, and write the losses and weights."""
+    with job(CPU) as here:
+        found = [train_case(model_folder, rows, case, here) for case in cases]
+        if here.is_main:
+            torch.save(found, file)
+
+
+def train_case(
+    model_folder: Path, rows: list[Example], case: Case, here: Ranks
+) -> tuple[list[float], list[torch.Tensor]]:
+    torch.manual_seed(here.rank)  # nothing may depend on it
+    model = load_model(model_folder, torch.float64, CPU, ranks=here)
+    model.recomputed_blocks = case.recomputed_blocks
+    shard(model, case.shard_over, case.reshards, case.reduce_gradients)
+    optimizer = build_optimizer(model.parameters(), 1e-2, (0.9, 0.999), 1e-8, 0.1)
+    packer = Packer(data.Batches(rows, case.batch_size, seed=0), here)
+    numbers = []
+    for number in range(STEPS):
+        batch = packer.batch(number)
+        result = train.train_step(model, optimizer, batch, 1e-2, BUDGET, 0.5, packer)
+        numbers += [result.loss, result.grad_norm]
+    numbers.append(measure(model, rows[:5], BUDGET).loss)
+    assert here.size == 1 or all(
+        slice_of(weight).numel() < weight.numel() or case.shard_over == 1
+        for weight in model.parameters()
+    )
+    return numbers, [whole(weight).detach() for weight in model.parameters()]
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer: Tokenizer, problems: list[Problem]) -> list[Example]:
+    return data.encode(tokenizer, [*problems[:20], *problems[-9:]], PROMPT)
+
+
+@pytest.fixture(scope="module")
+def of_one(model_folder: Path, rows: list[Example]) -> Found:
+    """By batch size: what one process finds, in one micro-batch at a time."""
+    return {
+        case.batch_size: train_case(model_folder, rows, case, ALONE) for case in CASES + TWO_COPIES
+    }
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_ranks_train_as_one_process_does(
+    tmp_path: Path, model_folder: Path, rows: list[Example], of_one: Found, size: int
+) -> None:
+    """Guards against a mean over ranks, labels counted on one, and a rank that computes nothing."""
+    cases = CASES + (TWO_COPIES if size == 4 else [])
+    jobs.run(size, tmp_path, train_steps, model_folder, rows, cases, tmp_path / "found")
+    found = torch.load(tmp_path / "found", weights_only=True)
+    for case, (numbers, weights) in zip(cases, found, strict=True):
+        expected_numbers, expected_weights = of_one[case.batch_size]
+        torch.testing.assert_close(numbers, expected_numbers, rtol=0, atol=1e-10, msg=str(case))
+        torch.testing.assert_close(weights, expected_weights, rtol=0, atol=1e-10, msg=str(case))
