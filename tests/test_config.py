@@ -258,7 +258,7 @@ def test_python_objects_in_yaml_stay_text(call, tmp_path: Path) -> None:
 
 
 def test_resolved_settings_read_back_unchanged(settings: dict[str, str], tmp_path: Path) -> None:
-    resolved, _ = train.read_arguments([*flags(settings), "--prompt", "Q: {question}\n\tA: ’#’:"])
+    resolved, *_ = train.read_arguments([*flags(settings), "--prompt", "Q: {question}\n\tA: ’#’:"])
     (tmp_path / "config.yaml").write_text(config.settings_text(resolved))
     assert train.read_arguments(["--config", str(tmp_path / "config.yaml")])[0] == resolved
 
@@ -366,10 +366,10 @@ def test_a_resolved_file_changes_what_its_run_changed(
     call, settings: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Guards against 2.0e-05 reported as another value than 2e-5."""
-    resolved, _ = train.read_arguments(["--epochs", "5", "--max_grad_norm", "null"])
+    resolved, *_ = train.read_arguments(["--epochs", "5", "--max_grad_norm", "null"])
     file = overlay(tmp_path, config.settings_text(resolved))
     assert len(config.read_settings(file)[0]) == len(config.KEYS)
-    again, _ = train.read_arguments(["--config", str(file)])
+    again, *_ = train.read_arguments(["--config", str(file)])
     assert again == resolved
     assert capsys.readouterr().out == f"settings: 2 from {file}: epochs, max_grad_norm\n"
     files.forget_what_was_said()

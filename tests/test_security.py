@@ -242,7 +242,7 @@ def test_yaml_makes_no_objects(call, settings: dict[str, str], tmp_path: Path, t
         assert not mark.exists()
     tagged = text.replace("run_name: llama", f"run_name: {tag.split(':')[0]} llama")
     (tmp_path / "settings.yaml").write_text(tagged)
-    parsed, _ = train.read_arguments(["--config", str(tmp_path / "settings.yaml")])
+    parsed, *_ = train.read_arguments(["--config", str(tmp_path / "settings.yaml")])
     assert parsed.run_name == "llama-2-7b-gsm8k"  # the tag is nothing, the text is text
 
 
