@@ -6,6 +6,7 @@ import torch
 
 from engine.memory import free_bytes
 from engine.optimizer import checkpoint_bytes
+from engine.sharding import slices_of
 
 if TYPE_CHECKING:
     from engine.llama import Llama
@@ -85,7 +86,17 @@ def head_bytes(model: "Llama") -> int:
 
 
 def bytes_to_come(model: "Llama") -> int:
-    """What training adds to a model that has just been loaded: gradients and optimizer states."""
+    """What training adds to a model that has just been loaded: gradients and optimizer states.
+
+    If it is spread over ranks: of their slices, and the whole gradients until they are summed, and
+    the weights that are gathered at a time, those of two blocks and of all that is no block.
+    """
     weights, states = checkpoint_bytes(model.parameters())
+    if (slices := slices_of(model.head.weight)) > 1:
+        blocks = sum(weight.nbytes for weight in model.blocks.parameters())
+        gathered = weights - blocks + 2 * blocks // len(model.blocks)
+        exact = torch.promote_types(model.dtype, torch.float32).itemsize // model.dtype.itemsize
+        whole = gathered if model.reduces_each else weights
+        return (weights + states) // slices + gathered + exact * whole
     # On a CPU they are mapped from their file, and take memory once they are changed.
     return states + (2 if model.device.type == "cpu" else 1) * weights
