@@ -13,6 +13,7 @@ from engine.footprint import Recomputation
 from engine.fused import FUSED
 from engine.llama import EAGER, Llama
 from engine.packing import IGNORE, Example, collate
+from engine.sharding import is_spread, norm_over_slices, slice_of
 from engine.state import get_random_state, set_random_state
 from run.errors import UserError, cause_of
 
@@ -83,7 +84,8 @@ def gradients(model: Llama, lengths: Sequence[int]) -> dict[str, Tensor]:
     """The gradients of sequences through the first two blocks, by the weights' names.
 
     All blocks are computed by the same graphs, and these two need little memory. The first one is
-    recomputed. The second one also computes only wanted tokens, as a last block does.
+    recomputed. The second one also computes only wanted tokens, as a last block does. A model that
+    is spread over ranks is computed as a whole, since FSDP must know all blocks from the start.
     """
     blocks, recomputed_blocks = model.blocks, model.recomputed_blocks
     examples, total = [], sum(lengths)
@@ -93,7 +95,8 @@ def gradients(model: Llama, lengths: Sequence[int]) -> dict[str, Tensor]:
         half = len(ids) // 2
         examples.append(Example(ids, [IGNORE] * half + ids[half:]))
     try:
-        model.blocks, model.recomputed_blocks = blocks[:2], 1
+        model.blocks = blocks if is_spread(model.head.weight) else blocks[:2]
+        model.recomputed_blocks = 1
         model(collate(examples, model.kernels)).backward()
         weights = model.pretrained.named_parameters()
         return {name: weight.grad for name, weight in weights if weight.grad is not None}
@@ -116,8 +119,10 @@ def check_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> No
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """The norm of their difference, relative to ``expected``'s; 0 where that is not finite."""
-    norm = torch.linalg.vector_norm(expected, dtype=torch.float64).item()
-    difference = torch.linalg.vector_norm(found - expected, dtype=torch.float64).item()
+    norm, difference = (
+        norm_over_slices(torch.linalg.vector_norm(slice_of(each), dtype=torch.float64), each).item()
+        for each in (expected, found - expected)
+    )
     if not difference or not math.isfinite(norm):  # no gradient at all, or a model beyond repair
         return 0.0
     return difference / norm if norm else math.inf

@@ -9,7 +9,7 @@ import optimi
 import torch
 
 from engine import adamw_8bit, memory
-from engine.sharding import norm_over_slices, slice_of
+from engine.sharding import is_spread, norm_over_slices, slice_of
 from run.errors import cause_of
 
 ADAMW, ADAMW_8BIT = "adamw", "adamw_8bit"  # the names that the setting optimizer allows
@@ -56,7 +56,7 @@ def build_optimizer(
             eps=epsilon,
             weight_decay=weight_decay,
             kahan_sum=True,
-            triton=first.is_cuda and runs_triton(first.device),
+            triton=has_triton_step(first),
             foreach=False,
         )
     return torch.optim.AdamW(
@@ -67,6 +67,11 @@ def build_optimizer(
         weight_decay=weight_decay,
         fused=True,
     )
+
+
+def has_triton_step(parameter: torch.nn.Parameter) -> bool:
+    """Whether optimi's fused kernel can update ``parameter``; it takes no tensor that is spread."""
+    return parameter.is_cuda and not is_spread(parameter) and runs_triton(parameter.device)
 
 
 def runs_triton(device: torch.device, step: Callable[[torch.device], None] | None = None) -> bool:

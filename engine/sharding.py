@@ -86,6 +86,11 @@ def is_spread(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def slices_of(tensor: Tensor) -> int:
+    """Over how many ranks a tensor is spread."""
+    return tensor.device_mesh[SLICES].size() if isinstance(tensor, DTensor) else 1
+
+
 def slice_of(tensor: Tensor) -> Tensor:
     """This rank's slice of a tensor, which shares its memory; one that is not spread, itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -16,7 +16,7 @@ from typing import Any
 from torch import distributed
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = 60  # which no process of these tests needs
+SECONDS = 120  # which no process of these tests needs, and which is less than it would wait
 
 
 @dataclass(frozen=True)

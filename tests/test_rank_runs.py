@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -99,11 +98,9 @@ def runs(
     jobs.run(1, folder / "printed", train_in_float64, alone)
     for size in (1, 2):
         died = settings | {"run_name": f"died-{size}"}
-        started = time.monotonic()
         ended = jobs.Job(
             size, folder / f"printed-{size}", train_in_float64, died, partial(dying, 5)
         ).end()
-        assert time.monotonic() - started < 40
         assert [each.code for each in ended] == [2, -9][-size:], ended
         steps = [read_description(run_folder(died) / name)["step"] for name in (LAST, PREVIOUS)]
         assert steps == [3, 0]
@@ -197,9 +194,7 @@ def test_out_of_memory_on_one_process_ends_the_step_on_all(
 ) -> None:
     """Guards against processes that wait for one which tries again on its own."""
     settings = runs["settings"] | {"run_name": "short"}
-    started = time.monotonic()
     ended = jobs.Job(2, tmp_path, train_in_float64, settings, short_of_memory).end()
-    assert time.monotonic() - started < 40
     assert [each.code for each in ended] == [2, 2], ended
     written = "".join(each.err for each in ended)
     line = "error: rank 1 is out of memory with micro_batch_tokens 512: the run goes on from what "
