@@ -64,7 +64,7 @@ class Adapters:
     """The adapters of a model, as a checkpoint contains them."""
 
     def __init__(self, pretrained: "LlamaForCausalLM", adapter: "Adapter"):
-        self._pretrained, self._adapter = pretrained, adapter
+        self._pretrained, self.adapter = pretrained, adapter
 
     @property
     def layers(self) -> list[AdaptedLinear]:
@@ -74,7 +74,7 @@ class Adapters:
     def kept_numbers(self) -> int:
         """How many numbers all of them keep of a token for the backward pass."""
         return sum(
-            layer.r[NAME] + (2 * layer.in_features if self._adapter.dropout else 0)
+            layer.r[NAME] + (2 * layer.in_features if self.adapter.dropout else 0)
             for layer in self.layers
         )
 
@@ -101,7 +101,7 @@ class Adapters:
         """
         weights = self.state_dict() if state_dict is None else dict(state_dict)
         save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        config = peft_config(self._adapter)
+        config = peft_config(self.adapter)
         config.inference_mode = True
         config.save_pretrained(str(folder))
         # PEFT writes the names of the layers in another order each time.
@@ -133,19 +133,24 @@ def add_adapters(model: "Llama", adapter: "Adapter") -> None:
     Raises:
         UserError: the weights of trained adapters can't be read.
     """
+    model.stored = adapters = inject(model.pretrained, adapter, model.dtype)
+    model.kernels.replace_linear_layers(model.pretrained)
+    if adapter.folder is not None:
+        _load(adapters, adapter.folder)
+
+
+def inject(pretrained: "LlamaForCausalLM", adapter: "Adapter", dtype: torch.dtype) -> Adapters:
+    """Put new adapters of ``dtype`` beside the linear layers of ``pretrained``; freeze the rest."""
     config = peft_config(adapter)
     config._register_custom_module({nn.Linear: AdaptedLinear})
     # On the CPU, so that the same seed gives the same weights on every device.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(adapter.seed)
-        peft.inject_adapter_in_model(config, model.pretrained)
-    for layer in (adapters := Adapters(model.pretrained, adapter)).layers:
+        peft.inject_adapter_in_model(config, pretrained)
+    for layer in (adapters := Adapters(pretrained, adapter)).layers:
         for linear in (layer.down, layer.up):
-            linear.to(model.dtype)  # a base in 4 bits has no dtype that PEFT could have taken
-    model.kernels.replace_linear_layers(model.pretrained)
-    model.stored = adapters
-    if adapter.folder is not None:
-        _load(adapters, adapter.folder)
+            linear.to(dtype)  # a base in 4 bits has no dtype that PEFT could have taken
+    return adapters
 
 
 @torch.no_grad()

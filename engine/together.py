@@ -142,6 +142,10 @@ def gathered_model(model: Llama) -> Llama:
         )
     with torch.device("meta"):
         plain = LlamaForCausalLM(model.config)
+        if model.stored is not model.pretrained:
+            from engine.lora import inject
+
+            inject(plain, model.stored.adapter, model.dtype)
     weights = {name: whole(weight) for name, weight in model.pretrained.state_dict().items()}
     plain.load_state_dict(weights, assign=True)
     plain.tie_weights()

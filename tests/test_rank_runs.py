@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import make_config, run_folder, step_that
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import train
@@ -124,6 +125,22 @@ def test_any_number_of_processes_resumes_a_run(
     assert not any(fault_of(run_folder(settings) / name) for name in (BEST, LAST, PREVIOUS))
     if size > 1:
         check_files(run_folder(settings), run_folder(settings).with_name("alone"), size)
+
+
+def test_a_run_of_adapters_spreads_and_resumes(tmp_path: Path, runs: dict[str, Any]) -> None:
+    """Guards against adapters that one rank has alone, or that only as many ranks can read."""
+    adapters = runs["settings"] | {"output_dir": str(tmp_path), "method": "lora", "lora_rank": "4"}
+    alone, died = (adapters | {"run_name": name} for name in ("alone", "died"))
+    jobs.run(1, tmp_path / "1", train_in_float64, alone)
+    ended = jobs.Job(2, tmp_path / "2", train_in_float64, died, partial(dying, 5)).end()
+    assert [each.code for each in ended] == [2, -9], ended
+    jobs.run(1, tmp_path / "3", train_in_float64, died)
+    check_numbers(run_folder(died), numbers(run_folder(alone)))
+    assert not any(fault_of(run_folder(died) / name) for name in (BEST, LAST, PREVIOUS))
+    weights = [
+        load_file(run_folder(run) / BEST / "adapter_model.safetensors") for run in (alone, died)
+    ]
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-10)
 
 
 def check_files(folder: Path, alone: Path, size: int) -> None:

@@ -18,9 +18,11 @@ from engine.optimizer import build_optimizer
 from engine.packing import Example, Packer
 from engine.ranks import ALONE, Ranks, job
 from engine.sharding import shard, slice_of, whole
+from engine.together import gathered_model
 from engine.tokenizer import Tokenizer
 from grading.dataset import Problem
 from run.errors import Stopped, UserError
+from run.method import Adapter
 from run.script import run_script
 
 CPU = torch.device("cpu")
@@ -116,6 +118,7 @@ class Case:
     reduce_gradients: str = "last"
     recomputed_blocks: int = 0
     dtype: torch.dtype = torch.float64
+    adapter: Adapter | None = None
 
 
 # 29 rows: the last batch of 8 has 5. A batch of 1 leaves all ranks but one with nothing.
@@ -124,6 +127,7 @@ CASES = [
     Case(1),
     Case(3, reshards=False),
     Case(29, reduce_gradients="each", recomputed_blocks=1),
+    Case(adapter=Adapter("base", "float64", False, 4, 8, False, 0.0, 0, None)),
 ]
 HALF = Case(dtype=torch.bfloat16)
 TWO_COPIES = [
@@ -131,7 +135,7 @@ TWO_COPIES = [
     Case(3, shard_over=2, reduce_gradients="each"),
     Case(shard_over=1),
 ]
-Found = dict[int, tuple[list[float], list[torch.Tensor]]]
+Found = dict[tuple[int, Adapter | None], tuple[list[float], list[torch.Tensor]]]
 
 
 def train_steps(model_folder: Path, rows: list[Example], cases: list[Case], file: Path) -> None:
@@ -146,10 +150,10 @@ def train_case(
     model_folder: Path, rows: list[Example], case: Case, here: Ranks
 ) -> tuple[list[float], list[torch.Tensor]]:
     torch.manual_seed(here.rank)  # nothing may depend on it
-    model = load_model(model_folder, case.dtype, CPU, ranks=here)
+    model = load_model(model_folder, case.dtype, CPU, None, case.adapter, here)
     model.recomputed_blocks = case.recomputed_blocks
     shard(model, case.shard_over, case.reshards, case.reduce_gradients)
-    optimizer = build_optimizer(model.parameters(), 1e-2, (0.9, 0.999), 1e-8, 0.1)
+    optimizer = build_optimizer(model.trained, 1e-2, (0.9, 0.999), 1e-8, 0.1)
     packer = Packer(data.Batches(rows, case.batch_size, seed=0), here)
     numbers = []
     for number in range(STEPS):
@@ -171,9 +175,10 @@ def rows(tokenizer: Tokenizer, problems: list[Problem]) -> list[Example]:
 
 @pytest.fixture(scope="module")
 def of_one(model_folder: Path, rows: list[Example]) -> Found:
-    """By batch size: what one process finds, in one micro-batch at a time."""
+    """By batch size and adapter: what one process finds."""
     return {
-        case.batch_size: train_case(model_folder, rows, case, ALONE) for case in CASES + TWO_COPIES
+        (case.batch_size, case.adapter): train_case(model_folder, rows, case, ALONE)
+        for case in CASES + TWO_COPIES
     }
 
 
@@ -186,9 +191,25 @@ def test_ranks_train_as_one_process_does(
     jobs.run(size, tmp_path, train_steps, model_folder, rows, cases, tmp_path / "found")
     found = torch.load(tmp_path / "found", weights_only=True)
     for case, (numbers, weights) in zip(cases, found, strict=True):
-        expected_numbers, expected_weights = of_one[case.batch_size]
+        expected_numbers, expected_weights = of_one[case.batch_size, case.adapter]
         torch.testing.assert_close(numbers, expected_numbers, rtol=0, atol=1e-10, msg=str(case))
         torch.testing.assert_close(weights, expected_weights, rtol=0, atol=1e-10, msg=str(case))
+
+
+def gather(model_folder: Path, adapter: Adapter, expected: dict[str, torch.Tensor]) -> None:
+    with job(CPU) as here:
+        model = load_model(model_folder, torch.float64, CPU, None, adapter, here)
+        shard(model, None, True)
+        found = gathered_model(model).pretrained.state_dict()
+        assert found.keys() == expected.keys() and any("lora_A" in name for name in found)
+        torch.testing.assert_close(dict(found), expected, rtol=0, atol=0)
+
+
+def test_adapters_are_gathered_with_their_base(tmp_path: Path, model_folder: Path) -> None:
+    """Guards against completions of a base without its adapters."""
+    adapter = Adapter("base", "float64", False, 4, 8, False, 0.0, 0, None)
+    alone = load_model(model_folder, torch.float64, CPU, None, adapter)
+    jobs.run(2, tmp_path, gather, model_folder, adapter, dict(alone.pretrained.state_dict()))
 
 
 def test_ranks_train_in_bfloat16(tmp_path: Path, model_folder: Path, rows: list[Example]) -> None:
