@@ -30,6 +30,7 @@ from run.script import run_script
 
 MOST_ERROR = 0.15
 VOCABULARY = 8000
+RANK = 16  # of adapters
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,9 @@ SETTINGS = (
     Setting("bfloat16", 4096, "parts"),
     Setting("bfloat16", 4096, "all"),
     Setting("bfloat16", 1024, "parts"),
+    Setting("float32", 4096, "parts", "lora"),
+    Setting("float32", 4096, "all", "lora"),
+    Setting("bfloat16", 4096, "parts", "lora"),
 )
 
 
@@ -122,6 +126,7 @@ def measure(folder: Path, setting: Setting) -> tuple[int, int]:
     from engine.loading import load_model
     from engine.shape import read_shape
     from plan import rows_of
+    from run.method import Adapter
 
     dtype, device = getattr(torch, setting.dtype), pick_device()
     prepare_process(device)
@@ -131,7 +136,10 @@ def measure(folder: Path, setting: Setting) -> tuple[int, int]:
     again = Recomputation(
         shape.layers if setting.recomputed == "all" else 0, setting.recomputed != "nothing"
     )
-    recipe = Recipe(setting.method)
+    recipe, adapter = Recipe(), None
+    if setting.method == "lora":
+        recipe = Recipe("lora", RANK)
+        adapter = Adapter(str(folder), setting.dtype, False, RANK, RANK, False, 0.0, 0, None)
     planned = footprint(shape, recipe, kernels, rows_of(rows, len(rows)), setting.tokens, again)
 
     small = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, vocab_size=64)
@@ -140,7 +148,7 @@ def measure(folder: Path, setting: Setting) -> tuple[int, int]:
     del warm_up
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-    model = load_model(folder, dtype, device)
+    model = load_model(folder, dtype, device, adapter=adapter)
     prepare(model, again, wants_compiled=False)
     train_two_steps(model, rows, setting.tokens)
     return planned.total, resident("VmHWM") - before
@@ -150,7 +158,7 @@ def train_two_steps(model: "Llama", rows: list, tokens: int) -> None:  # noqa: F
     from engine.optimizer import build_optimizer, make_state
     from train import train_step
 
-    optimizer = build_optimizer(model.parameters(), 1e-5, (0.9, 0.999), 1e-8, 0.0)
+    optimizer = build_optimizer(model.trained, 1e-5, (0.9, 0.999), 1e-8, 0.0)
     make_state(optimizer)
     for _ in range(2):
         train_step(model, optimizer, rows, 1e-5, tokens, 1.0)
