@@ -4,7 +4,6 @@ python train.py --learning_rate 1e-5 --run_name lower-rate
 python train.py --config demo.yaml
 python train.py --model ./my-llama --dataset ./my-gsm8k --wandb_mode disabled
 python train.py --selftest
-torchrun --nproc_per_node 8 train.py
 
 config.yaml lists every setting with its meaning. Each can also be set on the command line. To
 resume a run that was stopped, type the same command again.
@@ -61,7 +60,7 @@ from engine.measure import Measurement, StepResult, measure, perplexity_of
 from engine.optimizer import Schedule, build_optimizer, checkpoint_bytes, clip_gradients, make_state
 from engine.packing import NOT_AHEAD, Example, MicroBatch, Packer
 from engine.ranks import ALONE, Ranks, job
-from engine.sharding import reducing_last, shard
+from engine.sharding import shard
 from engine.state import copy_to_host, get_random_state, pack_state, set_random_state, unpack_state
 from engine.strategy import complete
 from engine.together import parts_of
@@ -233,7 +232,7 @@ def accumulate_gradients(
     """
     num_labels = model.ranks.total(micro_batch.num_labels for micro_batch in micro_batches)
     nats = torch.zeros((), dtype=torch.float64, device=model.device)
-    for micro_batch in reducing_last(model, micro_batches):
+    for micro_batch in model.in_turn(micro_batches):
         loss = model(micro_batch)  # summed over its supervised tokens
         (loss / num_labels).backward()
         nats += loss.detach()

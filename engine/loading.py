@@ -154,7 +154,9 @@ def load_model(
     )
     kernels = kernels or kernels_for(device)
     kernels.replace_linear_layers(model)
-    return Llama(model.to(device) if ranks.size == 1 else model, kernels, ranks).eval()
+    llama = Llama(model.to(device) if ranks.size == 1 else model, kernels)
+    llama.ranks = ranks
+    return llama.eval()
 
 
 def _read_config(folder: Path) -> tuple[LlamaConfig, dict[str, Shape]]:
