@@ -53,7 +53,7 @@ from engine.measure import Measurement, StepResult, measure, perplexity_of
 from engine.optimizer import Schedule, build_optimizer, checkpoint_bytes, clip_gradients, make_state
 from engine.packing import NOT_AHEAD, Example, MicroBatch, Packer
 from engine.ranks import ALONE, Ranks, job
-from engine.sharding import reducing_last, shard
+from engine.sharding import shard
 from engine.state import copy_to_host, get_random_state, pack_state, set_random_state, unpack_state
 from engine.strategy import complete
 from engine.together import parts_of
@@ -235,7 +235,7 @@ def accumulate_gradients(
     """
     num_labels = model.ranks.total(micro_batch.num_labels for micro_batch in micro_batches)
     nats = torch.zeros((), dtype=torch.float64, device=model.device)
-    for micro_batch in reducing_last(model, micro_batches):
+    for micro_batch in model.in_turn(micro_batches):
         loss = model(micro_batch)  # summed over its supervised tokens
         (loss / num_labels).backward()
         nats += loss.detach()

@@ -29,7 +29,7 @@ from engine.functions import (
     saved,
 )
 from engine.loss import LinearCrossEntropy
-from engine.ranks import ALONE, Ranks
+from engine.ranks import ALONE
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -56,11 +56,10 @@ class Llama(nn.Module):
         elementwise: how blocks compute in training between their products.
         stored: what a checkpoint contains: ``pretrained``, or `engine.lora.Adapters`.
         ranks: the processes among which micro-batches are dealt.
+        in_turn: gives a step's micro-batches (`engine.sharding.reducing_last`, if it is spread).
     """
 
-    def __init__(
-        self, pretrained: "LlamaForCausalLM", kernels: Kernels | None = None, ranks: Ranks = ALONE
-    ):
+    def __init__(self, pretrained: "LlamaForCausalLM", kernels: Kernels | None = None):
         super().__init__()
         # Not a submodule: a layer that is reached by two ways can't be sharded.
         object.__setattr__(self, "pretrained", pretrained)
@@ -72,7 +71,8 @@ class Llama(nn.Module):
         self.head_dim = pretrained.model.layers[0].self_attn.head_dim
         self.kernels = kernels or kernels_for(pretrained.device)
         self.recomputed_blocks, self.recomputes_parts = 0, True
-        self.elementwise, self.ranks = EAGER, ranks
+        self.elementwise = EAGER
+        self.ranks, self.in_turn = ALONE, iter
 
     def forward(self, micro_batch: "MicroBatch") -> Tensor:
         """The summed negative log-likelihood of all supervised tokens, in nats.

@@ -167,7 +167,8 @@ def load_model(
 
         quantise(model, folder, device)
     kernels.replace_linear_layers(model)
-    llama = Llama(model.to(device) if ranks.size == 1 else model, kernels, ranks)
+    llama = Llama(model.to(device) if ranks.size == 1 else model, kernels)
+    llama.ranks = ranks
     if adapter:
         from engine.lora import add_adapters
 

@@ -67,13 +67,19 @@ class Ranks:
         rank: its number in the job; rank 0 prints, logs, and writes the files that all share.
         size: how many processes there are.
         store: what all can read and write without waiting for each other; None for one process.
+        total: the sum of numbers that all ranks give, as an int.
     """
 
     rank: int = 0
     size: int = 1
     store: distributed.Store | None = field(default=None, repr=False)
+    total: Callable[[Iterable[int]], int] = sum
     stop: Stop | None = field(default=None, repr=False)
     _signals: torch.Tensor = field(default=NO_SIGNALS, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.size > 1:
+            self.total = self._total
 
     @property
     def is_main(self) -> bool:
@@ -124,8 +130,7 @@ class Ranks:
         self._signals = message[numbers.numel() :]
         return message[: numbers.numel()].view_as(numbers)
 
-    def total(self, counts: Iterable[int]) -> int:
-        """The sum of ``counts`` over all ranks."""
+    def _total(self, counts: Iterable[int]) -> int:
         return int(self.sum(torch.tensor(sum(counts), dtype=torch.float64)))
 
     @contextmanager
@@ -208,6 +213,9 @@ def _join(device: torch.device) -> tuple[Ranks, distributed.Store]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         store, rank, size = next(distributed.rendezvous("env://", timeout=START_TIMEOUT))
+        # torchrun's store outlives a restart, and with it the addresses of processes that are gone.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = distributed.PrefixStore(f"attempt-{attempt}", store)
         distributed.init_process_group(
             backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT
         )

@@ -6,6 +6,7 @@ that each rank keeps its slice of the sum.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,6 +60,7 @@ def shard(
     for block in model.blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    model.in_turn = partial(reducing_last, model)
     for module in (model, *model.blocks):
         # A sum, not FSDP's mean: each rank divides by the supervised tokens of all.
         module.set_gradient_divide_factor(1.0)
@@ -68,10 +70,9 @@ def shard(
 def reducing_last(model: "Llama", micro_batches: Sequence["MicroBatch"]) -> Iterator["MicroBatch"]:
     """Yield a step's ``micro_batches``, so that gradients are summed over the ranks at its end."""
     for number, micro_batch in enumerate(micro_batches, start=1):
-        if isinstance(model, FSDPModule):
-            is_last = number == len(micro_batches)
-            model.set_requires_gradient_sync(is_last or model.reduces_each)
-            model.set_requires_all_reduce(is_last)  # between copies of the weights
+        is_last = number == len(micro_batches)
+        model.set_requires_gradient_sync(is_last or model.reduces_each)
+        model.set_requires_all_reduce(is_last)  # between copies of the weights
         yield micro_batch
 
 

@@ -4,7 +4,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -14,7 +16,7 @@ from typing import Any
 import jobs
 import pytest
 import torch
-from conftest import make_config, run_folder, step_that
+from conftest import flags, make_config, run_folder, step_that
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -221,6 +223,41 @@ def test_out_of_memory_on_one_process_ends_the_step_on_all(
     check_numbers(run_folder(settings), runs["expected"])
     state = read_description(run_folder(settings) / LAST)["state"]
     assert state["progress"]["fitting"] == [512, 256]
+
+
+def rank_1_of(torchrun: int) -> int | None:
+    """The process of rank 1 among the children of ``torchrun``; None before it has started."""
+    for child in Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split():
+        if b"\0RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes():
+            return int(child)
+    return None
+
+
+def test_torchrun_starts_a_killed_run_again(tmp_path: Path, runs: dict[str, Any]) -> None:
+    """Guards against a script that works in these tests' own jobs alone."""
+    settings = runs["settings"] | {"run_name": "again", "epochs": "3", "dtype": "float32"}
+    metrics = run_folder(settings) / "metrics.jsonl"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node", "2", "--max-restarts", "1", "train.py"]
+    with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
+        process = subprocess.Popen(
+            [*command, *flags(settings)], cwd=jobs.ROOT, stdout=out, stderr=err
+        )
+        try:
+            until = time.monotonic() + jobs.SECONDS
+            while process.poll() is None and time.monotonic() < until:
+                if metrics.exists() and metrics.read_bytes().count(b"\n") >= 4:
+                    break
+                time.sleep(0.01)
+            os.kill(rank_1_of(process.pid), signal.SIGKILL)
+            assert process.wait(jobs.SECONDS) == 0, (tmp_path / "err").read_text()
+        finally:
+            process.kill()
+            process.wait()
+    printed = (tmp_path / "out").read_text()
+    assert printed.count("resuming: ") == printed.count("done: ") == 1, printed
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert sorted({*steps}) == list(range(1, 3 * STEPS + 1)) and steps == sorted(steps)
 
 
 # ---------------------------------------------------------------- kills within a save
