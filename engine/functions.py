@@ -78,33 +78,6 @@ def _rotate(
     return rotated.flatten(-2)
 
 
-class RMSNorm(torch.autograd.Function):
-    """Root mean square norm (arXiv:1910.07467) that saves its input and one number per token.
-
-    Computed in float32 or better, like Transformers' own.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, epsilon: float
-    ) -> torch.Tensor:
-        exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        scale = torch.rsqrt(exact.square().mean(-1, keepdim=True) + epsilon)
-        ctx.save_for_backward(hidden, weight, scale)
-        return (exact * scale).to(hidden.dtype).mul_(weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        hidden, weight, scale = ctx.saved_tensors
-        normed = hidden.to(scale.dtype) * scale
-        is_trained = ctx.needs_input_grad[1]
-        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if is_trained else None
-        grad_normed = (grad * weight).to(scale.dtype)
-        along = (grad_normed * normed).mean(-1, keepdim=True)
-        grad_hidden = grad_normed.addcmul_(normed, along, value=-1).mul_(scale)
-        return grad_hidden.to(hidden.dtype), grad_weight, None
-
-
 class SwiGLU(torch.autograd.Function):
     """silu(gate) * up (arXiv:2002.05202).
 

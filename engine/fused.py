@@ -43,7 +43,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Norm(torch.autograd.Function):
-    """`engine.functions.RMSNorm`; the second result is the factor of each token."""
+    """`engine.llama.RMSNorm`; the second result is the factor of each token."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ decoding.
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from engine.device import Kernels, kernels_for
-from engine.functions import (
-    Elementwise,
-    LayerParts,
-    RMSNorm,
-    Rope,
-    SwiGLU,
-    recomputed,
-    rotate_both,
-    saved,
-)
+from engine.functions import Elementwise, LayerParts, Rope, SwiGLU, recomputed, rotate_both, saved
 from engine.loss import LinearCrossEntropy
 from engine.ranks import ALONE
 
@@ -49,9 +40,8 @@ class Llama(nn.Module):
     Attributes:
         pretrained: Transformers' model, which holds the weights.
         kernels: operations that depend on the device.
-        recomputed_blocks: of how many blocks training computes the activations again in the
-            backward pass instead of keeping them. They are the first ones: when their turn comes,
-            the activations that the later blocks kept are already free.
+        recomputed_blocks: how many blocks compute their activations again in the backward pass: the
+            first ones, since what the later blocks kept is free when their turn comes.
         recomputes_parts: whether the others compute their norms and SwiGLU again.
         elementwise: how blocks compute in training between their products.
         stored: what a checkpoint contains: ``pretrained``, or `engine.lora.Adapters`.
@@ -70,19 +60,16 @@ class Llama(nn.Module):
         self.config = pretrained.config
         self.head_dim = pretrained.model.layers[0].self_attn.head_dim
         self.kernels = kernels or kernels_for(pretrained.device)
-        self.recomputed_blocks, self.recomputes_parts = 0, True
-        self.elementwise = EAGER
+        self.recomputed_blocks, self.recomputes_parts, self.elementwise = 0, True, EAGER
         self.ranks, self.in_turn = ALONE, iter
 
     def forward(self, micro_batch: "MicroBatch") -> Tensor:
-        """The summed negative log-likelihood of all supervised tokens, in nats.
+        """The summed negative log-likelihood of all supervised tokens, in nats: a float64 scalar.
 
         A sum, not a mean. If it is divided by the number of supervised tokens in the entire step,
         all of them weigh the same, so the gradient does not depend on how the step is split into
-        micro-batches. (A mean of micro-batch means does depend on it: transformers #34191.)
-
-        Returns:
-            A scalar in float64; each token's own loss is computed in float32 or better.
+        micro-batches. (A mean of micro-batch means does depend on it: transformers #34191.) Each
+        token's own loss is computed in float32 or better.
         """
         dropout = self.config.attention_dropout if self.training else 0.0
         attend = partial(self.kernels.attention, micro_batch, dropout)
@@ -113,16 +100,13 @@ class Llama(nn.Module):
         wanted: Tensor | None = None,
         parts: LayerParts | None = None,
     ) -> Tensor:
-        """The hidden states before the head.
+        """The hidden states before the head, ``[N, hidden]`` or ``[W, hidden]``.
 
         Args:
             input_ids, position_ids: ``[N]``, tokens of any sequences.
             wanted: ``[W]``, which tokens' states are needed; None: all. For the other tokens the
                 last block computes only keys and values.
             parts: how a block computes; None: as in training or measuring, whichever this is.
-
-        Returns:
-            ``[N, hidden]``, or ``[W, hidden]``.
         """
         num_recomputed = self.recomputed_blocks if self.training and parts is None else 0
         if parts is None:
@@ -237,6 +221,31 @@ def _norm(hidden: Tensor, norm: "LlamaRMSNorm") -> Tensor:
     if hidden.is_cuda:  # where this is one kernel
         return F.rms_norm(hidden, (hidden.shape[-1],), norm.weight, norm.variance_epsilon)
     return RMSNorm.apply(hidden, norm.weight, norm.variance_epsilon)
+
+
+class RMSNorm(torch.autograd.Function):
+    """Root mean square norm (arXiv:1910.07467) that saves its input and one number per token.
+
+    Computed in float32 or better, like Transformers' own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        scale = torch.rsqrt(exact.square().mean(-1, keepdim=True) + epsilon)
+        ctx.save_for_backward(hidden, weight, scale)
+        return (exact * scale).to(hidden.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        hidden, weight, scale = ctx.saved_tensors
+        normed = hidden.to(scale.dtype) * scale
+        is_trained = ctx.needs_input_grad[1]
+        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if is_trained else None
+        grad_normed = (grad * weight).to(scale.dtype)
+        along = (grad_normed * normed).mean(-1, keepdim=True)
+        grad_hidden = grad_normed.addcmul_(normed, along, value=-1).mul_(scale)
+        return grad_hidden.to(hidden.dtype), grad_weight, None
 
 
 EAGER = Elementwise(_norm_and_again, _add_norm, rotate_both, SwiGLU.apply)

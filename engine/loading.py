@@ -149,14 +149,7 @@ def load_model(
         raise damaged(folder, "weights", error) from None
     check_names(folder, report["missing_keys"], report["unexpected_keys"])
     _untie_head_of_its_own(model, folder)
-    # Our decoding does not use the sampling settings in Llama-2's generation_config. They are
-    # inconsistent, and would make save_pretrained raise an error after training.
-    model.generation_config = GenerationConfig(
-        bos_token_id=model.generation_config.bos_token_id,
-        eos_token_id=model.generation_config.eos_token_id,
-        pad_token_id=model.generation_config.pad_token_id,
-        do_sample=False,
-    )
+    model.generation_config = _without_sampling(model.generation_config)
     device = device or pick_device()
     kernels = kernels or kernels_for(device)
     if dtype != rounded:
@@ -174,6 +167,19 @@ def load_model(
 
         add_adapters(llama, adapter)
     return llama.eval()
+
+
+def _without_sampling(config: GenerationConfig) -> GenerationConfig:
+    """``config`` without the sampling settings of Llama-2's, which our decoding does not use.
+
+    They are inconsistent, and would make save_pretrained raise an error after training.
+    """
+    return GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+        do_sample=False,
+    )
 
 
 def _read_config(folder: Path) -> tuple[LlamaConfig, dict[str, Shape]]:

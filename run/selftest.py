@@ -56,9 +56,7 @@ def run_selftest(config: Config, load_rows: Callable[[str], Sequence[Any]]) -> N
     rows = {split: [*map(asdict, load_rows(split))] for split in ("train", "test")}
     with temporary_folder(local_path(config.output_dir)) as folder:
         write_data(rows, config.batch_size, folder / "data")
-        print(
-            f"selftest: {EPOCHS} epochs of {STEPS_PER_EPOCH} steps in {folder}, removed at the end"
-        )
+        print(f"selftest: {EPOCHS} epochs of {STEPS_PER_EPOCH} steps in {folder}, then removed")
         expected = train(config, folder, UNINTERRUPTED)
         last_step, validation_loss = expected.losses[-1]
         print(f"  trained:   {last_step} steps, validation loss {validation_loss:.6f}")
