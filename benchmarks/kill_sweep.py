@@ -131,7 +131,9 @@ def start(config: Config, log: Path, on_point: Callable[[str], None] | None = No
         os._exit(code)
 
 
-def copy(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def copy(
+    model: Any, tensors: Mapping[str, torch.Tensor], *others: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """As on a GPU with enough host memory."""
     return copied(tensors)
 

@@ -382,5 +382,5 @@ def test_a_model_that_is_too_large_for_adamw_is_offered_it(
     settings |= {"model": str(tmp_path / "llama-2-7b"), "dtype": "bfloat16"}
     monkeypatch.setattr(memory, "total_bytes", lambda device: 48 * 2**30)
     outcome = call(train, *flags(settings))
-    outcome.assert_user_error("optimizer states 37.7", "take --optimizer adamw_8bit, or")
+    outcome.assert_user_error("optimizer states 37.7", "--optimizer adamw_8bit, or")
     plan.check_trains(make_config(settings | {"optimizer": "adamw_8bit"}), None)

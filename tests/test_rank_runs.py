@@ -269,13 +269,14 @@ def save_and_die(model_folder: Path, folder: Path, victim: int, event: int) -> N
     Events are the calls to the system that open, make, rename or remove something.
     """
     with job(CPU) as here:
-        model = load_model(model_folder, torch.float64, CPU, kernels_for(CPU), here)
+        model = load_model(model_folder, torch.float64, CPU, kernels_for(CPU), ranks=here)
         shard(model, None, True)
         optimizer = build_optimizer(model.parameters(), 1e-2, (0.9, 0.999), 1e-8, 0.1)
         make_state(optimizer)
         parts = train.Parts(**parts_of(here, checkpoint.save_checkpoint, train.complete))
         tokenizer = load_tokenizer(model_folder)
-        saves = Saves(folder, {"checkpoint_steps": None}, 7, {}, tokenizer, parts)
+        settings = {"checkpoint_steps": None}
+        saves = Saves(folder, settings, {}, 7, None, {}, tokenizer, parts)
         left = event
 
         def count(name: str, arguments: tuple) -> None:

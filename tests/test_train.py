@@ -616,7 +616,7 @@ def test_a_run_writes_what_the_interface_promises(call, settings: dict[str, str]
         "previous",
     }
     config = make_config(settings)
-    assert train.read_arguments(["--config", str(folder / "config.yaml")]) == (config, False)
+    assert train.read_arguments(["--config", str(folder / "config.yaml")]) == (config, False, None)
     description = json.loads((folder / "best" / "training.json").read_text())
     assert description["settings"] == asdict(config)
     assert {
