@@ -26,7 +26,7 @@ from engine.plan_report import (
 from engine.ranks import ALONE, Ranks
 from engine.roofline import CPU, Card, card_named, card_of_size
 from engine.shape import ModelShape, read_shape
-from run.config import KEYS, Config
+from run.config import Config
 from run.errors import UserError
 from run.method import FULL, check_packages
 from run.training_json import read_description
@@ -46,15 +46,15 @@ USABLE, CONTEXT, LIBRARIES = 0.985, int(0.7 * GIB), int(0.2 * GIB)
 
 
 def recipe_of(settings: Mapping[str, Any], devices: int = 1) -> Recipe:
-    """What a run with these ``settings`` trains; those of older runs lack the newer ones."""
+    """What a run with these ``settings`` trains."""
     return Recipe(
-        method=settings.get("method", "full"),
-        rank=settings.get("lora_rank", 64),
-        has_dropout=settings.get("lora_dropout", 0.0) > 0,
-        optimizer=settings.get("optimizer", "adamw"),
-        shard_over=settings.get("shard_over"),
-        reshards=settings.get("reshard_after_forward", True),
-        reduces_each=settings.get("reduce_gradients", "last") == "each",
+        method=settings["method"],
+        rank=settings["lora_rank"],
+        has_dropout=settings["lora_dropout"] > 0,
+        optimizer=settings["optimizer"],
+        shard_over=settings["shard_over"],
+        reshards=settings["reshard_after_forward"],
+        reduces_each=settings["reduce_gradients"] == "each",
         devices=devices,
     )
 
@@ -141,7 +141,7 @@ def refuse_too_large(
     job = job_of(config, shape, kernels, recipe.devices)
     device = Device("", total, devices)
     fitting = proposals(job, device, card_of_size(total / GIB))
-    cures = [one.flags for one in fitting if one.flags.startswith("--") and _exists(one.flags)]
+    cures = [one.flags for one in fitting if one.flags.startswith("--")]
     cures.append("a larger device or a smaller model")
     raise UserError(
         f"model {name}: training its {shape.parameters / 1e9:.2f} billion parameters takes "
@@ -149,11 +149,6 @@ def refuse_too_large(
         f"{least.gradients / GIB:.1f}, optimizer states {least.states / GIB:.1f}), over the "
         f"{total / GIB:.1f} GiB of the device: take {', or '.join(cures)}"
     )
-
-
-def _exists(flags: str) -> bool:
-    words = [word.removeprefix("--") for word in flags.split() if word.startswith("--")]
-    return all(word in KEYS or word == "nproc_per_node" for word in words)
 
 
 def free_here(device: torch.device) -> int:
@@ -202,8 +197,7 @@ def report(config: Config, shape: ModelShape, wanted: "PlanFor") -> list[str]:
             f"does not fit: {plan.needed / GIB:.2f} GiB and what is lost to fragmentation, of "
             f"{here.free / GIB:.2f} GiB"
         )
-    fitting = [one for one in proposals(job, here, card) if _exists(one.flags)]
-    lines += ["", *proposal_lines(fitting, card)]
+    lines += ["", *proposal_lines(proposals(job, here, card), card)]
     if here.count > 1:
         lines += ["", *scale_table(job, here, card)]
     return lines

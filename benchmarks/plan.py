@@ -142,6 +142,8 @@ def measure(folder: Path, setting: Setting) -> tuple[int, int]:
         adapter = Adapter(str(folder), setting.dtype, False, RANK, RANK, False, 0.0, 0, None)
     planned = footprint(shape, recipe, kernels, rows_of(rows, len(rows)), setting.tokens, again)
 
+    if adapter:
+        import engine.lora  # noqa: F401  (PEFT is not part of what training takes)
     small = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, vocab_size=64)
     warm_up = Llama(LlamaForCausalLM(small).to(dtype), kernels)
     train_two_steps(warm_up, examples(128, vocabulary=64), 128)

@@ -264,7 +264,9 @@ def heap_bytes(shape: "ModelShape", kernels: "Kernels", loss: int, backward: int
     """
     if kernels.device.type != "cpu":
         return 0
-    return loss * 3 // 2 + BUFFERS if shape.dtype == torch.bfloat16 else min(loss, backward)
+    if shape.dtype == torch.bfloat16:
+        return loss * 3 // 2 + backward + BUFFERS
+    return min(loss, backward)
 
 
 def footprint(
