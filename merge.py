@@ -45,11 +45,14 @@ from run.checkpoint import save_checkpoint
 from run.model_source import Source, resolve_source
 from run.paths import hide_home, local_path
 from run.shell import evaluation_command
+from run.streams import is_one_of_several
 from run.training_json import tokenizer_record
 
 
 @memory.reported("merging", memory.LARGER_DEVICE)
 def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
+    if is_one_of_several():
+        raise UserError("merge.py: works in one process: type it without torchrun")
     source = resolve_source(arguments.ckpt, arguments.config, typed)
     output = local_path(arguments.output)
     if source.adapter is None:

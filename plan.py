@@ -26,9 +26,10 @@ from engine.plan_report import (
 from engine.ranks import ALONE, Ranks
 from engine.roofline import CPU, Card, card_named, card_of_size
 from engine.shape import ModelShape, read_shape
+from engine.sharding import check_divides
 from run.config import Config
 from run.errors import UserError
-from run.method import FULL, check_packages
+from run.method import check_packages
 from run.training_json import read_description
 
 if TYPE_CHECKING:
@@ -90,10 +91,10 @@ def plan_run(
     here = Device(memory.kind(device), free, ranks.size)
     wishes = wishes_of(config)
     record = read_description(resume_from).get("plan") if resume_from else None
-    if plan := saved_plan(record, here, wishes):
+    recipe = recipe_of(asdict(config), ranks.size)
+    if plan := saved_plan(record, recipe, here, wishes):
         return plan
     rows = rows_of(examples, config.batch_size)
-    recipe = recipe_of(asdict(config), ranks.size)
     plan = choose(shape, recipe, kernels_for(device), rows, here, wishes)
     if None in (wishes.micro_batch_tokens, wishes.gradient_checkpointing):
         print(plan.describe(shape.layers, here.free) + (", made anew" if record else ""))
@@ -113,7 +114,8 @@ def check_trains(config: Config, resume_from: Path | None, devices: int = 1) -> 
     if total is None:  # a CPU can swap
         return
     # A checkpoint of adapters has no model.
-    name = config.model if resume_from is None or config.method != FULL else str(resume_from)
+    has_model = resume_from is not None and (resume_from / "config.json").is_file()
+    name = str(resume_from) if has_model else config.model
     shape = read_shape(fetch(name, ["config.json"]), getattr(torch, config.dtype))
     refuse_too_large(config, name, shape, kernels_for(device), total, devices)
 
@@ -124,9 +126,10 @@ def check_spreads(config: Config, devices: int) -> None:
         is_qlora = config.method == "qlora"
         setting, other = ("method qlora", "lora") if is_qlora else ("optimizer adamw_8bit", "adamw")
         raise UserError(
-            f"torchrun: {setting}: does not spread over {devices} processes: start one process, or "
-            f"set {setting.split()[0]} {other}"
+            f"{setting}: does not spread over {devices} devices: use one, or set "
+            f"{setting.split()[0]} {other}"
         )
+    check_divides(config.shard_over, devices)
 
 
 def refuse_too_large(
@@ -206,7 +209,7 @@ def report(config: Config, shape: ModelShape, wanted: "PlanFor") -> list[str]:
 def find_devices(wanted: "PlanFor") -> tuple[Device, Card, Kernels, list[str]]:
     """The devices to plan for, by which card's data sheet, with what kernels; lines about them."""
     if wanted.device_memory is not None:
-        free = int(wanted.device_memory * USABLE * GIB) - CONTEXT
+        free = max(0, int(wanted.device_memory * USABLE * GIB) - CONTEXT)
         card = card_of_size(wanted.device_memory)
         line = (
             f"devices: {wanted.devices} of {wanted.device_memory:g} GB, not looked for here, with "

@@ -115,8 +115,8 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
     if resume_from is not None:
         loading.copy_from_mapped_file(model)  # which the next saves will remove
         progress = restore(resume_from, partial(unpack_state, optimizer=optimizer), steps)
-        fits = fitting_budget(folder, config.micro_batch_tokens, planned.micro_batch_tokens)
-        progress.fitting = fits or progress.fitting
+        limits = config.micro_batch_tokens, planned.micro_batch_tokens
+        progress.fitting = fitting_budget(folder, *limits, progress.fitting)
     progress.run = wandb_path(config.wandb_project, resume_from)
     record, hashes = (asdict(config), asdict(planned)), (start.base, problems.sha256)
     saves = Saves(folder, *record, batches.per_epoch, *hashes, tokenizer, parts)
@@ -285,9 +285,10 @@ def main(
             return run_selftest(config, partial(load_problems, config.dataset))
         folder, budget = local_path(config.output_dir) / config.run_name, config.micro_batch_tokens
         with claimed_by_all(folder, config.resume, ranks, budget) as resume_from:
+            config = anchored(config, resume_from)
             plan.check_trains(config, resume_from, ranks.size)
             together = parts_of(ranks, save_checkpoint, complete) | parts
-            train(anchored(config, resume_from), folder, resume_from, Parts(**together))
+            train(config, folder, resume_from, Parts(**together))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Plan:
-    """What was chosen, and for which device and wishes.
+    """What was chosen, and for what: the kind of device, the recipe, and the wishes.
 
     Attributes:
         needed: bytes on each device, by the count of `engine.footprint`.
@@ -70,8 +70,8 @@ class Plan:
     recomputes_parts: bool
     compiles: bool
     device: str
-    devices: int
     needed: int
+    recipe: dict[str, Any]
     wishes: dict[str, Any]
 
     @property
@@ -91,8 +91,8 @@ class Plan:
         )
 
 
-def saved_plan(record: Any, device: Device, wishes: Wishes) -> Plan | None:
-    """The plan in a checkpoint's ``record`` of it, if it was made for the same device and wishes.
+def saved_plan(record: Any, recipe: Recipe, device: Device, wishes: Wishes) -> Plan | None:
+    """The plan in a checkpoint's ``record`` of it, if it was made for the same.
 
     Args:
         record: None, or anything else that is no plan, if the checkpoint has none.
@@ -101,8 +101,8 @@ def saved_plan(record: Any, device: Device, wishes: Wishes) -> Plan | None:
         plan = Plan(**record)
     except TypeError:
         return None
-    made_for = plan.device, plan.devices, plan.wishes
-    return plan if made_for == (device.name, device.count, asdict(wishes)) else None
+    made_for = plan.device, plan.recipe, plan.wishes
+    return plan if made_for == (device.name, asdict(recipe), asdict(wishes)) else None
 
 
 def choose(
@@ -129,8 +129,8 @@ def choose(
         recomputes_parts=recomputation.parts,
         compiles=kernels.compiles_layers if wishes.compile is None else wishes.compile,
         device=device.name,
-        devices=device.count,
         needed=needed.total,
+        recipe=asdict(recipe),
         wishes=asdict(wishes),
     )
 

@@ -51,7 +51,7 @@ class Job:
         return self.on(device).needed <= (1 - FRAGMENTED_SHARE) * device.free
 
     def step(self, plan: Plan, card: Card) -> Step:
-        recipe = self.recipe_on(plan.devices)
+        recipe = Recipe(**plan.recipe)
         tokens, recomputation = plan.micro_batch_tokens, plan.recomputation
         return expected_step(
             self.shape, recipe, self.rows, card, tokens, recomputation, plan.compiles
@@ -157,7 +157,7 @@ def _variants(job: Job, device: Device) -> Iterator[tuple[str, Job, int]]:
     for count, dtype, method in product(counts, shapes, recipes):
         if count != device.count and (dtype or method):
             continue
-        if count > 1 and not recipes[method].spreads:
+        if (count > 1 and not recipes[method].spreads) or count % (recipe.shard_over or 1):
             continue
         other = replace(job, shape=shapes[dtype], recipe=recipes[method])
         many = f"torchrun --nproc_per_node {count} train.py" if count != device.count else ""
@@ -199,6 +199,8 @@ def scale_table(job: Job, device: Device, card: Card) -> list[str]:
     last_speed, pays = 0.0, 0
     summing_each = replace(job, recipe=replace(job.recipe, reduces_each=True))
     for count in sorted({*counts, device.count}):
+        if count % (job.recipe.shard_over or 1):
+            continue
         there = replace(device, count=count)
         fitting = [one for one in (job, summing_each) if one.fits(there)]
         if not fitting:

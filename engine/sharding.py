@@ -46,12 +46,8 @@ def shard(
     ranks, model.reduces_each = model.ranks, reduce_gradients == "each"
     if ranks.size == 1:
         return
+    check_divides(shard_over, ranks.size)
     slices = shard_over or ranks.size
-    if ranks.size % slices:
-        raise UserError(
-            f"shard_over {slices}: must divide the {ranks.size} processes of this job: set one of "
-            f"{', '.join(str(n) for n in range(1, ranks.size + 1) if ranks.size % n == 0)}, or null"
-        )
     shape = (ranks.size // slices, slices) if slices < ranks.size else (slices,)
     names = (COPIES, SLICES)[-len(shape) :]
     mesh = init_device_mesh(model.kernels.device.type, shape, mesh_dim_names=names)
@@ -65,6 +61,16 @@ def shard(
         # A sum, not FSDP's mean: each rank divides by the supervised tokens of all.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def check_divides(shard_over: int | None, devices: int) -> None:
+    """Raises UserError if groups of ``shard_over`` can't be made of so many devices."""
+    if shard_over and devices % shard_over:
+        divisors = [str(number) for number in range(1, devices + 1) if devices % number == 0]
+        raise UserError(
+            f"shard_over {shard_over}: must divide the {devices} processes of this job: set one of "
+            f"{', '.join(divisors)}, or null"
+        )
 
 
 def reducing_last(model: "Llama", micro_batches: Sequence["MicroBatch"]) -> Iterator["MicroBatch"]:

@@ -122,18 +122,22 @@ def claimed_by_all(
             raise
 
 
-def fitting_budget(folder: Path, setting: int | None, planned: int) -> tuple[int, int] | None:
-    """`Progress.fitting`, if a job has run out of memory with this setting micro_batch_tokens.
+def fitting_budget(
+    folder: Path, setting: int | None, planned: int, saved: tuple[int, int] | None
+) -> tuple[int, int] | None:
+    """`Progress.fitting`: what is ``saved``, or less if a job has run out of memory since.
 
     Args:
+        setting: micro_batch_tokens.
         planned: what the setting stands for.
     """
+    known = saved[1] if saved and saved[0] == planned else planned
     try:
         content = json.loads((folder / FITTING_FILE).read_bytes())
-        is_set_so = content["micro_batch_tokens"] == setting
-        return (planned, int(content["fitting"])) if is_set_so else None
+        is_smaller = content["micro_batch_tokens"] == setting and int(content["fitting"]) < known
+        return (planned, int(content["fitting"])) if is_smaller else saved
     except (OSError, ValueError, KeyError, TypeError):  # there is none
-        return None
+        return saved
 
 
 def _not_writable(folder: Path, error: OSError) -> UserError:
@@ -279,6 +283,7 @@ def restore(folder: Path, unpack: Callable[..., Mapping[str, Any]], steps: int) 
 
 def finish(folder: Path, keep_state: bool, best_loss: float) -> None:
     """End a run: remove its state unless ``keep_state``, and print the next command."""
+    (folder / FITTING_FILE).unlink(missing_ok=True)
     if not keep_state:
         try:
             remove_state(folder, read_description(folder / LAST))

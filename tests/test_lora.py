@@ -24,7 +24,7 @@ import evaluate
 import merge
 import perplexity
 import train
-from engine import llama, loading, packing
+from engine import llama, loading, memory, packing
 from engine.compiling import compile_layers
 from engine.cuda.layers import DECODING, fused_weights
 from engine.decoding import greedy_decode
@@ -466,7 +466,34 @@ def test_a_merge_overwrites_nothing_and_needs_an_adapter(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_merge_is_not_done_by_many(
+    call, runs: dict[str, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against several processes that write the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="type it without torchrun"):
+        merge.main(*merge.read_arguments(["--ckpt", "best", "--output", str(tmp_path / "merged")]))
+
+
 # ---------------------------------------------------------------- the base
+
+
+def test_a_gpu_finds_the_base_from_any_folder_and_names_a_forgotten_method(
+    call,
+    runs: dict[str, dict[str, str]],
+    wide_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Guards against a check of memory, which a CPU leaves out, that looks for the typed name."""
+    monkeypatch.setattr(memory, "total_bytes", lambda device: 2**40)
+    monkeypatch.chdir(tmp_path)
+    settings = runs["lora"] | {"output_dir": str(tmp_path)}
+    shutil.copytree(run_folder(runs["lora"]), run_folder(settings))
+    # Typed as in the folder in which the run began.
+    call(train, *flags(settings | {"model": wide_folder.name})).assert_user_error("finished")
+    forgotten = {name: value for name, value in settings.items() if "lora" not in name}
+    call(train, *flags(forgotten | {"method": "full"})).assert_user_error("method was 'lora'")
 
 
 def test_another_base_is_refused_and_a_moved_one_is_named(

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -201,15 +201,16 @@ def test_a_cpu_with_enough_memory_has_the_micro_batches_it_always_had() -> None:
 
 
 def test_a_saved_plan_is_only_for_its_device_and_wishes() -> None:
-    device, wishes = Device("NVIDIA H100", 80 * GIB, 2), Wishes()
-    made = choose(LLAMA_2_7B, Recipe(devices=2), GPU, ROWS, device, wishes)
-    record = vars(made)
-    assert saved_plan(record, replace(device, free=GIB), wishes) == made
-    assert saved_plan(record, replace(device, name="NVIDIA H200"), wishes) is None
-    assert saved_plan(record, replace(device, count=3), wishes) is None
-    assert saved_plan(record, device, Wishes(compile=True)) is None
-    assert saved_plan(None, device, wishes) is None
-    assert saved_plan({"other": 1}, device, wishes) is None
+    device, recipe, wishes = Device("NVIDIA H100", 80 * GIB, 2), Recipe(devices=2), Wishes()
+    made = choose(LLAMA_2_7B, recipe, GPU, ROWS, device, wishes)
+    record = json.loads(json.dumps(asdict(made)))
+    assert saved_plan(record, recipe, replace(device, free=GIB), wishes) == made
+    assert saved_plan(record, recipe, replace(device, name="NVIDIA H200"), wishes) is None
+    for change in ({"devices": 3}, {"shard_over": 1}, {"reduces_each": True}, {"reshards": False}):
+        assert saved_plan(record, replace(recipe, **change), device, wishes) is None
+    assert saved_plan(record, recipe, device, Wishes(compile=True)) is None
+    assert saved_plan(None, recipe, device, wishes) is None
+    assert saved_plan({"other": 1}, recipe, device, wishes) is None
 
 
 # ---------------------------------------------------------------- in a run
@@ -306,6 +307,20 @@ def printed(call, settings: dict[str, str], tmp_path: Path) -> Callable[..., str
         return outcome.out
 
     return run
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--shard_over", "3", "--devices", "4"], "shard_over 3: must divide the 4 processes"),
+        (["--method", "qlora", "--devices", "2"], "method qlora: does not spread over 2 devices"),
+        (["--optimizer", "adamw_8bit", "--devices", "2"], "use one, or set optimizer adamw"),
+    ],
+)
+def test_what_can_not_be_spread_is_refused(call, tmp_path: Path, words: list, error: str) -> None:
+    LLAMA_2_7B.config.save_pretrained(tmp_path)
+    flags = ["--plan", "--model", str(tmp_path), "--device_memory", "80", *words]
+    call(train, *flags).assert_user_error(error)
 
 
 def test_the_plan_of_a_card_that_is_not_here(printed) -> None:

@@ -30,7 +30,7 @@ from engine.sharding import shard
 from engine.state import pack_state, unpack_state
 from engine.together import parts_of
 from run import checkpoint
-from run.folder import restore
+from run.folder import FITTING_FILE, fitting_budget, restore
 from run.manifest import BEST, LAST, PREVIOUS, fault_of
 from run.progress import Progress
 from run.saves import Saves
@@ -258,6 +258,17 @@ def test_torchrun_starts_a_killed_run_again(tmp_path: Path, runs: dict[str, Any]
     assert printed.count("resuming: ") == printed.count("done: ") == 1, printed
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert sorted({*steps}) == list(range(1, 3 * STEPS + 1)) and steps == sorted(steps)
+
+
+def test_a_budget_that_did_not_fit_is_never_raised(tmp_path: Path) -> None:
+    """Guards against a job's file that outranks a smaller plan, or what was found out since."""
+    assert fitting_budget(tmp_path, None, 512, None) is None
+    (tmp_path / FITTING_FILE).write_text('{"micro_batch_tokens": null, "fitting": 256}')
+    assert fitting_budget(tmp_path, None, 512, None) == (512, 256)
+    assert fitting_budget(tmp_path, None, 512, (512, 384)) == (512, 256)
+    assert fitting_budget(tmp_path, None, 512, (512, 128)) == (512, 128)
+    assert fitting_budget(tmp_path, None, 256, None) is None
+    assert fitting_budget(tmp_path, 512, 512, None) is None
 
 
 # ---------------------------------------------------------------- kills within a save
