@@ -180,15 +180,9 @@ def evaluate(
         return decoder.answer(calculator)
 
     # Open every file before decoding, so that one that can't be resumed fails immediately
-    files = open_files(
-        parts.open_predictions,
-        output,
-        identity,
-        len(problems),
-        arguments.samples,
-        config.calculator,
-        {"temperature": arguments.temperature, "seed": config.seed},
-    )
+    sampling = {"temperature": arguments.temperature, "seed": config.seed}
+    asked = len(problems), arguments.samples, config.calculator, sampling
+    files = open_files(parts.open_predictions, output, identity, *asked)
 
     # Greedy decoding gives the score, and the others are reported with it
     scored: dict[str, Scored | None] = {GREEDY: None}  # None: begun and not complete

@@ -65,7 +65,6 @@ from run.folder import (
     check_same_run,
     claimed_by_all,
     finish,
-    fitting_budget,
     is_finished,
     restore,
 )
@@ -114,9 +113,8 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
     progress = Progress()
     if resume_from is not None:
         loading.copy_from_mapped_file(model)  # which the next saves will remove
-        progress = restore(resume_from, partial(unpack_state, optimizer=optimizer), steps)
         limits = config.micro_batch_tokens, planned.micro_batch_tokens
-        progress.fitting = fitting_budget(folder, *limits, progress.fitting)
+        progress = restore(resume_from, partial(unpack_state, optimizer=optimizer), steps, *limits)
     progress.run = wandb_path(config.wandb_project, resume_from)
     record, hashes = (asdict(config), asdict(planned)), (start.base, problems.sha256)
     saves = Saves(folder, *record, batches.per_epoch, *hashes, tokenizer, parts)

@@ -17,6 +17,13 @@ from torch import Tensor
 from run.errors import UserError, cause_of
 
 TORCHAO = "0.18.0"  # as in requirements.txt
+USED = (  # of its `quant_utils`
+    "create_dynamic_map",
+    "scale_tensor",
+    "quantize_8bit_with_qmap",
+    "dequant_with_qmap",
+    "_fp32_to_bf16_sr",
+)
 BLOCK = 256  # codes that share a scale
 # Smaller tensors keep moments in float32, as in bitsandbytes and torchao.
 SMALLEST = 4096
@@ -33,9 +40,8 @@ def check_torchao() -> None:
     try:
         from torchao.optim import quant_utils
 
-        quant_utils.create_dynamic_map, quant_utils.scale_tensor  # noqa: B018
-        quant_utils.quantize_8bit_with_qmap, quant_utils.dequant_with_qmap  # noqa: B018
-        quant_utils._fp32_to_bf16_sr  # noqa: B018
+        for name in USED:
+            getattr(quant_utils, name)
     except (ImportError, AttributeError) as error:
         raise UserError(
             f"optimizer adamw_8bit needs torchao {TORCHAO} ({cause_of(error)}): "

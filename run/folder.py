@@ -57,8 +57,7 @@ FREE_SETTINGS = frozenset(
 # What was so before there was a setting for it.
 OLDER = {"method": FULL, "optimizer": "adamw"}
 
-# In a run's folder: what one of several processes found out when it ran out of memory, and could no
-# longer tell the others.
+# What one of several processes found out when it ran out of memory, and could not tell the others.
 FITTING_FILE = ".fitting.json"
 LOCK_SECONDS = 1.0  # how long to wait for the lock, since an evaluation holds it only briefly
 
@@ -255,11 +254,18 @@ def is_finished(checkpoint: Path, steps: int) -> bool:
     return read_description(checkpoint)["step"] >= steps
 
 
-def restore(folder: Path, unpack: Callable[..., Mapping[str, Any]], steps: int) -> Progress:
+def restore(
+    folder: Path,
+    unpack: Callable[..., Mapping[str, Any]],
+    steps: int,
+    setting: int | None,
+    planned: int,
+) -> Progress:
     """Restore the state in ``folder``, for a run of ``steps`` optimizer steps.
 
     Args:
         unpack: `engine.state.unpack_state` for the optimizer.
+        setting, planned: see `fitting_budget`.
 
     Raises:
         UserError: the state is damaged, or does not fit into memory, the device failed, or the
@@ -277,6 +283,7 @@ def restore(folder: Path, unpack: Callable[..., Mapping[str, Any]], steps: int) 
             "--run_name"
         ) from None
     check_unfinished(progress.step, steps, folder.parent)
+    progress.fitting = fitting_budget(folder.parent, setting, planned, progress.fitting)
     print(f"resuming: {folder} at step {progress.step} of {steps}")
     return progress
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchao
 from conftest import PROMPT, Killed, flags, kill, make_config, run_folder, seal, step_that
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -27,8 +28,6 @@ from engine.tokenizer import Tokenizer
 from grading import dataset
 from run import training_json
 from run.errors import UserError
-
-torchao = pytest.importorskip("torchao")
 
 CPU = torch.device("cpu")
 ROOT = Path(train.__file__).parent

@@ -331,5 +331,7 @@ def test_a_kill_within_a_save_leaves_a_whole_checkpoint(
         found.add(step)
         model = load_model(newest, torch.float64, CPU)
         optimizer = build_optimizer(model.parameters(), 1e-2, (0.9, 0.999), 1e-8, 0.1)
-        assert restore(newest, partial(unpack_state, optimizer=optimizer), 9).step == step
+        assert (
+            restore(newest, partial(unpack_state, optimizer=optimizer), 9, None, 512).step == step
+        )
     assert found == ({1, 2} if victim == 0 else {1}), found
