@@ -142,6 +142,16 @@ def first_false_equation(text: str) -> str | None:
     return next((shown for _, shown, left, right in found if is_true(left, right) is False), None)
 
 
+def equations(text: str) -> list[tuple[str, str]]:
+    """The left and the right side of each equation in ``text``, in order.
+
+    These are the annotations or, if there are none, each ``a op b = c``.
+    """
+    if annotations := ANNOTATION.findall(text):
+        return annotations
+    return [(left, right) for _, _, left, right in sorted(_equations(text))]
+
+
 def _equations(text: str) -> Iterator[tuple[int, str, str, str]]:
     """Each equation's position, the text to display, its left side and its right side."""
     for match in ANNOTATION.finditer(text):
