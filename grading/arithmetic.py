@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from fractions import Fraction
+from functools import lru_cache
 
 # The text comes from a model, so we limit its number of characters, the nesting of parentheses and
 # the size of numbers. Anything beyond these limits has no value here, and costs no time.
@@ -176,6 +177,11 @@ def _blanks(match: re.Match[str]) -> str:
 
 def is_true(expression: str, result: str) -> bool | None:
     """Whether the value of ``expression`` is ``result``; None if either can't be read."""
+    return _is_true(expression, result) if max(len(expression), len(result)) <= LONGEST else None
+
+
+@lru_cache(maxsize=2**16)  # samples of a problem have the same equations many times
+def _is_true(expression: str, result: str) -> bool | None:
     exact, claimed = value_of(expression), value_of(result)
     if exact is None or claimed is None:
         return None

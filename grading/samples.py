@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +54,19 @@ def read_files(files: Sequence[Path]) -> list[SampleFile]:
             them contain the same draws.
     """
     read = [_read_file(file) for file in files]
-    seen: dict[object, Path] = {}
-    for one in read:
-        known = tuple(map(str, (one.identity.get(key) for key in DRAWN_BY)))
-        for draws in (one.sha256, known if "weights" in one.identity else one.file):
-            if draws in seen:
-                raise UserError(
-                    f"{one.file}: contains the same draws as {seen[draws]}: leave one of them out; "
-                    "a larger --samples draws others"
-                )
-        seen |= {one.sha256: one.file, known: one.file}
+    for earlier, one in combinations(read, 2):
+        if _have_same_draws(earlier, one):
+            raise UserError(
+                f"{one.file}: contains the same draws as {earlier.file}: leave one of them out; a "
+                "larger --samples draws others"
+            )
     return read
+
+
+def _have_same_draws(one: SampleFile, other: SampleFile) -> bool:
+    if "weights" in one.identity and "weights" in other.identity:
+        return all(one.identity.get(key) == other.identity.get(key) for key in DRAWN_BY)
+    return one.sha256 == other.sha256
 
 
 def _read_file(file: Path) -> SampleFile:
@@ -138,7 +141,7 @@ def _fault_of(
     question, gold = row.get("question"), row["gold"]
     if not isinstance(question, str):
         return f"has no question: each line must have one, as {EVALUATE} writes them"
-    shown = visible(question[:80])
+    shown = visible(question[:80])[:120]
     if question in others:
         return (
             f"{shown} is a {others[question]} question of {dataset}, which must not be trained "
