@@ -11,6 +11,7 @@ from grading.dataset import Problem
 from grading.results import (
     IDENTITY_FILE,
     PREDICTIONS_FILE,
+    SCORES_FILE,
     completion_id,
     read_identity,
     read_predictions,
@@ -77,21 +78,7 @@ def _read_file(file: Path) -> SampleFile:
         raise UserError(f"{file}: is empty: name one with samples, as {EVALUATE} writes them")
     with file.open("rb") as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    # Beside a file of another name are the records of other predictions.
-    is_ours = file.name == PREDICTIONS_FILE
-    identity = read_identity(file.with_name(IDENTITY_FILE)) if is_ours else {}
-    temperature = identity.get("temperature")
-    if temperature is not None and type(temperature) not in (int, float):
-        raise UserError(
-            f"{file.with_name(IDENTITY_FILE)}: its temperature is {str(temperature)[:40]!r}, not a "
-            "number: restore it or evaluate again"
-        )
-    split = identity.get("split", "train")
-    if split != "train":
-        raise UserError(
-            f"{file}: contains samples of the {split} rows, which must not be trained on: sample "
-            f"the train rows ({EVALUATE})"
-        )
+    identity = _read_identity(file)
     if "num_problems" in identity:
         expected = identity["num_problems"] * identity.get("num_samples", 1)
         found = len({completion_id(row) for row in rows})
@@ -101,6 +88,26 @@ def _read_file(file: Path) -> SampleFile:
                 f"{expected} were asked for: run evaluate.py again, it resumes where it stopped"
             )
     return SampleFile(file, sha256, identity, rows)
+
+
+def _read_identity(file: Path) -> dict[str, Any]:
+    """What is recorded of the samples in ``file``, after checking that they are of train rows."""
+    if file.name != PREDICTIONS_FILE:  # next to it are records of other predictions
+        return {}
+    records = [file.with_name(name) for name in (IDENTITY_FILE, SCORES_FILE)]
+    identity = read_identity(records[0]) or read_identity(records[1])
+    temperature, split = identity.get("temperature"), identity.get("split", "train")
+    if temperature is not None and type(temperature) not in (int, float):
+        raise UserError(
+            f"{records[0]}: its temperature is {str(temperature)[:40]!r}, not a number: restore it "
+            "or evaluate again"
+        )
+    if split != "train":
+        raise UserError(
+            f"{file}: contains samples of the {str(split)[:40]} rows, which must not be trained "
+            f"on: sample the train rows ({EVALUATE})"
+        )
+    return identity
 
 
 def by_question(

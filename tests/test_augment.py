@@ -335,6 +335,13 @@ BAD_FILES: list[tuple[Callable[[Path, dict[str, list[Problem]]], Path], str]] = 
     (lambda f, _: recorded(f, split="test"), "contains samples of the test rows"),
     (lambda f, _: recorded(f, split="validation"), "of the validation rows"),
     (
+        lambda f, _: (
+            recorded(f, split="test").with_name("evaluation.json").rename(f.parent / "scores.json"),
+            f,
+        )[1],
+        "of the test rows",
+    ),
+    (
         lambda f, _: recorded(f, num_samples=6),
         "contains 500 different samples in 500 lines, but 600",
     ),
