@@ -51,7 +51,7 @@ import data
 from grading.dataset import Problem, load_problems
 from grading.report import augmentation_table
 from grading.results import IDENTITY_FILE
-from grading.samples import SampleFile, by_question, read_files
+from grading.samples import EVALUATE, SampleFile, by_question, read_files
 from grading.selection import Selection, select
 from run.config import COMMAND_LINE, Config, SettingsFiles, merge
 from run.errors import UserError
@@ -77,11 +77,6 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
 
     # The samples that are right, sound and new
     selection = select(train, by_question(files, train, validation, test, config.dataset))
-    if not selection.added:
-        raise UserError(
-            f"{', '.join(map(str, arguments.samples))}: no sample is right, with true equations "
-            "that are new for its problem, so nothing can be added: draw more (--samples K)"
-        )
 
     # The data set with them
     augmented = [*rows, *selection.added]
@@ -99,6 +94,11 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
     }
     is_new = write_data_set(output, contents)
     print(augmentation_table(description))
+    if not selection.added:
+        print(
+            "nothing was added, so its rows are the original ones: sample more, or at a higher "
+            f"temperature ({EVALUATE} --temperature T)"
+        )
     done = "data set" if is_new else "unchanged since it was last written"
     print(f"{done}: {output}; next: {shell_command('train.py', '--dataset', str(output))}")
 
