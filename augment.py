@@ -52,7 +52,7 @@ from grading.dataset import Problem, load_problems
 from grading.report import augmentation_table
 from grading.results import IDENTITY_FILE
 from grading.samples import EVALUATE, SampleFile, by_question, read_files
-from grading.selection import Selection, select
+from grading.selection import STAGES, Selection, select
 from run.config import COMMAND_LINE, Config, SettingsFiles, merge
 from run.errors import UserError
 from run.files import write_folder
@@ -139,7 +139,7 @@ def describe(
     sources = [
         {"file": hide_home(str(one.file)), "sha256": one.sha256}
         | {key: one.identity.get(key) for key in about}
-        | dict(selection.counts[source])
+        | {name: selection.counts[source][name] for name in STAGES}
         for source, one in enumerate(files)
     ]
     num_problems, kept = len(selection.kept), Counter(selection.kept.values())

@@ -126,7 +126,7 @@ def augmentation_table(description: Mapping[str, Any]) -> str:
     lines = [f"{description['num_sampled']} of {num_problems} train problems are sampled"]
     for source in description["samples"]:
         kind = "greedy or unknown" if source["temperature"] is None else source["temperature"]
-        kept = f"{source.get('kept', 0):,} of {source['drawn']:,} kept"
+        kept = f"{source['kept']:,} of {source['drawn']:,} kept"
         lines.append(f"  temperature {kind}: {kept}   {one_line(source['file'])}")
     if len({source["temperature"] for source in description["samples"]}) > 1:
         lines.append("  the files differ in their temperature")
