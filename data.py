@@ -44,6 +44,10 @@ class TrainingProblems:
     sha256: dict[str, str]
 
 
+# The settings on which the rows to train on depend.
+TRAIN_ROWS = ("dataset", "validation_size", "seed")
+
+
 def load_for_training(dataset: str, validation_size: int, seed: int) -> TrainingProblems:
     """The rows to train on and to validate on, after checking that none is a test question."""
     rows, test = load_problems(dataset, "train"), load_problems(dataset, "test")
@@ -60,6 +64,31 @@ def load_split(dataset: str, split: str, validation_size: int, seed: int) -> lis
         return load_problems(dataset, "test")
     train, validation = carve_validation(load_problems(dataset, "train"), validation_size, seed)
     return train if split == "train" else validation
+
+
+def load_questions(
+    dataset: str, split: str, validation_size: int, seed: int
+) -> tuple[list[Problem], dict[str, str]]:
+    """The rows of ``split`` to ask a model, and fingerprints that show whether a run used them.
+
+    Augmented data has several rows of one question, whose samples would be the same. Of ``train``,
+    only the first row of each question is returned.
+
+    Returns:
+        The rows, and by the name of a split the fingerprint of its rows, as in `TrainingProblems`.
+    """
+    if split != "train":
+        problems = load_split(dataset, split, validation_size, seed)
+        return problems, {split: fingerprint(problems)}
+    rows = load_problems(dataset, "train")
+    train, validation = carve_validation(rows, validation_size, seed)
+    sha256 = {"train": fingerprint(rows), "validation": fingerprint(validation)}
+    first: dict[str, Problem] = {}
+    for problem in train:
+        first.setdefault(problem.question, problem)
+    if len(first) < len(train):
+        print(f"train: {len(train)} rows of {len(first)} questions, each of which is asked once")
+    return list(first.values()), sha256
 
 
 def carve_validation(

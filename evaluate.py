@@ -4,11 +4,13 @@ python evaluate.py --ckpt checkpoints/llama-2-7b-gsm8k/best
 python evaluate.py --ckpt meta-llama/Llama-2-7b-hf --split validation --limit 100
 python evaluate.py --ckpt checkpoints/llama-2-7b-gsm8k/best --calculator true
 python evaluate.py --ckpt checkpoints/llama-2-7b-gsm8k/best --samples 8 --temperature 0.7
+python evaluate.py --ckpt checkpoints/llama-2-7b-gsm8k/best --split train --samples 8
 python evaluate.py --rescore checkpoints/llama-2-7b-gsm8k/eval/test/predictions.jsonl
 python evaluate.py --compare one/predictions.jsonl other/predictions.jsonl
 torchrun --nproc_per_node 8 evaluate.py --ckpt checkpoints/llama-2-7b-gsm8k/best
 
 Greedy decoding gives the score. A calculator or several samples per problem give additional ones.
+Samples of the rows that a run was trained on are for augment.py, and are all that is decoded then.
 Each completion is written to predictions.jsonl as soon as it is finished, and the same command
 resumes after a stop. scores.json and the table are written at the end.
 """
@@ -36,7 +38,7 @@ def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--ckpt", metavar="DIR", help="checkpoint, model folder or hub id (best of config's run)")
-    add("--split", choices=("test", "validation"), help="which rows (test)")
+    add("--split", choices=("test", "validation", "train"), help="which rows (test)")
     add("--limit", type=positive_int, metavar="N", help="only the first N rows")
     add("--output", type=Path, metavar="DIR", help="folder for the results (eval/SPLIT of the run)")
     add("--rescore", type=Path, metavar="FILE", help="rescore a predictions.jsonl without a model")
@@ -82,11 +84,12 @@ from grading.dataset import Problem
 from grading.predictions import PredictionsFile, graded_row, open_files, writing_into
 from grading.report import comparison_table, evaluation_report
 from grading.rescore import rescore
-from grading.results import CALCULATOR, GREEDY, SAMPLES, CompletionId, previous_timing
+from grading.results import CALCULATOR, GREEDY, SAMPLES, CompletionId, folders_of, previous_timing
 from grading.scores_file import Scored, score_predictions, write_all_scores
 from run.evaluation import Score, evaluation_folder, log_scores
 from run.model_source import Source, resolve_source
 from run.paths import hide_home
+from run.places import anchored
 from run.progress_bar import ProgressBar
 from run.training_json import tokenizer_record
 from run.wandb_run import start_tracker
@@ -120,8 +123,8 @@ def main(arguments: argparse.Namespace, typed: dict[str, str], *, parts: Parts =
         output = arguments.output or evaluation_folder(
             source.path, source.run_folder, source.config.output_dir, arguments.split
         )
-        others = {CALCULATOR: source.config.calculator, SAMPLES: arguments.samples}
-        folders = [output, *(output / name for name, is_asked in others.items() if is_asked)]
+        asked = arguments.split, source.config.calculator, arguments.samples
+        folders = folders_of(output, *asked).values()
         with writing_into(*folders if here.is_main else ()):
             evaluate(arguments, source, output, here, parts)
 
@@ -139,9 +142,10 @@ def evaluate(
     tokenizer_folder = source.tokenizer(folder)
     tokenizer = load_tokenizer(tokenizer_folder, tokenizer_record(tokenizer_folder))
     calculator = ForcedResults(tokenizer) if config.calculator else None
-    all_problems = data.load_split(config.dataset, split, config.validation_size, config.seed)
+    rows = config.dataset, split, config.validation_size, config.seed
+    all_problems, sha256 = data.load_questions(*rows)
+    source.check_questions(split, sha256)
     data_sha256 = data.fingerprint(all_problems)
-    source.check_rows(split, data_sha256)
     problems = all_problems[: arguments.limit]
     prompts = data.encode_prompts(tokenizer, problems, config.prompt)
 
@@ -174,8 +178,11 @@ def evaluate(
         "max_new_tokens": config.max_new_tokens,
         "dtype": config.dtype,
     }
+    if split == "train":  # where augment.py finds the rows again
+        identity |= {key: getattr(anchored(config), key) for key in data.TRAIN_ROWS}
     source.check_unchanged()
-    here.check_same({**identity, "checkpoint": None, "num_problems": len(problems)})
+    paths = {"checkpoint": None, "dataset": None}  # which may differ between machines
+    here.check_same({**identity, **paths, "num_problems": len(problems)})
     if not here.is_main:
         return decoder.answer(calculator)
 
@@ -185,21 +192,21 @@ def evaluate(
     files = open_files(parts.open_predictions, output, identity, *asked)
 
     # Greedy decoding gives the score, and the others are reported with it
-    scored: dict[str, Scored | None] = {GREEDY: None}  # None: begun and not complete
+    hows = {
+        GREEDY: Greedy(),
+        CALCULATOR: Greedy(calculator),
+        SAMPLES: Sampling(arguments.temperature, config.seed, calculator),
+    }
+    scored: dict[str, Scored | None] = {}
     verified = arguments.verify_batching
     try:
-        scored[GREEDY] = decode_and_score(decoder, problems, files[GREEDY], Greedy(), verified)
-        if calculator:
-            scored[CALCULATOR], how = None, Greedy(calculator)
-            scored[CALCULATOR] = decode_and_score(
-                decoder, problems, files[CALCULATOR], how, verified
-            )
-        if arguments.samples:
-            scored[SAMPLES], how = None, Sampling(arguments.temperature, config.seed, calculator)
-            scored[SAMPLES] = decode_and_score(decoder, problems, files[SAMPLES], how)
+        for name, file in files.items():
+            scored[name] = None  # begun and not complete
+            scored[name] = decode_and_score(decoder, problems, file, hows[name], verified)
     finally:  # if one decoding is stopped, the scores of the earlier ones are still written
         scores = write_all_scores(output, scored)
-        if scores and source.run_folder and len(problems) == len(all_problems):
+        is_of_all = len(problems) == len(all_problems)
+        if scores and source.run_folder and is_of_all and split != "train":
             log_scores(
                 source.run_folder,
                 source.description,

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from fractions import Fraction
+from functools import lru_cache
 
 # The text comes from a model, so we limit its number of characters, the nesting of parentheses and
 # the size of numbers. Anything beyond these limits has no value here, and costs no time.
@@ -142,6 +143,16 @@ def first_false_equation(text: str) -> str | None:
     return next((shown for _, shown, left, right in found if is_true(left, right) is False), None)
 
 
+def equations(text: str) -> list[tuple[str, str]]:
+    """The left and the right side of each equation in ``text``, in order.
+
+    These are the annotations or, if there are none, each ``a op b = c``.
+    """
+    if annotations := ANNOTATION.findall(text):
+        return annotations
+    return [(left, right) for _, _, left, right in sorted(_equations(text))]
+
+
 def _equations(text: str) -> Iterator[tuple[int, str, str, str]]:
     """Each equation's position, the text to display, its left side and its right side."""
     for match in ANNOTATION.finditer(text):
@@ -166,6 +177,11 @@ def _blanks(match: re.Match[str]) -> str:
 
 def is_true(expression: str, result: str) -> bool | None:
     """Whether the value of ``expression`` is ``result``; None if either can't be read."""
+    return _is_true(expression, result) if max(len(expression), len(result)) <= LONGEST else None
+
+
+@lru_cache(maxsize=2**16)  # samples of a problem have the same equations many times
+def _is_true(expression: str, result: str) -> bool | None:
     exact, claimed = value_of(expression), value_of(result)
     if exact is None or claimed is None:
         return None

@@ -18,6 +18,7 @@ from grading.results import (
     CompletionId,
     changed_settings,
     completion_id,
+    folders_of,
     previous_timing,
     read_identity,
     read_predictions,
@@ -234,13 +235,15 @@ def open_files(
     Raises:
         UserError: one of the files can't be continued; see `PredictionsFile`.
     """
-    files = {GREEDY: open_file(folder, identity, num_problems)}
-    if with_calculator:
-        settings = {"with_calculator": True}
-        files[CALCULATOR] = open_file(folder / CALCULATOR, identity | settings, num_problems)
-    if num_samples:
-        settings = sampling | {"with_calculator": with_calculator}
-        files[SAMPLES] = open_file(folder / SAMPLES, identity | settings, num_problems, num_samples)
+    more = {
+        GREEDY: ({}, None),
+        CALCULATOR: ({"with_calculator": True}, None),
+        SAMPLES: (sampling | {"with_calculator": with_calculator}, num_samples),
+    }
+    files = {}
+    for name, place in folders_of(folder, identity["split"], with_calculator, num_samples).items():
+        settings, number = more[name]
+        files[name] = open_file(place, identity | settings, num_problems, number)
     return files
 
 

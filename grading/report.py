@@ -14,11 +14,21 @@ RULE_NAMES = {
     "lm_eval_flexible": "lm-eval flexible-extract",
 }
 
+STAGE_NAMES = {
+    "drawn": "samples",
+    "right": "right",
+    "well_formed": "  in the data's format",
+    "with_equations": "  with equations",
+    "true": "  all equations true",
+    "distinct": "  distinct lists of them",
+    "kept": "  new for their problem",
+}
+
 
 def evaluation_report(scores: Mapping[str, Any], title: str) -> str:
     """The content of a ``scores.json`` of any kind."""
     if "maj_at" in scores:
-        return samples_table(scores, one_line(title))
+        return "\n".join([samples_table(scores, one_line(title)), *effort_lines(scores)])
     parts = [score_table(scores, title), analysis_table(scores)]
     if CALCULATOR in scores:
         parts.append(gain_line(scores[CALCULATOR]))
@@ -95,6 +105,52 @@ def samples_table(scores: Mapping[str, Any], title: str) -> str:
         lines.append(f"    {shares}")
     lines.append(f"    95 % interval of maj@{scores['num_samples']:<3} {low:8.2%} to {high:.2%}")
     return "\n".join(lines)
+
+
+def effort_lines(scores: Mapping[str, Any]) -> list[str]:
+    """What sampling took: the tokens of all samples, and the time of the last decoding."""
+    lines = []
+    if "num_tokens" in scores:
+        lines.append(f"    tokens of all samples  {scores['num_tokens']:>9,}")
+    if "seconds" in scores:
+        lines.append(
+            f"    last decoding took     {scores['seconds']:>9,.1f} s at "
+            f"{scores['tokens_per_second']:,.1f} tokens per second"
+        )
+    return lines
+
+
+def augmentation_table(description: Mapping[str, Any]) -> str:
+    """The content of an ``augment.json``."""
+    total, num_problems = description["total"], description["num_problems"]
+    lines = [f"{description['num_sampled']} of {num_problems} train problems are sampled"]
+    for source in description["samples"]:
+        kind = "greedy or unknown" if source["temperature"] is None else source["temperature"]
+        kept = f"{source['kept']:,} of {source['drawn']:,} kept"
+        lines.append(f"  temperature {kind}: {kept}   {one_line(source['file'])}")
+    if len({source["temperature"] for source in description["samples"]}) > 1:
+        lines.append("  the files differ in their temperature")
+    for name, title in STAGE_NAMES.items():
+        share = total[name] / total["drawn"]
+        lines.append(f"  {title:<25}{total[name]:>9,}   {share:7.2%}")
+    original, added = description["rows"]["original"], description["rows"]["added"]
+    lines += [
+        f"  lists of equations       {description['lists_per_problem']:>9.2f}   per problem, with "
+        "the row's own",
+        f"  train rows               {original + added:>9,}   {original:,} original, {added:,} new",
+        f"  problems by kept samples {_grouped(description['problems_by_kept'])}",
+    ]
+    return "\n".join(lines)
+
+
+def _grouped(problems_by_kept: Mapping[str, int]) -> str:
+    """Counts of 0, 1, 2, 3-4, 5-8, ... kept samples."""
+    groups: dict[str, int] = {}
+    for kept, count in problems_by_kept.items():
+        high = 1 << max(int(kept) - 1, 0).bit_length() if int(kept) else 0
+        name = f"{high // 2 + 1}-{high}" if high > 2 else str(high)
+        groups[name] = groups.get(name, 0) + count
+    return ", ".join(f"{name}: {count:,}" for name, count in groups.items())
 
 
 def comparison_table(result: Comparison, names: Sequence[str]) -> str:

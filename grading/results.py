@@ -17,8 +17,29 @@ GREEDY, CALCULATOR, SAMPLES = "greedy", "calculator", "samples"
 TYPES = {"id": int, "gold": str, "completion": str, "stop": str, "correct": bool, "sample": int}
 REQUIRED = ("id", "gold", "completion")
 
+# What is the same however its path is spelt: hashes say which model and which rows these are.
+PATHS = ("checkpoint", "dataset")
+
 # What scores.json records about the decoding itself, which can't be measured later.
 TIMING = ("seconds", "tokens_per_second", "verified_batching")
+
+
+def folders_of(
+    output: Path, split: str, with_calculator: bool, num_samples: int | None
+) -> dict[str, Path]:
+    """The folder of each decoding of an evaluation, in the order of the decodings.
+
+    Samples of the train rows are decoded alone, since the greedy score of rows that the model has
+    seen says nothing.
+    """
+    if split == "train" and num_samples:
+        return {SAMPLES: output / SAMPLES}
+    folders = {GREEDY: output}
+    if with_calculator:
+        folders[CALCULATOR] = output / CALCULATOR
+    if num_samples:
+        folders[SAMPLES] = output / SAMPLES
+    return folders
 
 
 class CompletionId(NamedTuple):
@@ -115,8 +136,7 @@ def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [
         f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
         for key in (before | now)
-        # The weights' hash says which model it is, however its path is spelt.
-        if key not in ("num_problems", "num_samples", "checkpoint", "timing")
+        if key not in ("num_problems", "num_samples", *PATHS, "timing")
         and before.get(key) != now.get(key)
         and not (key == "tokenizer" and "tokenizer" not in before and _reads_as_before(now[key]))
     ]

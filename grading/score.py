@@ -93,7 +93,7 @@ def score_samples(
         ``num_problems`` and ``num_samples``; ``exact_match`` over all samples; ``maj_at``: for
         k = 1, 2, 4, ... and ``num_samples``, the share of problems that `majority_vote` of the
         first k samples gets right; ``ci95``: the interval of the last of these; ``pass_at``: for
-        the same k, the mean of `pass_at`.
+        the same k, the mean of `pass_at`; ``num_tokens`` of all samples, if each says its own.
 
     Raises:
         UserError: a sample is missing, duplicated or unknown, or a gold answer is not a number.
@@ -131,7 +131,13 @@ def score_samples(
         "maj_at": {str(k): count / num_problems for k, count in voted.items()},
         "ci95": list(wilson_interval(voted[num_samples], num_problems)),
         "pass_at": {str(k): share / num_problems for k, share in passed.items()},
+        **_count_tokens(samples),
     }
+
+
+def _count_tokens(samples: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    counts = [row.get("num_tokens") for row in samples]
+    return {"num_tokens": sum(counts)} if all(type(count) is int for count in counts) else {}
 
 
 def majority_vote(answers: Sequence[str | None]) -> str | None:

@@ -142,7 +142,8 @@ def write_all_scores(output: Path, scored: Mapping[str, Scored | None]) -> dict[
         scored: by name; None if decoding was not completed.
 
     Returns:
-        The content of the greedy one; empty if there is none.
+        The content of the greedy one or, if only samples were asked for, of theirs; empty if that
+        decoding was not completed.
     """
     scores: dict[str, Any] = {}
     if greedy := scored.get(GREEDY):
@@ -151,4 +152,6 @@ def write_all_scores(output: Path, scored: Mapping[str, Scored | None]) -> dict[
     for name in (CALCULATOR, SAMPLES):
         if one := scored.get(name):
             write_scores(output / name / SCORES_FILE, one.content)
+            if GREEDY not in scored:
+                scores = one.content
     return scores

@@ -24,6 +24,11 @@ def check_mode(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
             f"command line: --{mode} reads files, for which one process is enough: start it with "
             "python, not torchrun"
         )
+    if arguments.split == "train" and arguments.samples and arguments.verify_batching is not None:
+        raise UserError(
+            "command line: --verify-batching verifies greedy decoding, and --split train with "
+            "--samples decodes only samples: leave one of them out"
+        )
     if arguments.temperature and not arguments.samples:
         raise UserError(
             "command line: --temperature applies to samples: set their number with --samples K"

@@ -90,6 +90,28 @@ class Source:
                 "to use these rows nevertheless"
             )
 
+    def check_questions(self, split: str, sha256: Mapping[str, str]) -> None:
+        """`check_rows` before the questions of ``split`` are asked.
+
+        Args:
+            sha256: by the name of a split, the fingerprint of its rows.
+
+        Raises:
+            UserError: also if flags make questions of rows that this run was validated on.
+        """
+        for name, value in sha256.items():
+            self.check_rows(name, value)
+        if split != "train" or self.description is None:
+            return
+        for key in ("validation_size", "seed"):
+            trained, now = self.description["settings"].get(key), getattr(self.config, key)
+            if now != trained:
+                raise UserError(
+                    f"command line: --{key} {now}: would ask rows that {self.path} was validated "
+                    f"on, not trained ({key} was {trained}): leave it out; a larger --samples "
+                    "draws more samples"
+                )
+
     def check_unchanged(self) -> None:
         """Raises UserError if training has replaced the checkpoint since it was found."""
         if self.manifest is not None and self.manifest != read_manifest(Path(self.path)):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import augment
 import demo
 import evaluate
 import merge
@@ -31,6 +32,7 @@ SCRIPTS = {
     "evaluate.py": evaluate,
     "perplexity.py": perplexity,
     "merge.py": merge,
+    "augment.py": augment,
 }
 SETTINGS = {field.name for field in fields(config.Config)}
 POINTER = re.compile(r"`([\w/]+\.py)`, `(\w+)`")  # a file and a function or class in there

@@ -47,7 +47,7 @@ def test_exit_code_and_one_line_in_a_real_process(settings: dict[str, str]) -> N
     """Guards against a traceback from what is imported before or after the arguments are read."""
     for command in (
         ["train.py", "--epochs", "0"],
-        ["evaluate.py", "--split", "train"],
+        ["evaluate.py", "--split", "dev"],
         ["perplexity.py", "--ckpt", "nowhere"],
         ["train.py", *flags(settings | {"model": "nowhere"})],
     ):
@@ -57,7 +57,7 @@ def test_exit_code_and_one_line_in_a_real_process(settings: dict[str, str]) -> N
 
 
 @pytest.mark.parametrize(
-    "script", ["train.py", "evaluate.py", "perplexity.py", "merge.py", "demo.py"]
+    "script", ["train.py", "evaluate.py", "perplexity.py", "merge.py", "augment.py", "demo.py"]
 )
 def test_help_shows_every_key_and_loads_nothing_heavy(script: str) -> None:
     """Guards against --help that takes as long as importing torch."""

@@ -123,6 +123,19 @@ def test_more_ranks_than_problems(one: tuple[Path, str], greedy: list[str], tmp_
     assert rows_of(tmp_path) == rows_of(one[0])
 
 
+def test_samples_of_train_rows_by_two_ranks(call: Any, greedy: list[str], tmp_path: Path) -> None:
+    """Guards against ranks that wait for a greedy decoding, which these do without."""
+    arguments = ["--split", "train", "--samples", "2", "--limit", "9", "--validation_size", "17"]
+    arguments += greedy
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert call(evaluate, *arguments, str(one)).code == 0
+    ended = jobs.run(2, tmp_path / "job", run, "evaluate", [*arguments, str(two)])
+    assert "2 samples per problem" in ended[0].out, ended[0].err
+    assert [path.name for path in two.iterdir()] == ["samples"]
+    assert rows_of(two / "samples") == rows_of(one / "samples")
+    assert len(rows_of(two / "samples")) == 18
+
+
 def noted(file: Path, *arguments: Any, **keywords: Any) -> Any:
     with file.open("a") as stream:
         stream.write("started\n")

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("engine", "grading", "run")
-SCRIPTS = {"train", "evaluate", "perplexity", "merge", "demo"}
+SCRIPTS = {"train", "evaluate", "perplexity", "merge", "augment", "demo"}
 # What of `run` has no memory, and so may serve a room that computes.
 FORGETFUL = {"run.errors", "run.files", "run.paths", "run.progress_bar"}
 LONGEST_CHAIN = 5

@@ -729,6 +729,7 @@ def test_an_unsupported_platform_is_one_line(
         "train.py",
         "evaluate.py",
         "perplexity.py",
+        "augment.py",
         "demo.py",
         "run/errors.py",
         "run/streams.py",
