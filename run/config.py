@@ -32,6 +32,7 @@ from run.setting_types import (
     Text,
     parse,
 )
+from run.settings_file import read_settings_file
 
 CONFIG_FILE = Path(__file__).parents[1] / "config.yaml"
 
@@ -225,10 +226,10 @@ def read_files(file: Path, base: Path = CONFIG_FILE) -> SettingsFiles:
     Raises:
         UserError: as in `read_settings`, and then problems with the values are reported as well.
     """
-    contents = {str(base): _read(base)}
+    contents = {str(base): read_settings_file(base)}
     if not (os.path.exists(file) and os.path.samefile(file, base)):
         name = str(file) if str(file) != COMMAND_LINE else f"./{file}"
-        contents[name] = _read(file)
+        contents[name] = read_settings_file(file)
     layers = {name: content.values for name, content in contents.items()}
     if any(content.problems for content in contents.values()):
         _, others = _parse(layers)
@@ -245,51 +246,9 @@ def read_settings(file: Path) -> tuple[dict[str, str], dict[str, str]]:
     Raises:
         UserError: the file can't be read, is not a flat YAML mapping, or sets a key twice.
     """
-    content = _read(file)
+    content = read_settings_file(file)
     _check_none({str(file): content.problems})
     return content.values, content.comments
-
-
-@dataclass(frozen=True)
-class _Content:
-    """The content of one settings file; ``problems`` describes lines that are not settings."""
-
-    values: dict[str, str]
-    comments: dict[str, str]
-    problems: list[str]
-
-
-def _read(file: Path) -> _Content:
-    try:
-        text = file.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.BaseLoader)
-    except OSError as error:
-        raise UserError(
-            f"{file}: can't be read ({error.strerror}); name a settings file with --config FILE"
-        ) from None
-    except UnicodeDecodeError:
-        raise UserError(
-            f"{file}: is not UTF-8 text; name a settings file with --config FILE"
-        ) from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(
-            f"{file}: is not valid YAML ({error}); write one 'key: value' per line"
-        ) from None
-    if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"{file}: contains no settings; write one 'key: value' per line")
-    lines = text.split("\n")
-    content = _Content({}, {}, [])
-    for key_node, value_node in root.value:
-        key, line = key_node.value, key_node.start_mark.line + 1
-        if not isinstance(key_node, yaml.ScalarNode) or not isinstance(value_node, yaml.ScalarNode):
-            content.problems.append(f"line {line}: a setting is one value, not a list or a mapping")
-        elif key in content.values:
-            content.problems.append(f"{key} is set twice (again on line {line}): keep one")
-        else:
-            content.values[key] = value_node.value
-            rest = lines[value_node.end_mark.line][value_node.end_mark.column :].strip()
-            content.comments[key] = rest.removeprefix("#").strip()
-    return content
 
 
 def settings_text(config: Config) -> str:
