@@ -52,6 +52,9 @@ class Config:
     lora_alpha: Count
     lora_dropout: ShareBelowOne
     lora_rslora: bool
+    mask_rate: Share
+    mask_warmup_ratio: Share
+    mask_token: Text
     output_dir: Text
     run_name: Name
     optimizer: Literal["adamw", "adamw_8bit"]
@@ -91,6 +94,7 @@ _PATHS = ("model", "dataset", "output_dir")
 COMMAND_LINE = "command line"  # the name of the layer on top of all files
 PLACES = ("model", "dataset")  # settings that name either a folder or something on the hub
 ADAPTER_SETTINGS = tuple(key for key in KEYS if key.startswith("lora_"))
+MASK_SETTINGS = ("mask_warmup_ratio", "mask_token")  # of no effect where mask_rate is 0
 
 
 def make_config(values: Mapping[str, Any], source: str) -> Config:
@@ -139,12 +143,14 @@ def _parse(
             f"micro_batch_tokens: {budget} must be at least max_length ({longest}), "
             "or a row of that length would fit no micro-batch"
         )
-    if parsed.get("method") == "full":
-        problems.get(COMMAND_LINE, []).extend(
-            f"{key}: has no effect with method full: set method lora or qlora"
-            for key in layers.get(COMMAND_LINE, {})
-            if key in ADAPTER_SETTINGS
-        )
+    for key in layers.get(COMMAND_LINE, {}):
+        if parsed.get("method") == "full" and key in ADAPTER_SETTINGS:
+            cure = "with method full: set method lora or qlora"
+        elif parsed.get("mask_rate") == 0 and key in MASK_SETTINGS:
+            cure = "with mask_rate 0: set mask_rate too"
+        else:
+            continue
+        problems[COMMAND_LINE].append(f"{key}: has no effect {cure}")
     return parsed, problems
 
 
