@@ -19,9 +19,12 @@ model reads all of them, and learns to write those that have a label, which are 
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from engine.masking import Masking, replacements
 from engine.packing import IGNORE, Example
 from engine.tokenizer import Tokenizer
 from grading.dataset import Problem, load_problems
@@ -234,14 +237,22 @@ class Batches:
     """The batch of each optimizer step: ``batches[step]``, counted from 0 over all epochs.
 
     Every epoch contains every example once, in a different order. Its last batch contains the
-    remaining examples, and may be smaller. The order depends only on seed and epoch, so a resumed
-    run does not have to replay anything.
+    remaining examples, and may be smaller. The order depends only on seed and epoch, and what
+    ``masking`` replaces in a row only on seed, epoch, the row's line and the rate of the step. So a
+    resumed run does not have to replay anything.
     """
 
-    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int):
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        seed: int,
+        masking: Masking | None = None,
+    ):
         self.examples = examples
         self.batch_size = batch_size
         self.seed = seed
+        self.masking = masking
         self.per_epoch = math.ceil(len(examples) / batch_size)
         self._epoch, self._order = -1, []  # the last order that was computed
 
@@ -251,9 +262,32 @@ class Batches:
             self._epoch = epoch
             self._order = stable_permutation(len(self.examples), self.seed, epoch)
         first = number * self.batch_size
-        return [self.examples[index] for index in self._order[first : first + self.batch_size]]
+        batch = [self.examples[index] for index in self._order[first : first + self.batch_size]]
+        rate = self.mask_rate(step)
+        if rate is None:
+            return batch
+        return [self.masking.mask(row, rate, self.seed, epoch, row.line) for row in batch]
+
+    def mask_rate(self, step: int) -> float | None:
+        """The share of the answers' tokens that is replaced in ``step``; None without masking."""
+        return self.masking.rate_after(step / self.per_epoch) if self.masking else None
 
 
 def stable_permutation(length: int, *key: object) -> list[int]:
     """A random order of ``range(length)`` that depends only on ``key``, on every machine."""
     return sorted(range(length), key=lambda index: _digest("order", *key, index))
+
+
+def batches_of(
+    examples: Sequence[Example], settings: Mapping[str, Any], tokenizer: Tokenizer, folder: Path
+) -> Batches:
+    """The batches that a run's ``settings`` ask for.
+
+    Args:
+        folder: of the model, as `engine.masking.replacements` takes it.
+    """
+    masking, rate = None, settings["mask_rate"]
+    if rate > 0:
+        drawn_from = replacements(settings["mask_token"], tokenizer, folder)
+        masking = Masking(rate, settings["mask_warmup_ratio"] * settings["epochs"], drawn_from)
+    return Batches(examples, settings["batch_size"], settings["seed"], masking)

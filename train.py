@@ -87,7 +87,7 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
     problems = data.load_for_training(config.dataset, config.validation_size, config.seed)
     rows, held_out = data.encode_for_training(tokenizer, problems, config.prompt, config.max_length)
     prompts = data.encode_prompts(tokenizer, problems.validation, config.prompt)
-    batches = data.Batches(rows, config.batch_size, config.seed)
+    batches = data.batches_of(rows, asdict(config), tokenizer, start.weights)
     steps = config.epochs * batches.per_epoch
     if resume_from is not None:
         check_same_run(resume_from, asdict(config), problems.sha256["train_sha256"])
@@ -130,7 +130,7 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
 
     # Where it reports
     parts.ranks.once(replace_file, folder / "config.yaml", settings_text(config))
-    log = open_log(folder, progress, asdict(config), batches.per_epoch, steps)
+    log = open_log(folder, progress, asdict(config), batches, steps)
     log.start(len(rows), len(held_out), config.batch_size, model.device.type, config.dtype)
 
     with log, parts.ranks.agreed(StopSignal()) as stop, saves:

@@ -95,6 +95,11 @@ class Tokenizer:
         """The number of tokens. All ids are below it, unless the vocabulary has gaps."""
         return self._backend.get_vocab_size()
 
+    @property
+    def base_size(self) -> int:
+        """The number of tokens without those that were added to the vocabulary later."""
+        return self._backend.get_vocab_size(with_added_tokens=False)
+
     # ------------------------------------------------------------ text and ids
 
     def encode(self, texts: Sequence[str], lines: Sequence[int] = ()) -> list[list[int]]:
@@ -145,6 +150,10 @@ class Tokenizer:
     def piece(self, token_id: int) -> str | None:
         """The token with this id, as the vocabulary spells it; None if there is none."""
         return self._backend.id_to_token(token_id)
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token, spelled as in the vocabulary; None if there is none."""
+        return self._backend.token_to_id(token)
 
     # ------------------------------------------------------------ saving
 

@@ -32,6 +32,7 @@ from run.setting_types import (
     Text,
     parse,
 )
+from run.settings_file import read_settings_file
 
 CONFIG_FILE = Path(__file__).parents[1] / "config.yaml"
 
@@ -51,6 +52,9 @@ class Config:
     lora_alpha: Count
     lora_dropout: ShareBelowOne
     lora_rslora: bool
+    mask_rate: Share
+    mask_warmup_ratio: Share
+    mask_token: Text
     output_dir: Text
     run_name: Name
     optimizer: Literal["adamw", "adamw_8bit"]
@@ -90,6 +94,7 @@ _PATHS = ("model", "dataset", "output_dir")
 COMMAND_LINE = "command line"  # the name of the layer on top of all files
 PLACES = ("model", "dataset")  # settings that name either a folder or something on the hub
 ADAPTER_SETTINGS = tuple(key for key in KEYS if key.startswith("lora_"))
+MASK_SETTINGS = ("mask_warmup_ratio", "mask_token")  # of no effect where mask_rate is 0
 
 
 def make_config(values: Mapping[str, Any], source: str) -> Config:
@@ -138,12 +143,14 @@ def _parse(
             f"micro_batch_tokens: {budget} must be at least max_length ({longest}), "
             "or a row of that length would fit no micro-batch"
         )
-    if parsed.get("method") == "full":
-        problems.get(COMMAND_LINE, []).extend(
-            f"{key}: has no effect with method full: set method lora or qlora"
-            for key in layers.get(COMMAND_LINE, {})
-            if key in ADAPTER_SETTINGS
-        )
+    for key in layers.get(COMMAND_LINE, {}):
+        if parsed.get("method") == "full" and key in ADAPTER_SETTINGS:
+            cure = "with method full: set method lora or qlora"
+        elif parsed.get("mask_rate") == 0 and key in MASK_SETTINGS:
+            cure = "with mask_rate 0: set mask_rate too"
+        else:
+            continue
+        problems[COMMAND_LINE].append(f"{key}: has no effect {cure}")
     return parsed, problems
 
 
@@ -225,10 +232,10 @@ def read_files(file: Path, base: Path = CONFIG_FILE) -> SettingsFiles:
     Raises:
         UserError: as in `read_settings`, and then problems with the values are reported as well.
     """
-    contents = {str(base): _read(base)}
+    contents = {str(base): read_settings_file(base)}
     if not (os.path.exists(file) and os.path.samefile(file, base)):
         name = str(file) if str(file) != COMMAND_LINE else f"./{file}"
-        contents[name] = _read(file)
+        contents[name] = read_settings_file(file)
     layers = {name: content.values for name, content in contents.items()}
     if any(content.problems for content in contents.values()):
         _, others = _parse(layers)
@@ -245,51 +252,9 @@ def read_settings(file: Path) -> tuple[dict[str, str], dict[str, str]]:
     Raises:
         UserError: the file can't be read, is not a flat YAML mapping, or sets a key twice.
     """
-    content = _read(file)
+    content = read_settings_file(file)
     _check_none({str(file): content.problems})
     return content.values, content.comments
-
-
-@dataclass(frozen=True)
-class _Content:
-    """The content of one settings file; ``problems`` describes lines that are not settings."""
-
-    values: dict[str, str]
-    comments: dict[str, str]
-    problems: list[str]
-
-
-def _read(file: Path) -> _Content:
-    try:
-        text = file.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.BaseLoader)
-    except OSError as error:
-        raise UserError(
-            f"{file}: can't be read ({error.strerror}); name a settings file with --config FILE"
-        ) from None
-    except UnicodeDecodeError:
-        raise UserError(
-            f"{file}: is not UTF-8 text; name a settings file with --config FILE"
-        ) from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(
-            f"{file}: is not valid YAML ({error}); write one 'key: value' per line"
-        ) from None
-    if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"{file}: contains no settings; write one 'key: value' per line")
-    lines = text.split("\n")
-    content = _Content({}, {}, [])
-    for key_node, value_node in root.value:
-        key, line = key_node.value, key_node.start_mark.line + 1
-        if not isinstance(key_node, yaml.ScalarNode) or not isinstance(value_node, yaml.ScalarNode):
-            content.problems.append(f"line {line}: a setting is one value, not a list or a mapping")
-        elif key in content.values:
-            content.problems.append(f"{key} is set twice (again on line {line}): keep one")
-        else:
-            content.values[key] = value_node.value
-            rest = lines[value_node.end_mark.line][value_node.end_mark.column :].strip()
-            content.comments[key] = rest.removeprefix("#").strip()
-    return content
 
 
 def settings_text(config: Config) -> str:

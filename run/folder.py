@@ -55,7 +55,7 @@ FREE_SETTINGS = frozenset(
 )
 
 # What was so before there was a setting for it.
-OLDER = {"method": FULL, "optimizer": "adamw"}
+OLDER = {"method": FULL, "optimizer": "adamw", "mask_rate": 0.0}
 
 # What one of several processes found out when it ran out of memory, and could not tell the others.
 FITTING_FILE = ".fitting.json"
@@ -176,10 +176,8 @@ def read_state(folder: Path) -> "dict[str, torch.Tensor]":
     """The tensors of a checkpoint other than its weights (see `engine.state.pack_state`)."""
     from safetensors.torch import load_file
 
-    tensors = {}
-    for file in sorted(folder.glob(STATE_FILES)):
-        tensors |= load_file(file)
-    return tensors
+    files = sorted(folder.glob(STATE_FILES))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def check_same_run(folder: Path, settings: Mapping[str, Any], data_sha256: str) -> None:
@@ -191,8 +189,9 @@ def check_same_run(folder: Path, settings: Mapping[str, Any], data_sha256: str) 
     description = read_description(folder)
     before = OLDER | description["settings"] | saved_settings(folder, description)
     free = FREE_SETTINGS | {"dataset"}  # which is identified by the hash of its rows
-    if settings["lr_schedule"] == "constant" and settings["warmup_ratio"] == 0:
-        free |= {"epochs"}  # since no learning rate depends on the number of steps
+    warmups = settings["warmup_ratio"], settings["mask_rate"] * settings["mask_warmup_ratio"]
+    if settings["lr_schedule"] == "constant" and not any(warmups):
+        free |= {"epochs"}  # since no rate depends on the number of steps
     # The weights of an adapter's base were compared already (`run.model_source.find_start`).
     if "base" in description or has_moved(str(before.get("model")), settings["model"]):
         free |= {"model"}

@@ -28,7 +28,7 @@ def open_log(
     folder: Path,
     progress: Progress,
     settings: Mapping[str, Any],
-    steps_per_epoch: int,
+    batches: "Batches",
     steps: int,
 ) -> "RunLog":
     """Open the run's log and tracker, whose path W&B or a sweep's agent may have chosen."""
@@ -37,7 +37,15 @@ def open_log(
     run, name = progress.run, settings["run_name"]
     tracker = start_tracker(mode, run=run, name=name, folder=folder, settings=settings)
     progress.run = tracker.run or run
-    return RunLog(folder, tracker, progress, steps_per_epoch, steps)
+    return RunLog(folder, tracker, progress, batches, steps)
+
+
+class Batches(Protocol):
+    """Those of the run (`data.Batches`)."""
+
+    per_epoch: int
+
+    def mask_rate(self, step: int) -> float | None: ...
 
 
 class Stepped(Protocol):
@@ -54,13 +62,14 @@ class RunLog:
     """Writes the log and the progress bar. Every line is about the current step of ``progress``."""
 
     def __init__(
-        self, folder: Path, tracker: Tracker, progress: Progress, steps_per_epoch: int, steps: int
+        self, folder: Path, tracker: Tracker, progress: Progress, batches: Batches, steps: int
     ):
         self._metrics = NoMetrics() if is_silent() else MetricsLog(folder, tracker, progress.step)
         self._bar = ProgressBar("training", steps, "step", progress.step)
         self._progress = progress
-        self._steps_per_epoch = steps_per_epoch
-        self._steps, self._epochs = steps, steps // steps_per_epoch
+        self._steps_per_epoch = batches.per_epoch
+        self._steps, self._epochs = steps, steps // batches.per_epoch
+        self._mask_rate = batches.mask_rate
         self._speed = Speed()
 
     def start(self, rows: int, held_out: int, batch_size: int, device: str, dtype: str) -> None:
@@ -88,15 +97,17 @@ class RunLog:
     def step(self, loss: float, perplexity: float, learning_rate: float, grad_norm: float) -> None:
         """Log a step. ``loss`` and ``perplexity`` are means over all steps since the last call."""
         speed = self._speed.take_tokens_per_second()
-        self._write(
-            {
-                "train/loss": loss,
-                "train/perplexity": perplexity,
-                "train/learning_rate": learning_rate,
-                "train/grad_norm": grad_norm,
-                "train/tokens_per_second": speed,
-            }
-        )
+        numbers = {
+            "train/loss": loss,
+            "train/perplexity": perplexity,
+            "train/learning_rate": learning_rate,
+            "train/grad_norm": grad_norm,
+            "train/tokens_per_second": speed,
+        }
+        mask_rate = self._mask_rate(self._progress.step - 1)
+        if mask_rate is not None:
+            numbers["train/mask_rate"] = mask_rate
+        self._write(numbers)
         self._bar.show(loss=f"{loss:.4f}", tok_s=f"{speed:.0f}")
 
     def advance(self) -> None:

@@ -1,6 +1,8 @@
 """Accumulation and packing change no gradient, in float64 at 1e-10."""
 
 import copy
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -19,6 +21,7 @@ from engine.compiling import compile_layers
 from engine.device import cpu_kernels, kernels_for
 from engine.llama import Llama
 from engine.loading import load_model
+from engine.masking import Masking
 from engine.optimizer import build_optimizer
 from engine.tokenizer import Tokenizer
 from grading import dataset
@@ -99,6 +102,52 @@ def test_accumulated_gradients_and_weights_equal_one_big_batch(
     step(big)
     step(ours)
     torch.testing.assert_close(list(ours.parameters()), list(big.parameters()), **EXACT)
+
+
+def slowly_masked(row: packing.Example, rate: float, epoch: int) -> packing.Example:
+    """Number by number, by the words of engine/masking.py; by any of the 420 tokens."""
+    first = row.labels.count(packing.IGNORE)
+    key = json.dumps(["mask", 5, epoch, row.line]).encode()
+    ids = row.input_ids.copy()
+    for number in range(len(ids) - 1 - first):
+        drawn = hashlib.shake_128(key).digest(8 * number + 8)[-8:]
+        if int.from_bytes(drawn[:4], "little") / 2**32 < rate:
+            ids[first + number] = int.from_bytes(drawn[4:], "little") * 420 // 2**32
+    return packing.Example(ids, row.labels)
+
+
+@pytest.mark.parametrize("budget", [96, 333, 10_000])
+def test_masked_gradients_equal_those_of_rows_masked_one_by_one(
+    model64: Llama, examples: list[packing.Example], budget: int
+) -> None:
+    """Guards against masks that depend on the packing, and labels that are masked too."""
+    rows = [replace(example, line=line) for line, example in enumerate(examples, start=1)]
+    batches = data.Batches(rows, 16, 5, Masking(0.4, 1.0, range(420)))
+    for step_number, (epoch, rate) in enumerate([(0, 0.0), (0, 0.2), (1, 0.4)]):
+        numbers = data.stable_permutation(len(rows), 5, epoch)
+        window = [rows[number] for number in numbers[16 * (step_number % 2) :][:16]]
+        big, ours = copy.deepcopy(model64), copy.deepcopy(model64)
+        expected_loss = padded_loss(big, [slowly_masked(row, rate, epoch) for row in window])
+        limit = max(budget, max(len(row.input_ids) for row in window))
+        micro_batches = packing.pack(batches[step_number], limit, KERNELS)
+        nats, num_labels, _ = train.accumulate_gradients(ours, micro_batches, None)
+        torch.testing.assert_close(nats / num_labels, expected_loss.item(), **EXACT)
+        torch.testing.assert_close(gradients(ours), gradients(big), **EXACT)
+
+
+@pytest.mark.parametrize("masking", [None, Masking(0.0, 0, range(420))])
+def test_a_mask_rate_of_zero_changes_no_bit(
+    model64: Llama, examples: list[packing.Example], masking: Masking | None
+) -> None:
+    """Guards against one token that is replaced after all, and rows in another order."""
+    numbers = data.stable_permutation(len(examples), 0, 0)
+    plain = [examples[number] for number in numbers[:16]]
+    found = []
+    for batch in (plain, data.Batches(examples, 16, 0, masking)[0]):
+        model64.zero_grad()
+        train.accumulate_gradients(model64, packing.pack(batch, 333, KERNELS), None)
+        found.append(gradients(model64))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 def test_mean_of_micro_batch_means_fails_the_same_comparison(

@@ -13,6 +13,7 @@ from conftest import PROMPT
 import data
 import train
 from engine.loading import load_model
+from engine.masking import Masking
 from engine.measure import measure
 from engine.optimizer import build_optimizer
 from engine.packing import Example, Packer
@@ -119,6 +120,7 @@ class Case:
     recomputed_blocks: int = 0
     dtype: torch.dtype = torch.float64
     adapter: Adapter | None = None
+    masking: Masking | None = None
 
 
 # 29 rows: the last batch of 8 has 5. A batch of 1 leaves all ranks but one with nothing.
@@ -128,6 +130,7 @@ CASES = [
     Case(3, reshards=False),
     Case(29, reduce_gradients="each", recomputed_blocks=1),
     Case(adapter=Adapter("base", "float64", False, 4, 8, False, 0.0, 0, None)),
+    Case(masking=Masking(0.4, 1.0, range(420))),
 ]
 HALF = Case(dtype=torch.bfloat16)
 TWO_COPIES = [
@@ -135,7 +138,7 @@ TWO_COPIES = [
     Case(3, shard_over=2, reduce_gradients="each"),
     Case(shard_over=1),
 ]
-Found = dict[tuple[int, Adapter | None], tuple[list[float], list[torch.Tensor]]]
+Found = dict[tuple[int, Adapter | None, Masking | None], tuple[list[float], list[torch.Tensor]]]
 
 
 def train_steps(model_folder: Path, rows: list[Example], cases: list[Case], file: Path) -> None:
@@ -154,7 +157,7 @@ def train_case(
     model.recomputed_blocks = case.recomputed_blocks
     shard(model, case.shard_over, case.reshards, case.reduce_gradients)
     optimizer = build_optimizer(model.trained, 1e-2, (0.9, 0.999), 1e-8, 0.1)
-    packer = Packer(data.Batches(rows, case.batch_size, seed=0), here)
+    packer = Packer(data.Batches(rows, case.batch_size, 0, case.masking), here)
     numbers = []
     for number in range(STEPS):
         batch = packer.batch(number)
@@ -175,9 +178,9 @@ def rows(tokenizer: Tokenizer, problems: list[Problem]) -> list[Example]:
 
 @pytest.fixture(scope="module")
 def of_one(model_folder: Path, rows: list[Example]) -> Found:
-    """By batch size and adapter: what one process finds."""
+    """By batch size, adapter and masking: what one process finds."""
     return {
-        (case.batch_size, case.adapter): train_case(model_folder, rows, case, ALONE)
+        (case.batch_size, case.adapter, case.masking): train_case(model_folder, rows, case, ALONE)
         for case in CASES + TWO_COPIES
     }
 
@@ -191,7 +194,7 @@ def test_ranks_train_as_one_process_does(
     jobs.run(size, tmp_path, train_steps, model_folder, rows, cases, tmp_path / "found")
     found = torch.load(tmp_path / "found", weights_only=True)
     for case, (numbers, weights) in zip(cases, found, strict=True):
-        expected_numbers, expected_weights = of_one[case.batch_size, case.adapter]
+        expected_numbers, expected_weights = of_one[case.batch_size, case.adapter, case.masking]
         torch.testing.assert_close(numbers, expected_numbers, rtol=0, atol=1e-10, msg=str(case))
         torch.testing.assert_close(weights, expected_weights, rtol=0, atol=1e-10, msg=str(case))
 
