@@ -1,7 +1,7 @@
 """The plan of a run, from its settings: what fits, and what a run chooses for itself."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,13 +55,14 @@ def recipe_of(settings: Mapping[str, Any], devices: int = 1) -> Recipe:
         optimizer=settings["optimizer"],
         shard_over=settings["shard_over"],
         reshards=settings["reshard_after_forward"],
-        reduces_each=settings["reduce_gradients"] == "each",
         devices=devices,
     )
 
 
 def wishes_of(config: Config) -> Wishes:
-    return Wishes(config.micro_batch_tokens, config.gradient_checkpointing, config.compile)
+    chosen = config.micro_batch_tokens, config.gradient_checkpointing, config.compile
+    when = config.reduce_gradients
+    return Wishes(*chosen, None if when is None else when == "each")
 
 
 def rows_of(examples: Sequence[Example], batch_size: int) -> Rows:
@@ -88,7 +89,7 @@ def plan_run(
     device = pick_device()
     shape = read_shape(folder, getattr(torch, config.dtype))
     free = min(ranks.gather(free_here(device)))  # all ranks make the same choice
-    here = Device(memory.kind(device), free, ranks.size)
+    here = Device(memory.kind(device), free, ranks.size, card_of(device, free))
     wishes = wishes_of(config)
     record = read_description(resume_from).get("plan") if resume_from else None
     recipe = recipe_of(asdict(config), ranks.size)
@@ -96,7 +97,8 @@ def plan_run(
         return plan
     rows = rows_of(examples, config.batch_size)
     plan = choose(shape, recipe, kernels_for(device), rows, here, wishes)
-    if None in (wishes.micro_batch_tokens, wishes.gradient_checkpointing):
+    summing = wishes.reduces_each if ranks.size > 1 else False  # of no others
+    if None in (wishes.micro_batch_tokens, wishes.gradient_checkpointing, summing):
         print(plan.describe(shape.layers, here.free) + (", made anew" if record else ""))
     return plan
 
@@ -138,12 +140,13 @@ def refuse_too_large(
     """Raises UserError if not even one token can be trained in ``total`` bytes of each device."""
     rows = Rows(1, 2, 1, 1)
     recipe = recipe_of(asdict(config), devices)
-    least = footprint(shape, recipe, kernels, rows, 1, Recomputation(shape.layers, True))
+    summing = replace(recipe, reduces_each=config.reduce_gradients != "last")
+    least = footprint(shape, summing, kernels, rows, 1, Recomputation(shape.layers, True))
     if least.total <= total:
         return
     job = job_of(config, shape, kernels, recipe.devices)
-    device = Device("", total, devices)
-    fitting = proposals(job, device, card_of_size(total / GIB))
+    card = card_of_size(total / GIB)
+    fitting = proposals(job, Device("", total, devices, card), card)
     cures = [one.flags for one in fitting if one.flags.startswith("--")]
     cures.append("a larger device or a smaller model")
     raise UserError(
@@ -157,6 +160,13 @@ def refuse_too_large(
 def free_here(device: torch.device) -> int:
     free = memory.free_bytes(device)
     return free - LIBRARIES if device.type == "cuda" else free
+
+
+def card_of(device: torch.device, free: int) -> Card:
+    """The card that ``device`` is, or one with about as many bytes ``free``."""
+    if device.type != "cuda":
+        return CPU
+    return card_named(memory.kind(device)) or card_of_size(free / GIB)
 
 
 # ---------------------------------------------------------------- train.py --plan
@@ -216,7 +226,8 @@ def find_devices(wanted: "PlanFor") -> tuple[Device, Card, Kernels, list[str]]:
             f"{free / GIB:.2f} GiB free beside the CUDA context; speed as of {card.name}"
         )
         kernels = cuda_kernels(torch.device("cuda"))
-        return Device(f"{wanted.device_memory:g} GB", free, wanted.devices), card, kernels, [line]
+        here = Device(f"{wanted.device_memory:g} GB", free, wanted.devices, card)
+        return here, card, kernels, [line]
     device = pick_device()
     name = memory.kind(device)
     lines, frees = [], [free_here(device)]
@@ -225,9 +236,8 @@ def find_devices(wanted: "PlanFor") -> tuple[Device, Card, Kernels, list[str]]:
     for number, free in enumerate(frees):
         place = f"cuda:{number}" if device.type == "cuda" else "cpu"
         lines.append(f"device: {place}, {name}, {free / GIB:.2f} GiB free")
-    card = CPU
-    if device.type == "cuda":
-        card = card_named(name) or card_of_size(frees[0] / GIB)
+    card = card_of(device, frees[0])
+    if card is not CPU:
         lines.append(f"speed as of {card.name}, by its data sheet")
-    here = Device(name, min(frees[: wanted.devices]), wanted.devices)
+    here = Device(name, min(frees[: wanted.devices]), wanted.devices, card)
     return here, card, kernels_for(device), lines

@@ -99,7 +99,7 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
     planned = plan.plan_run(config, start.weights, rows, resume_from, ranks)
     model = loading.load_model(start.weights, dtype, adapter=start.adapter, ranks=ranks)
     loading.check_data(model, rows + held_out, prompts, config.max_new_tokens, config.model)
-    shard(model, config.shard_over, config.reshard_after_forward, config.reduce_gradients)
+    shard(model, config.shard_over, config.reshard_after_forward, planned.reduces_each)
     prepare(model, planned.recomputation, config.compile)
     packer = Packer(batches, ranks)
     adam = config.learning_rate, (config.adam_beta1, config.adam_beta2), config.adam_epsilon

@@ -15,10 +15,13 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-import transformers
 
-# This benchmark's neighbour, which also puts the repository on the path.
+# This benchmark's neighbour, which also puts the repository on the path, and quiets Transformers.
 from cuda_work import TINY, Work, has_real_rows, prompts_of, random_llama, read_rows
+
+# isort: split
+
+import transformers
 from torch import Tensor
 
 from engine import attention

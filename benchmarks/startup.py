@@ -20,9 +20,11 @@ import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import engine  # noqa: F401  (before Transformers, which it keeps quiet)
+
+ROOT = Path(__file__).resolve().parents[1]
 CASES = (
     ("float32", "float32"),
     ("float32", "bfloat16"),

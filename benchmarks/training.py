@@ -39,9 +39,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import engine  # noqa: F401  (before Transformers, which it keeps quiet)
+
+ROOT = Path(__file__).resolve().parents[1]
 BATCH, ROWS, ACCUMULATION = 32, 8, 4
 PROMPT = "Question: {question}\nAnswer:"
 # Prompt and answer lengths, in tokens, of 64 GSM8K training rows, evenly spaced by length.

@@ -3,8 +3,7 @@
 python benchmarks/what_fits.py
 
 It needs neither a GPU nor the model, only the shape of Llama-2-7B. Each cell is the plan of one
-setting: micro_batch_tokens, recomputed layers, and the expected tokens a second at best. A star
-marks plans that fit only with --reduce_gradients each.
+setting: micro_batch_tokens, recomputed layers, and the expected tokens a second at best.
 """
 
 import sys
@@ -13,11 +12,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import engine  # noqa: F401  (before Transformers, which it keeps quiet)
+
+# isort: split
+
 import torch
 from transformers import LlamaConfig
 
 from engine.footprint import Recipe
-from engine.plan_report import proposals
 from engine.shape import ModelShape
 from plan import find_devices, job_of
 from run.config import CONFIG_FILE, load_config
@@ -61,17 +63,11 @@ def cell(memory: int, count: int, names: dict[str, str]) -> str:
     shape = ModelShape(LLAMA_2_7B, torch.bfloat16)
     job = job_of(load_config(CONFIG_FILE, {}), shape, kernels, count)
     job = replace(job, recipe=replace(job.recipe, **names))
-    fitting = [one for one in proposals(job, here, card) if is_as_asked(one.flags)]
-    if not fitting:
+    if not job.fits(here):
         return "no"
-    best = fitting[0]
-    each = " *" if best.flags else ""
-    tokens, layers = best.plan.micro_batch_tokens, best.plan.recomputed_blocks
-    return f"{tokens:,} / {layers} / {best.step.tokens_per_second:,.0f}{each}"
-
-
-def is_as_asked(flags: str) -> bool:
-    return flags in ("", "--reduce_gradients each")
+    plan = job.on(here)
+    speed = job.step(plan, card).tokens_per_second
+    return f"{plan.micro_batch_tokens:,} / {plan.recomputed_blocks} / {speed:,.0f}"
 
 
 if __name__ == "__main__":

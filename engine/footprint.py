@@ -149,8 +149,9 @@ def gathered_bytes(shape: "ModelShape", recipe: Recipe, *, accumulates: bool) ->
 
     The weights of the block that computes and of the next. The gradients of the block, and those of
     the block before while they are summed over the devices in float32 or better. All of what lies
-    outside the blocks, with its gradients. If they are summed at the end of a step that
-    ``accumulates`` over micro-batches, all gradients. If no weights are freed, all weights.
+    outside the blocks, with its gradients. In a step that ``accumulates`` over micro-batches: all
+    gradients, if they are summed at its end; otherwise, if groups of devices have a copy each, the
+    group's sums of this device's share. If no weights are freed, all weights.
     """
     if recipe.devices == 1:
         return 0
@@ -159,6 +160,8 @@ def gathered_bytes(shape: "ModelShape", recipe: Recipe, *, accumulates: bool) ->
     whole = 0
     if accumulates and not recipe.reduces_each:
         whole += trained_parameters(shape, recipe) * exact
+    elif accumulates and recipe.shards < recipe.devices:
+        whole += math.ceil(trained_parameters(shape, recipe) / recipe.shards) * exact
     if not recipe.reshards:
         whole += (shape.layers - 2) * block * each
     if recipe.method != "full":

@@ -1,14 +1,16 @@
 """Chooses how a model is trained on a device: as fast as memory allows, with the same result.
 
-Only what changes no result is chosen: how many tokens a micro-batch has, and what the backward pass
-computes again. The choice depends on shapes alone, before anything is loaded.
+Only what changes no result is chosen: how many tokens a micro-batch has, what the backward pass
+computes again, and when several devices sum their gradients. The choice depends on shapes alone,
+before anything is loaded.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from engine.footprint import Recipe, Recomputation, Rows, footprint, most_in_a_step
+from engine.roofline import CPU, Card, expected_step
 
 if TYPE_CHECKING:
     from engine.device import Kernels
@@ -25,6 +27,9 @@ FEW_TOKENS = 2048
 # Norms and SwiGLU take about 2 % of a step to compute again. Keeping them is worth the memory once
 # micro-batches are this large.
 KEEPING_PARTS = 8192
+# Gradients are summed after each micro-batch if a step then takes so much less time. What is nearer
+# the roofline can't tell.
+CLEARLY_FASTER = 0.99
 
 
 @dataclass(frozen=True)
@@ -35,11 +40,13 @@ class Wishes:
         micro_batch_tokens: exactly so many.
         gradient_checkpointing: of all layers, or of none but for norms and SwiGLU.
         compile: as in `engine.compiling.prepare`, which also chooses it.
+        reduces_each: as in `Recipe`; for one device it means nothing.
     """
 
     micro_batch_tokens: int | None = None
     gradient_checkpointing: bool | None = None
     compile: bool | None = None
+    reduces_each: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -50,11 +57,18 @@ class Device:
         name: of its kind, such as ``NVIDIA H100 80GB HBM3``, or ``cpu``.
         free: bytes, before the weights are loaded.
         count: how many of them.
+        card: whose data sheet says what is faster.
     """
 
     name: str
     free: int
     count: int = 1
+    card: Card = CPU
+
+    @property
+    def room(self) -> float:
+        """Bytes that tensors can take."""
+        return (1 - FRAGMENTED_SHARE) * self.free
 
 
 @dataclass(frozen=True)
@@ -78,15 +92,23 @@ class Plan:
     def recomputation(self) -> Recomputation:
         return Recomputation(self.recomputed_blocks, self.recomputes_parts)
 
+    @property
+    def reduces_each(self) -> bool:
+        return self.recipe["reduces_each"]
+
     def describe(self, layers: int, free: int | None = None) -> str:
         """One line."""
         parts = " but for norms and SwiGLU" if self.recomputes_parts else ""
         recomputed = f"{self.recomputed_blocks} of {layers} layers are recomputed"
         if not self.recomputed_blocks:
             recomputed = f"no layer is recomputed{parts}"
+        summed = ""
+        if self.recipe["devices"] > 1:
+            when = "each" if self.reduces_each else "the last"
+            summed = f"gradients are summed after {when} micro-batch, "
         of = "" if free is None else f" of the {free / GIB:.2f} GiB that are free"
         return (
-            f"plan: micro_batch_tokens {self.micro_batch_tokens}, {recomputed}, "
+            f"plan: micro_batch_tokens {self.micro_batch_tokens}, {recomputed}, {summed}"
             f"{self.needed / GIB:.2f} GiB{of}"
         )
 
@@ -101,7 +123,12 @@ def saved_plan(record: Any, recipe: Recipe, device: Device, wishes: Wishes) -> P
         plan = Plan(**record)
     except TypeError:
         return None
-    made_for = plan.device, plan.recipe, plan.wishes
+    wished = plan.wishes
+    if "reduces_each" not in wished:  # older: it was not chosen yet, and a free choice keeps it
+        each = None if wishes.reduces_each is None else plan.reduces_each
+        wished = wished | {"reduces_each": each}
+    recipe = replace(recipe, reduces_each=plan.reduces_each)  # which is chosen or wished
+    made_for = plan.device, plan.recipe, wished
     return plan if made_for == (device.name, asdict(recipe), asdict(wishes)) else None
 
 
@@ -113,15 +140,56 @@ def choose(
     device: Device,
     wishes: Wishes,
 ) -> Plan:
+    """The fastest that fits into the free memory, or else the smallest.
+
+    Gradients that are summed once in a step need less communication, but until then each device has
+    all of them, and less memory for everything else. The roofline of the card weighs this.
+
+    Args:
+        recipe: of its ``reduces_each`` nothing is kept.
+    """
+    wished = [False, True] if wishes.reduces_each is None else [wishes.reduces_each]
+    plans = [
+        first_that_fits(shape, replace(recipe, reduces_each=each), kernels, rows, device, wishes)
+        for each in (wished if recipe.devices > 1 else [False])
+    ]
+    once, *others = plans
+    if not others:
+        return once
+    each = others[0]
+    if once.needed > device.room:
+        return each
+    seconds = [
+        expected_step(
+            shape,
+            Recipe(**plan.recipe),
+            rows,
+            device.card,
+            plan.micro_batch_tokens,
+            plan.recomputation,
+            plan.compiles,
+        ).seconds
+        for plan in plans
+    ]
+    return each if seconds[1] < CLEARLY_FASTER * seconds[0] else once
+
+
+def first_that_fits(
+    shape: "ModelShape",
+    recipe: Recipe,
+    kernels: "Kernels",
+    rows: Rows,
+    device: Device,
+    wishes: Wishes,
+) -> Plan:
     """The first of `candidates` that fits into the free memory, or else the smallest.
 
     The smallest is tried even if it does not fit by this count, which may be off by a few percent.
     """
-    room = (1 - FRAGMENTED_SHARE) * device.free
     for tokens, recomputation in candidates(shape.layers, rows, kernels, wishes):
         counted = min(tokens, most_in_a_step(rows, device.count))
         needed = footprint(shape, recipe, kernels, rows, counted, recomputation)
-        if needed.total <= room:
+        if needed.total <= device.room:
             break
     return Plan(
         micro_batch_tokens=tokens,

@@ -48,7 +48,7 @@ class Job:
         return choose(self.shape, recipe, self.kernels, self.rows, device, self.wishes)
 
     def fits(self, device: Device) -> bool:
-        return self.on(device).needed <= (1 - FRAGMENTED_SHARE) * device.free
+        return self.on(device).needed <= device.room
 
     def step(self, plan: Plan, card: Card) -> Step:
         recipe = Recipe(**plan.recipe)
@@ -63,7 +63,7 @@ class Job:
 
 def memory_table(job: Job, plan: Plan, device: Device) -> list[str]:
     """What training takes on each device, by part."""
-    recipe = job.recipe_on(device.count)
+    recipe = Recipe(**plan.recipe)
     tokens = min(plan.micro_batch_tokens, most_in_a_step(job.rows, device.count))
     used = footprint(job.shape, recipe, job.kernels, job.rows, tokens, plan.recomputation)
     lost = int(FRAGMENTED_SHARE * device.free)
@@ -162,8 +162,8 @@ def _variants(job: Job, device: Device) -> Iterator[tuple[str, Job, int]]:
         other = replace(job, shape=shapes[dtype], recipe=recipes[method])
         many = f"torchrun --nproc_per_node {count} train.py" if count != device.count else ""
         yield _joined(many, dtype, method), other, count
-        if count > 1 and not recipe.reduces_each:
-            each = replace(other, recipe=replace(other.recipe, reduces_each=True))
+        if count > 1 and job.wishes.reduces_each is False:
+            each = replace(other, wishes=replace(job.wishes, reduces_each=True))
             yield _joined(many, dtype, method, SUMMING_EACH), each, count
 
 
@@ -197,17 +197,15 @@ def scale_table(job: Job, device: Device, card: Card) -> list[str]:
     lines = ["devices  GiB each  tokens  recomputed  GB received a step  tokens/s  of peak  gain"]
     counts = [2**power for power in range(device.count.bit_length())]
     last_speed, pays = 0.0, 0
-    summing_each = replace(job, recipe=replace(job.recipe, reduces_each=True))
     for count in sorted({*counts, device.count}):
         if count % (job.recipe.shard_over or 1):
             continue
         there = replace(device, count=count)
-        fitting = [one for one in (job, summing_each) if one.fits(there)]
-        if not fitting:
+        if not job.fits(there):
             lines.append(f"{count:>7}  does not fit")
             continue
-        plan = fitting[0].on(there)
-        step = fitting[0].step(plan, card)
+        plan = job.on(there)
+        step = job.step(plan, card)
         speed = step.tokens_per_second
         gain = f"{speed / last_speed:.2f}" if last_speed else ""
         pays = count if not last_speed or speed >= PAYS * last_speed else pays

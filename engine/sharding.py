@@ -28,7 +28,7 @@ def shard(
     model: "Llama",
     shard_over: int | None,
     reshard_after_forward: bool,
-    reduce_gradients: str = "last",
+    reduces_each: bool = False,
 ) -> None:
     """Spread ``model`` over its ranks, in place, and onto the device of its kernels.
 
@@ -37,13 +37,13 @@ def shard(
             and only gradients travel between the groups (HSDP). None: all of them share one.
         reshard_after_forward: whether a block's gathered weights are freed after the forward pass
             and gathered again for the backward pass.
-        reduce_gradients: after which micro-batch of a step the gradients are summed over the ranks:
-            ``last``, or ``each``, which sends more, but then no rank keeps whole gradients.
+        reduces_each: whether gradients are summed over the ranks after each micro-batch, instead of
+            the last one of a step. This sends more, but no rank keeps whole gradients.
 
     Raises:
         UserError: ``shard_over`` does not divide the number of ranks.
     """
-    ranks, model.reduces_each = model.ranks, reduce_gradients == "each"
+    ranks, model.reduces_each = model.ranks, reduces_each
     if ranks.size == 1:
         return
     check_divides(shard_over, ranks.size)

@@ -75,7 +75,7 @@ class Config:
     compile: bool | None
     shard_over: Count | None
     reshard_after_forward: bool
-    reduce_gradients: Literal["last", "each"]
+    reduce_gradients: Literal["last", "each"] | None
     log_every: Count
     checkpoint_steps: Count | None
     keep_state: bool

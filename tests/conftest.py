@@ -21,6 +21,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A GPU, or a driver that is too old for this PyTorch, changes no test.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+import engine  # noqa: F401  (before Transformers, which it keeps quiet)
+
+# isort: split
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -141,6 +141,47 @@ def test_grading_loads_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+NOISY = {"transformers", "peft"}  # they import torchao, which `engine` quiets
+
+
+def imports_of(node: ast.AST) -> list[str]:
+    """The packages and modules that the statements directly in ``node`` import, in order."""
+    found: list[str] = []
+    for each in ast.iter_child_nodes(node):
+        if isinstance(each, ast.Import):
+            found += [alias.name.partition(".")[0] for alias in each.names]
+        elif isinstance(each, ast.ImportFrom):
+            found.append(str(each.module).partition(".")[0])
+    return found
+
+
+def is_quiet(names: list[str], folders: tuple[Path, ...]) -> bool | None:
+    """Whether ``engine`` is imported before what is noisy; None if neither is."""
+    for name in names:
+        if name == "engine" or name in NOISY:
+            return name == "engine"
+        for file in (folder / f"{name}.py" for folder in folders):
+            if file.is_file():
+                inner = is_quiet(imports_of(ast.parse(file.read_text())), folders)
+                if inner is not None:
+                    return inner
+    return None
+
+
+def test_what_is_started_from_a_shell_imports_engine_before_what_is_noisy() -> None:
+    """Guards against lines about torchao's kernels above what a script prints."""
+    files = [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py"), ROOT / "tests" / "conftest.py"]
+    noisy = []
+    for file in files:
+        tree = ast.parse(file.read_text())
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        for scope in (tree, *functions):
+            names = imports_of(tree) + (imports_of(scope) if scope is not tree else [])
+            if is_quiet(names, (file.parent, ROOT)) is False:
+                noisy.append(f"{file.name}: {getattr(scope, 'name', 'imports')}")
+    assert noisy == []
+
+
 def test_files_and_functions_are_short() -> None:
     """A file under 300 lines, a function under 60, the two stories under 90."""
     files = [*ROOT.glob("*.py"), *(file for room in ROOMS for file in (ROOT / room).rglob("*.py"))]

@@ -7,7 +7,8 @@ import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from itertools import pairwise
+from functools import partial
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,8 @@ from engine.footprint import (
     weight_bytes,
 )
 from engine.optimizer import build_optimizer, make_state
-from engine.plan import GIB, Device, Plan, Wishes, choose, saved_plan
+from engine.plan import CLEARLY_FASTER, GIB, Device, Plan, Wishes, choose, saved_plan
+from engine.roofline import Card, card_named, expected_step
 from engine.shape import ModelShape
 from run.manifest import BEST, LAST, PREVIOUS
 from run.training_json import read_description
@@ -127,6 +129,9 @@ def test_devices_share_weights_gradients_and_states() -> None:
     assert footprint(LLAMA_2_7B, *each).gathered == at_once
     one = Recipe(devices=8), GPU, ROWS, 4096, Recomputation(0, True)
     assert footprint(LLAMA_2_7B, *one).gathered == at_once
+    sums = 4 * LLAMA_2_7B.parameters // 4  # of a group of 4, until those of the other are added
+    copies = Recipe(devices=8, shard_over=4, reduces_each=True), *each[1:]
+    assert footprint(LLAMA_2_7B, *copies).gathered == at_once + sums
     kept = Recipe(devices=8, reshards=False), GPU, ROWS, 4096, Recomputation(0, True)
     assert footprint(LLAMA_2_7B, *kept).gathered == at_once + 30 * block * 2
 
@@ -206,11 +211,55 @@ def test_a_saved_plan_is_only_for_its_device_and_wishes() -> None:
     record = json.loads(json.dumps(asdict(made)))
     assert saved_plan(record, recipe, replace(device, free=GIB), wishes) == made
     assert saved_plan(record, recipe, replace(device, name="NVIDIA H200"), wishes) is None
-    for change in ({"devices": 3}, {"shard_over": 1}, {"reduces_each": True}, {"reshards": False}):
+    for change in ({"devices": 3}, {"shard_over": 1}, {"reshards": False}):
         assert saved_plan(record, replace(recipe, **change), device, wishes) is None
-    assert saved_plan(record, recipe, device, Wishes(compile=True)) is None
+    for change in ({"compile": True}, {"reduces_each": True}, {"reduces_each": False}):
+        assert saved_plan(record, recipe, device, Wishes(**change)) is None
     assert saved_plan(None, recipe, device, wishes) is None
     assert saved_plan({"other": 1}, recipe, device, wishes) is None
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_plan_from_before_there_was_a_choice_of_when_to_sum_is_kept(before: bool) -> None:
+    """Its setting still stands, or nothing is asked for any more: guards against other bits."""
+    device, recipe = Device("NVIDIA H100", 80 * GIB, 2), Recipe(devices=2)
+    made = choose(LLAMA_2_7B, recipe, GPU, ROWS, device, Wishes(reduces_each=before))
+    record = json.loads(json.dumps(asdict(made)))
+    del record["wishes"]["reduces_each"]
+    for wish, is_kept in ((None, True), (before, True), (not before, False)):
+        found = saved_plan(record, recipe, device, Wishes(reduces_each=wish))
+        assert (found and found.reduces_each) == (before if is_kept else None)
+
+
+def test_gradients_are_summed_when_it_is_fastest_of_what_fits() -> None:
+    """Guards against whole gradients that others pay for with recomputation, and against sums after
+    each micro-batch that nobody needs."""
+    found = []
+    for card, count in product((card_named("4090"), card_named("H100")), (2, 8, 32)):
+        for size in (12, 16, 24, 32, 40, 48, 60, 80):
+            device, recipe = Device("", size * GIB, count, card), Recipe(devices=count)
+            free, once, each = (
+                choose(LLAMA_2_7B, recipe, GPU, ROWS, device, Wishes(reduces_each=wish))
+                for wish in (None, False, True)
+            )
+            assert (once.reduces_each, each.reduces_each) == (False, True)
+            assert replace(free, wishes={}) in (replace(one, wishes={}) for one in (once, each))
+            fitting = [one for one in (once, each) if one.needed <= device.room]
+            if fitting:
+                assert free.needed <= device.room
+                fastest = min(map(partial(seconds, card), fitting))
+                assert seconds(card, free) <= fastest / CLEARLY_FASTER
+            if len(fitting) == 2:
+                is_slower = seconds(card, each) >= seconds(card, once)
+                assert not (free.reduces_each and is_slower)
+                found.append(free.reduces_each)
+    assert {*found} == {False, True}
+
+
+def seconds(card: Card, one: Plan) -> float:
+    recipe, tokens = Recipe(**one.recipe), one.micro_batch_tokens
+    step = LLAMA_2_7B, recipe, ROWS, card, tokens, one.recomputation, one.compiles
+    return expected_step(*step).seconds
 
 
 # ---------------------------------------------------------------- in a run

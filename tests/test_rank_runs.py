@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import train
+from engine import memory
 from engine.device import kernels_for
 from engine.loading import load_model, load_tokenizer
 from engine.optimizer import build_optimizer, make_state
@@ -122,6 +123,8 @@ def test_any_number_of_processes_resumes_a_run(
     shutil.copytree(run_folder(settings).with_name(f"died-{died}"), run_folder(settings))
     ended = jobs.run(size, tmp_path, train_in_float64, settings)
     assert f"{LAST} at step 3 of {STEPS}" in ended[0].out
+    is_new = ", gradients are summed after the last micro-batch, " in ended[0].out
+    assert is_new == (size not in (died, 1))
     assert all(each.out == each.err == "" for each in ended[1:])
     check_numbers(run_folder(settings), runs["expected"])
     assert not any(fault_of(run_folder(settings) / name) for name in (BEST, LAST, PREVIOUS))
@@ -143,6 +146,32 @@ def test_a_run_of_adapters_spreads_and_resumes(tmp_path: Path, runs: dict[str, A
         load_file(run_folder(run) / BEST / "adapter_model.safetensors") for run in (alone, died)
     ]
     torch.testing.assert_close(*weights, rtol=0, atol=1e-10)
+
+
+def short_from_the_start() -> dict[str, Any]:
+    """Parts of a run that dies in step 5, for which whole gradients do not fit."""
+    memory.free_bytes = lambda device: 10**6
+    parts = dying(5)
+    step = parts.get("step", train.train_step)
+
+    def check(model: Any, *rest: Any) -> train.StepResult:
+        assert model.reduces_each
+        return step(model, *rest)
+
+    return parts | {"step": check}
+
+
+def test_when_gradients_are_summed_is_chosen_and_kept(tmp_path: Path, runs: dict[str, Any]) -> None:
+    """Guards against a choice that the model does not get, and one that a resumed run forgets."""
+    settings = runs["settings"] | {"run_name": "summed"}
+    records = [read_description(run_folder(settings).with_name("died-2") / LAST)]
+    jobs.Job(2, tmp_path, train_in_float64, settings, short_from_the_start).end()
+    records.append(read_description(run_folder(settings) / LAST))
+    assert [each["plan"]["recipe"]["reduces_each"] for each in records] == [False, True]
+    ended = jobs.run(2, tmp_path, train_in_float64, settings)
+    assert "plan: " not in ended[0].out
+    assert read_description(run_folder(settings) / LAST)["plan"] == records[1]["plan"]
+    check_numbers(run_folder(settings), runs["expected"])
 
 
 def check_files(folder: Path, alone: Path, size: int) -> None:

@@ -3,6 +3,7 @@
 import os
 import signal
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import jobs
@@ -12,12 +13,14 @@ from conftest import PROMPT
 
 import data
 import train
+from engine.footprint import Recipe, gathered_bytes
 from engine.loading import load_model
 from engine.masking import Masking
 from engine.measure import measure
 from engine.optimizer import build_optimizer
 from engine.packing import Example, Packer
 from engine.ranks import ALONE, Ranks, job
+from engine.shape import ModelShape
 from engine.sharding import shard, slice_of, whole
 from engine.together import gathered_model
 from engine.tokenizer import Tokenizer
@@ -116,7 +119,7 @@ class Case:
     batch_size: int = 8
     shard_over: int | None = None
     reshards: bool = True
-    reduce_gradients: str = "last"
+    reduces_each: bool = False
     recomputed_blocks: int = 0
     dtype: torch.dtype = torch.float64
     adapter: Adapter | None = None
@@ -128,14 +131,14 @@ CASES = [
     Case(),
     Case(1),
     Case(3, reshards=False),
-    Case(29, reduce_gradients="each", recomputed_blocks=1),
+    Case(29, reduces_each=True, recomputed_blocks=1),
     Case(adapter=Adapter("base", "float64", False, 4, 8, False, 0.0, 0, None)),
     Case(masking=Masking(0.4, 1.0, range(420))),
 ]
 HALF = Case(dtype=torch.bfloat16)
 TWO_COPIES = [
     Case(shard_over=2),
-    Case(3, shard_over=2, reduce_gradients="each"),
+    Case(3, shard_over=2, reduces_each=True),
     Case(shard_over=1),
 ]
 Found = dict[tuple[int, Adapter | None, Masking | None], tuple[list[float], list[torch.Tensor]]]
@@ -155,7 +158,7 @@ def train_case(
     torch.manual_seed(here.rank)  # nothing may depend on it
     model = load_model(model_folder, case.dtype, CPU, None, case.adapter, here)
     model.recomputed_blocks = case.recomputed_blocks
-    shard(model, case.shard_over, case.reshards, case.reduce_gradients)
+    shard(model, case.shard_over, case.reshards, case.reduces_each)
     optimizer = build_optimizer(model.trained, 1e-2, (0.9, 0.999), 1e-8, 0.1)
     packer = Packer(data.Batches(rows, case.batch_size, 0, case.masking), here)
     numbers = []
@@ -197,6 +200,38 @@ def test_ranks_train_as_one_process_does(
         expected_numbers, expected_weights = of_one[case.batch_size, case.adapter, case.masking]
         torch.testing.assert_close(numbers, expected_numbers, rtol=0, atol=1e-10, msg=str(case))
         torch.testing.assert_close(weights, expected_weights, rtol=0, atol=1e-10, msg=str(case))
+
+
+def count_whole_gradients(model_folder: Path, rows: list[Example]) -> None:
+    """Between two micro-batches, each rank keeps whole gradients, or none, as the plan counts."""
+    with job(CPU) as here:
+        for dtype, reduces_each in product((torch.float32, torch.bfloat16), (False, True)):
+            model = load_model(model_folder, dtype, CPU, ranks=here)
+            shard(model, None, True, reduces_each)
+            packer = Packer(data.Batches(rows, 29, seed=0), here)
+            micro_batches = packer.pack(packer.batch(0), BUDGET, model.kernels)
+            assert len(micro_batches) > 1
+            turns = model.in_turn(micro_batches)
+            model(next(turns)).backward()
+            kept = 0
+            for module in (model, *model.blocks):
+                for group in module._get_fsdp_state()._fsdp_param_groups:
+                    for each in group.fsdp_params:
+                        gradients = each.unsharded_accumulated_grad, each._unsharded_param.grad
+                        kept += sum(one.nbytes for one in gradients if one is not None)
+            shape = ModelShape(model.config, dtype)
+            counted = [
+                gathered_bytes(shape, Recipe(devices=2, reduces_each=each), accumulates=True)
+                for each in (False, True)
+            ]
+            assert kept == (0 if reduces_each else counted[0] - counted[1]), (dtype, reduces_each)
+
+
+def test_whole_gradients_are_kept_as_the_plan_counts(
+    tmp_path: Path, model_folder: Path, rows: list[Example]
+) -> None:
+    """Guards against a plan that fills memory with what no rank has, or forgets what each has."""
+    jobs.run(2, tmp_path, count_whole_gradients, model_folder, rows)
 
 
 def gather(model_folder: Path, adapter: Adapter, expected: dict[str, torch.Tensor]) -> None:
