@@ -86,7 +86,8 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
         "test_sha256": data.fingerprint(test),
         "original_train_sha256": data.fingerprint(rows),
     }
-    description = describe(config, files, selection, len(rows), sha256)
+    settings = {key: getattr(config, key) for key in data.TRAIN_ROWS}
+    description = describe(settings, files, selection, len(rows), sha256)
     contents = {
         TRAIN: as_jsonl(augmented),
         TEST: test_file(config.dataset, test),
@@ -123,7 +124,7 @@ def settings_for(
 
 
 def describe(
-    config: Config,
+    settings: Mapping[str, Any],
     files: Sequence[SampleFile],
     selection: Selection,
     num_rows: int,
@@ -132,6 +133,7 @@ def describe(
     """The content of ``augment.json``.
 
     Args:
+        settings: those in `data.TRAIN_ROWS`.
         num_rows: of the original train split, with the validation rows.
         sha256: fingerprints of the rows, as in ``training.json``.
     """
@@ -144,9 +146,8 @@ def describe(
     ]
     num_problems, kept = len(selection.kept), Counter(selection.kept.values())
     return {
-        "dataset": hide_home(config.dataset),
-        "validation_size": config.validation_size,
-        "seed": config.seed,
+        **settings,
+        "dataset": hide_home(settings["dataset"]),
         "data": dict(sha256),
         "rows": {"original": num_rows, "added": len(selection.added)},
         "samples": sources,

@@ -192,10 +192,11 @@ def evaluate(
     files = open_files(parts.open_predictions, output, identity, *asked)
 
     # Greedy decoding gives the score, and the others are reported with it
+    stream = f"{config.seed}/{weights}" if split == "train" else config.seed  # for augment.py
     hows = {
         GREEDY: Greedy(),
         CALCULATOR: Greedy(calculator),
-        SAMPLES: Sampling(arguments.temperature, config.seed, calculator),
+        SAMPLES: Sampling(arguments.temperature, stream, calculator),
     }
     scored: dict[str, Scored | None] = {}
     verified = arguments.verify_batching
@@ -205,8 +206,7 @@ def evaluate(
             scored[name] = decode_and_score(decoder, problems, file, hows[name], verified)
     finally:  # if one decoding is stopped, the scores of the earlier ones are still written
         scores = write_all_scores(output, scored)
-        is_of_all = len(problems) == len(all_problems)
-        if scores and source.run_folder and is_of_all and split != "train":
+        if scores and source.run_folder and split != "train" and len(problems) == len(all_problems):
             log_scores(
                 source.run_folder,
                 source.description,

@@ -25,10 +25,14 @@ class Greedy:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Tokens sampled at a temperature. The same seed gives the same samples."""
+    """Tokens sampled at a temperature. The same seed gives the same samples.
+
+    Models of the same family draw similar samples from one seed, since they choose by the same
+    random numbers. Where that is not wanted, the seed is a text that names the model as well.
+    """
 
     temperature: float
-    seed: int
+    seed: int | str
     calculator: Calculator | None = None
     title, unit = "sampling", "sample"
 

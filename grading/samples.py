@@ -41,11 +41,6 @@ class SampleFile:
     identity: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]
 
-    @property
-    def temperature(self) -> float | None:
-        """At which they were sampled; None if it is unknown, or if they are greedy."""
-        return self.identity.get("temperature")
-
 
 def read_files(files: Sequence[Path]) -> list[SampleFile]:
     """Read files of samples, those of this program with what is recorded next to them.

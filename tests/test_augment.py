@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import Killed, flags, kill, make_config, run_folder, seal, step_that, tree
+from safetensors.torch import load_file, save_file
 
 import augment
 import data
@@ -493,6 +494,24 @@ def test_only_the_rows_to_train_on_are_sampled_and_more_samples_go_on(
     second = [row["completion"] for row in both if row["sample"] == 1]
     pairs = zip(second, (row["completion"] for row in first), strict=True)
     assert sum(one != other for one, other in pairs) > 50
+
+
+def test_another_model_draws_other_random_numbers(
+    call, base: list[str], settings: dict[str, str], tmp_path: Path
+) -> None:
+    """Guards against samples of similar models that are worth no more than those of one."""
+    twin = tmp_path / "twin"
+    shutil.copytree(settings["model"], twin)
+    weights = load_file(twin / "model.safetensors")
+    name = next(name for name in weights if name.endswith("norm.weight"))
+    weights[name][0] *= 1 + 1e-6
+    save_file(weights, twin / "model.safetensors", {"format": "pt"})
+    found = []
+    for name, model in {"one": settings["model"], "two": str(twin)}.items():
+        arguments = ["--ckpt", model, *base[2:], "1", "--limit", "20"]
+        assert call(evaluate, *arguments, "--output", str(tmp_path / name)).code == 0
+        found.append([row["completion"] for row in lines_of(tmp_path / name / "samples")])
+    assert sum(one != other for one, other in zip(*found, strict=True)) > 15
 
 
 def test_samples_of_train_go_on_after_a_kill(call, base: list[str], tmp_path: Path) -> None:
