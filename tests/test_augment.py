@@ -182,6 +182,10 @@ def test_an_augmented_folder(
     call, file: Path, data_folder: Path, rows_of: dict[str, list[Problem]], tmp_path: Path
 ) -> None:
     """Guards against a row of the original that is lost, and other validation or test rows."""
+    data_folder = Path(shutil.copytree(data_folder, tmp_path / "old"))
+    tests = (data_folder / "test.jsonl").read_text().replace('{"question"', '{"more":1, "question"')
+    (data_folder / "test.jsonl").write_text(tests)
+    recorded(file, dataset=str(data_folder))
     output = tmp_path / "new" / "data"
     outcome = call(augment, "--samples", str(file), "--output", str(output))
     assert outcome.code == 0, outcome.err
