@@ -21,7 +21,7 @@ from run.errors import UserError
 if TYPE_CHECKING:
     from engine.tokenizer import Tokenizer
 
-RANDOM = "random"  # the value of mask_token that is no token
+RANDOM = "random"  # as mask_token, this is no token, even if the vocabulary has one of that name
 NUMBERS = 2**32  # the random numbers are below it
 
 
@@ -84,6 +84,6 @@ def replacements(token: str, tokenizer: "Tokenizer", folder: Path) -> range:
         lacks = "the vocabulary" if index is None else "the embedding"
         raise UserError(
             f"mask_token {token!r}: is not in {lacks} of model {tokenizer.name}: set {RANDOM}, or "
-            "a token that it has, such as <unk>"
+            "a token of it, spelled as it is there"
         )
     return range(index, index + 1)

@@ -58,6 +58,8 @@ def commands() -> list[str]:
         ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
         for path in (ROOT / "benchmarks").glob("*.py")
     ]
+    recipes = (ROOT / "recipes").glob("*.yaml")
+    texts += [recipe.read_text(encoding="utf-8").replace("\n#", "\n") for recipe in recipes]
     lines = [
         line.strip().removeprefix("$ ")
         for text in texts
@@ -170,7 +172,7 @@ def tracked() -> set[str]:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_that_documents_name_exist(document: Path) -> None:
     """Guards against a pointer to a file that has moved: `engine/optimizer.py`, `run/`."""
-    rooms = "engine|grading|run|benchmarks|tests|docs"
+    rooms = "engine|grading|run|benchmarks|tests|docs|recipes"
     for span in code_spans(document.read_text(encoding="utf-8")):
         if re.fullmatch(rf"(?:{rooms})/(?:[\w/]+\.\w+|[\w/]*)|\w+\.py", span):
             assert (ROOT / span).exists(), span

@@ -152,7 +152,7 @@ def test_a_token_that_there_is_not_is_refused(call, settings: dict[str, str]) ->
     """Guards against a typing error that masks by whatever text of that spelling becomes."""
     wrong = settings | {"mask_rate": "0.4", "mask_token": "<mask>"}
     call(train, *flags(wrong)).assert_user_error(
-        "mask_token '<mask>': is not in the vocabulary of model", "set random", "such as <unk>"
+        "mask_token '<mask>': is not in the vocabulary of model", "set random, or a token"
     )
 
 
