@@ -39,14 +39,30 @@ class FakeRun:
     ):
         self.fail, self.lines, self.defined, self.finished = fail, [], [], False
         self.id, self.project, self.entity = run_id, project, entity
+        self.tables: list[tuple[int, str, list[str], list[list[Any]]]] = []
+        self.artifacts: list[tuple[Any, list[str]]] = []
+        self.summary: dict[str, Any] = {}
+        self.step = 0
 
-    def define_metric(self, name: str, step_metric: str | None = None) -> None:
-        self.defined.append((name, step_metric))
+    def define_metric(
+        self, name: str, step_metric: str | None = None, summary: str | None = None
+    ) -> None:
+        self.defined.append((name, step_metric, summary))
 
     def log(self, line: dict[str, Any]) -> None:
         if self.fail:
             raise ConnectionError("gone")
+        if tables := {name: table for name, table in line.items() if hasattr(table, "columns")}:
+            assert line.keys() - tables.keys() == {"step"}
+            for name, table in tables.items():
+                self.tables.append((line["step"], name, table.columns, table.data))
+            return
         self.lines.append(line)
+
+    def log_artifact(self, artifact: Any, aliases: list[str]) -> None:
+        if self.fail:
+            raise ConnectionError("gone")
+        self.artifacts.append((artifact, aliases))
 
     def finish(self) -> None:
         if self.fail:
@@ -77,6 +93,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Any], FakeRun]
         monkeypatch.delenv(name, raising=False)
 
     monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr(wandb.Table, "bind_to_run", lambda *_: None)
     monkeypatch.setattr(
         wandb, "login", lambda **arguments: arguments == {"prompt": False, "verify": False}
     )
@@ -114,7 +131,10 @@ def test_wandb_gets_the_settings_and_every_line_of_metrics(
         "online",
         "llama-2-gsm8k",
     )
-    assert run.defined == [("step", None), ("*", "step")]
+    lowest = {"val/loss", "val/perplexity"}
+    lowest |= {f"val/perplexity_{part}" for part in ("reasoning", "equations", "final_answer")}
+    assert run.defined[:2] == [("step", None, None), ("*", "step", None)]
+    assert sorted(run.defined[2:]) == [(name, "step", "min") for name in sorted(lowest)]
     assert run.lines == lines_of(folder_of(settings))
     assert [line["step"] for line in run.lines if "val/perplexity" in line] == [7, 14]
     assert run.finished
