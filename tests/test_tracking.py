@@ -535,3 +535,37 @@ def test_metrics_of_a_killed_run_are_cut_at_the_resumed_step(tmp_path: Path) -> 
         metrics.write(3, 0.5, {"a": 30})
     lines = lines_of(tmp_path)
     assert [(line["step"], line.get("a")) for line in lines] == [(1, 1), (2, 2), (4, None), (3, 30)]
+
+
+# ---------------------------------------------------------------- the best checkpoint
+
+
+@pytest.mark.parametrize("how", ["true", "false", "offline", "refused", "stopped"])
+def test_best_is_an_artifact_if_asked_for(
+    call, settings: dict[str, str], fake, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Guards against an upload that nobody wanted, that ends a run, or of a run that goes on."""
+    settings |= {"wandb_mode": "online", "wandb_artifact": "false" if how == "false" else "true"}
+    monkeypatch.setattr(FakeRun, "offline", how == "offline")
+    if how == "refused":
+        monkeypatch.setattr(FakeRun, "log_artifact", lambda *_, **__: 1 / 0)
+    if how == "stopped":
+        stop_in_epoch_2(call, settings)
+    else:
+        outcome = call(train, *flags(settings))
+        assert outcome.code == 0 and "done: " in outcome.out
+        assert ("was not uploaded (division by zero)" in outcome.out) == (how == "refused")
+        assert ("W&B: offline, so " in outcome.out) == (how == "offline")
+    [(arguments, run)] = fake
+    waits = wandb_run.FINISH_SECONDS + wandb_run.UPLOAD_SECONDS * (how != "false")
+    assert arguments["settings"].finish_timeout == waits and run.finished
+    assert len(run.artifacts) == (how == "true")
+    for artifact, aliases in run.artifacts:
+        assert (artifact.name, artifact.type, aliases) == ("test-best", "model", ["best"])
+        best = folder_of(settings) / "best"
+        entries = artifact.manifest.entries
+        assert entries.keys() == {file.name for file in best.iterdir()}
+        for name, entry in entries.items():
+            # The checkpoint itself, not a copy, by a path that names no home.
+            assert not Path(entry.local_path).is_absolute()
+            assert Path(entry.local_path).resolve() == (best / name).resolve()
