@@ -153,7 +153,7 @@ def test_the_score_of_a_run_is_logged_once(
     story = partial(run, parts=parts)
     jobs.run(2, tmp_path / "job", story, "evaluate", ["--ckpt", str(best)])
     log = (run_folder(settings) / "metrics.jsonl").read_text()
-    assert log.count("eval/exact_match") == 1
+    assert log.count('"eval/exact_match"') == 1
     assert (tmp_path / "trackers").read_text() == "started\n"
     assert len(rows_of(run_folder(settings) / "eval" / "test")) == 12
 

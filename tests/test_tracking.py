@@ -505,6 +505,19 @@ def test_not_finite_numbers_are_logged_as_they_are(tmp_path: Path) -> None:
         assert math.isnan(line["val/loss"]) and line["val/perplexity"] == math.inf
 
 
+def test_a_loss_that_is_not_a_number_is_not_the_lowest() -> None:
+    """Guards against a NaN that W&B, too, would show as the best of the run."""
+    run = FakeRun()
+    tracker = wandb_run.WandbTracker(run)
+    tracker.go_on_from([{"step": 1, "val/loss": 2.0, "eval/exact_match": 0.5}])
+    for loss, score, expected in ((3.0, 0.25, (2.0, 0.5)), (math.nan, math.nan, (2.0, 0.5))):
+        tracker.log({"step": 2, "val/loss": loss, "eval/exact_match": score})
+        assert run.summary["val/loss"] == {"min": expected[0]}
+        assert run.summary["eval/exact_match"] == {"max": expected[1]}
+    tracker.log({"step": 3, "val/loss": 1.0, "eval/exact_match": 1.0, "eval/errors_format": 3})
+    assert run.summary == {"val/loss": {"min": 1.0}, "eval/exact_match": {"max": 1.0}}
+
+
 def test_every_line_is_on_the_disk_before_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
