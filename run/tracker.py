@@ -70,7 +70,7 @@ def summary_of(name: str) -> str | None:
     if room == "val" and kind.startswith(("loss", "perplexity")):
         return "min"
     # With a higher share, both ends of its interval are higher, too.
-    is_share = room == "eval" and not kind.startswith("errors_")
+    is_share = room == "eval" and "errors_" not in kind
     return "max" if is_share or name == "val/exact_match" else None
 
 

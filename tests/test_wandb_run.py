@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ import train
 from engine.measure import Measurement
 from run.code_version import code_commit
 from run.tracker import summary_of
+
+ROOT = Path(train.__file__).parent
 
 
 def read(file: Path, *words: str) -> str:
@@ -110,8 +113,9 @@ def test_summaries_are_those_of_the_whole_run(tracked: tuple[Path, list[Path]]) 
     for rule in ("lm_eval_strict", "lm_eval_flexible"):
         assert shown[f"eval/{rule}"] == {"max": scores["rules"][rule]}
         assert shown[f"eval/{rule}_low"]["max"] <= shown[f"eval/{rule}"]["max"]
-    for kind, count in scores["errors"].items():
-        assert shown[f"eval/errors_{kind}"] == count
+    for name, errors in (("", scores["errors"]), ("calculator_", scores["calculator"]["errors"])):
+        for kind, count in errors.items():
+            assert shown[f"eval/{name}errors_{kind}"] == count
 
 
 def test_tables_show_what_the_model_writes(tracked: tuple[Path, list[Path]]) -> None:
@@ -149,6 +153,10 @@ def test_config_says_what_was_trained_on_what(tracked: tuple[Path, list[Path]]) 
     assert config["data"] == description["data"] and config["plan"] == description["plan"]
     assert {key: config[key] for key in description["settings"]} == description["settings"]
     assert config["commit"] == code_commit()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    parts = description["validation_by_class"]
+    found = {f"val/perplexity_{name}": part["perplexity"] for name, part in parts.items()}
+    assert len(found) == 3 and found.items() <= lines[7].items()
     assert json.loads(read(files[2], "--summary"))["config"] == {}  # which leaves that of training
 
 
@@ -173,3 +181,44 @@ def test_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert code_commit(tmp_path / "gone") is None
     monkeypatch.setenv("PATH", str(tmp_path))
     assert code_commit(tmp_path) is None
+
+
+def test_the_workspace_shows_what_is_logged(
+    tracked: tuple[Path, list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a panel that stays empty, and a view that is not what W&B takes.
+
+    What would be sent is read: `wandb_workspaces.workspaces.internal.upsert_view2`.
+    """
+    pytest.importorskip("wandb_workspaces")
+    from wandb_workspaces.workspaces import internal
+
+    sent: list[dict[str, Any]] = []
+
+    def send(api: None, query: str, variables: dict[str, Any]) -> dict[str, Any]:
+        sent.append(variables)
+        return {"upsertView": {"view": {"id": "1", "name": "nw-1-v"}}}
+
+    monkeypatch.setattr(internal, "execute_graphql", send)
+    monkeypatch.setattr(internal.wandb, "Api", lambda: None)
+    script = runpy.run_path(str(ROOT / "docs" / "wandb_workspace.py"))
+    script["workspace"]("me", "mine").save()
+    [view] = sent
+    assert (view["entityName"], view["projectName"]) == ("me", "mine")
+    sections = json.loads(view["spec"])["section"]["panelBankConfig"]["sections"]
+    panels = [panel for section in sections for panel in section["panels"]]
+    plots = [panel["config"] for panel in panels if "metrics" in panel["config"]]
+    assert {plot["xAxis"] for plot in plots} == {"step"}
+    shown = {name for plot in plots for name in plot["metrics"]}
+    lines = (tracked[0] / "metrics.jsonl").read_text().splitlines()
+    logged = {name for line in lines for name in json.loads(line)}
+    assert shown - logged == {
+        "train/mfu",
+        "val/exact_match",
+    }  # of a known GPU, or if it is the best
+    unseen = {name for name in logged - shown if "calculator" not in name}
+    assert unseen == {"step", "epoch", "time"} | {
+        f"eval/lm_eval_{name}_{end}" for name in ("strict", "flexible") for end in ("low", "high")
+    }
+    spec = view["spec"]
+    assert "val/samples" in spec and "eval/predictions" in spec
