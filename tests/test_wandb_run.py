@@ -7,6 +7,7 @@ import runpy
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -183,6 +184,7 @@ def test_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert code_commit(tmp_path) is None
 
 
+@pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")  # in W&B's package
 def test_the_workspace_shows_what_is_logged(
     tracked: tuple[Path, list[Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,7 +202,8 @@ def test_the_workspace_shows_what_is_logged(
         return {"upsertView": {"view": {"id": "1", "name": "nw-1-v"}}}
 
     monkeypatch.setattr(internal, "execute_graphql", send)
-    monkeypatch.setattr(internal.wandb, "Api", lambda: None)
+    server = SimpleNamespace(app_url="https://wandb.example/")
+    monkeypatch.setattr(internal.wandb, "Api", lambda: SimpleNamespace(_service_api=server))
     script = runpy.run_path(str(ROOT / "docs" / "wandb_workspace.py"))
     script["workspace"]("me", "mine").save()
     [view] = sent
