@@ -27,6 +27,7 @@ from typing import Any
 from engine.masking import Masking, replacements
 from engine.packing import IGNORE, Example
 from engine.tokenizer import Tokenizer
+from grading.answer_parts import classes_of
 from grading.dataset import Problem, load_problems
 from run.errors import UserError, one_line
 
@@ -171,8 +172,10 @@ def encode_prompts(
     return [[tokenizer.bos_token_id, *ids] for ids in encoded]
 
 
-def encode(tokenizer: Tokenizer, problems: Sequence[Problem], prompt: str) -> list[Example]:
-    """Token ids and labels of each problem.
+def encode(
+    tokenizer: Tokenizer, problems: Sequence[Problem], prompt: str, by_class: bool = False
+) -> list[Example]:
+    """Token ids and labels of each problem; ``by_class`` with `grading.answer_parts.classes_of`.
 
     Raises:
         UserError: the tokenizer merges the end of the prompt with the beginning of the answer, so
@@ -185,8 +188,9 @@ def encode(tokenizer: Tokenizer, problems: Sequence[Problem], prompt: str) -> li
     ]
     prompt_ids = tokenizer.ids_of(prompts)
     joint_ids = tokenizer.encode(texts, [problem.line for problem in problems])
+    starts = tokenizer.starts_of(texts) if by_class else []
     examples = []
-    for problem, alone, joint in zip(problems, prompt_ids, joint_ids, strict=True):
+    for n, (problem, alone, joint) in enumerate(zip(problems, prompt_ids, joint_ids, strict=True)):
         if joint[: len(alone)] != alone:
             raise UserError(
                 f"prompt {prompt!r}: the tokenizer merges its end with the beginning of the answer "
@@ -196,7 +200,10 @@ def encode(tokenizer: Tokenizer, problems: Sequence[Problem], prompt: str) -> li
         input_ids = [tokenizer.bos_token_id, *joint, tokenizer.eos_token_id]
         prompt_length = 1 + len(alone)  # BOS is part of the prompt
         labels = [IGNORE] * prompt_length + input_ids[prompt_length:]
-        examples.append(Example(input_ids, labels, problem.line))
+        classes = []
+        if by_class:
+            classes = classes_of(problem.answer, len(texts[n]), starts[n][len(alone) :])
+        examples.append(Example(input_ids, labels, problem.line, classes))
     return examples
 
 
@@ -226,7 +233,7 @@ def encode_for_training(
 ) -> tuple[list[Example], list[Example]]:
     """The examples to train on and to validate on, without those that are too long."""
     train = leave_out_long(encode(tokenizer, problems.train, prompt), max_length, "train")
-    validation = encode(tokenizer, problems.validation, prompt)
+    validation = encode(tokenizer, problems.validation, prompt, by_class=True)
     return train, leave_out_long(validation, max_length, "validation")
 
 

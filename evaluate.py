@@ -211,7 +211,7 @@ def evaluate(
                 source.run_folder,
                 source.description,
                 identity,
-                [Score(one.logged, one.is_new) for one in scored.values() if one],
+                [Score(one.logged, one.is_new, one.tables) for one in scored.values() if one],
                 run_name=config.run_name,
                 wandb_mode=config.wandb_mode,
                 wandb_project=config.wandb_project,

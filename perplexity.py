@@ -6,7 +6,8 @@ python perplexity.py --ckpt checkpoints/llama-2-7b-gsm8k/last --split train --li
 torchrun --nproc_per_node 8 perplexity.py --ckpt checkpoints/llama-2-7b-gsm8k/best
 
 The loss is the mean negative log-likelihood, in nats, over the tokens of the answers and EOS.
-Perplexity is its exponential. Training and validation use the same loss function.
+Perplexity is its exponential. Training and validation use the same loss function. Both are also
+printed for three classes of these tokens: reasoning, equations (the annotations), final answer.
 """
 
 import argparse
@@ -45,6 +46,7 @@ from engine.loading import check_fits, check_ids, check_positions, load_model, l
 from engine.measure import Measurement, measure
 from engine.plan import MOST_TOKENS
 from engine.ranks import Ranks
+from grading.answer_parts import PARTS
 from run.model_source import Source, resolve_source
 from run.training_json import tokenizer_record
 
@@ -57,6 +59,8 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
             f"{source.path} on {arguments.split}: {examples} rows, "
             f"{result.num_tokens} supervised tokens"
         )
+        for name, part in result.by_class.items():
+            print(f"  {name.replace('_', ' '):<13} {part.num_tokens:>8} tokens, {part}")
         print(f"loss {result.loss:#.8g}")
         print(f"perplexity {result.perplexity:#.8g}")
         check_printed()
@@ -78,7 +82,7 @@ def measure_source(
     data_sha256 = data.fingerprint(problems)
     if split != "train":  # for which a run's hash includes the validation rows
         source.check_rows(split, data_sha256)
-    examples = data.encode(tokenizer, problems[:limit], config.prompt)
+    examples = data.encode(tokenizer, problems[:limit], config.prompt, by_class=True)
     examples = data.leave_out_long(examples, config.max_length, split)
 
     # An adapter's base is compared with the one that it was trained on.
@@ -95,7 +99,7 @@ def measure_source(
         {"weights": weights, "data_sha256": data_sha256, "rows": len(examples), "budget": budget}
         | {key: getattr(config, key) for key in ("prompt", "dtype")}
     )
-    return len(examples), measure(model, examples, budget)
+    return len(examples), measure(model, examples, budget, PARTS)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from engine.ranks import ALONE, Ranks
 from engine.roofline import CPU, Card, card_named, card_of_size
 from engine.shape import ModelShape, read_shape
 from engine.sharding import check_divides
+from engine.usage import Usage, usage_of
 from run.config import Config
 from run.errors import UserError
 from run.method import check_packages
@@ -101,6 +102,13 @@ def plan_run(
     if None in (wishes.micro_batch_tokens, wishes.gradient_checkpointing, summing):
         print(plan.describe(shape.layers, here.free) + (", made anew" if record else ""))
     return plan
+
+
+def usage(config: Config, folder: Path, examples: Sequence[Example], ranks: Ranks = ALONE) -> Usage:
+    """How much of its devices a run uses that trains the model in ``folder``."""
+    shape = read_shape(folder, getattr(torch, config.dtype))
+    recipe = recipe_of(asdict(config), ranks.size)
+    return usage_of(shape, recipe, rows_of(examples, config.batch_size), pick_device())
 
 
 def check_trains(config: Config, resume_from: Path | None, devices: int = 1) -> None:

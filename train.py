@@ -57,6 +57,7 @@ from engine.sharding import shard
 from engine.state import copy_to_host, get_random_state, pack_state, set_random_state, unpack_state
 from engine.strategy import complete
 from engine.together import parts_of
+from grading.answer_parts import PARTS
 from grading.dataset import Problem, load_problems
 from grading.score import share_correct
 from run.checkpoint import save_checkpoint, set_damaged_aside
@@ -130,7 +131,7 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
 
     # Where it reports
     parts.ranks.once(replace_file, folder / "config.yaml", settings_text(config))
-    log = open_log(folder, progress, asdict(config), batches, steps)
+    log = open_log(saves, progress, batches, steps, plan.usage(config, start.weights, rows, ranks))
     log.start(len(rows), len(held_out), config.batch_size, model.device.type, config.dtype)
 
     with log, parts.ranks.agreed(StopSignal()) as stop, saves:
@@ -153,7 +154,7 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
             # How good is the model after this epoch, and is it the best so far?
             epoch_ends = progress.is_due(batches.per_epoch)
             if epoch_ends:
-                measured = parts.measure(model, held_out, planned.micro_batch_tokens)
+                measured = parts.measure(model, held_out, planned.micro_batch_tokens, PARTS)
                 log.check_validation(measured, folder / LAST)
                 match = exact_match(config.best_by, decode, prompts, problems.validation)
                 log.validation(measured, match, len(prompts))
@@ -165,7 +166,7 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
             if epoch_ends or saves.is_due(progress) or signal_number is not None:
                 saves.save_last(model, progress, *pack_state(optimizer, asdict(progress)))
             if epoch_ends:
-                log.sample(decode, prompts[0], problems.validation[0], memory.release)
+                log.sample(decode, prompts, problems.validation, memory.release)
             if signal_number is not None and progress.step < steps:
                 raise log.stopped(signal_number, folder / LAST)
     parts.ranks.once(finish, folder, config.keep_state, progress.best_loss)

@@ -191,7 +191,7 @@ def outcome(folder: Path) -> dict[str, Any]:
         }
         found[f"step of {name}"] = training_json.read_description(folder / name)["step"]
     lines = [json.loads(line) for line in (folder / manifest.METRICS_FILE).read_text().splitlines()]
-    clock = ("time", "train/tokens_per_second")
+    clock = ("time", "train/tokens_per_second", "train/memory_gib")
     found["metrics"] = [
         {key: value for key, value in line.items() if key not in clock} for line in lines
     ]

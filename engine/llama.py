@@ -69,14 +69,14 @@ class Llama(nn.Module):
         A sum, not a mean. If it is divided by the number of supervised tokens in the entire step,
         all of them weigh the same, so the gradient does not depend on how the step is split into
         micro-batches. (A mean of micro-batch means does depend on it: transformers #34191.) Each
-        token's own loss is computed in float32 or better.
+        token's own loss, in float32 or better, is returned after the sum if tokens have classes.
         """
         dropout = self.config.attention_dropout if self.training else 0.0
         attend = partial(self.kernels.attention, micro_batch, dropout)
         inputs = micro_batch.input_ids, micro_batch.position_ids, attend
         outputs = self.hidden_states(*inputs, micro_batch.output_positions)
         arguments = self.head.weight, micro_batch.labels, torch.is_grad_enabled(), self.kernels
-        nats = LinearCrossEntropy.apply(outputs, *arguments)
+        nats = LinearCrossEntropy.apply(outputs, *arguments, micro_batch.classes is not None)
         return nats * 0 if micro_batch.is_filler else nats
 
     def next_logits(

@@ -29,6 +29,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         with_gradients: bool,
         kernels: "Kernels",
+        with_losses: bool = False,
     ) -> Tensor:
         """The summed negative log-likelihood of ``labels``, in nats, as a float64 scalar.
 
@@ -38,11 +39,12 @@ class LinearCrossEntropy(torch.autograd.Function):
             labels: ``[N]``.
             with_gradients: an argument, since grad mode is always off in here, and
                 ``ctx.needs_input_grad`` is true even under ``no_grad``.
+            with_losses: without gradients, return ``[1 + N]``: the sum, and then each token's own.
         """
         exact = torch.promote_types(hidden.dtype, torch.float32)
         nats = torch.zeros((), dtype=torch.float64, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if with_gradients else None
-        grad_weight = None
+        grad_weight, every_loss = None, []
         is_trained = ctx.needs_input_grad[1]
         rows = max(1, kernels.logits_at_once // weight.shape[0] // ROUND_ROWS) * ROUND_ROWS
         for start in range(0, hidden.shape[0], rows):
@@ -53,6 +55,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             if not with_gradients:
                 losses = F.cross_entropy(logits, target[:, 0], reduction="none")
                 nats += losses.sum(dtype=torch.float64)
+                every_loss.append(losses.double())
                 continue
             largest, of_target = logits.amax(dim=-1, keepdim=True), logits.gather(1, target)
             # In place, which halves the memory, so that twice as many rows fit into a chunk.
@@ -75,7 +78,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             del grad_logits  # before the next chunk's logits
         ctx.gradients = (grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
-        return nats
+        return torch.cat([nats[None], *every_loss]) if with_losses else nats
 
     @staticmethod
     def backward(ctx: Any, grad_nats: Tensor) -> tuple[Tensor | None, ...]:
@@ -85,4 +88,4 @@ class LinearCrossEntropy(torch.autograd.Function):
         ctx.gradients = None  # they are scaled in place, so a second call would scale them again
         if grad_weight is not None:  # None: no supervised token, or a head that is not trained
             grad_weight = grad_weight.mul_(grad_nats).to(ctx.weight_dtype)
-        return grad_hidden.mul_(grad_nats), grad_weight, None, None, None
+        return grad_hidden.mul_(grad_nats), grad_weight, None, None, None, None

@@ -24,12 +24,14 @@ class Example:
 
     ``labels`` is as long as ``input_ids`` and is not shifted. A token that the model learns to
     write (the answer and EOS) is its own label; every other label is `IGNORE`. ``line`` is the line
-    number of its row in the data set, for messages.
+    number of its row in the data set, for messages. ``classes`` is empty, or has the number of the
+    class of each supervised token, so that their losses can be told apart.
     """
 
     input_ids: list[int]
     labels: list[int]
     line: int = field(default=0, compare=False)
+    classes: list[int] = field(default_factory=list, compare=False)
 
 
 class Batches(Protocol):
@@ -54,6 +56,7 @@ class MicroBatch:
             N are those whose next token is supervised. For prompts it is the last token of each.
         labels: ``[N]``: the supervised next tokens; empty for prompts.
         num_labels: N.
+        classes: ``[N]``: the class of each label; None if classes are not told apart.
         is_filler: whether it keeps a rank busy that has nothing left to compute while others have.
             Its loss and its gradients count as zero, and so do its labels.
     """
@@ -65,6 +68,7 @@ class MicroBatch:
     output_positions: torch.Tensor
     labels: torch.Tensor
     num_labels: int
+    classes: torch.Tensor | None = None
     is_filler: bool = False
 
     @property
@@ -84,7 +88,11 @@ def collate(examples: Sequence[Example], kernels: "Kernels") -> MicroBatch:
                 labels.append(label)
         start += len(example.input_ids) - 1
     sequences = [example.input_ids[:-1] for example in examples]
-    return _concatenated(sequences, output_positions, labels, kernels.row_multiple, kernels.device)
+    classes = [number for example in examples for number in example.classes]
+    padded = _concatenated(
+        sequences, output_positions, labels, kernels.row_multiple, kernels.device
+    )
+    return replace(padded, classes=_on(kernels.device, classes)) if classes else padded
 
 
 def collate_prompts(prompts: Sequence[list[int]], kernels: "Kernels") -> MicroBatch:

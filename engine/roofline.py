@@ -6,6 +6,7 @@ those of well-tuned kernels at the shapes of Llama-2-7B.
 """
 
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -69,8 +70,8 @@ CPU = Card("CPU", 0, 100e9, 20e9, 5e9)
 
 
 def card_named(name: str) -> Card | None:
-    """The card in PyTorch's ``name`` of a device."""
-    return next((card for card in CARDS if card.name in name), None)
+    """The card in PyTorch's ``name`` of a device, as a word: an A100 is no A10."""
+    return next((card for card in CARDS if re.search(rf"\b{card.name}\b", name)), None)
 
 
 def card_of_size(gigabytes: float) -> Card:
@@ -158,6 +159,11 @@ def communicated_bytes(
     is_inside = shards <= GPUS_IN_A_NODE
     inside = gathered * is_inside + added * (recipe.devices <= GPUS_IN_A_NODE)
     return inside, gathered + added - inside
+
+
+def useful_flops(shape: "ModelShape", recipe: Recipe, rows: Rows) -> float:
+    """Of each token, as `Step.flops` counts them."""
+    return _flops_per_token(shape, recipe, rows, Recomputation(0, False))[0]
 
 
 def _flops_per_token(

@@ -143,6 +143,14 @@ class Tokenizer:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    def starts_of(self, texts: Sequence[str]) -> list[list[int]]:
+        """The position in its text of the first character that each of `ids_of` writes.
+
+        A character of several bytes, each a token of its own, is the first of all of these.
+        """
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [_starts(encoding.offsets) for encoding in encodings]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, without special tokens and with every space unchanged."""
         return self._backend.decode(ids, skip_special_tokens=True)
@@ -262,6 +270,15 @@ class Tokenizer:
             f"model {self.name}: the tokenizers library can't reproduce the ids of its "
             f"{SENTENCEPIECE_FILE} ({difference}): add the {VOCABULARY_FILE} that was made for it"
         )
+
+
+def _starts(offsets: Sequence[tuple[int, int]]) -> list[int]:
+    """The first of each pair, or the end before it where a tokenizer trims spaces off its pairs."""
+    starts, end_before = [], 0
+    for start, end in offsets:
+        starts.append(min(start, end_before))
+        end_before = end
+    return starts
 
 
 def _first_difference(text: str, decoded: str) -> str:

@@ -19,7 +19,7 @@ from grading.results import (
     read_predictions,
 )
 from grading.rules import report_contradictions
-from grading.score import score, score_samples
+from grading.score import score, score_samples, wilson_interval
 from run.errors import UserError
 from run.files import replace_file
 
@@ -58,8 +58,23 @@ class Scored:
         """The numbers to log to metrics.jsonl and W&B."""
         if "maj_at" in self.numbers:
             return {f"maj_at_{k}": share for k, share in self.numbers["maj_at"].items()}
-        prefix = "calculator_" if self.identity.get("with_calculator") else ""
-        return {f"{prefix}exact_match": self.numbers["exact_match"]}
+        total, errors = self.numbers["num_problems"], self.numbers["errors"]
+        numbers: dict[str, float] = {}
+        for rule, share in self.numbers["rules"].items():
+            name = "exact_match" if rule == "openai" else rule  # which is the headline
+            low, high = wilson_interval(round(share * total), total)
+            numbers |= {name: share, f"{name}_low": low, f"{name}_high": high}
+        numbers |= {f"errors_{kind}": n for kind, n in errors.items() if n is not None}
+        return {self._prefix + name: number for name, number in numbers.items()}
+
+    @property
+    def tables(self) -> dict[str, Sequence[Mapping[str, Any]]]:
+        """The predictions to log to W&B, by name: not those of samples, which may be many."""
+        return {} if "maj_at" in self.numbers else {f"{self._prefix}predictions": self.rows}
+
+    @property
+    def _prefix(self) -> str:
+        return "calculator_" if self.identity.get("with_calculator") else ""
 
 
 def score_predictions(

@@ -86,6 +86,7 @@ class Config:
     calculator: bool
     wandb_project: Name
     wandb_mode: Literal["online", "offline", "disabled"] | None
+    wandb_artifact: bool
 
 
 KEYS = tuple(field.name for field in fields(Config))

@@ -11,8 +11,12 @@ from run.locks import locked_if_free
 from run.manifest import BEST, FINISHED_FILE, LAST, check_no_links
 from run.metrics_log import MetricsLog, is_logged
 from run.paths import local_path
+from run.tracker import Tracker
 from run.training_json import read_description
-from run.wandb_run import Tracker, saved_run, start_tracker
+from run.wandb_run import saved_run, start_tracker
+
+# Of a prediction, what a table in W&B shows.
+COLUMNS = ("id", "correct", "label", "question", "gold", "completion", "answer", "stop")
 
 
 @dataclass(frozen=True)
@@ -22,10 +26,12 @@ class Score:
     Attributes:
         numbers: by name, without the prefix ``eval/``.
         is_new: whether any of their completions were decoded by this process.
+        tables: the completions themselves, for W&B, by name.
     """
 
     numbers: Mapping[str, float]
     is_new: bool
+    tables: Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def evaluation_folder(model: str, run_folder: Path | None, output_dir: str, split: str) -> Path:
@@ -66,10 +72,12 @@ def log_scores(
         return
     prefix = "eval/" if split == "test" else f"eval/{split}_"
     unlogged: dict[str, float] = {}
+    tables: dict[str, Sequence[Mapping[str, Any]]] = {}
     for score in scores:
         numbers = {prefix + name: value for name, value in score.numbers.items()}
         if score.is_new or not is_logged(run_folder, description["step"], numbers):
             unlogged |= numbers
+            tables |= {prefix + name: rows for name, rows in score.tables.items()}
     if not unlogged:
         return
     newest = newest_description(run_folder) or description
@@ -85,6 +93,9 @@ def log_scores(
     with ExitStack() as stack, locked_if_free(run_folder) as alone:
         metrics = stack.enter_context(MetricsLog(run_folder, tracker, alone=alone))
         metrics.write(description["step"], description["epoch"], unlogged)
+        for name, rows in tables.items():
+            shown = [{column: row.get(column) for column in COLUMNS} for row in rows]
+            tracker.table(description["step"], name, shown)
 
 
 def newest_description(run_folder: Path) -> dict[str, Any] | None:

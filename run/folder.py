@@ -49,8 +49,7 @@ FREE_SETTINGS = frozenset(
         "max_new_tokens",
         "decode_slots",
         "calculator",
-        "wandb_project",
-        "wandb_mode",
+        *(key for key in KEYS if key.startswith("wandb_")),
     }
 )
 

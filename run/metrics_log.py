@@ -12,7 +12,7 @@ from typing import Any
 from run.errors import UserError, storage_cure
 from run.files import replace_file, sync_open
 from run.manifest import METRICS_FILE
-from run.wandb_run import Tracker
+from run.tracker import Tracker
 
 LINE_SECONDS = 0.5  # how long another process may take to finish a line of metrics.jsonl
 
@@ -36,10 +36,11 @@ class MetricsLog:
         self._tracker = tracker
         file = self._path = folder / METRICS_FILE
         try:
-            lines = file.read_bytes().splitlines(keepends=True) if alone and file.exists() else []
-            kept = [line for line in lines if _is_kept(line, resume_step)]
+            lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+            kept = [line for line in lines if not alone or _is_kept(line, resume_step)]
             if len(kept) < len(lines):
                 replace_file(file, b"".join(kept))
+            tracker.go_on_from(map(_parsed, kept))
             # Unbuffered, so that each line is appended in one piece even if others append too.
             self._file = file.open("a+b", buffering=0)
             if not alone:

@@ -26,6 +26,7 @@ from run.manifest import (
 )
 from run.method import FULL, Adapter, adapter_of
 from run.paths import is_hub_id, local_path
+from run.sweep import with_trial
 from run.training_json import read_description, saved_settings
 
 
@@ -131,7 +132,7 @@ def resolve_source(ckpt: str | None, files: SettingsFiles, typed: Mapping[str, s
         typed: the settings from the command line.
     """
     if ckpt is None:
-        config = files.with_flags(typed)
+        config = with_trial(files, typed)
         folder = local_path(config.output_dir) / config.run_name / BEST
         if not folder.is_dir():
             raise UserError(

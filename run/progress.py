@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from run.wandb_run import RunPath
+from run.tracker import RunPath
 
 
 @dataclass

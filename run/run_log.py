@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from run.errors import NotFiniteError, Stopped, UserError, cause_of
+from run.manifest import BEST
 from run.metrics_log import MetricsLog, NoMetrics
 from run.progress import Progress, Speed
 from run.progress_bar import ProgressBar
 from run.streams import is_silent
+from run.tracker import RunPath, Tracker
 from run.training_json import read_description
-from run.wandb_run import RunPath, Tracker, new_run, saved_run, start_tracker
+from run.wandb_run import new_run, saved_run, start_tracker
+
+NUM_SAMPLES = 4  # problems whose completions are logged after each epoch
 
 
 def wandb_path(project: str, resume_from: Path | None) -> RunPath:
@@ -24,20 +28,13 @@ def wandb_path(project: str, resume_from: Path | None) -> RunPath:
     return saved_run(description, project, description["settings"].get("wandb_project"))
 
 
-def open_log(
-    folder: Path,
-    progress: Progress,
-    settings: Mapping[str, Any],
-    batches: "Batches",
-    steps: int,
-) -> "RunLog":
-    """Open the run's log and tracker, whose path W&B or a sweep's agent may have chosen."""
-    # The process that prints tracks the run, too.
-    mode = "disabled" if is_silent() else settings["wandb_mode"]
-    run, name = progress.run, settings["run_name"]
-    tracker = start_tracker(mode, run=run, name=name, folder=folder, settings=settings)
-    progress.run = tracker.run or run
-    return RunLog(folder, tracker, progress, batches, steps)
+class Described(Protocol):
+    """What `run.saves.Saves` has."""
+
+    folder: Path
+    settings: Mapping[str, Any]
+    plan: Mapping[str, Any]
+    data_hashes: Mapping[str, str]
 
 
 class Batches(Protocol):
@@ -48,6 +45,36 @@ class Batches(Protocol):
     def mask_rate(self, step: int) -> float | None: ...
 
 
+class Usage(Protocol):
+    """What `engine.usage.Usage` has."""
+
+    def at(self, tokens_per_second: float) -> dict[str, float]: ...
+
+
+def open_log(
+    saves: Described, progress: Progress, batches: Batches, steps: int, usage: Usage
+) -> "RunLog":
+    """Open the run's log and tracker, whose path W&B or a sweep's agent may have chosen."""
+    folder, settings = saves.folder, saves.settings
+    # The process that prints tracks the run, too.
+    mode = "disabled" if is_silent() else settings["wandb_mode"]
+    tracker = start_tracker(
+        mode,
+        run=progress.run,
+        name=settings["run_name"],
+        folder=folder,
+        settings={**settings, "plan": saves.plan, "data": saves.data_hashes},
+    )
+    progress.run = tracker.run or progress.run
+    best = folder / BEST if settings.get("wandb_artifact") else None
+    return RunLog(folder, tracker, progress, batches, steps, usage, best)
+
+
+class Problem(Protocol):
+    question: str
+    answer: str
+
+
 class Stepped(Protocol):
     loss: float
     grad_norm: float
@@ -56,15 +83,25 @@ class Stepped(Protocol):
 class Measured(Protocol):
     loss: float
     perplexity: float
+    by_class: Mapping[str, "Measured"]
 
 
 class RunLog:
     """Writes the log and the progress bar. Every line is about the current step of ``progress``."""
 
     def __init__(
-        self, folder: Path, tracker: Tracker, progress: Progress, batches: Batches, steps: int
+        self,
+        folder: Path,
+        tracker: Tracker,
+        progress: Progress,
+        batches: Batches,
+        steps: int,
+        usage: Usage,
+        best: Path | None = None,
     ):
+        """``best`` is the checkpoint to upload when all steps are done; None: no upload."""
         self._metrics = NoMetrics() if is_silent() else MetricsLog(folder, tracker, progress.step)
+        self._tracker, self._usage, self._best = tracker, usage, best
         self._bar = ProgressBar("training", steps, "step", progress.step)
         self._progress = progress
         self._steps_per_epoch = batches.per_epoch
@@ -82,8 +119,13 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         self._stack = ExitStack()
         self._stack.enter_context(self._metrics)
+        self._stack.push(self._upload_best)  # after the bar is closed, before W&B is
         self._stack.enter_context(self._bar)
         return self
+
+    def _upload_best(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._best is not None and kind is None:
+            self._tracker.upload(self._best, f"{self._best.parent.name}-best")
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
@@ -103,6 +145,7 @@ class RunLog:
             "train/learning_rate": learning_rate,
             "train/grad_norm": grad_norm,
             "train/tokens_per_second": speed,
+            **self._usage.at(speed),
         }
         mask_rate = self._mask_rate(self._progress.step - 1)
         if mask_rate is not None:
@@ -139,6 +182,7 @@ class RunLog:
     def validation(self, measured: Measured, exact_match: float | None, num_problems: int) -> None:
         """Log an epoch. ``exact_match`` over ``num_problems`` is None if it was not measured."""
         numbers = {"val/loss": measured.loss, "val/perplexity": measured.perplexity}
+        numbers |= {f"val/perplexity_{n}": part.perplexity for n, part in measured.by_class.items()}
         shown = str(measured)
         if exact_match is not None:
             numbers["val/exact_match"] = exact_match
@@ -150,19 +194,20 @@ class RunLog:
     def sample(
         self,
         decode: Callable[[Sequence[list[int]]], list[tuple[str, str]]],
-        prompt: list[int],
-        problem: Any,
+        prompts: Sequence[list[int]],
+        problems: Sequence[Problem],
         release: Callable[[], None],
     ) -> None:
-        """Show what the model writes for a problem, next to the answer in the data set.
+        """Show what the model writes for the first problem, next to the answer in the data set.
 
-        If that fails, say so: a sample is no reason to end the run.
+        W&B gets a table of the first `NUM_SAMPLES`, which are decoded together. If that fails, say
+        so: a sample is no reason to end the run.
 
         Args:
             release: frees the memory that a failed attempt left behind.
         """
         try:
-            [(text, stop)] = decode([prompt])
+            written = decode(prompts[:NUM_SAMPLES])
             failure = ""
         except UserError as error:
             failure = str(error)
@@ -172,11 +217,17 @@ class RunLog:
             release()
             self._bar.write(f"  no sample: {failure}")
             return
+        rows = [
+            {"question": p.question, "gold": p.answer, "model": text, "stop": stop}
+            for p, (text, stop) in zip(problems, written, strict=False)
+        ]
+        first = rows[0]
         self._bar.write(
-            f"  question: {problem.question!r}\n"
-            f"  model:    {text!r} ({stop})\n"
-            f"  gold:     {problem.answer!r}"
+            f"  question: {first['question']!r}\n"
+            f"  model:    {first['model']!r} ({first['stop']})\n"
+            f"  gold:     {first['gold']!r}"
         )
+        self._tracker.table(self._progress.step, "val/samples", rows)
 
     def stopped(self, signal_number: int, last: Path) -> Stopped:
         """The error to raise after a signal and the save that follows it."""

@@ -145,6 +145,10 @@ class Saves:
             validation_loss=validation.loss,
             validation_perplexity=validation.perplexity,
             validation_exact_match=progress.best_exact_match,
+            validation_by_class={
+                name: {"loss": part.loss, "perplexity": part.perplexity, "tokens": part.num_tokens}
+                for name, part in validation.by_class.items()
+            },
         )
         self._save(BEST, model, description)
 
@@ -198,7 +202,7 @@ class Saves:
         folder = self.folder / name
         self.parts.save(folder, weights, self.tokenizer, *content, removals=self.removals)
 
-    def _description(self, progress: Progress, **validation: float | None) -> dict[str, Any]:
+    def _description(self, progress: Progress, **validation: Any) -> dict[str, Any]:
         return describe(
             self.settings,
             plan=self.plan,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from run.arguments import ArgumentParser, parse_arguments, positive_float, positive_int
 from run.config import Config
 from run.errors import UserError
+from run.sweep import with_trial
 
 
 def read_train_arguments(doc: str, argv: list[str]) -> tuple[Config, bool, "PlanFor | None"]:
@@ -17,7 +18,7 @@ def read_train_arguments(doc: str, argv: list[str]) -> tuple[Config, bool, "Plan
     )
     add_plan_arguments(parser)
     arguments, typed = parse_arguments(parser, argv)
-    config = arguments.config.with_flags(typed)
+    config = with_trial(arguments.config, typed)
     arguments.config.report_changes(typed)
     return config, arguments.selftest, plan_wanted(arguments)
 

@@ -14,7 +14,7 @@ from run.config import PLACES
 from run.errors import UserError, one_line
 from run.manifest import DESCRIPTION_FILE
 from run.paths import local_path, with_tilde
-from run.wandb_run import RunPath
+from run.tracker import RunPath
 
 VERSIONED_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "torch-optimi")
 OPTIMIZER_PACKAGES = {"adamw_8bit": ("torchao",)}
@@ -34,6 +34,7 @@ def describe(
     validation_loss: float | None = None,
     validation_perplexity: float | None = None,
     validation_exact_match: float | None = None,
+    validation_by_class: Mapping[str, Mapping[str, float]] | None = None,
 ) -> dict[str, Any]:
     """The content of ``training.json``.
 
@@ -44,6 +45,7 @@ def describe(
         tokenizer: the tokenizer's description of itself.
         validation_loss, validation_perplexity, validation_exact_match: None if they were not
             measured at this step.
+        validation_by_class: the same, and the number of tokens, of each class of tokens.
     """
     packages = [*VERSIONED_PACKAGES, *OPTIMIZER_PACKAGES.get(settings.get("optimizer"), ())]
     if base is not None:
@@ -54,6 +56,7 @@ def describe(
         "validation_loss": validation_loss,
         "validation_perplexity": validation_perplexity,
         "validation_exact_match": validation_exact_match,
+        "validation_by_class": validation_by_class,
         "settings": dict(settings),
         "plan": dict(plan),
         "data": dict(data_hashes),

@@ -7,31 +7,20 @@ import logging
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from run.code_version import code_commit
 from run.errors import one_line
 from run.paths import hide_home
+from run.tracker import NoTracker, RunPath, Tracker, WandbTracker
 
 # How many seconds a run waits for W&B when it starts, unless W&B's own WANDB_INIT_TIMEOUT is set.
 INIT_SECONDS = 15
-
-
 FINISH_SECONDS = 60  # how long a run waits at its end for the last numbers to be uploaded
-
-
-@dataclass(frozen=True)
-class RunPath:
-    """Where a run is in W&B.
-
-    Attributes:
-        entity: the user or team that owns ``project``; None: W&B's default.
-    """
-
-    run_id: str
-    project: str
-    entity: str | None = None
+# And for its best checkpoint, if it is to be an artifact: 13 GB at 11 MB/s. Less than the half hour
+# for which the other processes of a job wait.
+UPLOAD_SECONDS = 20 * 60
 
 
 def new_run(project: str) -> RunPath:
@@ -72,59 +61,6 @@ def saved_run(description: Mapping[str, Any], project: str, project_before: str 
     return RunPath(
         run_id, description.get("wandb_project") or project, description.get("wandb_entity")
     )
-
-
-class Tracker(Protocol):
-    """The operations that the scripts need from W&B; `NoTracker` does nothing.
-
-    Attributes:
-        run: the run's actual path in W&B; None if there is none.
-    """
-
-    run: RunPath | None
-
-    def log(self, numbers: Mapping[str, float]) -> None: ...
-
-    def finish(self) -> None: ...
-
-
-class NoTracker:
-    run: RunPath | None = None
-
-    def log(self, numbers: Mapping[str, float]) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
-
-
-class WandbTracker:
-    """A W&B run whose x axis is our ``step``.
-
-    W&B's own step axis drops repeated steps, such as a resumed run's; a custom axis keeps them.
-    """
-
-    def __init__(self, run: Any):
-        self._run = run
-        self.online = not run.offline
-        self.run: RunPath | None = RunPath(run.id, run.project, run.entity or None)
-        run.define_metric("step")
-        run.define_metric("*", step_metric="step")
-
-    def log(self, numbers: Mapping[str, float]) -> None:
-        try:
-            self._run.log(dict(numbers))
-        except Exception as error:  # no error of W&B may end the run
-            print(f"W&B: a line was not logged ({one_line(error)[:120]}); metrics.jsonl has it")
-
-    def finish(self) -> None:
-        try:
-            self._run.finish()
-        except Exception as error:  # as in `log`
-            print(
-                f"W&B: did not finish cleanly ({one_line(error)[:120]}); "
-                "metrics.jsonl has every number"
-            )
 
 
 def start_tracker(
@@ -230,12 +166,13 @@ def _init(
         id=run.run_id,
         dir=str(folder.absolute()),
         mode=mode,
-        config=dict(settings),
+        # An evaluation has no settings of its own, and leaves the run those of its training.
+        config={**settings, "commit": code_commit()} if settings else None,
         # Offline runs can't be resumed, but 'wandb sync' joins them by their id.
         resume=None if mode == "offline" else "allow",
         settings=wandb.Settings(
             init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT") or INIT_SECONDS),
-            finish_timeout=FINISH_SECONDS,
+            finish_timeout=FINISH_SECONDS + UPLOAD_SECONDS * bool(settings.get("wandb_artifact")),
             silent=True,
             console="off",
             disable_git=True,

@@ -31,6 +31,7 @@ from engine.measure import measure
 from engine.ranks import Ranks, job
 from engine.strategy import Greedy, Sampling, decode, describe, remake
 from engine.verify import spread
+from grading.answer_parts import PARTS
 from grading.dataset import load_problems
 from grading.predictions import writing_into
 from run.errors import UserError
@@ -152,7 +153,7 @@ def test_the_score_of_a_run_is_logged_once(
     story = partial(run, parts=parts)
     jobs.run(2, tmp_path / "job", story, "evaluate", ["--ckpt", str(best)])
     log = (run_folder(settings) / "metrics.jsonl").read_text()
-    assert log.count("eval/exact_match") == 1
+    assert log.count('"eval/exact_match"') == 1
     assert (tmp_path / "trackers").read_text() == "started\n"
     assert len(rows_of(run_folder(settings) / "eval" / "test")) == 12
 
@@ -361,10 +362,12 @@ def measured(model_folder: Path, data_folder: Path) -> None:
     """In float64, with micro-batches of one row to several."""
     model = load_model(model_folder, torch.float64, torch.device("cpu"))
     problems = load_problems(str(data_folder), "test")
-    examples = data.encode(load_tokenizer(model_folder), problems, PROMPT)
+    examples = data.encode(load_tokenizer(model_folder), problems, PROMPT, by_class=True)
     with job(torch.device("cpu")) as here:
         model.ranks = here
-        print(json.dumps([measure(model, examples, limit).loss for limit in (100, 300, 10000)]))
+        for limit in (100, 300, 10000):
+            whole = measure(model, examples, limit, PARTS)
+            print(json.dumps([whole.loss, *(part.loss for part in whole.by_class.values())]))
 
 
 def test_perplexity_is_that_of_one_process(
@@ -376,13 +379,15 @@ def test_perplexity_is_that_of_one_process(
     for size in (1, 3):
         place = tmp_path / str(size)
         ended = jobs.run(size, place, measured, model_folder, data_folder)
-        losses += [json.loads(each.out) for each in ended]
+        losses += [list(map(json.loads, each.out.splitlines())) for each in ended]
         ended = jobs.run(size, place, run_counted, arguments, place)
         printed.append(re.findall(r"[0-9.]+", ended[0].out.replace(str(model_folder), "")))
         passes.append([int(file.read_text()) for file in place.glob("*.passes")])
         assert all(each.out + each.err == "" for each in ended[1:])
-    assert losses[1:] == [pytest.approx(losses[0], rel=1e-12)] * 3
+    first = losses[0][0]
+    assert len(first) == 4
+    assert all(found == pytest.approx(first, rel=1e-12) for each in losses for found in each)
     assert printed[0][:2] == printed[1][:2] and printed[0][0] == "12"  # rows, supervised tokens
     found = [[float(number) for number in numbers[2:]] for numbers in printed]
-    assert found[0] == pytest.approx(found[1], rel=1e-6) and len(found[0]) == 2
+    assert found[0] == pytest.approx(found[1], rel=1e-6) and len(found[0]) == 3 * 3 + 2
     assert len(passes[1]) == 3 and max(passes[1]) < passes[0][0] / 2  # each measures a part

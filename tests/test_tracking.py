@@ -39,14 +39,30 @@ class FakeRun:
     ):
         self.fail, self.lines, self.defined, self.finished = fail, [], [], False
         self.id, self.project, self.entity = run_id, project, entity
+        self.tables: list[tuple[int, str, list[str], list[list[Any]]]] = []
+        self.artifacts: list[tuple[Any, list[str]]] = []
+        self.summary: dict[str, Any] = {}
+        self.step = 0
 
-    def define_metric(self, name: str, step_metric: str | None = None) -> None:
-        self.defined.append((name, step_metric))
+    def define_metric(
+        self, name: str, step_metric: str | None = None, summary: str | None = None
+    ) -> None:
+        self.defined.append((name, step_metric, summary))
 
     def log(self, line: dict[str, Any]) -> None:
         if self.fail:
             raise ConnectionError("gone")
+        if tables := {name: table for name, table in line.items() if hasattr(table, "columns")}:
+            assert line.keys() - tables.keys() == {"step"}
+            for name, table in tables.items():
+                self.tables.append((line["step"], name, table.columns, table.data))
+            return
         self.lines.append(line)
+
+    def log_artifact(self, artifact: Any, aliases: list[str]) -> None:
+        if self.fail:
+            raise ConnectionError("gone")
+        self.artifacts.append((artifact, aliases))
 
     def finish(self) -> None:
         if self.fail:
@@ -77,6 +93,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Any], FakeRun]
         monkeypatch.delenv(name, raising=False)
 
     monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr(wandb.Table, "bind_to_run", lambda *_: None)
     monkeypatch.setattr(
         wandb, "login", lambda **arguments: arguments == {"prompt": False, "verify": False}
     )
@@ -114,7 +131,10 @@ def test_wandb_gets_the_settings_and_every_line_of_metrics(
         "online",
         "llama-2-gsm8k",
     )
-    assert run.defined == [("step", None), ("*", "step")]
+    lowest = {"val/loss", "val/perplexity"}
+    lowest |= {f"val/perplexity_{part}" for part in ("reasoning", "equations", "final_answer")}
+    assert run.defined[:2] == [("step", None, None), ("*", "step", None)]
+    assert sorted(run.defined[2:]) == [(name, "step", "min") for name in sorted(lowest)]
     assert run.lines == lines_of(folder_of(settings))
     assert [line["step"] for line in run.lines if "val/perplexity" in line] == [7, 14]
     assert run.finished
@@ -320,11 +340,11 @@ def test_real_wandb_under_a_sweep(
         call(evaluate, "--ckpt", str(folder_of(settings) / "best"), "--verify-batching", "0").code
         == 0
     )
+    wandb.teardown()  # W&B's own process may write its file a moment later than ours ends
     files = list((folder_of(settings) / "wandb").glob("offline-run-*-agent*/run-agent.wandb"))
     assert len(files) == len({file.parent for file in files}) == 2
     for file in files:
         assert b"sweeps" in file.read_bytes() and b"team" in file.read_bytes()
-    wandb.teardown()
 
 
 @pytest.mark.parametrize(
@@ -485,6 +505,19 @@ def test_not_finite_numbers_are_logged_as_they_are(tmp_path: Path) -> None:
         assert math.isnan(line["val/loss"]) and line["val/perplexity"] == math.inf
 
 
+def test_a_loss_that_is_not_a_number_is_not_the_lowest() -> None:
+    """Guards against a NaN that W&B, too, would show as the best of the run."""
+    run = FakeRun()
+    tracker = wandb_run.WandbTracker(run)
+    tracker.go_on_from([{"step": 1, "val/loss": 2.0, "eval/exact_match": 0.5}])
+    for loss, score, expected in ((3.0, 0.25, (2.0, 0.5)), (math.nan, math.nan, (2.0, 0.5))):
+        tracker.log({"step": 2, "val/loss": loss, "eval/exact_match": score})
+        assert run.summary["val/loss"] == {"min": expected[0]}
+        assert run.summary["eval/exact_match"] == {"max": expected[1]}
+    tracker.log({"step": 3, "val/loss": 1.0, "eval/exact_match": 1.0, "eval/errors_format": 3})
+    assert run.summary == {"val/loss": {"min": 1.0}, "eval/exact_match": {"max": 1.0}}
+
+
 def test_every_line_is_on_the_disk_before_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -515,3 +548,37 @@ def test_metrics_of_a_killed_run_are_cut_at_the_resumed_step(tmp_path: Path) -> 
         metrics.write(3, 0.5, {"a": 30})
     lines = lines_of(tmp_path)
     assert [(line["step"], line.get("a")) for line in lines] == [(1, 1), (2, 2), (4, None), (3, 30)]
+
+
+# ---------------------------------------------------------------- the best checkpoint
+
+
+@pytest.mark.parametrize("how", ["true", "false", "offline", "refused", "stopped"])
+def test_best_is_an_artifact_if_asked_for(
+    call, settings: dict[str, str], fake, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Guards against an upload that nobody wanted, that ends a run, or of a run that goes on."""
+    settings |= {"wandb_mode": "online", "wandb_artifact": "false" if how == "false" else "true"}
+    monkeypatch.setattr(FakeRun, "offline", how == "offline")
+    if how == "refused":
+        monkeypatch.setattr(FakeRun, "log_artifact", lambda *_, **__: 1 / 0)
+    if how == "stopped":
+        stop_in_epoch_2(call, settings)
+    else:
+        outcome = call(train, *flags(settings))
+        assert outcome.code == 0 and "done: " in outcome.out
+        assert ("was not uploaded (division by zero)" in outcome.out) == (how == "refused")
+        assert ("W&B: offline, so " in outcome.out) == (how == "offline")
+    [(arguments, run)] = fake
+    waits = wandb_run.FINISH_SECONDS + wandb_run.UPLOAD_SECONDS * (how != "false")
+    assert arguments["settings"].finish_timeout == waits and run.finished
+    assert len(run.artifacts) == (how == "true")
+    for artifact, aliases in run.artifacts:
+        assert (artifact.name, artifact.type, aliases) == ("test-best", "model", ["best"])
+        best = folder_of(settings) / "best"
+        entries = artifact.manifest.entries
+        assert entries.keys() == {file.name for file in best.iterdir()}
+        for name, entry in entries.items():
+            # The checkpoint itself, not a copy, by a path that names no home.
+            assert not Path(entry.local_path).is_absolute()
+            assert Path(entry.local_path).resolve() == (best / name).resolve()

@@ -1,0 +1,165 @@
+"""What the scripts tell W&B, of which an object that does nothing is told the same."""
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from run.errors import one_line
+
+
+@dataclass(frozen=True)
+class RunPath:
+    """Where a run is in W&B.
+
+    Attributes:
+        entity: the user or team that owns ``project``; None: W&B's default.
+    """
+
+    run_id: str
+    project: str
+    entity: str | None = None
+
+
+class Tracker(Protocol):
+    """The operations that the scripts need from W&B; `NoTracker` does nothing.
+
+    Attributes:
+        run: the run's actual path in W&B; None if there is none.
+    """
+
+    run: RunPath | None
+
+    def go_on_from(self, lines: Iterable[Mapping[str, Any]]) -> None: ...
+
+    def log(self, numbers: Mapping[str, float]) -> None: ...
+
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Log ``rows``, which all have the same keys, as a table."""
+
+    def upload(self, folder: Path, name: str) -> None:
+        """Keep a copy of a checkpoint's ``folder``, as the artifact ``name``."""
+
+    def finish(self) -> None: ...
+
+
+class NoTracker:
+    run: RunPath | None = None
+
+    def go_on_from(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        pass
+
+    def log(self, numbers: Mapping[str, float]) -> None:
+        pass
+
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        pass
+
+    def upload(self, folder: Path, name: str) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+def summary_of(name: str) -> str | None:
+    """Which value of a number stands for a run in W&B: ``min``, ``max``, or None for the last."""
+    room, _, kind = name.partition("/")
+    if room == "val" and kind.startswith(("loss", "perplexity")):
+        return "min"
+    # With a higher share, both ends of its interval are higher, too.
+    is_share = room == "eval" and "errors_" not in kind
+    return "max" if is_share or name == "val/exact_match" else None
+
+
+class WandbTracker:
+    """A W&B run whose x axis is our ``step``.
+
+    W&B's own step axis drops repeated steps, such as a resumed run's; a custom axis keeps them.
+    """
+
+    def __init__(self, run: Any):
+        self._run = run
+        self.online = not run.offline
+        self.run: RunPath | None = RunPath(run.id, run.project, run.entity or None)
+        self._defined: set[str] = set()
+        self._extremes: dict[str, float] = {}
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+
+    def go_on_from(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Count ``lines``, which earlier processes of the run have logged, in its summary."""
+        for line in lines:
+            self._find_extremes(line)
+
+    def log(self, numbers: Mapping[str, float]) -> None:
+        try:
+            found = self._find_extremes(numbers)
+            for name in found.keys() - self._defined:
+                # By its own name, since W&B lets one of several patterns win by chance.
+                self._run.define_metric(name, step_metric="step", summary=summary_of(name))
+                self._defined.add(name)
+            self._run.log(dict(numbers))
+            # W&B itself knows only what this process has logged, and takes a NaN for the lowest.
+            summary = {name: {summary_of(name): value} for name, value in found.items()}
+            if summary:
+                self._run.summary.update(summary)
+        except Exception as error:  # no error of W&B may end the run
+            print(f"W&B: a line was not logged ({one_line(error)[:120]}); metrics.jsonl has it")
+
+    def _find_extremes(self, numbers: Mapping[str, Any]) -> dict[str, float]:
+        """The lowest or highest of each of ``numbers`` that is summed up so, in the whole run."""
+        found: dict[str, float] = {}
+        for name, value in numbers.items():
+            choose = {"min": min, "max": max}.get(summary_of(name))
+            if choose and isinstance(value, int | float):
+                known = [v for v in (self._extremes.get(name, value), value) if not math.isnan(v)]
+                found[name] = choose(known, default=value)
+        self._extremes |= found
+        return found
+
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        try:
+            import wandb
+
+            columns = list(rows[0])
+            cells = [[row[column] for column in columns] for row in rows]
+            table = wandb.Table(columns=columns, data=cells, allow_mixed_types=True)
+            # Bound by us, it is a file of the run. Otherwise W&B would make it an artifact as well:
+            # it would ask its server, wait for the answer, and note a path in the user's home.
+            table.bind_to_run(self._run, name, self._run.step)
+            self._run.log({"step": step, name: table})
+        except Exception as error:  # as in `log`
+            print(f"W&B: the table {name} was not logged ({one_line(error)[:120]})")
+
+    def upload(self, folder: Path, name: str) -> None:
+        if not self.online:
+            print(f"W&B: offline, so {folder} stays here; 'wandb artifact put' uploads it later")
+            return
+        try:
+            import wandb
+
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            size = sum(file.stat().st_size for file in files) / 1e9
+            print(f"W&B: uploading {folder} ({size:.2f} GB) as artifact {name}")
+            artifact = wandb.Artifact(name, type="model")
+            for file in files:
+                # W&B notes this path in a file of its own, in which no home is to be named.
+                relative = os.path.relpath(file)
+                inside = str(file.relative_to(folder))
+                # Otherwise W&B would copy it twice before it uploads it.
+                artifact.add_file(relative, inside, policy="immutable", skip_cache=True)
+            self._run.log_artifact(artifact, aliases=["best"])
+        except Exception as error:  # as in `log`
+            print(f"W&B: {folder} was not uploaded ({one_line(error)[:120]})")
+
+    def finish(self) -> None:
+        try:
+            self._run.finish()
+        except Exception as error:  # as in `log`
+            print(
+                f"W&B: did not finish cleanly ({one_line(error)[:120]}); "
+                "metrics.jsonl has every number"
+            )
