@@ -81,6 +81,7 @@ from engine.verify import verify_batching
 from grading.calculator import ForcedResults
 from grading.compare import compare_files
 from grading.dataset import Problem
+from grading.next_steps import next_steps
 from grading.predictions import PredictionsFile, graded_row, open_files, writing_into
 from grading.report import comparison_table, evaluation_report
 from grading.rescore import rescore
@@ -127,6 +128,12 @@ def main(arguments: argparse.Namespace, typed: dict[str, str], *, parts: Parts =
         folders = folders_of(output, *asked).values()
         with writing_into(*folders if here.is_main else ()):
             evaluate(arguments, source, output, here, parts)
+        if here.is_main:
+            split = None if arguments.split == "test" else arguments.split
+            flags = {"split": split, "limit": arguments.limit, "output": arguments.output, **typed}
+            flags["config"] = [*arguments.config.layers, None][1]  # a --config FILE
+            for line in next_steps(source.path, output, flags, bool(arguments.samples)):
+                print(line)
 
 
 @memory.reported("evaluating", "set a smaller decode_slots, or take a device with more memory")

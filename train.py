@@ -60,14 +60,9 @@ from engine.together import parts_of
 from grading.dataset import Problem, load_problems
 from grading.score import share_correct
 from run.checkpoint import save_checkpoint, set_damaged_aside
+from run.closing import finish
 from run.files import replace_file
-from run.folder import (
-    check_same_run,
-    claimed_by_all,
-    finish,
-    is_finished,
-    restore,
-)
+from run.folder import check_same_run, claimed_by_all, is_finished, restore
 from run.manifest import BEST, LAST
 from run.model_source import find_start
 from run.progress import Progress

@@ -12,6 +12,7 @@ from run.metrics_log import MetricsLog, NoMetrics
 from run.progress import Progress, Speed
 from run.progress_bar import ProgressBar
 from run.streams import is_silent
+from run.time_left import TimeLeft
 from run.training_json import read_description
 from run.wandb_run import RunPath, Tracker, new_run, saved_run, start_tracker
 
@@ -37,7 +38,8 @@ def open_log(
     run, name = progress.run, settings["run_name"]
     tracker = start_tracker(mode, run=run, name=name, folder=folder, settings=settings)
     progress.run = tracker.run or run
-    return RunLog(folder, tracker, progress, batches, steps)
+    left = TimeLeft(steps, batches.per_epoch, settings["checkpoint_steps"])
+    return RunLog(folder, tracker, progress, batches, steps, left)
 
 
 class Batches(Protocol):
@@ -62,7 +64,13 @@ class RunLog:
     """Writes the log and the progress bar. Every line is about the current step of ``progress``."""
 
     def __init__(
-        self, folder: Path, tracker: Tracker, progress: Progress, batches: Batches, steps: int
+        self,
+        folder: Path,
+        tracker: Tracker,
+        progress: Progress,
+        batches: Batches,
+        steps: int,
+        left: TimeLeft,
     ):
         self._metrics = NoMetrics() if is_silent() else MetricsLog(folder, tracker, progress.step)
         self._bar = ProgressBar("training", steps, "step", progress.step)
@@ -71,6 +79,7 @@ class RunLog:
         self._steps, self._epochs = steps, steps // batches.per_epoch
         self._mask_rate = batches.mask_rate
         self._speed = Speed()
+        self._left = left
 
     def start(self, rows: int, held_out: int, batch_size: int, device: str, dtype: str) -> None:
         """Print a summary of the run before it starts."""
@@ -91,7 +100,8 @@ class RunLog:
     @contextmanager
     def timing(self, batch: Sequence[Any]) -> Iterator[None]:
         """Count the time inside this context, which trains on ``batch``."""
-        with self._speed.timed(sum(len(row.input_ids) for row in batch)):
+        num_tokens = sum(len(row.input_ids) for row in batch)
+        with self._left.timed(self._progress.step + 1), self._speed.timed(num_tokens):
             yield
 
     def step(self, loss: float, perplexity: float, learning_rate: float, grad_norm: float) -> None:
@@ -112,7 +122,7 @@ class RunLog:
 
     def advance(self) -> None:
         """Move the progress bar by one step."""
-        self._bar.update()
+        self._bar.update(left=self._left.after(self._progress.step))
 
     def out_of_memory(self, fitting: int) -> None:
         """Memory ran out, and suffices for ``fitting`` micro_batch_tokens."""
@@ -145,7 +155,8 @@ class RunLog:
             shown += f", exact match {exact_match:.2%} of {num_problems}"
         self._write(numbers)
         epoch = self._progress.step // self._steps_per_epoch
-        self._bar.write(f"epoch {epoch} of {self._epochs}: validation {shown}")
+        standing = self._progress.standing(measured.loss, exact_match)
+        self._bar.write(f"epoch {epoch} of {self._epochs}: validation {shown}, {standing}")
 
     def sample(
         self,
