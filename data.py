@@ -22,13 +22,16 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.masking import Masking, replacements
 from engine.packing import IGNORE, Example
-from engine.tokenizer import Tokenizer
+from engine.shape import read_config
 from grading.dataset import Problem, load_problems
 from run.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from engine.tokenizer import Tokenizer
 
 # ---------------------------------------------------------------- splits
 
@@ -163,7 +166,7 @@ def answer_separator(prompt: str) -> str:
 
 
 def encode_prompts(
-    tokenizer: Tokenizer, problems: Sequence[Problem], prompt: str
+    tokenizer: "Tokenizer", problems: Sequence[Problem], prompt: str
 ) -> list[list[int]]:
     """BOS and the prompt of each problem, as the model reads them in training and decoding."""
     lines = [problem.line for problem in problems]
@@ -171,7 +174,7 @@ def encode_prompts(
     return [[tokenizer.bos_token_id, *ids] for ids in encoded]
 
 
-def encode(tokenizer: Tokenizer, problems: Sequence[Problem], prompt: str) -> list[Example]:
+def encode(tokenizer: "Tokenizer", problems: Sequence[Problem], prompt: str) -> list[Example]:
     """Token ids and labels of each problem.
 
     Raises:
@@ -222,7 +225,7 @@ def leave_out_long(examples: Sequence[Example], max_length: int, name: str) -> l
 
 
 def encode_for_training(
-    tokenizer: Tokenizer, problems: TrainingProblems, prompt: str, max_length: int
+    tokenizer: "Tokenizer", problems: TrainingProblems, prompt: str, max_length: int
 ) -> tuple[list[Example], list[Example]]:
     """The examples to train on and to validate on, without those that are too long."""
     train = leave_out_long(encode(tokenizer, problems.train, prompt), max_length, "train")
@@ -279,15 +282,16 @@ def stable_permutation(length: int, *key: object) -> list[int]:
 
 
 def batches_of(
-    examples: Sequence[Example], settings: Mapping[str, Any], tokenizer: Tokenizer, folder: Path
+    examples: Sequence[Example], settings: Mapping[str, Any], tokenizer: "Tokenizer", folder: Path
 ) -> Batches:
     """The batches that a run's ``settings`` ask for.
 
     Args:
-        folder: of the model, as `engine.masking.replacements` takes it.
+        folder: of the model.
     """
     masking, rate = None, settings["mask_rate"]
     if rate > 0:
-        drawn_from = replacements(settings["mask_token"], tokenizer, folder)
+        embedded = read_config(folder).vocab_size
+        drawn_from = replacements(settings["mask_token"], tokenizer, embedded)
         masking = Masking(rate, settings["mask_warmup_ratio"] * settings["epochs"], drawn_from)
     return Batches(examples, settings["batch_size"], settings["seed"], masking)

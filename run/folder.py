@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from run.checkpoint import newest_intact
-from run.config import KEYS, PLACES
+from run.config import KEYS
 from run.errors import OutOfMemory, UserError, one_line
 from run.files import replace_file
 from run.locks import locked
@@ -26,6 +26,7 @@ from run.method import FULL
 from run.paths import is_same_place, local_path
 from run.progress import Progress
 from run.retention import cure_without_best
+from run.setting_types import PLACES
 from run.training_json import is_of_an_older_version, read_description, saved_settings
 
 if TYPE_CHECKING:

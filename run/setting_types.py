@@ -14,6 +14,8 @@ from pydantic import (
     ValidationError,
 )
 
+PLACES = ("model", "dataset")  # settings that name either a folder or something on the hub
+
 
 def _check_prompt(prompt: str) -> str:
     if prompt.count("{question}") != 1:

@@ -8,13 +8,15 @@ import sys
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from run.config import PLACES
 from run.errors import UserError, one_line
 from run.manifest import DESCRIPTION_FILE
 from run.paths import local_path, with_tilde
-from run.wandb_run import RunPath
+from run.setting_types import PLACES
+
+if TYPE_CHECKING:
+    from run.wandb_run import RunPath
 
 VERSIONED_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "torch-optimi")
 OPTIMIZER_PACKAGES = {"adamw_8bit": ("torchao",)}
@@ -30,7 +32,7 @@ def describe(
     base: Mapping[str, str] | None,
     data_hashes: Mapping[str, str],
     tokenizer: Mapping[str, Any],
-    wandb: RunPath,
+    wandb: "RunPath",
     validation_loss: float | None = None,
     validation_perplexity: float | None = None,
     validation_exact_match: float | None = None,

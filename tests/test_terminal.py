@@ -1,24 +1,39 @@
-"""What a user sees: progress, epochs, and what to run next."""
+"""What a user sees: progress, epochs, what to run next, and the look before a run."""
 
 import io
 import itertools
 import re
 import shlex
+import shutil
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import jobs
 import pytest
-from conftest import flags, run_folder
+from conftest import flags, make_config, run_folder, tree
+from rich.cells import cell_len
 from test_train import STEPS, measuring
 
 import evaluate
+import plan
+import preflight
 import train
-from run import progress_bar
+from engine import device, packing, trial
+from engine.device import cpu_kernels
+from engine.loading import load_tokenizer
+from engine.packing import IGNORE
+from engine.ranks import ALONE
+from run import progress_bar, streams, terminal
 from run.progress import Progress
+from run.retention import disk_space
 from run.shell import evaluation_command
 from run.time_left import TimeLeft, count_saves
+from run.train_arguments import Look
 
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # colours, and nothing that moves the cursor
 
@@ -210,3 +225,222 @@ def commands(printed: str) -> list[list[str]]:
         for before, after in itertools.pairwise(lines)
         if before.startswith("next, ")
     ]
+
+
+# ---------------------------------------------------------------- a look before the run
+
+
+TOOLS = preflight.Tools(load_tokenizer, plan.plan_run, train.build, train.train_step)
+
+
+@pytest.fixture
+def look(call, settings: dict[str, str]) -> Callable[..., Any]:
+    """Calls ``train.py --preflight`` with ``settings`` and these changes."""
+    return lambda *argv, **changes: call(train, *flags(settings | changes), "--preflight", *argv)
+
+
+def wide_lines(text: str) -> list[str]:
+    return [line for line in ESCAPES.sub("", text).splitlines() if cell_len(line) > 80]
+
+
+def test_a_look_without_a_terminal_is_plain_and_writes_nothing(
+    look, settings: dict[str, str], tmp_path: Path, problems: list[Any]
+) -> None:
+    """Guards against colour codes in a log, lines that wrap, and a run folder that is in use."""
+    before = tree(tmp_path)
+    outcome = look(epochs="3")
+    assert outcome.code == 0, outcome.err
+    assert tree(tmp_path) == before and not run_folder(settings).exists()
+    assert "\x1b" not in outcome.out and wide_lines(outcome.out) == []
+    for shown in (
+        "21: 3 epochs of 7",
+        "16, 4 in the last of an epoch",
+        "begins 117 of 117 rows, not supervised",
+        "ends 117 of 117 rows, supervised",
+        "only there      117 of 117 rows",
+        "0 with more than 256 tokens",
+        "micro_batch_tokens 512",
+        "tokens a second",
+    ):
+        assert shown in " ".join(outcome.out.split()) or shown in outcome.out, shown
+    counts = re.findall(r"^ +[\d,]+ to +[\d,]+ tokens +([\d,]+)", outcome.out, re.MULTILINE)
+    assert sum(int(count) for count in counts) == 100
+
+
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_a_look_on_a_terminal_has_colours_unless_they_are_unwanted(
+    settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, no_color: str
+) -> None:
+    """Guards against NO_COLOR that leaves bold letters, and cursor movements."""
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stdout", streams.Tolerant(shown))
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "200")
+    # A model that can't be loaded, which is soon done.
+    monkeypatch.setattr(train, "build", fail)
+    train.main(make_config(settings), wanted=Look.PREFLIGHT)
+    text = shown.getvalue()
+    assert bool(ESCAPES.search(text)) == (not no_color)
+    assert "\x1b" not in ESCAPES.sub("", text) and wide_lines(text) == []
+    assert ("^^^" in text) == bool(no_color)  # what is supervised without colours
+    assert "not measured    no memory for it" in ESCAPES.sub("", text)
+
+
+def fail(*_: Any) -> None:
+    raise preflight.UserError("no memory for it")
+
+
+def test_a_look_at_a_model_without_weights_shows_the_rest(
+    look, settings: dict[str, str], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(settings["model"], base)
+    (base / "model.safetensors").unlink()
+    outcome = look(model=str(base))
+    assert outcome.code == 0 and "Nothing was written" in outcome.out, outcome.err
+    shown = "".join(outcome.out.split())  # a long path is broken
+    assert f"notmeasuredmodel{base}:hasnoweightsinsafetensors" in shown
+    assert wide_lines(outcome.out) == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "changes", "fragment"),
+    [
+        ([], {"max_length": "2"}, "max_length 2: no train row is that short"),
+        ([], {"dataset": "/nowhere"}, "dataset '/nowhere' is neither a folder here nor a hub id"),
+        (["--plan"], {}, "--plan and --preflight exclude each other"),
+        (["--selftest"], {}, "--preflight and --selftest exclude each other"),
+        (["--devices", "2"], {}, "--devices belongs to --plan"),
+    ],
+)
+def test_a_look_is_refused_as_training_is(
+    look, argv: list[str], changes: dict[str, str], fragment: str
+) -> None:
+    outcome = look(*argv, **changes)
+    outcome.assert_user_error(fragment)
+
+
+def test_a_look_says_what_is_there_already(call, look, stopped: Path) -> None:
+    before = tree(stopped)
+    outcome = look()
+    assert "has a checkpoint of step 8" in " ".join(outcome.out.split()), outcome.out
+    assert tree(stopped) == before
+
+
+def test_the_look_is_at_what_training_does(
+    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against other micro-batches, saves or sizes than those of the run itself."""
+    packed: list[list[int]] = []
+    saved: list[tuple[str, int]] = []
+    needed: list[tuple[int, int]] = []
+
+    def pack(rows: Any, *rest: Any) -> Any:
+        micro_batches = plainly(rows, *rest)
+        packed.append([each.num_tokens for each in micro_batches])
+        return micro_batches
+
+    def save(folder: Path, *rest: Any, **keywords: Any) -> None:
+        saved.append((folder.name, rest[2]["step"]))
+        save_checkpoint(folder, *rest, **keywords)
+
+    plainly, save_checkpoint = packing.pack, train.save_checkpoint
+    unpadded = replace(cpu_kernels(with_onednn=False), row_multiple=1)
+    monkeypatch.setattr(device, "cpu_kernels", lambda with_onednn: unpadded)
+    monkeypatch.setattr(packing, "pack", pack)
+    monkeypatch.setattr(train, "check_disk_space", lambda _, *sizes: needed.append(sizes))
+    settings |= {"checkpoint_steps": "3"}
+    assert call(train, *flags(settings), save=save).code == 0
+    run = preflight.prospect(make_config(settings), ALONE, TOOLS)
+    assert trial.filled(run.batches, 7, 512, ALONE) == packed[:7]
+    assert max(map(max, packed[:7])) <= 512 and min(map(len, packed[:7])) >= 1
+    assert needed == [run.sizes]
+    last = {step for name, step in saved if name == "last" and step}
+    assert len(last) == count_saves(2, 7, 3)
+
+
+def test_supervised_tokens_are_underlined(
+    settings: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against marks that are shifted, or end at the end of a line."""
+    run = preflight.prospect(make_config(settings), ALONE, TOOLS)
+    row = max(run.rows, key=lambda row: len(row.input_ids))
+    capsys.readouterr()
+    preflight.show_tokens(terminal.open_console(), row, run.tokenizer)
+    words, marked = [], []
+    lines = capsys.readouterr().out.splitlines()[2:]
+    while lines:
+        tokens = lines.pop(0)
+        marks = lines.pop(0) if lines and not lines[0].strip("^ ") else ""
+        for match in re.finditer(r"\S+", tokens):
+            words.append(match[0])
+            under = marks[match.start() : match.end()]
+            assert under.strip() in ("", "^" * len(match[0]))
+            marked.append("^" in under)
+    assert words == [run.tokenizer.piece(index) for index in row.input_ids]
+    assert marked == [label != IGNORE for label in row.labels]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_no_piece_steers_the_terminal_or_breaks_its_line(
+    monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding=encoding, errors="strict", newline="")
+    monkeypatch.setattr(sys, "stdout", stream)
+    console = terminal.open_console()
+    pieces = ["\x1b[2J", "a\rb", "\u202e", "七" * 90, "x" * 200, "[bold]", "\ud800", "▁"] * 20
+    terminal.draw_tokens(console, [(piece, True) for piece in pieces])
+    terminal.draw_curve(console, [0.5, 1.0, 0.0], "step")
+    terminal.draw_histogram(console, [1, 5, 5000], "tokens")
+    terminal.facts(console, {"folder": "/a" * 200, "run": "七" * 300})
+    terminal.lines(console, "七" * 300)
+    stream.flush()
+    text = raw.getvalue().decode(encoding)
+    assert not set(text) & {"\x1b", "\r", "\u202e"} and "[bold]" in text
+    assert wide_lines(text) == []
+
+
+@pytest.mark.parametrize("numbers", [[7], [7, 7], [1, 2, 3], [*range(100)], [3, 900, 17, 899]])
+def test_a_histogram_counts_each_number_once(numbers: list[int]) -> None:
+    bars = terminal.histogram(numbers)
+    assert bars[0][0] == min(numbers) and bars[-1][1] >= max(numbers) and len(bars) <= 10
+    assert all(bar[1] + 1 == after[0] for bar, after in itertools.pairwise(bars))
+    for low, high, count in bars:
+        assert count == sum(low <= number <= high for number in numbers)
+
+
+def test_the_time_is_composed_of_steps_validations_and_saves() -> None:
+    """Guards against a total without one of them, and a rate of the slow first step."""
+    rows, held_out = [row(1000)] * 10, [row(500)] * 4
+    tried = trial.Trial((2.0, 1.5), (60.0, 2.0), (1000, 2000), 512, True, 4000.0)
+    facts = trial.time_facts(tried, rows, held_out, 3, 5, (10**9, 3 * 10**9))
+    assert facts["training"] == "0:00:30"  # 30,000 tokens at 1,000 a second
+    assert facts["validation"].startswith("0:00:02 in 3 epochs")  # 6,000 at 4,000, to be rounded
+    assert facts["saves"].startswith("0:00:24 for 24.0 GB, 5 times last and up to 3 times best")
+    assert facts["in all"].startswith("about 0:00:56, ")
+    assert "after memory ran out, with micro_batch_tokens 512" in facts["the two steps"]
+
+
+def row(length: int) -> Any:
+    return SimpleNamespace(input_ids=range(length))
+
+
+def test_a_disk_is_measured_before_the_folder_exists(tmp_path: Path) -> None:
+    there, missing = tmp_path, tmp_path / "not" / "yet"
+    assert disk_space(missing, 5, 7)[0] == 5 + 3 * 12
+    assert disk_space(missing, 5, 7)[1] == pytest.approx(disk_space(there, 5, 7)[1], rel=0.01)
+    assert not missing.exists()
+
+
+def look_together(settings: dict[str, str]) -> None:
+    train.run_script(train.main, make_config(settings), False, Look.PREFLIGHT)
+
+
+def test_of_several_processes_one_shows_what_all_measure(
+    settings: dict[str, str], tmp_path: Path
+) -> None:
+    first, second = jobs.run(2, tmp_path / "printed", look_together, settings)
+    assert "on each of 2 devices" in first.out and "then " in first.out
+    assert second.out == first.err == second.err == ""
