@@ -213,8 +213,12 @@ def test_the_commands_after_an_evaluation_run_as_they_stand(
     outcome = call(evaluate, *comparison[2:])
     assert outcome.code == 0 and "on the 3 problems in common" in outcome.out, outcome.err
     # Other rows can't be compared, so that is not proposed.
-    elsewhere = ["--split", "validation", "--limit", "2", *typed[2:]]
-    assert len(commands(call(evaluate, "--ckpt", best, *elsewhere).out)) == 1
+    other = output / "other" / "eval" / "validation"
+    other.mkdir(parents=True)
+    (other / "scores.json").write_text("{}")
+    (other / "evaluation.json").write_text('{"data_sha256": "of other rows"}')
+    outcome = call(evaluate, "--ckpt", best, "--split", "validation", *typed)
+    assert [words[4] for words in commands(outcome.out)] == ["--split=validation"]
 
 
 def commands(printed: str) -> list[list[str]]:
