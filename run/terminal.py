@@ -115,6 +115,8 @@ def draw_curve(console: Console, values: Sequence[float], unit: str, height: int
 def draw_tokens(console: Console, tokens: Iterable[tuple[str, bool]]) -> None:
     """Tokens in their order, the supervised ones in colour, or underlined in plain text.
 
+    A token that is longer than a line is cropped.
+
     Args:
         tokens: the piece of each, and whether it is supervised.
     """
@@ -122,8 +124,6 @@ def draw_tokens(console: Console, tokens: Iterable[tuple[str, bool]]) -> None:
     line, marks, used = Text(), "", 0
     for piece, is_supervised in tokens:
         shown = printable(console, piece)
-        while cell_len(shown) > room:
-            shown = shown[:-1]
         length = cell_len(shown)
         if used + length > room:
             _print_tokens(console, line, marks)

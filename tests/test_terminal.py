@@ -1,5 +1,6 @@
 """What a user sees: progress, epochs, what to run next, and the look before a run."""
 
+import importlib.util
 import io
 import itertools
 import re
@@ -7,10 +8,11 @@ import shlex
 import shutil
 import sys
 import time
+import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import jobs
@@ -448,3 +450,30 @@ def test_of_several_processes_one_shows_what_all_measure(
     first, second = jobs.run(2, tmp_path / "printed", look_together, settings)
     assert "on each of 2 devices" in first.out and "then " in first.out
     assert second.out == first.err == second.err == ""
+
+
+# ---------------------------------------------------------------- the picture of a terminal
+
+
+@pytest.fixture(scope="module")
+def picture_terminal() -> ModuleType:
+    file = Path(preflight.__file__).parent / "benchmarks" / "picture_terminal.py"
+    spec = importlib.util.spec_from_file_location("picture_terminal", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_picture_shows_what_is_left_on_the_terminal(picture_terminal: ModuleType) -> None:
+    """Guards against each state of a bar below the other, and fonts from the network."""
+    written = (
+        "\x1b[1mbold\x1b[0m\r\nstep 1 of 10\rstep 2\x1b[K\n\rloss: 50%\x1b[A\rstep 3\n\r"
+        "\x1b[K\x1b[A\rdone\x1b[K\r\nnext"
+    )
+    lines = picture_terminal.screen(written)
+    assert [ESCAPES.sub("", line) for line in lines] == ["bold", "done", "next"]
+    assert "\x1b[1m" in lines[0]
+    svg = picture_terminal.picture([*lines, "<script>"], "python train.py")
+    texts = {(element.text or "").replace("\xa0", " ") for element in ET.fromstring(svg).iter()}
+    assert {"bold", "done", "next", "<script>", "python train.py"} <= texts
+    assert "@font-face" not in svg and "<script>" not in svg and "url(http" not in svg
