@@ -57,6 +57,7 @@ from run.config import COMMAND_LINE, Config, SettingsFiles, merge
 from run.errors import UserError
 from run.files import write_folder
 from run.paths import hide_home, local_path
+from run.setting_types import TRAIN_ROWS
 from run.shell import command_line as shell_command
 from run.streams import is_one_of_several
 
@@ -86,7 +87,7 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
         "test_sha256": data.fingerprint(test),
         "original_train_sha256": data.fingerprint(rows),
     }
-    settings = {key: getattr(config, key) for key in data.TRAIN_ROWS}
+    settings = {key: getattr(config, key) for key in TRAIN_ROWS}
     description = describe(settings, files, selection, len(rows), sha256)
     contents = {
         TRAIN: as_jsonl(augmented),
@@ -116,7 +117,7 @@ def settings_for(
         settings.report_changes(typed)
         return settings.with_flags(typed)
     name = str(recorded.file.with_name(IDENTITY_FILE))
-    known = {key: recorded.identity[key] for key in data.TRAIN_ROWS if key in recorded.identity}
+    known = {key: recorded.identity[key] for key in TRAIN_ROWS if key in recorded.identity}
     config = merge({**settings.layers, name: known, COMMAND_LINE: dict(typed)})
     changed = f", but {', '.join(typed)} from the command line" if typed else ""
     print(f"settings: {', '.join(known)} from {name}{changed}")
@@ -133,7 +134,7 @@ def describe(
     """The content of ``augment.json``.
 
     Args:
-        settings: those in `data.TRAIN_ROWS`.
+        settings: those in `TRAIN_ROWS`.
         num_rows: of the original train split, with the validation rows.
         sha256: fingerprints of the rows, as in ``training.json``.
     """

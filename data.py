@@ -22,14 +22,17 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.masking import Masking, replacements
 from engine.packing import IGNORE, Example
-from engine.tokenizer import Tokenizer
+from engine.shape import read_config
 from grading.answer_parts import classes_of
 from grading.dataset import Problem, load_problems
 from run.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from engine.tokenizer import Tokenizer
 
 # ---------------------------------------------------------------- splits
 
@@ -46,10 +49,6 @@ class TrainingProblems:
     train: list[Problem]
     validation: list[Problem]
     sha256: dict[str, str]
-
-
-# The settings on which the rows to train on depend.
-TRAIN_ROWS = ("dataset", "validation_size", "seed")
 
 
 def load_for_training(dataset: str, validation_size: int, seed: int) -> TrainingProblems:
@@ -164,7 +163,7 @@ def answer_separator(prompt: str) -> str:
 
 
 def encode_prompts(
-    tokenizer: Tokenizer, problems: Sequence[Problem], prompt: str
+    tokenizer: "Tokenizer", problems: Sequence[Problem], prompt: str
 ) -> list[list[int]]:
     """BOS and the prompt of each problem, as the model reads them in training and decoding."""
     lines = [problem.line for problem in problems]
@@ -173,7 +172,7 @@ def encode_prompts(
 
 
 def encode(
-    tokenizer: Tokenizer, problems: Sequence[Problem], prompt: str, by_class: bool = False
+    tokenizer: "Tokenizer", problems: Sequence[Problem], prompt: str, by_class: bool = False
 ) -> list[Example]:
     """Token ids and labels of each problem; ``by_class`` with `grading.answer_parts.classes_of`.
 
@@ -229,7 +228,7 @@ def leave_out_long(examples: Sequence[Example], max_length: int, name: str) -> l
 
 
 def encode_for_training(
-    tokenizer: Tokenizer, problems: TrainingProblems, prompt: str, max_length: int
+    tokenizer: "Tokenizer", problems: TrainingProblems, prompt: str, max_length: int
 ) -> tuple[list[Example], list[Example]]:
     """The examples to train on and to validate on, without those that are too long."""
     train = leave_out_long(encode(tokenizer, problems.train, prompt), max_length, "train")
@@ -286,15 +285,16 @@ def stable_permutation(length: int, *key: object) -> list[int]:
 
 
 def batches_of(
-    examples: Sequence[Example], settings: Mapping[str, Any], tokenizer: Tokenizer, folder: Path
+    examples: Sequence[Example], settings: Mapping[str, Any], tokenizer: "Tokenizer", folder: Path
 ) -> Batches:
     """The batches that a run's ``settings`` ask for.
 
     Args:
-        folder: of the model, as `engine.masking.replacements` takes it.
+        folder: of the model.
     """
     masking, rate = None, settings["mask_rate"]
     if rate > 0:
-        drawn_from = replacements(settings["mask_token"], tokenizer, folder)
+        embedded = read_config(folder).vocab_size
+        drawn_from = replacements(settings["mask_token"], tokenizer, embedded)
         masking = Masking(rate, settings["mask_warmup_ratio"] * settings["epochs"], drawn_from)
     return Batches(examples, settings["batch_size"], settings["seed"], masking)

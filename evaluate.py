@@ -81,6 +81,7 @@ from engine.verify import verify_batching
 from grading.calculator import ForcedResults
 from grading.compare import compare_files
 from grading.dataset import Problem
+from grading.next_steps import next_steps
 from grading.predictions import PredictionsFile, graded_row, open_files, writing_into
 from grading.report import comparison_table, evaluation_report
 from grading.rescore import rescore
@@ -91,6 +92,7 @@ from run.model_source import Source, resolve_source
 from run.paths import hide_home
 from run.places import anchored
 from run.progress_bar import ProgressBar
+from run.setting_types import TRAIN_ROWS
 from run.training_json import tokenizer_record
 from run.wandb_run import start_tracker
 
@@ -127,6 +129,12 @@ def main(arguments: argparse.Namespace, typed: dict[str, str], *, parts: Parts =
         folders = folders_of(output, *asked).values()
         with writing_into(*folders if here.is_main else ()):
             evaluate(arguments, source, output, here, parts)
+        if here.is_main:
+            split = None if arguments.split == "test" else arguments.split
+            flags = {"split": split, "limit": arguments.limit, "output": arguments.output, **typed}
+            flags["config"] = [*arguments.config.layers, None][1]  # a --config FILE
+            for line in next_steps(source.path, output, flags, bool(arguments.samples)):
+                print(line)
 
 
 @memory.reported("evaluating", "set a smaller decode_slots, or take a device with more memory")
@@ -179,7 +187,7 @@ def evaluate(
         "dtype": config.dtype,
     }
     if split == "train":  # where augment.py finds the rows again
-        identity |= {key: getattr(anchored(config), key) for key in data.TRAIN_ROWS}
+        identity |= {key: getattr(anchored(config), key) for key in TRAIN_ROWS}
     source.check_unchanged()
     paths = {"checkpoint": None, "dataset": None}  # which may differ between machines
     here.check_same({**identity, **paths, "num_problems": len(problems)})

@@ -5,6 +5,7 @@ python train.py --config demo.yaml
 python train.py --method lora --learning_rate 2e-4 --run_name lora
 python train.py --selftest
 python train.py --plan --device_memory 24 --devices 8
+python train.py --preflight
 torchrun --nproc_per_node 8 train.py
 
 config.yaml lists every setting. To resume a run that was stopped, type the same command again.
@@ -18,10 +19,10 @@ check_platform()  # before the imports that would fail
 from run.config import Config, settings_text
 from run.paths import local_path
 from run.places import anchored
-from run.train_arguments import PlanFor, read_train_arguments
+from run.train_arguments import Look, PlanFor, read_train_arguments
 
 
-def read_arguments(argv: list[str]) -> tuple[Config, bool, PlanFor | None]:
+def read_arguments(argv: list[str]) -> tuple[Config, bool, PlanFor | Look | None]:
     return read_train_arguments(__doc__, argv)
 
 
@@ -37,21 +38,16 @@ import torch
 
 import data
 import plan
-from engine import loading, memory
+import preflight
+from engine import faults, loading, memory
 from engine.compiling import prepare
 from engine.device import pick_device, prepare_process
-from engine.faults import (
-    does_not_fit,
-    exact_match_failed,
-    is_each_alone,
-    out_of_memory_on,
-    rows_at_fault,
-)
 from engine.hub import fetch
 from engine.llama import Llama
 from engine.measure import Measurement, StepResult, measure, perplexity_of
 from engine.optimizer import Schedule, build_optimizer, checkpoint_bytes, clip_gradients, make_state
 from engine.packing import NOT_AHEAD, Example, MicroBatch, Packer
+from engine.plan import Plan
 from engine.ranks import ALONE, Ranks, job
 from engine.sharding import shard
 from engine.state import copy_to_host, get_random_state, pack_state, set_random_state, unpack_state
@@ -61,16 +57,11 @@ from grading.answer_parts import PARTS
 from grading.dataset import Problem, load_problems
 from grading.score import share_correct
 from run.checkpoint import save_checkpoint, set_damaged_aside
+from run.closing import finish
 from run.files import replace_file
-from run.folder import (
-    check_same_run,
-    claimed_by_all,
-    finish,
-    is_finished,
-    restore,
-)
+from run.folder import check_same_run, claimed_by_all, is_finished, restore
 from run.manifest import BEST, LAST
-from run.model_source import find_start
+from run.model_source import Start, find_start
 from run.progress import Progress
 from run.retention import check_disk_space, remove_state
 from run.run_log import open_log, wandb_path
@@ -96,15 +87,10 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
             return parts.ranks.once(remove_state, folder, read_description(resume_from))
 
     # What learns
-    ranks, dtype, max_norm = parts.ranks, getattr(torch, config.dtype), config.max_grad_norm
+    ranks, max_norm = parts.ranks, config.max_grad_norm
     planned = plan.plan_run(config, start.weights, rows, resume_from, ranks)
-    model = loading.load_model(start.weights, dtype, adapter=start.adapter, ranks=ranks)
-    loading.check_data(model, rows + held_out, prompts, config.max_new_tokens, config.model)
-    shard(model, config.shard_over, config.reshard_after_forward, planned.reduces_each)
-    prepare(model, planned.recomputation, config.compile)
+    model, optimizer = build(config, start, planned, rows + held_out, prompts, ranks)
     packer = Packer(batches, ranks)
-    adam = config.learning_rate, (config.adam_beta1, config.adam_beta2), config.adam_epsilon
-    optimizer = build_optimizer(model.trained, *adam, config.weight_decay, config.optimizer)
     shape = config.lr_schedule, config.warmup_ratio, config.min_lr_ratio
     schedule = Schedule(steps, config.learning_rate, *shape)
     decode = partial(parts.complete, model, tokenizer, config.max_new_tokens, config.decode_slots)
@@ -142,7 +128,7 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
                 result = parts.step(model, optimizer, batch, rate, budget, max_norm, packer)
             progress.add_step(result.nats, result.num_labels)
             if not result.is_finite:
-                raise log.not_finite(result, rows_at_fault(model, batch), folder / LAST)
+                raise log.not_finite(result, faults.rows_at_fault(model, batch), folder / LAST)
             if result.micro_batch_tokens < budget:
                 progress.fitting = planned.micro_batch_tokens, result.micro_batch_tokens
                 log.out_of_memory(result.micro_batch_tokens)
@@ -170,6 +156,19 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
             if signal_number is not None and progress.step < steps:
                 raise log.stopped(signal_number, folder / LAST)
     parts.ranks.once(finish, folder, config.keep_state, progress.best_loss)
+
+
+def build(
+    config: Config, start: Start, planned: Plan, rows: list[Example], prompts: list, ranks: Ranks
+) -> tuple[Llama, torch.optim.Optimizer]:
+    """The model that is trained, and its optimizer. All ``rows`` and ``prompts`` must fit it."""
+    dtype = getattr(torch, config.dtype)
+    model = loading.load_model(start.weights, dtype, adapter=start.adapter, ranks=ranks)
+    loading.check_data(model, rows, prompts, config.max_new_tokens, config.model)
+    shard(model, config.shard_over, config.reshard_after_forward, planned.reduces_each)
+    prepare(model, planned.recomputation, config.compile)
+    adam = config.learning_rate, (config.adam_beta1, config.adam_beta2), config.adam_epsilon
+    return model, build_optimizer(model.trained, *adam, config.weight_decay, config.optimizer)
 
 
 # ---------------------------------------------------------------- one step
@@ -200,10 +199,10 @@ def train_step(
         except Exception as error:
             if not memory.is_out_of_memory(error):
                 raise
-            if is_each_alone(batch, micro_batch_tokens):
-                raise does_not_fit(batch) from None
+            if faults.is_each_alone(batch, micro_batch_tokens):
+                raise faults.does_not_fit(batch) from None
             if model.ranks.size > 1:
-                raise out_of_memory_on(model.ranks.rank, micro_batch_tokens) from None
+                raise faults.out_of_memory_on(model.ranks.rank, micro_batch_tokens) from None
         # Outside the except block, where the traceback no longer holds the failed pass's tensors.
         model.zero_grad()
         memory.release()
@@ -253,7 +252,7 @@ def exact_match(
     try:
         return share_correct([text for text, _ in decode(prompts)], problems)
     except Exception as error:
-        raise exact_match_failed(error) from None
+        raise faults.exact_match_failed(error) from None
 
 
 # ---------------------------------------------------------------- the script
@@ -272,9 +271,9 @@ class Parts:
 
 
 def main(
-    config: Config, selftest: bool = False, wanted: PlanFor | None = None, **parts: Callable
+    config: Config, selftest: bool = False, wanted: PlanFor | Look | None = None, **parts: Callable
 ) -> None:
-    if wanted is not None:
+    if isinstance(wanted, PlanFor):
         return plan.print_plan(config, wanted)
     device, dtype = pick_device(), getattr(torch, config.dtype)
     cure = f"set a smaller micro_batch_tokens, or {memory.LARGER}"
@@ -282,6 +281,10 @@ def main(
         prepare_process(device, dtype)
         if selftest:
             return run_selftest(config, partial(load_problems, config.dataset))
+        if wanted is Look.PREFLIGHT:
+            plan.check_trains(config, None, ranks.size)
+            tools = loading.load_tokenizer, plan.plan_run, build, train_step
+            return preflight.look(config, ranks, preflight.Tools(*tools))
         folder, budget = local_path(config.output_dir) / config.run_name, config.micro_batch_tokens
         with claimed_by_all(folder, config.resume, ranks, budget) as resume_from:
             config = anchored(config, resume_from)

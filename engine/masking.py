@@ -11,11 +11,9 @@ import hashlib
 import json
 import struct
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.packing import IGNORE, Example
-from engine.shape import read_config
 from run.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,17 +64,16 @@ class Masking:
         return replace(example, input_ids=input_ids)
 
 
-def replacements(token: str, tokenizer: "Tokenizer", folder: Path) -> range:
+def replacements(token: str, tokenizer: "Tokenizer", rows: int) -> range:
     """The ids that `Masking` draws from.
 
     Args:
         token: `RANDOM` for the whole vocabulary, or one token as the vocabulary spells it.
-        folder: of the model, whose embedding may have fewer rows than there are tokens.
+        rows: of the model's embedding, which may be fewer than there are tokens.
 
     Raises:
         UserError: the vocabulary has no such token, or the embedding no row for it.
     """
-    rows = read_config(folder).vocab_size
     if token == RANDOM:
         return range(min(tokenizer.base_size, rows))
     index = tokenizer.id_of(token)

@@ -93,7 +93,6 @@ KEYS = tuple(field.name for field in fields(Config))
 _TYPES = get_type_hints(Config, include_extras=True)
 _PATHS = ("model", "dataset", "output_dir")
 COMMAND_LINE = "command line"  # the name of the layer on top of all files
-PLACES = ("model", "dataset")  # settings that name either a folder or something on the hub
 ADAPTER_SETTINGS = tuple(key for key in KEYS if key.startswith("lora_"))
 MASK_SETTINGS = ("mask_warmup_ratio", "mask_token")  # of no effect where mask_rate is 0
 

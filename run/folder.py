@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from run.checkpoint import newest_intact
-from run.config import KEYS, PLACES
+from run.config import KEYS
 from run.errors import OutOfMemory, UserError, one_line
 from run.files import replace_file
 from run.locks import locked
 from run.manifest import (
     BEST,
     FINISHED_FILE,
+    FITTING_FILE,
     LAST,
     PREVIOUS,
     STATE_FILES,
@@ -24,8 +25,8 @@ from run.manifest import (
 from run.method import FULL
 from run.paths import is_same_place, local_path
 from run.progress import Progress
-from run.retention import cure_without_best, remove_state
-from run.shell import evaluation_command
+from run.retention import cure_without_best
+from run.setting_types import PLACES
 from run.training_json import is_of_an_older_version, read_description, saved_settings
 
 if TYPE_CHECKING:
@@ -56,8 +57,6 @@ FREE_SETTINGS = frozenset(
 # What was so before there was a setting for it.
 OLDER = {"method": FULL, "optimizer": "adamw", "mask_rate": 0.0}
 
-# What one of several processes found out when it ran out of memory, and could not tell the others.
-FITTING_FILE = ".fitting.json"
 LOCK_SECONDS = 1.0  # how long to wait for the lock, since an evaluation holds it only briefly
 
 
@@ -284,15 +283,3 @@ def restore(
     progress.fitting = fitting_budget(folder.parent, setting, planned, progress.fitting)
     print(f"resuming: {folder} at step {progress.step} of {steps}")
     return progress
-
-
-def finish(folder: Path, keep_state: bool, best_loss: float) -> None:
-    """End a run: remove its state unless ``keep_state``, and print the next command."""
-    (folder / FITTING_FILE).unlink(missing_ok=True)
-    if not keep_state:
-        try:
-            remove_state(folder, read_description(folder / LAST))
-        except UserError as error:  # which does not make the run incomplete
-            print(error)
-    command = evaluation_command(folder / BEST)
-    print(f"done: best validation loss {best_loss:.6f}; next: {command}")

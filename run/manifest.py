@@ -26,6 +26,10 @@ METRICS_FILE = "metrics.jsonl"
 FINISHED_FILE = "finished.json"  # in a finished run whose state was removed
 
 
+# What one of several processes found out when it ran out of memory, and could not tell the others.
+FITTING_FILE = ".fitting.json"
+
+
 STATE_FILES = "state-*.safetensors"
 
 

@@ -9,7 +9,6 @@ from run.config import (
     ADAPTER_SETTINGS,
     COMMAND_LINE,
     KEYS,
-    PLACES,
     Config,
     SettingsFiles,
     merge,
@@ -26,6 +25,7 @@ from run.manifest import (
 )
 from run.method import FULL, Adapter, adapter_of
 from run.paths import is_hub_id, local_path
+from run.setting_types import PLACES
 from run.sweep import with_trial
 from run.training_json import read_description, saved_settings
 

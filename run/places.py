@@ -4,9 +4,9 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from run.config import PLACES, Config
+from run.config import Config
 from run.paths import is_same_place, local_path, with_tilde
-from run.setting_types import check_text
+from run.setting_types import PLACES, check_text
 from run.training_json import read_description, saved_settings
 
 

@@ -70,12 +70,28 @@ class Progress:
         Returns:
             Whether it is the best.
         """
-        if self.best_loss is not None:
-            best = self.best_exact_match or 0.0, -self.best_loss
-            if (exact_match or 0.0, -loss) <= best:
-                return False
+        if not self._is_better(loss, exact_match):
+            return False
         self.best_loss, self.best_exact_match = loss, exact_match
         return True
+
+    def _is_better(self, loss: float, exact_match: float | None) -> bool:
+        if self.best_loss is None:
+            return True
+        best = self.best_exact_match or 0.0, -self.best_loss
+        return (exact_match or 0.0, -loss) > best
+
+    def standing(self, loss: float, exact_match: float | None) -> str:
+        """What `improve` will say of an epoch, and its change against the best one before it."""
+        if self.best_loss is None:
+            return "the best so far"
+        change = f"loss {loss - self.best_loss:+.2g}"
+        if exact_match is not None:
+            points = 100 * (exact_match - (self.best_exact_match or 0.0))
+            change = f"exact match {points:+.2f} points, {change}"
+        if self._is_better(loss, exact_match):
+            return f"the best so far ({change})"
+        return f"not the best ({change})"
 
     def forget_missing_best(self, folder: Path) -> None:
         """Forget the best epoch if its checkpoint ``folder`` no longer exists, and report that."""

@@ -59,6 +59,7 @@ def disk_space(run_folder: Path, weights: int, state: int) -> tuple[int, int]:
     """How many bytes the checkpoints of a run need, and how many are available for them.
 
     Args:
+        run_folder: need not exist yet.
         weights, state: their sizes in bytes. ``best`` has only the weights. ``last``, ``previous``
             and the one being written, which exists alongside them, have both.
     """
@@ -69,7 +70,8 @@ def disk_space(run_folder: Path, weights: int, state: int) -> tuple[int, int]:
         for file in (run_folder / name).rglob("*")
         if file.is_file()
     )
-    return needed, shutil.disk_usage(run_folder).free + present
+    disk = next(place for place in (run_folder, *run_folder.absolute().parents) if place.exists())
+    return needed, shutil.disk_usage(disk).free + present
 
 
 def check_disk_space(run_folder: Path, weights: int, state: int) -> None:

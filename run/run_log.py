@@ -13,6 +13,7 @@ from run.metrics_log import MetricsLog, NoMetrics
 from run.progress import Progress, Speed
 from run.progress_bar import ProgressBar
 from run.streams import is_silent
+from run.time_left import TimeLeft
 from run.tracker import RunPath, Tracker
 from run.training_json import read_description
 from run.wandb_run import new_run, saved_run, start_tracker
@@ -67,7 +68,8 @@ def open_log(
     )
     progress.run = tracker.run or progress.run
     best = folder / BEST if settings.get("wandb_artifact") else None
-    return RunLog(folder, tracker, progress, batches, steps, usage, best)
+    left = TimeLeft(steps, batches.per_epoch, settings["checkpoint_steps"])
+    return RunLog(folder, tracker, progress, batches, steps, left, usage, best)
 
 
 class Problem(Protocol):
@@ -96,6 +98,7 @@ class RunLog:
         progress: Progress,
         batches: Batches,
         steps: int,
+        left: TimeLeft,
         usage: Usage,
         best: Path | None = None,
     ):
@@ -108,6 +111,7 @@ class RunLog:
         self._steps, self._epochs = steps, steps // batches.per_epoch
         self._mask_rate = batches.mask_rate
         self._speed = Speed()
+        self._left = left
 
     def start(self, rows: int, held_out: int, batch_size: int, device: str, dtype: str) -> None:
         """Print a summary of the run before it starts."""
@@ -133,7 +137,8 @@ class RunLog:
     @contextmanager
     def timing(self, batch: Sequence[Any]) -> Iterator[None]:
         """Count the time inside this context, which trains on ``batch``."""
-        with self._speed.timed(sum(len(row.input_ids) for row in batch)):
+        num_tokens = sum(len(row.input_ids) for row in batch)
+        with self._left.timed(self._progress.step + 1), self._speed.timed(num_tokens):
             yield
 
     def step(self, loss: float, perplexity: float, learning_rate: float, grad_norm: float) -> None:
@@ -155,7 +160,7 @@ class RunLog:
 
     def advance(self) -> None:
         """Move the progress bar by one step."""
-        self._bar.update()
+        self._bar.update(left=self._left.after(self._progress.step))
 
     def out_of_memory(self, fitting: int) -> None:
         """Memory ran out, and suffices for ``fitting`` micro_batch_tokens."""
@@ -189,7 +194,8 @@ class RunLog:
             shown += f", exact match {exact_match:.2%} of {num_problems}"
         self._write(numbers)
         epoch = self._progress.step // self._steps_per_epoch
-        self._bar.write(f"epoch {epoch} of {self._epochs}: validation {shown}")
+        standing = self._progress.standing(measured.loss, exact_match)
+        self._bar.write(f"epoch {epoch} of {self._epochs}: validation {shown}, {standing}")
 
     def sample(
         self,

@@ -30,6 +30,7 @@ PACKAGES = (
     "yaml",
     "scipy",
     "tqdm",
+    "rich",
 )
 
 

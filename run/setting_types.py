@@ -14,6 +14,9 @@ from pydantic import (
     ValidationError,
 )
 
+PLACES = ("model", "dataset")  # settings that name either a folder or something on the hub
+TRAIN_ROWS = ("dataset", "validation_size", "seed")  # on which the rows to train on depend
+
 
 def _check_prompt(prompt: str) -> str:
     if prompt.count("{question}") != 1:

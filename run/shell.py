@@ -53,10 +53,15 @@ def _escaped(byte: int) -> str:
     return chr(byte) if 32 <= byte < 127 and byte not in b"\\'" else f"\\x{byte:02x}"
 
 
-def evaluation_command(checkpoint: Path) -> str:
+def evaluation_command(checkpoint: Path, *flags: str) -> str:
     """The command that evaluates ``checkpoint``, ready to be pasted into a shell."""
-    script = Path(__file__).resolve().parents[1] / "evaluate.py"
-    shown = script.name if script.parent == Path.cwd() else str(script)
     folder = str(checkpoint)
     flag = [f"--ckpt={folder}"] if folder.startswith("-") else ["--ckpt", folder]
-    return command_line(shown, *flag)
+    return script_command("evaluate.py", *flag, *flags)
+
+
+def script_command(name: str, *words: str) -> str:
+    """The command that runs one of these scripts, ready to be pasted into a shell."""
+    script = Path(__file__).resolve().parents[1] / name
+    shown = script.name if script.parent == Path.cwd() else str(script)
+    return command_line(shown, *words)

@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import dataclass
+from enum import Enum
 
 from run.arguments import ArgumentParser, parse_arguments, positive_float, positive_int
 from run.config import Config
@@ -9,18 +10,32 @@ from run.errors import UserError
 from run.sweep import with_trial
 
 
-def read_train_arguments(doc: str, argv: list[str]) -> tuple[Config, bool, "PlanFor | None"]:
+def read_train_arguments(doc: str, argv: list[str]) -> tuple[Config, bool, "PlanFor | Look | None"]:
     parser = ArgumentParser(doc)
     parser.add_argument(
         "--selftest",
         action="store_true",
         help="check, with a few steps in a temporary folder, that a killed run resumes bit for bit",
     )
+    parser.add_argument(
+        "--preflight",
+        action="store_true",
+        help="show rows, tokens, batches, plan, time and disk of the run; makes two steps with the "
+        "model, and writes nothing",
+    )
     add_plan_arguments(parser)
     arguments, typed = parse_arguments(parser, argv)
     config = with_trial(arguments.config, typed)
-    arguments.config.report_changes(typed)
-    return config, arguments.selftest, plan_wanted(arguments)
+    if not arguments.preflight:  # which lists them with their values
+        arguments.config.report_changes(typed)
+    wanted = plan_wanted(arguments)
+    return config, arguments.selftest, Look.PREFLIGHT if arguments.preflight else wanted
+
+
+class Look(Enum):
+    """What to look at, instead of training."""
+
+    PREFLIGHT = "preflight"
 
 
 @dataclass(frozen=True)
@@ -57,11 +72,13 @@ def plan_wanted(arguments: argparse.Namespace) -> PlanFor | None:
     """None without ``--plan``.
 
     Raises:
-        UserError: a flag of ``--plan`` without it, or ``--plan`` with ``--selftest``.
+        UserError: a flag of ``--plan`` without it, or two of the flags that exclude each other.
     """
+    modes = [name for name in ("plan", "preflight", "selftest") if getattr(arguments, name)]
+    if len(modes) > 1:
+        one, other, *_ = modes
+        raise UserError(f"command line: --{one} and --{other} exclude each other: leave one out")
     if arguments.plan:
-        if arguments.selftest:
-            raise UserError("command line: --plan and --selftest exclude each other: leave one out")
         return PlanFor(arguments.device_memory, arguments.devices or 1)
     for name in ("device_memory", "devices"):
         if getattr(arguments, name) is not None:

@@ -10,10 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from run.config import PLACES
 from run.errors import UserError, one_line
 from run.manifest import DESCRIPTION_FILE
 from run.paths import local_path, with_tilde
+from run.setting_types import PLACES
 from run.tracker import RunPath
 
 VERSIONED_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "torch-optimi")

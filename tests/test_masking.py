@@ -13,7 +13,7 @@ from test_train import assert_same_bits, logged, run_folder
 import data
 import perplexity
 import train
-from engine.masking import Masking, replacements
+from engine.masking import Masking
 from engine.packing import IGNORE, Example
 from engine.tokenizer import Tokenizer
 from grading.dataset import Problem
@@ -132,20 +132,27 @@ EXPECTED = [1, 10, 11, 12, 13, 187, 15, 16, 17, 100, 19, 2]
 # ---------------------------------------------------------------- by what
 
 
+def drawn_from(token: str, tokenizer: Tokenizer, folder: Path) -> range:
+    """The ids that replace tokens in a run of the model in ``folder``."""
+    settings = {"mask_rate": 0.4, "mask_token": token, "mask_warmup_ratio": 0.5, "epochs": 2}
+    settings |= {"batch_size": 1, "seed": 0}
+    return data.batches_of([], settings, tokenizer, folder).masking.replacements
+
+
 def test_replacements_are_the_vocabulary_or_one_of_its_tokens(
     tokenizer: Tokenizer, model_folder: Path, tmp_path: Path
 ) -> None:
     """Guards against an id that the embedding has no row for, as that of an added pad token."""
-    assert replacements("random", tokenizer, model_folder) == range(len(tokenizer))
-    assert replacements("<unk>", tokenizer, model_folder) == range(
+    assert drawn_from("random", tokenizer, model_folder) == range(len(tokenizer))
+    assert drawn_from("<unk>", tokenizer, model_folder) == range(
         tokenizer.unk_token_id, tokenizer.unk_token_id + 1
     )
     shape = json.loads((model_folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(shape | {"vocab_size": 300}))
-    assert replacements("random", tokenizer, tmp_path) == range(300)
-    assert replacements(tokenizer.piece(299), tokenizer, tmp_path) == range(299, 300)
+    assert drawn_from("random", tokenizer, tmp_path) == range(300)
+    assert drawn_from(tokenizer.piece(299), tokenizer, tmp_path) == range(299, 300)
     with pytest.raises(UserError, match="is not in the embedding of model"):
-        replacements(tokenizer.piece(300), tokenizer, tmp_path)
+        drawn_from(tokenizer.piece(300), tokenizer, tmp_path)
 
 
 def test_a_token_that_there_is_not_is_refused(call, settings: dict[str, str]) -> None:
