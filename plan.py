@@ -70,7 +70,8 @@ def rows_of(examples: Sequence[Example], batch_size: int) -> Rows:
     lengths = [len(example.input_ids) - 1 for example in examples]
     labels = sum(len(example.labels) - example.labels.count(IGNORE) for example in examples)
     mean = sum(lengths) / len(lengths)
-    return Rows(mean, max(lengths) + 1, labels / sum(lengths), min(batch_size, len(examples)))
+    in_a_step = min(batch_size, len(examples))
+    return Rows(mean, max(lengths) + 1, labels / sum(lengths), in_a_step, len({*lengths}))
 
 
 def plan_run(

@@ -31,6 +31,7 @@ class Kernels:
         attention: of packed sequences; see `engine.attention.packed_attention`.
         attention_bytes: what it keeps of a token for its backward pass, with its output; given the
             numbers of heads and of key heads, their size, the longest sequence, and the dtype.
+        heap_bytes: what training takes beyond its tensors; see `engine.cpu.activations.heap_bytes`.
         product: ``left @ right`` of two matrices.
         add_product: ``total += left @ right``, in ``total``'s dtype.
         logits_at_once: the largest number of logits in memory at a time: few enough to need little
@@ -58,6 +59,7 @@ class Kernels:
     prompt_row_multiple: int
     attention: Callable[..., torch.Tensor]
     attention_bytes: Callable[[int, int, int, int, torch.dtype], int]
+    heap_bytes: Callable[[torch.dtype, int, int, int], int]
     product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     add_product: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
     logits_at_once: int
@@ -126,6 +128,7 @@ def cuda_kernels(device: torch.device) -> Kernels:
         prompt_row_multiple=1,
         attention=attention.packed_attention,
         attention_bytes=attention.kept_bytes,
+        heap_bytes=lambda *_: 0,
         product=torch.matmul,
         add_product=add_product,
         logits_at_once=2**26,
@@ -153,6 +156,7 @@ def cpu_kernels(with_onednn: bool) -> Kernels:
         prompt_row_multiple=16,
         attention=kernels.packed_attention,
         attention_bytes=partial(activations.kept_bytes, kernels.LONGEST_KEPT, kernels.QUERY_BLOCK),
+        heap_bytes=activations.heap_bytes,
         product=onednn.product if with_onednn else torch.matmul,
         add_product=onednn.add_product if with_onednn else add_product,
         # oneDNN copies its operands, and is just as fast with half as many logits.

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 # Of a frozen weight in NF4: half a byte, an 8-bit scale for 64 weights, and a float32 scale for 256
 # of those (double quantisation, arXiv:2305.14314).
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
-BUFFERS = 75_000_000  # of bfloat16 products on a CPU
 # Of two moments in 8 bits, with a float32 scale for 256 values of each.
 STATE_BYTES_8BIT = 2 * (1 + 4 / 256)
 
@@ -63,12 +62,14 @@ class Rows:
         longest: tokens of the longest row.
         supervised: the share of tokens that are.
         batch_size: rows in an optimizer step.
+        lengths: how many different lengths they have; None: as many as tokens in the longest.
     """
 
     tokens: float
     longest: int
     supervised: float
     batch_size: int
+    lengths: int | None = None
 
 
 @dataclass(frozen=True)
@@ -259,17 +260,18 @@ def most_in_a_step(rows: Rows, devices: int) -> int:
     return max(rows.longest, int(1.25 * rows.tokens * rows.batch_size / devices))
 
 
-def heap_bytes(shape: "ModelShape", kernels: "Kernels", loss: int, backward: int) -> int:
-    """What a CPU takes beyond the tensors, as measured by benchmarks/plan.py.
+def products_of_shapes(shape: "ModelShape", recipe: Recipe, rows: Rows, micro_batches: int) -> int:
+    """How many matrix products of different shapes a step of so many micro-batches computes.
 
-    The heap rarely finds room for a backward pass in what the loss has left. For bfloat16, products
-    need copies of their operands in another layout, sums in float32, and a buffer for each shape.
+    For each micro-batch, and for each size of a linear layer: its output, and the gradients of its
+    input and, if trained, of its weight. For each length of a row: six of attention.
     """
-    if kernels.device.type != "cpu":
-        return 0
-    if shape.dtype == torch.bfloat16:
-        return loss * 3 // 2 + backward + BUFFERS
-    return min(loss, backward)
+    is_full, layers = recipe.method == "full", set(shape.products.values())
+    count = len(layers) * (3 if is_full else 2)
+    if not is_full:
+        rank = recipe.rank
+        count += 3 * len({pair for a, b in layers for pair in ((a, rank), (rank, b))})
+    return 6 * (rows.lengths or rows.longest) + count * micro_batches
 
 
 def footprint(
@@ -285,6 +287,8 @@ def footprint(
     # A longer row is a micro-batch too.
     tokens = max(tokens, rows.longest - 1)
     kept, loss, backward = activation_bytes(shape, recipe, kernels, rows, tokens, recomputation)
+    micro_batches = math.ceil(rows.tokens * rows.batch_size / recipe.devices / tokens)
+    products = products_of_shapes(shape, recipe, rows, micro_batches)
     return Footprint(
         weights=math.ceil(weight_bytes(shape, recipe) / recipe.shards),
         gradients=math.ceil(gradient_bytes(shape, recipe) / recipe.shards),
@@ -292,5 +296,5 @@ def footprint(
         gathered=gathered_bytes(shape, recipe, accumulates=accumulates),
         activations=kept,
         head=max(loss, backward),
-        heap=heap_bytes(shape, kernels, loss, backward),
+        heap=kernels.heap_bytes(shape.dtype, loss, backward, products),
     )

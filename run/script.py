@@ -6,6 +6,7 @@ import importlib.util
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -79,11 +80,26 @@ def _install_cure() -> str:
 def run_script(story: Callable[..., None], *arguments: object) -> None:
     """Run ``story(*arguments)``; end the process with the documented exit code if it fails.
 
-    One of several processes (torchrun) ends here in any case.
+    One of several processes (torchrun) ends here in any case, without the interpreter's clean-up.
+    A thread of PyTorch's communication (gloo) may then be about to free a tensor, for which it
+    waits for the interpreter's lock. Before Python 3.14, an interpreter that shuts down ends such a
+    thread by pthread_exit, which C++ answers with abort ("terminate called without an active
+    exception"; cpython #87135, pytorch #190489). destroy_process_group ends no thread while a mesh
+    or a sharded model still refers to the group, and after an error it may wait forever.
     """
-    _run(story, *arguments)
-    if streams.is_one_of_several():
-        _end_at_once(0)
+    if not streams.is_one_of_several():
+        return _run(story, *arguments)
+    exit_code: object = 1
+    try:
+        _run(story, *arguments)
+        exit_code = 0
+    except SystemExit as error:
+        exit_code = error.code
+    except BaseException:  # which Python would print, too
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code if isinstance(exit_code, int) else int(exit_code is not None))
 
 
 def _run(story: Callable[..., None], *arguments: object) -> None:
@@ -155,22 +171,7 @@ def check_printed() -> None:
 
 def _end(line: str, exit_code: int) -> NoReturn:
     """Print why the process ends, and end it."""
-    _complain(line, exit_code)
-    if streams.is_one_of_several():
-        _end_at_once(exit_code)
-    sys.exit(exit_code)
-
-
-def _end_at_once(exit_code: int) -> NoReturn:
-    """End one of several processes without the interpreter's clean-up.
-
-    There the threads of PyTorch's communication would wait for answers that other processes may
-    never give, or be torn down while they run, which aborts ("terminate called without an active
-    exception"). All files are closed by now.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
+    sys.exit(_complain(line, exit_code))
 
 
 def _complain(line: str, exit_code: int) -> int:

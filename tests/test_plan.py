@@ -27,6 +27,7 @@ from engine.footprint import (
     Rows,
     footprint,
     gradient_bytes,
+    products_of_shapes,
     state_bytes,
     weight_bytes,
 )
@@ -140,6 +141,36 @@ def test_devices_share_weights_gradients_and_states() -> None:
     assert footprint(LLAMA_2_7B, *copies).gathered == at_once + sums
     kept = Recipe(devices=8, reshards=False), GPU, ROWS, 4096, Recomputation(0, True)
     assert footprint(LLAMA_2_7B, *kept).gathered == at_once + 30 * block * 2
+
+
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 here"
+)
+def test_the_kernels_that_onednn_keeps_are_counted(capfd: pytest.CaptureFixture) -> None:
+    """Guards against a heap that grows with every row of another length, and is not planned."""
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON_CREATION):
+        for length in (201, 203, 201):
+            states = torch.zeros(3, 1, 2, length, 64, dtype=torch.bfloat16, requires_grad=True)
+            attended = torch.nn.functional.scaled_dot_product_attention(*states, is_causal=True)
+            attended.sum().backward()
+    lines = capfd.readouterr().out.splitlines()
+    made = [line for line in lines if "create:cache_miss" in line and ",matmul," in line]
+    one, three = (
+        products_of_shapes(LLAMA_2_7B, FULL, replace(ROWS, lengths=lengths), 4)
+        for lengths in (1, 3)
+    )
+    assert len(made) == three - one == 12
+
+
+def test_only_a_cpu_has_a_heap() -> None:
+    """Guards against plans for a GPU that an allocator of the host changes; and the heap's term in
+    bfloat16 grows with the lengths of rows, until oneDNN forgets the oldest kernels."""
+    cases = [(kernels, replace(ROWS, lengths=n)) for kernels in (GPU, CPU) for n in (1, 171, 9999)]
+    heaps = [
+        footprint(LLAMA_2_7B, FULL, kernels, rows, 4096, Recomputation(0, True)).heap
+        for kernels, rows in cases
+    ]
+    assert heaps[:3] == [0, 0, 0] and 0 < heaps[3] < heaps[4] == heaps[5]
 
 
 # ---------------------------------------------------------------- choosing

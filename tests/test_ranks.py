@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -103,6 +104,39 @@ def test_a_failing_process_ends_all_with_one_line(
     assert line in written, ended
     assert how == "bug" or written.count("\n") == 1, ended
     assert [each.out for each in ended] == ["rank 0 is here\n", "", ""]
+
+
+def end_as_a_script_does(how: str) -> None:
+    try:
+        run_script(leave, how)
+    finally:
+        print("the interpreter shuts down", file=sys.stderr)
+
+
+def leave(how: str) -> None:
+    with job(CPU) as here:
+        here.wait()
+        if how == "missing":
+            raise FileNotFoundError(2, "No such file or directory", "/missing")
+    if how == "bug":
+        raise ZeroDivisionError("a bug")
+    if how == "unread":  # as `check_printed` does
+        sys.exit(141)
+
+
+@pytest.mark.parametrize(
+    ("how", "codes"), [("done", {0}), ("missing", {1}), ("bug", {1}), ("unread", {141})]
+)
+def test_no_process_of_several_shuts_its_interpreter_down(
+    tmp_path: Path, how: str, codes: set[int]
+) -> None:
+    """Guards against gloo's threads that then abort: "terminate called without an active
+    exception". It takes a thread that waits for the interpreter's lock at that moment."""
+    ended = jobs.Job(2, tmp_path, end_as_a_script_does, how).end()
+    assert {each.code for each in ended} == codes, ended
+    written = "".join(each.err for each in ended)
+    name = {"missing": "FileNotFoundError", "bug": "ZeroDivisionError"}.get(how, "")
+    assert name in written and bool(written) == bool(name) and "shuts down" not in written, ended
 
 
 # ---------------------------------------------------------------- training

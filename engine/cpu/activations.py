@@ -1,8 +1,13 @@
-"""The memory that attention on a CPU keeps for its backward pass."""
+"""The memory that training on a CPU takes beyond what every device has to keep."""
 
 import torch
 
 from engine.attention import kept_bytes_of_each
+
+# oneDNN generates two kernels for a bfloat16 product of another shape, each into a buffer of 256 KB
+# (its MAX_CODE_SIZE), and keeps those of the last 1024 shapes (ONEDNN_PRIMITIVE_CACHE_CAPACITY).
+# Nearly all of a buffer is resident, since it lies where tensors were.
+KERNEL_BYTES, KERNELS_OF_PRODUCT, MOST_PRODUCTS = 258_376, 2, 1024
 
 
 def kept_bytes(
@@ -22,3 +27,21 @@ def kept_bytes(
     if dtype in (torch.bfloat16, torch.float16) or longest > longest_kept:
         return kept_bytes_of_each(heads, head_dim, dtype)
     return heads * (4 * head_dim + (longest + query_block) // 2) * dtype.itemsize
+
+
+def heap_bytes(dtype: torch.dtype, loss: int, backward: int, products: int) -> int:
+    """What glibc's heap takes beyond the tensors (measured by benchmarks/plan.py).
+
+    In float32, it rarely finds room for a backward pass in what the loss has left. In bfloat16, the
+    kernels that oneDNN keeps come to lie there as well, and split it: the loss of the next micro-
+    batch finds no room of its size, and takes new memory, as do copies of its operands.
+
+    Args:
+        loss, backward: bytes of the tensors that the loss, and the backward pass of a block, need
+            for a moment.
+        products: how many matrix products of different shapes there are.
+    """
+    if dtype != torch.bfloat16:
+        return min(loss, backward)
+    kernels = KERNELS_OF_PRODUCT * min(products, MOST_PRODUCTS)
+    return loss * 3 // 2 + backward + kernels * KERNEL_BYTES
