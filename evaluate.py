@@ -86,6 +86,7 @@ from grading.report import comparison_table, evaluation_report
 from grading.rescore import rescore
 from grading.results import CALCULATOR, GREEDY, SAMPLES, CompletionId, folders_of, previous_timing
 from grading.scores_file import Scored, score_predictions, write_all_scores
+from page.write import report_evaluation
 from run.evaluation import Score, evaluation_folder, log_scores
 from run.model_source import Source, resolve_source
 from run.paths import hide_home
@@ -219,6 +220,7 @@ def evaluate(
             )
     print(evaluation_report(scores, f"{source.path} on {split}"))
     print(f"results: {output}")
+    report_evaluation(output, source.run_folder)
 
 
 # ---------------------------------------------------------------- its parts

@@ -59,6 +59,7 @@ from engine.strategy import complete
 from engine.together import parts_of
 from grading.dataset import Problem, load_problems
 from grading.score import share_correct
+from page.write import report_if_possible
 from run.checkpoint import save_checkpoint, set_damaged_aside
 from run.files import replace_file
 from run.folder import (
@@ -287,6 +288,7 @@ def main(
             plan.check_trains(config, resume_from, ranks.size)
             together = parts_of(ranks, save_checkpoint, complete) | parts
             train(config, folder, resume_from, Parts(**together))
+            ranks.once(report_if_possible, folder)
 
 
 if __name__ == "__main__":

@@ -96,11 +96,7 @@ def charts_of(runs: Sequence[Logged]) -> list[Chart]:
     known = {name for key in TITLES for name in key.split()}
     series = [name for run in runs for line in run.metrics for name in line]
     grouped = [name for name in dict.fromkeys(series) if name.startswith(("train/", "val/"))]
-    others = [
-        name
-        for name in grouped
-        if name not in known and not name.startswith(BY_KIND)
-    ]
+    others = [name for name in grouped if name not in known and not name.startswith(BY_KIND)]
     groups = {
         key: [name for name in grouped if name in key.split()]
         or [name for name in grouped if key.endswith("_") and name.startswith(key)]

@@ -60,7 +60,7 @@ def facts_of(
         if key in settings
     ]
     recipe = [
-        words.format(settings[key])
+        words.format(settings[key]).replace("e-0", "e-")
         for key, words in (
             ("epochs", "{} epochs"),
             ("batch_size", "batches of {}"),
@@ -111,7 +111,9 @@ def epochs_of(metrics: Metrics, best_step: float | None) -> Epochs:
 def settings_of(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str], bool]]:
     """Each setting, its value in each run, and whether these differ."""
     names = dict.fromkeys(name for settings in runs for name in settings)
-    return [(name, values, len(set(values)) > 1) for name in names if (values := _values(runs, name))]
+    return [
+        (name, values, len(set(values)) > 1) for name in names if (values := _values(runs, name))
+    ]
 
 
 def _values(runs: Sequence[Mapping[str, Any]], name: str) -> list[str]:

@@ -8,7 +8,7 @@ from markupsafe import Markup
 from page.curves import Chart, Curve
 
 INCHES = (4.7, 2.5)  # at 72 pixels an inch: as wide as a phone, so that text stays readable there
-MARGINS = {"left": 0.125, "right": 0.985, "top": 0.955, "bottom": 0.17}
+MARGINS = {"left": 0.14, "right": 0.98, "top": 0.955, "bottom": 0.2}
 COLOURS = 4  # how many the style sheet has for curves; further curves begin again
 
 # Matplotlib wants real colours. These are replaced by variables of the style sheet.
@@ -20,7 +20,7 @@ SETTINGS = {
     "svg.fonttype": "none",  # text stays text: searchable, and in the page's own font
     "svg.hashsalt": "page",  # the same chart gives the same bytes
     "path.simplify_threshold": 1.0,  # tens of thousands of steps do not make a large file
-    "font.size": 9.5,
+    "font.size": 11.5,
     "axes.edgecolor": GRID,
     "axes.labelcolor": INK,
     "xtick.color": INK,
@@ -60,6 +60,8 @@ def draw(chart: Chart, name: str) -> Markup:
         axes.set_axisbelow(True)
         for curve in chart.curves:
             _add(axes, curve)
+        last = max(curve.points[-1][0] for curve in chart.curves)
+        axes.set_xlim(0, 1.02 * max(last, 1))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         if chart.is_logarithmic:
             axes.set_yscale("log")

@@ -46,10 +46,15 @@ class Answer:
         return self.verdict.label or RIGHT
 
     @property
+    def agree(self) -> bool:
+        """Whether all rules come to the same verdict."""
+        return len(set(self.verdict.by_rule.values())) == 1
+
+    @property
     def tags(self) -> list[str]:
         """The kinds by which the problem can be found."""
         tags = [RIGHT] if self.verdict.correct else [WRONG, self.verdict.label]
-        return tags + ([DISAGREE] if len(set(self.verdict.by_rule.values())) > 1 else [])
+        return tags + ([] if self.agree else [DISAGREE])
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,9 @@ def _answer(row: Mapping[str, Any]) -> Answer:
         {"eos": "ended by itself", "length": "cut at the limit"}.get(row.get("stop"), ""),
         f"{tokens:,} tokens" if type(tokens) is int else "",
     ]
-    return Answer(grade_row(row), checked(row["completion"]), ", ".join(filter(None, parts)))
+    verdict = grade_row(row)
+    text = checked(row["completion"], verdict.correct)
+    return Answer(verdict, text, ", ".join(filter(None, parts)))
 
 
 def _length(row: Mapping[str, Any]) -> int:

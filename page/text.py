@@ -15,27 +15,36 @@ LONGEST = 6000  # characters of a text that are shown; 256 tokens are about 700
 TRUE, FALSE, ANSWER, IGNORED = "true", "false", "answer", "ignored"
 
 
-def checked(completion: str) -> Markup:
+def checked(completion: str, correct: bool) -> Markup:
     """A completion with each of its equations checked and the answer marked, in ``span`` elements.
 
     The class of a span is ``true`` or ``false`` for an equation, ``answer`` for what the headline
     rule extracts, or ``ignored`` for what follows the text that is judged. After a false equation
     stands what its left side really is.
+
+    Args:
+        correct: whether the answer is right, by the headline rule.
     """
     shown = completion[:LONGEST]
     judged = len(cut_at_stop(completion))
     kinds = [""] * judged + [IGNORED] * (len(completion) - judged)
-    values: dict[int, str] = {}
-    found = [equation for equation in find_equations(completion[:judged]) if equation.end <= len(shown)]
+    values: dict[int, str] = {}  # of left sides, by the end of their equation
+    false: list[tuple[int, int, str]] = []  # the same with the start
+    found = [each for each in find_equations(completion[:judged]) if each.end <= len(shown)]
     # The longest first, so that an annotation inside another equation shows as well.
     for equation in sorted(found, key=lambda equation: equation.start - equation.end):
         length, is_true = equation.end - equation.start, equation.is_true
         if is_true is not None:
             kinds[equation.start : equation.end] = [TRUE if is_true else FALSE] * length
         if is_true is False:
-            values.setdefault(equation.end, in_digits(value_of(equation.expression)))
+            value = in_digits(value_of(equation.expression))
+            said = any(start <= equation.start < end and value == it for start, end, it in false)
+            if not said:  # by the equation around it
+                values[equation.end] = value
+                false.append((equation.start, equation.end, value))
     if answer := OPENAI_ANSWER.search(completion):
-        kinds[answer.start() : answer.end()] = [ANSWER] * len(answer[0])
+        kind = f"{ANSWER} right" if correct else ANSWER
+        kinds[answer.start() : answer.end()] = [kind] * len(answer[0])
     parts, start = [], 0
     # A piece also ends where a value is to be inserted.
     for (kind, _), letters in groupby(
@@ -97,7 +106,9 @@ def _pieces(text: str) -> list[tuple[bool, str]]:
     pieces = []
     for is_hidden, group in groupby(text, lambda letter: not _is_shown(letter)):
         letters = list(group)
-        pieces += [(True, letter) for letter in letters] if is_hidden else [(False, "".join(letters))]
+        pieces += (
+            [(True, letter) for letter in letters] if is_hidden else [(False, "".join(letters))]
+        )
     return pieces
 
 

@@ -24,7 +24,9 @@ MARK = '<meta name="generator" content="report.py">'  # at the beginning of ever
 PACKAGES = {"jinja2", "markupsafe", "matplotlib"}  # that only a report needs
 
 
-def write_report(folders: Sequence[Path], split: str | None = None, file: Path | None = None) -> Path:
+def write_report(
+    folders: Sequence[Path], split: str | None = None, file: Path | None = None
+) -> Path:
     """Write the report of one run, or of two.
 
     Args:
@@ -129,7 +131,11 @@ def render(records: Sequence[Record]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": "{:.1%}".format, "visible": lambda text: visible(str(text))}
+    environment.filters |= {
+        "percent": "{:.1%}".format,
+        "points": lambda share: f"{100 * share:+.1f}".replace("-", "−"),
+        "visible": lambda text: visible(str(text)),
+    }
     return environment.get_template("report.html").render(
         style=Markup((FOLDER / "report.css").read_text(encoding="utf-8")),
         script=Markup(script),

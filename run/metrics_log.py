@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from run.errors import UserError, storage_cure
 from run.files import replace_file, sync_open
