@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 Point = tuple[float, float]  # optimizer step, value
@@ -36,7 +37,7 @@ class Logged:
     metrics: Sequence[Mapping[str, Any]]
     best_step: float | None
 
-    @property
+    @cached_property
     def best(self) -> float | None:
         """The step of the best checkpoint or, if it is gone, of the lowest validation loss."""
         losses = series_of(self.metrics, "val/loss")

@@ -17,7 +17,7 @@ WON, LOST, BOTH_RIGHT, BOTH_WRONG = "won", "lost", "both-right", "both-wrong"
 TITLES = {
     RIGHT: "right",
     WRONG: "wrong",
-    **{label: f"wrong: {label}" for label in LABELS},
+    **{label: label for label in LABELS},
     DISAGREE: "rules disagree",
     WON: "won",
     LOST: "lost",

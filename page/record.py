@@ -50,7 +50,8 @@ class Record:
         best: ``training.json`` of the best checkpoint, or empty.
         description: the same, or that of the newest checkpoint if there is no best one.
         evaluation: the one to show; None if there is none.
-        scores: the ``scores.json`` of every evaluation of the run, by the name of its folder.
+        exact_match: of every evaluation of the run, by the name of its folder; None if it has no
+            ``scores.json`` yet.
     """
 
     name: str
@@ -58,7 +59,7 @@ class Record:
     best: Mapping[str, Any] = field(default_factory=dict)
     description: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Evaluation | None = None
-    scores: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    exact_match: Mapping[str, float | None] = field(default_factory=dict)
 
 
 def read_record(folder: Path, split: str | None) -> Record:
@@ -96,7 +97,7 @@ def read_record(folder: Path, split: str | None) -> Record:
         best=best,
         description=best or newest,
         evaluation=name and read_evaluation(folder / EVALUATIONS / name),
-        scores={name: read_scores(folder / EVALUATIONS / name / SCORES_FILE) for name in found},
+        exact_match={name: _exact_match(folder / EVALUATIONS / name) for name in found},
     )
 
 
@@ -131,6 +132,11 @@ def read_evaluation(folder: Path) -> Evaluation:
         num_problems=max(identity.get("num_problems", 0), len(by_id)),
         damaged=len(damaged),
     )
+
+
+def _exact_match(folder: Path) -> float | None:
+    share = read_scores(folder / SCORES_FILE).get("exact_match")
+    return share if isinstance(share, float) else None
 
 
 def _description(file: Path) -> dict[str, Any]:

@@ -53,7 +53,8 @@ class Scores:
         mistakes: label, meaning and count; the count is None where no row has a ``stop``.
         by_steps, by_words: the accuracy by steps of the gold answer, and by words of the question.
         disagree: on how many problems the rules disagree.
-        calculator, samples: as in ``scores.json``; empty if there are none.
+        calculator: its exact match, how many problems it won and lost, and the p-value; or None.
+        samples: k, maj@k and pass@k, for each k that was scored.
     """
 
     rules: list[Share]
@@ -61,8 +62,8 @@ class Scores:
     by_steps: list[Share]
     by_words: list[Share]
     disagree: int
-    calculator: Mapping[str, Any]
-    samples: Mapping[str, Any]
+    calculator: tuple[float, int, int, float] | None
+    samples: list[tuple[str, float, float]]
 
     @property
     def headline(self) -> Share:
@@ -86,9 +87,28 @@ def scores_of(rows: Sequence[Mapping[str, Any]], recorded: Mapping[str, Any]) ->
         by_steps=_shares(analysis["by_steps"]),
         by_words=_shares(analysis["by_question_words"]),
         disagree=len(analysis["rules_disagree"]),
-        calculator=recorded.get("calculator", {}),
-        samples=recorded.get("samples", {}),
+        calculator=_calculator(recorded),
+        samples=_samples(recorded),
     )
+
+
+def _calculator(recorded: Mapping[str, Any]) -> tuple[float, int, int, float] | None:
+    """What ``scores.json`` says of decoding with the calculator; None if it is not all there."""
+    try:
+        found = recorded["calculator"]
+        changed = len(found["won"]), len(found["lost"])
+        return float(found["exact_match"]), *changed, float(found["p_value"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _samples(recorded: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """What ``scores.json`` says of samples; nothing if it is not all there."""
+    try:
+        voted, passed = (recorded["samples"][name] for name in ("maj_at", "pass_at"))
+        return [(str(k), float(share), float(passed[k])) for k, share in voted.items()]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return []
 
 
 def _shares(counts: Mapping[str, Mapping[str, int]]) -> list[Share]:

@@ -65,7 +65,7 @@ def report_file(folders: Sequence[Path], records: Sequence[Record], split: str |
     own, so that they do not replace it.
     """
     name = "report"
-    if split not in (None, FIRST_SHOWN[0]) and records[-1].scores:
+    if split not in (None, FIRST_SHOWN[0]) and records[-1].exact_match:
         name += f"-{split}"
     if len(records) > 1:
         name += f"-against-{records[0].name}"
@@ -135,6 +135,7 @@ def render(records: Sequence[Record]) -> str:
         "percent": "{:.1%}".format,
         "points": lambda share: f"{100 * share:+.1f}".replace("-", "−"),
         "visible": lambda text: visible(str(text)),
+        "spelt": lambda text: visible(str(text)).striptags(),  # where there can be no elements
     }
     return environment.get_template("report.html").render(
         style=Markup((FOLDER / "report.css").read_text(encoding="utf-8")),
@@ -169,7 +170,7 @@ def _training(records: Sequence[Record]) -> dict[str, Any]:
             )
             for settings, record in zip(described, records, strict=True)
         ],
-        "others": [record.scores for record in records],
+        "others": [record.exact_match for record in records],
     }
 
 
