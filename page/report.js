@@ -4,6 +4,8 @@
 const form = document.getElementById("filters");
 const list = document.getElementById("list");
 const hits = document.getElementById("hits");
+const more = document.getElementById("more");
+const AT_FIRST = 200; // laying out thousands at each key that is pressed would be slow
 const problems = Array.from(list.children, (element) => ({
   element,
   tags: element.dataset.tags.split(" "),
@@ -17,6 +19,8 @@ const orders = {
   length: (one, other) => other.length - one.length || number(one) - number(other),
 };
 let order = "";
+let limit = AT_FIRST;
+let beyond = null; // the first problem that is found and not listed
 
 function number(problem) {
   return Number(problem.element.id.slice("problem-".length));
@@ -38,11 +42,17 @@ function chosen() {
   return new URLSearchParams(pairs);
 }
 
+// Shows what is found, up to the limit, in the chosen order.
 function update() {
   const wanted = chosen();
   const words = (wanted.get("find") ?? "").toLowerCase().split(/\s+/).filter(Boolean);
   const tag = wanted.get("show");
   const steps = wanted.get("steps");
+  const wantedOrder = wanted.get("sort") ?? "";
+  if (wantedOrder !== order) {
+    order = wantedOrder;
+    list.append(...problems.sort(orders[order]).map((problem) => problem.element));
+  }
   let found = 0;
   for (const problem of problems) {
     const isFound =
@@ -50,20 +60,26 @@ function update() {
       (steps === null || problem.steps === steps) &&
       words.every((word) => textOf(problem).includes(word));
     found += isFound;
-    if (problem.element.hidden === isFound) {
-      problem.element.hidden = !isFound;
+    const isShown = isFound && found <= limit;
+    if (isFound && found === limit + 1) {
+      beyond = problem.element;
     }
-  }
-  const wantedOrder = wanted.get("sort") ?? "";
-  if (wantedOrder !== order) {
-    order = wantedOrder;
-    list.append(...problems.sort(orders[order]).map((problem) => problem.element));
+    if (problem.element.hidden === isShown) {
+      problem.element.hidden = !isShown;
+    }
   }
   const total = problems.length.toLocaleString("en");
   hits.textContent =
     found === problems.length
       ? `${total} problems`
       : `${found.toLocaleString("en")} of ${total} problems`;
+  more.hidden = found <= limit;
+  more.textContent = `Show all ${found.toLocaleString("en")}`;
+}
+
+function change() {
+  limit = AT_FIRST;
+  update();
 }
 
 function remember() {
@@ -79,6 +95,7 @@ function follow() {
   if (problem) {
     if (problem.hidden) {
       form.reset();
+      limit = Infinity;
       update();
     }
     const details = problem.firstElementChild;
@@ -97,22 +114,22 @@ function follow() {
     for (const select of form.querySelectorAll("select")) {
       select.value ||= "";
     }
-    update();
+    change();
     document.getElementById("problems").scrollIntoView();
   }
 }
 
 form.hidden = false;
 form.addEventListener("input", () => {
-  update();
+  change();
   remember();
 });
 form.addEventListener("submit", (event) => event.preventDefault());
 form.addEventListener("reset", () => {
   // The controls have their first state only after this event.
   setTimeout(() => {
-    update();
     if (!location.hash.startsWith("#problem-")) {
+      change();
       remember();
     }
   });
@@ -124,5 +141,12 @@ document.getElementById("open").addEventListener("click", () => {
     problem.element.firstElementChild.open = isOpening;
   }
 });
+more.addEventListener("click", () => {
+  const next = beyond;
+  limit = Infinity;
+  update();
+  next.querySelector("summary").focus();
+});
 window.addEventListener("hashchange", follow);
+update();
 follow();

@@ -40,7 +40,7 @@ def completion(number: int, kind: str) -> tuple[str, str]:
         "reasoning": (f"It is <<{number}+1={number + 1}>>.\n#### {number + 1}", "eos"),
         "format": (right + ".00", "eos"),
         "cut": ("It is " * 20, "length"),
-        "flexible": (f"Surely {number + 2}", "eos"),  # right by one rule of three
+        "flexible": (f"Surely {number + 2}", "eos"),
     }[kind]
 
 
