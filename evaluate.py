@@ -128,6 +128,7 @@ def main(arguments: argparse.Namespace, typed: dict[str, str], *, parts: Parts =
         folders = folders_of(output, *asked).values()
         with writing_into(*folders if here.is_main else ()):
             evaluate(arguments, source, output, here, parts)
+            here.once(report_evaluation, output, source.run_folder)
 
 
 @memory.reported("evaluating", "set a smaller decode_slots, or take a device with more memory")
@@ -220,7 +221,6 @@ def evaluate(
             )
     print(evaluation_report(scores, f"{source.path} on {split}"))
     print(f"results: {output}")
-    report_evaluation(output, source.run_folder)
 
 
 # ---------------------------------------------------------------- its parts
