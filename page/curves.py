@@ -12,7 +12,7 @@ Point = tuple[float, float]  # optimizer step, value
 TITLES = {
     "train/loss val/loss": ("Loss", "nats per token"),
     "train/perplexity val/perplexity": ("Perplexity", "per token"),
-    "val/perplexity_": ("Validation perplexity by kind of token", "per token"),
+    "val/perplexity_": ("Perplexity by kind of token", "per token"),
     "val/exact_match": ("Exact match on the validation rows", "share"),
     "train/learning_rate": ("Learning rate", ""),
     "train/grad_norm": ("Gradient norm", "before clipping"),

@@ -179,14 +179,14 @@ def test_the_curves_are_those_of_the_metrics() -> None:
     charts = {chart.title: chart for chart in charts_of([Logged("run", lines, 4)])}
     assert list(charts) == [
         "Loss",
-        "Validation perplexity by kind of token",
+        "Perplexity by kind of token",
         "Unheard of, training",
     ]
     training, validation = charts["Loss"].curves
     assert training.points == [(1, 4.0), (2, 2.0)] and training.best is None
     assert validation.points == [(4, 0.5), (8, 0.25)] and validation.best == (4, 0.5)
     assert charts["Loss"].is_logarithmic  # from 4 to 0.25
-    assert charts["Validation perplexity by kind of token"].curves[0].label == "equations"
+    assert charts["Perplexity by kind of token"].curves[0].label == "equations"
     # Without a best checkpoint, the lowest loss marks the best.
     [loss, *_] = charts_of([Logged("run", lines, None)])
     assert loss.curves[1].best == (8, 0.25)
