@@ -72,7 +72,7 @@ def draw(chart: Chart, name: str) -> Markup:
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
         axes.set_xlabel("optimizer steps")
-        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(stream, format="svg", transparent=True)
     return _inline(stream.getvalue(), name)
 
 
