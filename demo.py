@@ -98,6 +98,7 @@ def report(run_folder: Path, root: Path = ROOT) -> None:
     for path, what in (
         ("best", "the best checkpoint, a Hugging Face folder"),
         ("last", "the last one, with everything that resuming needs"),
+        ("report.html", "all of it to look at, in a browser"),
         ("metrics.jsonl", "every logged number"),
         ("config.yaml", "the settings as resolved"),
         ("eval/test/predictions.jsonl", "what the model wrote for each problem"),

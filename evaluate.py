@@ -29,7 +29,7 @@ from run.arguments import (
     positive_float,
     positive_int,
 )
-from run.evaluation_modes import check_mode
+from run.evaluation_modes import check_mode, given_flags
 
 TEMPERATURE = 0.7  # the default for samples, as in gsm8k-ScRel's majority votes
 
@@ -87,6 +87,7 @@ from grading.report import comparison_table, evaluation_report
 from grading.rescore import rescore
 from grading.results import CALCULATOR, GREEDY, SAMPLES, CompletionId, folders_of, previous_timing
 from grading.scores_file import Scored, score_predictions, write_all_scores
+from page.write import report_evaluation
 from run.evaluation import Score, evaluation_folder, log_scores
 from run.model_source import Source, resolve_source
 from run.paths import hide_home
@@ -130,9 +131,8 @@ def main(arguments: argparse.Namespace, typed: dict[str, str], *, parts: Parts =
         with writing_into(*folders if here.is_main else ()):
             evaluate(arguments, source, output, here, parts)
         if here.is_main:
-            split = None if arguments.split == "test" else arguments.split
-            flags = {"split": split, "limit": arguments.limit, "output": arguments.output, **typed}
-            flags["config"] = [*arguments.config.layers, None][1]  # a --config FILE
+            report_evaluation(output, source.run_folder)
+            flags = given_flags(arguments, typed)
             for line in next_steps(source.path, output, flags, bool(arguments.samples)):
                 print(line)
 

@@ -56,6 +56,7 @@ from engine.together import parts_of
 from grading.answer_parts import PARTS
 from grading.dataset import Problem, load_problems
 from grading.score import share_correct
+from page.write import report_if_possible
 from run.checkpoint import save_checkpoint, set_damaged_aside
 from run.closing import finish
 from run.files import replace_file
@@ -291,6 +292,7 @@ def main(
             plan.check_trains(config, resume_from, ranks.size)
             together = parts_of(ranks, save_checkpoint, complete) | parts
             train(config, folder, resume_from, Parts(**together))
+            ranks.once(report_if_possible, folder)
 
 
 if __name__ == "__main__":

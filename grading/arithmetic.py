@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
+from typing import NamedTuple
 
 # The text comes from a model, so we limit its number of characters, the nesting of parentheses and
 # the size of numbers. Anything beyond these limits has no value here, and costs no time.
@@ -133,14 +134,35 @@ def _bounded(value: Fraction) -> Fraction:
     return value
 
 
+class Equation(NamedTuple):
+    """An ``<<expression=result>>`` or ``a op b = c`` in a text.
+
+    Attributes:
+        order: where the symbols around it begin. Equations are sorted by this.
+        start, end: where it is in the text. ``48/2 = <<48/2=24>>24`` contains another one.
+        shown: itself, verbatim except for an annotation inside it.
+    """
+
+    order: int
+    start: int
+    end: int
+    shown: str
+    expression: str
+    result: str
+
+    @property
+    def is_true(self) -> bool | None:
+        """See `is_true`."""
+        return is_true(self.expression, self.result)
+
+
 def first_false_equation(text: str) -> str | None:
     """The first ``<<expression=result>>`` or ``a op b = c`` in ``text`` that is false, verbatim.
 
     Text that can't be read as arithmetic is neither true nor false. A result with decimals is true
     if it is the exact value, rounded.
     """
-    found = sorted(_equations(text), key=lambda equation: equation[0])
-    return next((shown for _, shown, left, right in found if is_true(left, right) is False), None)
+    return next((found.shown for found in find_equations(text) if found.is_true is False), None)
 
 
 def equations(text: str) -> list[tuple[str, str]]:
@@ -150,13 +172,17 @@ def equations(text: str) -> list[tuple[str, str]]:
     """
     if annotations := ANNOTATION.findall(text):
         return annotations
-    return [(left, right) for _, _, left, right in sorted(_equations(text))]
+    return [(found.expression, found.result) for found in find_equations(text)]
 
 
-def _equations(text: str) -> Iterator[tuple[int, str, str, str]]:
-    """Each equation's position, the text to display, its left side and its right side."""
+def find_equations(text: str) -> list[Equation]:
+    """All equations in ``text`` and where they are, in order."""
+    return sorted(_equations(text), key=lambda equation: equation.order)
+
+
+def _equations(text: str) -> Iterator[Equation]:
     for match in ANNOTATION.finditer(text):
-        yield match.start(), match[0], match[1], match[2]
+        yield Equation(match.start(), *match.span(), match[0], match[1], match[2])
     # Replaced by spaces of the same length, so that all other positions remain the same.
     plain = ANNOTATION.sub(_blanks, text)
     for line in re.finditer(r"[^\n]+", plain):
@@ -167,8 +193,10 @@ def _equations(text: str) -> Iterator[tuple[int, str, str, str]]:
         for match in _EQUATION.finditer(written):
             left = _LEADING_PUNCTUATION.sub("", match[1])
             if re.search(r"[-+*/]", left[1:]) and not _DANGLING_OPERATOR.match(left):
+                order, end = line.start() + match.start(), line.start() + match.end()
+                start = order + len(match[1]) - len(left)
                 shown = f"{left.strip()} = {match[2]}"
-                yield line.start() + match.start(), shown, left, match[2]
+                yield Equation(order, start, end, shown, left, match[2])
 
 
 def _blanks(match: re.Match[str]) -> str:

@@ -1,6 +1,7 @@
-"""Which flags of evaluate.py can be used together."""
+"""The flags of evaluate.py: which can be used together, and which repeat an evaluation."""
 
 import argparse
+from typing import Any
 
 from run.errors import UserError
 from run.streams import is_one_of_several
@@ -33,3 +34,22 @@ def check_mode(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
         raise UserError(
             "command line: --temperature applies to samples: set their number with --samples K"
         )
+
+
+def given_flags(arguments: argparse.Namespace, typed: dict[str, str]) -> dict[str, Any]:
+    """What a command needs, besides ``--ckpt``, to evaluate the same rows in the same way.
+
+    Args:
+        typed: the settings from the command line.
+
+    Returns:
+        The flags by name without the dashes; None: not needed.
+    """
+    _, *files = arguments.config.layers
+    return {
+        "split": None if arguments.split == "test" else arguments.split,
+        "limit": arguments.limit,
+        "output": arguments.output,
+        **typed,
+        "config": files[0] if files else None,
+    }

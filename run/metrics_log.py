@@ -7,11 +7,11 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from run.errors import UserError, storage_cure
 from run.files import replace_file, sync_open
 from run.manifest import METRICS_FILE
+from run.metrics_file import read_metrics
 from run.tracker import Tracker
 
 LINE_SECONDS = 0.5  # how long another process may take to finish a line of metrics.jsonl
@@ -100,22 +100,12 @@ class NoMetrics:
 
 
 def is_logged(folder: Path, step: int, numbers: Mapping[str, float]) -> bool:
-    """Whether a line of the run's ``metrics.jsonl`` has all of ``numbers`` at ``step``."""
-    try:
-        lines = (folder / METRICS_FILE).read_bytes().splitlines()
-    except OSError:  # MetricsLog reports it
-        return False
+    """Whether a line of the run's ``metrics.jsonl`` has all of ``numbers`` at ``step``.
+
+    Not if it can't be read, which `MetricsLog` reports.
+    """
     expected = numbers | {"step": step}
-    return any(expected.items() <= line.items() for line in map(_parsed, lines))
-
-
-def _parsed(line: bytes) -> dict[str, Any]:
-    """A line of ``metrics.jsonl``; empty if a kill cut it short."""
-    try:
-        content = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return any(expected.items() <= line.items() for line in read_metrics(folder))
 
 
 def _is_kept(line: bytes, resume_step: float) -> bool:

@@ -35,6 +35,7 @@ import train
 from engine.loading import load_model, load_tokenizer
 from engine.tokenizer import Tokenizer
 from grading.dataset import Problem
+from page import write
 from run import config, manifest, training_json
 from run.manifest import LAST, PREVIOUS
 from run.script import run_script
@@ -49,7 +50,7 @@ PROMPT = "Question: {question}\nAnswer:"
 # Processes that a test starts or kills: forked, each in the state of a new one, from a process that
 # has only done the slow imports. Use its Process, or start_method="forkserver" with torch.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["train", "evaluate"])
+processes.set_forkserver_preload(["train", "evaluate", "jinja2", "matplotlib.backends.backend_svg"])
 
 # What GSM8K holds beside plain ASCII, and what has broken other projects.
 PECULIAR = [
@@ -63,6 +64,15 @@ PECULIAR = [
     Problem("七 + 八 = ?", "十五\n#### 15"),
     Problem("#hashes# and 12%?", "#1 is <<12*1=12>>12%\n#### 12"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def no_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets no script in this process write a report, which takes longer than a tiny run.
+
+    The tests of the reports replace this fixture.
+    """
+    monkeypatch.setattr(write, "write_report", lambda *_: "left out in tests")
 
 
 @pytest.fixture(scope="session")

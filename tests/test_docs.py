@@ -18,6 +18,7 @@ import demo
 import evaluate
 import merge
 import perplexity
+import report
 import train
 from run import config, folder
 
@@ -34,6 +35,7 @@ SCRIPTS = {
     "merge.py": merge,
     "augment.py": augment,
 }
+PLAIN_SCRIPTS = {"report.py": report}  # which take no settings
 SETTINGS = {field.name for field in fields(config.Config)}
 POINTER = re.compile(r"`([\w/]+\.py)`, `(\w+)`")  # a file and a function or class in there
 
@@ -53,7 +55,7 @@ def code_spans(text: str) -> list[str]:
 def commands() -> list[str]:
     """Each ``python SCRIPT.py ...`` in a code block or docstring line, once."""
     texts = [code_blocks(document.read_text(encoding="utf-8")) for document in DOCUMENTS]
-    texts += [module.__doc__ for module in (*SCRIPTS.values(), demo)]
+    texts += [module.__doc__ for module in (*SCRIPTS.values(), report, demo)]
     texts += [
         ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
         for path in (ROOT / "benchmarks").glob("*.py")
@@ -79,8 +81,8 @@ def test_shown_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> 
         assert re.search(rf"^{script}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return
     assert (ROOT / script).is_file()
-    if script in SCRIPTS:
-        SCRIPTS[script].read_arguments(arguments)
+    if module := (SCRIPTS | PLAIN_SCRIPTS).get(script):
+        module.read_arguments(arguments)
     else:
         source = (ROOT / script).read_text()
         for flag in re.findall(r"(?<!\S)--[\w-]+", command):
@@ -122,7 +124,7 @@ def test_settings_that_documents_name_exist(document: Path) -> None:
 
 
 def python_files() -> list[Path]:
-    rooms = ("engine", "grading", "run", "benchmarks", "tests")
+    rooms = ("engine", "grading", "page", "run", "benchmarks", "tests")
     return [*ROOT.glob("*.py"), *(path for room in rooms for path in ROOT.glob(f"{room}/**/*.py"))]
 
 
@@ -134,11 +136,11 @@ def test_free_settings_are_those_of_the_reference() -> None:
 
 def test_every_flag_is_in_the_reference(capsys: pytest.CaptureFixture[str]) -> None:
     """Guards against a flag that only the source knows."""
-    for name, script in SCRIPTS.items():
+    for name, script in (SCRIPTS | PLAIN_SCRIPTS).items():
         with pytest.raises(SystemExit):
             script.read_arguments(["--help"])
         flags = set(re.findall(r"(?<!\S)--([a-z][\w-]*)", capsys.readouterr().out))
-        assert flags >= SETTINGS
+        assert flags >= SETTINGS or name in PLAIN_SCRIPTS
         for flag in flags - SETTINGS:
             assert f"`--{flag}" in REFERENCE, (name, flag)
 
@@ -172,7 +174,7 @@ def tracked() -> set[str]:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_that_documents_name_exist(document: Path) -> None:
     """Guards against a pointer to a file that has moved: `engine/optimizer.py`, `run/`."""
-    rooms = "engine|grading|run|benchmarks|tests|docs|recipes"
+    rooms = "engine|grading|page|run|benchmarks|tests|docs|recipes"
     for span in code_spans(document.read_text(encoding="utf-8")):
         if re.fullmatch(rf"(?:{rooms})/(?:[\w/]+\.\w+|[\w/]*)|\w+\.py", span):
             assert (ROOT / span).exists(), span

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("engine", "grading", "run")
-SCRIPTS = {"train", "evaluate", "perplexity", "merge", "augment", "demo"}
+ROOMS = ("engine", "grading", "page", "run")
+SCRIPTS = {"train", "evaluate", "perplexity", "merge", "augment", "demo", "report"}
 # What of `run` has no memory, and so may serve a room that computes.
 FORGETFUL = {"run.errors", "run.files", "run.paths", "run.progress_bar"}
 LONGEST_CHAIN = 5
@@ -58,11 +58,16 @@ def broken_rules(imports: Imports) -> list[str]:
             rules = {
                 "scripts are imported by nobody": other in SCRIPTS,
                 "engine computes": room == "engine"
-                and (other in ("grading", "data") or (other == "run" and target not in FORGETFUL)),
+                and (
+                    other in ("grading", "data", "page")
+                    or (other == "run" and target not in FORGETFUL)
+                ),
                 "grading never imports torch": room == "grading"
+                and other in ("torch", "transformers", "engine", "data", "page"),
+                "page shows without computing": room == "page"
                 and other in ("torch", "transformers", "engine", "data"),
                 "run imports neither of the others": room == "run"
-                and other in ("engine", "grading", "data", "standin"),
+                and other in ("engine", "grading", "data", "page", "standin"),
                 "engine.cpu and engine.cuda have one door": package
                 in (["engine", "cpu"], ["engine", "cuda"])
                 and module != "engine.device"
@@ -112,6 +117,9 @@ def test_imports_have_no_cycle_and_no_long_chain() -> None:
         ("run/config.py", "from engine.memory import free_bytes"),
         ("run/config.py", "def f():\n    from grading import rules"),
         ("run/config.py", "import train"),
+        ("run/config.py", "from page.write import write_report"),
+        ("page/write.py", "import torch"),
+        ("page/write.py", "from engine.packing import pack"),
     ],
 )
 def test_a_wrong_import_is_found(tmp_path: Path, module: str, line: str) -> None:
@@ -134,10 +142,11 @@ def test_a_cycle_and_a_long_chain_are_found() -> None:
     assert len(longest_chain(links)) - 1 == 6
 
 
-def test_grading_loads_no_torch() -> None:
+def test_grading_and_page_load_no_torch() -> None:
     """Guards against torch that comes in behind another import."""
-    modules = sorted(name for name in read_imports(ROOT) if name.startswith("grading"))
-    code = f"import sys, {', '.join(modules)}; assert 'torch' not in sys.modules"
+    modules = sorted(name for name in read_imports(ROOT) if name.startswith(("grading", "page")))
+    heavy = {"torch", "jinja2", "matplotlib", "scipy"}  # a start must not wait for a report's
+    code = f"import sys, {', '.join(modules)}; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

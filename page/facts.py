@@ -1,0 +1,129 @@
+"""What a page says about a run in words: its recipe, its epochs, its settings."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from page.curves import in_words, series_of
+from run.paths import hide_home
+
+Metrics = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The words at the head of a page.
+
+    Attributes:
+        about: pairs of a label and a text, such as ``Model`` and its name.
+        best: pairs of a label and a number, of the best checkpoint.
+    """
+
+    about: list[tuple[str, str]]
+    best: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Epochs:
+    """The validations of a run as a table.
+
+    Attributes:
+        columns: the names of the numbers.
+        rows: epoch, optimizer step, the numbers, and whether this is the best checkpoint.
+    """
+
+    columns: list[str]
+    rows: list[tuple[str, int, list[str], bool]]
+
+
+def facts_of(
+    settings: Mapping[str, Any],
+    best: Mapping[str, Any],
+    metrics: Metrics,
+    evaluation: Mapping[str, Any],
+) -> Facts:
+    """What is known of a run.
+
+    Args:
+        settings: of its checkpoint; empty if unknown.
+        best: ``training.json`` of the best checkpoint; empty if there is none.
+        metrics: the lines of ``metrics.jsonl``.
+        evaluation: the identity of its predictions; empty if there is none.
+    """
+    about = []
+    if checkpoint := evaluation.get("checkpoint"):
+        about.append(("Checkpoint", str(checkpoint)))
+    about += [
+        (title, str(settings[key]))
+        for key, title in (("model", "Model"), ("dataset", "Data set"), ("method", "Method"))
+        if key in settings
+    ]
+    recipe = [
+        words.format(settings[key]).replace("e-0", "e-")
+        for key, words in (
+            ("epochs", "{} epochs"),
+            ("batch_size", "batches of {}"),
+            ("learning_rate", "learning rate {:g}"),
+            ("dtype", "{}"),
+        )
+        if key in settings
+    ]
+    if recipe:
+        about.append(("Recipe", ", ".join(recipe)))
+    speeds = [value for _, value in series_of(metrics, "train/tokens_per_second")]
+    if speeds:
+        about.append(("Throughput", f"{median(speeds):,.0f} tokens per second"))
+    numbers = [
+        (title, _four_digits(best[key]))
+        for key, title in (
+            ("epoch", "best epoch"),
+            ("validation_loss", "validation loss"),
+            ("validation_perplexity", "perplexity"),
+        )
+        if isinstance(best.get(key), int | float)
+    ]
+    return Facts([(label, hide_home(text)) for label, text in about], numbers)
+
+
+def epochs_of(metrics: Metrics, best_step: float | None) -> Epochs:
+    """One row per validation, with every number that it logged."""
+    lines = {
+        line["step"]: line
+        for line in metrics
+        if isinstance(line.get("step"), int) and any(name.startswith("val/") for name in line)
+    }
+    names = list(
+        dict.fromkeys(name for line in lines.values() for name in line if name.startswith("val/"))
+    )
+    rows = [
+        (
+            _four_digits(line.get("epoch")),
+            step,
+            [_four_digits(line.get(name)) for name in names],
+            step == best_step,
+        )
+        for step, line in sorted(lines.items())
+    ]
+    return Epochs([in_words(name) for name in names], rows)
+
+
+def settings_of(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str], bool]]:
+    """Each setting, its value in each run, and whether these differ."""
+    names = dict.fromkeys(name for settings in runs for name in settings)
+    return [
+        (name, values, len(set(values)) > 1) for name in names if (values := _values(runs, name))
+    ]
+
+
+def _values(runs: Sequence[Mapping[str, Any]], name: str) -> list[str]:
+    return [
+        ("null" if settings[name] is None else hide_home(str(settings[name])))
+        if name in settings
+        else "–"
+        for settings in runs
+    ]
+
+
+def _four_digits(value: object) -> str:
+    return f"{value:,.4g}" if isinstance(value, int | float) else "–"

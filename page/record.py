@@ -1,0 +1,148 @@
+"""What the folder of a run has to show. Any file may be missing, as in old and unfinished runs."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from grading.results import (
+    IDENTITY_FILE,
+    PREDICTIONS_FILE,
+    SCORES_FILE,
+    read_predictions,
+    read_scores,
+)
+from run.errors import UserError
+from run.manifest import BEST, DESCRIPTION_FILE, FINISHED_FILE, LAST
+from run.metrics_file import read_metrics
+
+EVALUATIONS = "eval"  # the folder of a run's evaluations
+FIRST_SHOWN = ("test", "validation")  # if no evaluation is named
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Greedy predictions.
+
+    Attributes:
+        name: of its folder, such as ``test`` or ``last-test``.
+        rows: one per problem, in the order of their ids.
+        scores: the content of ``scores.json``; empty if there is none.
+        num_problems: how many were asked, which is more than there are rows if it is unfinished.
+        damaged: how many lines of the file are not predictions.
+    """
+
+    name: str
+    rows: list[dict[str, Any]]
+    scores: Mapping[str, Any]
+    num_problems: int
+    damaged: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """What there is of a run.
+
+    Attributes:
+        name: the run's, or that of a folder of predictions.
+        metrics: the lines of ``metrics.jsonl``.
+        best: ``training.json`` of the best checkpoint, or empty.
+        description: the same, or that of the newest checkpoint if there is no best one.
+        evaluation: the one to show; None if there is none.
+        exact_match: of every evaluation of the run, by the name of its folder; None if it has no
+            ``scores.json`` yet.
+    """
+
+    name: str
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    best: Mapping[str, Any] = field(default_factory=dict)
+    description: Mapping[str, Any] = field(default_factory=dict)
+    evaluation: Evaluation | None = None
+    exact_match: Mapping[str, float | None] = field(default_factory=dict)
+
+
+def read_record(folder: Path, split: str | None) -> Record:
+    """Read the folder of a run, or a folder that contains a ``predictions.jsonl``.
+
+    Args:
+        split: the evaluation to show, by the name of its folder under ``eval``. None: ``test``,
+            or else another one that there is.
+
+    Raises:
+        UserError: there is nothing to show, or no such evaluation.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is not a folder: name a run's, such as checkpoints/RUN_NAME")
+    if (folder / PREDICTIONS_FILE).is_file():
+        return _read_predictions_only(folder, split)
+    metrics = read_metrics(folder)
+    found = sorted(file.parent.name for file in folder.glob(f"{EVALUATIONS}/*/{PREDICTIONS_FILE}"))
+    if not metrics and not found:
+        raise UserError(
+            f"{folder}: has neither metrics.jsonl nor {EVALUATIONS}/SPLIT/{PREDICTIONS_FILE}: "
+            "name the folder of a run, such as checkpoints/RUN_NAME"
+        )
+    if split is not None and split not in found:
+        there = f"there is {', '.join(found)}" if found else "evaluate it first"
+        raise UserError(
+            f"--split {split}: {folder / EVALUATIONS / split} has no {PREDICTIONS_FILE}: {there}"
+        )
+    name = split or next((name for name in (*FIRST_SHOWN, *found) if name in found), None)
+    best = _description(folder / BEST / DESCRIPTION_FILE)
+    newest = _description(folder / LAST / DESCRIPTION_FILE) or _description(folder / FINISHED_FILE)
+    return Record(
+        name=folder.resolve().name,
+        metrics=metrics,
+        best=best,
+        description=best or newest,
+        evaluation=name and read_evaluation(folder / EVALUATIONS / name),
+        exact_match={name: _exact_match(folder / EVALUATIONS / name) for name in found},
+    )
+
+
+def _read_predictions_only(folder: Path, split: str | None) -> Record:
+    """A `Record` of a folder outside any run."""
+    evaluation = read_evaluation(folder)
+    known = evaluation.scores.get("split")
+    if split not in (None, known, evaluation.name):
+        raise UserError(
+            f"--split {split}: {folder / PREDICTIONS_FILE} is of {known or 'an unknown split'}: "
+            "leave --split out, or name the folder of a run"
+        )
+    path = folder.resolve()
+    # As evaluate.py names the folder of a model outside any run: NAME/eval/SPLIT.
+    model = path.parents[1].name if path.parent.name == EVALUATIONS else path.name
+    return Record(name=model, evaluation=evaluation)
+
+
+def read_evaluation(folder: Path) -> Evaluation:
+    """Read the predictions in ``folder``, which may still be growing."""
+    damaged: list[int] = []
+    rows = read_predictions(folder / PREDICTIONS_FILE, drop_cut_line=True, damaged=damaged)
+    by_id: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        by_id.setdefault(row["id"], row)  # the first sample, where there are several
+    scores = read_scores(folder / SCORES_FILE)
+    identity = scores or read_scores(folder / IDENTITY_FILE)
+    return Evaluation(
+        name=folder.resolve().name,
+        rows=[by_id[number] for number in sorted(by_id)],
+        scores=identity,
+        num_problems=max(identity.get("num_problems", 0), len(by_id)),
+        damaged=len(damaged),
+    )
+
+
+def _exact_match(folder: Path) -> float | None:
+    share = read_scores(folder / SCORES_FILE).get("exact_match")
+    return share if isinstance(share, float) else None
+
+
+def _description(file: Path) -> dict[str, Any]:
+    """A ``training.json``; empty if it is missing or damaged, since the rest can still be shown."""
+    try:
+        content = json.loads(file.read_bytes())
+        return content if isinstance(content["settings"], dict) else {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}

@@ -1,0 +1,118 @@
+"""The scores of a page, each with its interval."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from grading.mistakes import analyse
+from grading.rules import RULES, grade_row
+from grading.score import wilson_interval
+
+RULE_NAMES = {
+    "openai": ("OpenAI", "the headline: the first #### NUMBER"),
+    "lm_eval_strict": ("lm-eval strict-match", "the first #### NUMBER, before another question"),
+    "lm_eval_flexible": ("lm-eval flexible-extract", "the last number, in whatever form"),
+}
+MISTAKES = {
+    "arithmetic": "an equation is false",
+    "reasoning": "all arithmetic is right, but not the result",
+    "format": "the number is right, in a form that the headline rule does not accept",
+    "cut": "stopped at max_new_tokens",
+}
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many of some problems are right.
+
+    Attributes:
+        title, meaning: of these problems, or of the rule by which they are right.
+    """
+
+    title: str
+    meaning: str
+    num_correct: int
+    num_problems: int
+
+    @property
+    def value(self) -> float:
+        return self.num_correct / self.num_problems
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval."""
+        return wilson_interval(self.num_correct, self.num_problems)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of an evaluation.
+
+    Attributes:
+        rules: by each rule, the headline first.
+        mistakes: label, meaning and count; the count is None where no row has a ``stop``.
+        by_steps, by_words: the accuracy by steps of the gold answer, and by words of the question.
+        disagree: on how many problems the rules disagree.
+        calculator: its exact match, how many problems it won and lost, and the p-value; or None.
+        samples: k, maj@k and pass@k, for each k that was scored.
+    """
+
+    rules: list[Share]
+    mistakes: list[tuple[str, str, int | None]]
+    by_steps: list[Share]
+    by_words: list[Share]
+    disagree: int
+    calculator: tuple[float, int, int, float] | None
+    samples: list[tuple[str, float, float]]
+
+    @property
+    def headline(self) -> Share:
+        return self.rules[0]
+
+
+def scores_of(rows: Sequence[Mapping[str, Any]], recorded: Mapping[str, Any]) -> Scores:
+    """Score ``rows``, which need not be all that were asked.
+
+    Args:
+        recorded: the content of ``scores.json``, for what is not in the rows.
+    """
+    verdicts = [grade_row(row) for row in rows]
+    analysis = analyse(rows)
+    return Scores(
+        rules=[
+            Share(*RULE_NAMES[name], sum(verdict.by_rule[name] for verdict in verdicts), len(rows))
+            for name in RULES
+        ],
+        mistakes=[(name, MISTAKES[name], count) for name, count in analysis["errors"].items()],
+        by_steps=_shares(analysis["by_steps"]),
+        by_words=_shares(analysis["by_question_words"]),
+        disagree=len(analysis["rules_disagree"]),
+        calculator=_calculator(recorded),
+        samples=_samples(recorded),
+    )
+
+
+def _calculator(recorded: Mapping[str, Any]) -> tuple[float, int, int, float] | None:
+    """What ``scores.json`` says of decoding with the calculator; None if it is not all there."""
+    try:
+        found = recorded["calculator"]
+        changed = len(found["won"]), len(found["lost"])
+        return float(found["exact_match"]), *changed, float(found["p_value"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _samples(recorded: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """What ``scores.json`` says of samples; nothing if it is not all there."""
+    try:
+        voted, passed = (recorded["samples"][name] for name in ("maj_at", "pass_at"))
+        return [(str(k), float(share), float(passed[k])) for k, share in voted.items()]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return []
+
+
+def _shares(counts: Mapping[str, Mapping[str, int]]) -> list[Share]:
+    return [
+        Share(kind, "", count["num_correct"], count["num_problems"])
+        for kind, count in counts.items()
+    ]

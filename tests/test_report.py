@@ -1,0 +1,469 @@
+"""The report: what it shows is so, and nothing in it can act."""
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import made_up
+import matplotlib
+import pytest
+from conftest import flags, run_folder
+
+import evaluate
+import report
+import train
+from grading.compare import compare
+from page import write
+from page.curves import Logged, charts_of
+from page.plot import draw, number
+from page.problems import choices_of, entries_of
+from page.text import LONGEST, checked, visible
+
+KINDS = ["right", "arithmetic", "right", "reasoning", "format", "cut", "flexible", "right"]
+OTHER_KINDS = ["right", "right", "reasoning", "right", "format", "cut", "flexible", "right"]
+
+
+@pytest.fixture(autouse=True)
+def no_reports() -> None:
+    """Here reports are written."""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return made_up.make_run(tmp_path / "first", made_up.rows_of(KINDS))
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    rows = made_up.rows_of(OTHER_KINDS)
+    return made_up.make_run(tmp_path / "second", rows, learning_rate=1e-5)
+
+
+class Page(HTMLParser):
+    """The elements of a page with their attributes, and its text."""
+
+    def __init__(self, file: Path):
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self._inside: list[str] = []
+        words: list[str] = []
+        self._words = words
+        self.feed(file.read_text(encoding="utf-8"))
+        self.text = " ".join(" ".join(words).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._inside = [tag] if tag in ("script", "style") else []
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = []
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == ["script"]:
+            self.scripts.append(data)
+        elif not self._inside:
+            self._words.append(data)
+
+    def ids(self) -> list[str]:
+        return [attributes["id"] for _, attributes in self.elements if "id" in attributes]
+
+
+def page_of(*folders: Path, split: str | None = None) -> Page:
+    return Page(write.write_report(folders, split))
+
+
+# ---------------------------------------------------------------- when it is written
+
+
+def test_training_and_evaluation_leave_a_report(call, settings: dict[str, str]) -> None:
+    """Guards against a report that is not there, or is of another evaluation than it says."""
+    folder = run_folder(settings)
+    outcome = call(train, *flags(settings | {"epochs": "1"}))
+    assert outcome.code == 0 and f"report: {folder / 'report.html'}\n" in outcome.out
+    assert "problems" not in Page(folder / "report.html").ids()
+    best = str(folder / "best")
+    outcome = call(evaluate, "--ckpt", best, "--limit", "5", "--verify-batching", "0")
+    assert outcome.code == 0 and f"report: {folder / 'report.html'}\n" in outcome.out
+    page = Page(folder / "report.html")
+    assert {"training", "problems", "problem-0", "problem-4"} <= set(page.ids())
+    before = (folder / "report.html").read_bytes()
+    other = ["--limit", "3", "--verify-batching", "0"]
+    outcome = call(evaluate, "--ckpt", best, "--split", "validation", *other)
+    assert f"report: {folder / 'report-validation.html'}\n" in outcome.out
+    assert (folder / "report.html").read_bytes() == before
+    assert "exact match, validation" in Page(folder / "report-validation.html").text
+    # Outside the run's own folder it is beside the predictions.
+    elsewhere = folder.parent / "elsewhere"
+    outcome = call(evaluate, "--ckpt", best, "--output", str(elsewhere), *other)
+    assert f"report: {elsewhere / 'report.html'}\n" in outcome.out
+    assert (folder / "report.html").read_bytes() == before
+
+
+def test_no_report_is_no_failure(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a finished run that ends in an error because of its report."""
+    (run / "report.html").mkdir()
+    write.report_if_possible(run)
+    assert re.fullmatch(r"no report: .*report.html: can't be written \(Is a directory\).*\n",
+                        capsys.readouterr().out)  # fmt: skip
+    (run / "report.html").rmdir()
+    monkeypatch.setattr(write, "render", lambda _: 1 / 0)
+    write.report_if_possible(run)
+    assert capsys.readouterr().out == "no report: ZeroDivisionError: division by zero\n"
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    write.report_if_possible(run)
+    assert "no report: a report needs the package matplotlib: pip" in capsys.readouterr().out
+    assert not (run / "report.html").exists()
+
+
+def test_samples_alone_have_no_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train" / "samples").mkdir(parents=True)
+    write.report_evaluation(tmp_path / "train", None)
+    assert capsys.readouterr().out == ""
+
+
+# ---------------------------------------------------------------- what it shows
+
+
+def test_the_scores_are_those_of_the_evaluation(run: Path) -> None:
+    scores = json.loads((run / "eval" / "test" / "scores.json").read_text())
+    text = page_of(run).text
+    low, high = scores["ci95"]
+    assert (
+        f"exact match, test {scores['exact_match']:.1%} 95 % interval {low:.1%} – {high:.1%}"
+        in text
+    )
+    for rule, title in (
+        ("lm_eval_strict", "strict-match"),
+        ("lm_eval_flexible", "flexible-extract"),
+    ):
+        assert re.search(rf"{title} [^%]* {scores['rules'][rule]:.1%} ", text), rule
+    for label, count in scores["errors"].items():
+        assert re.search(rf"{label} [a-z_ ,]+ {count} ", text), label
+    for steps, count in scores["by_steps"].items():
+        assert f" {steps} {count['num_correct'] / count['num_problems']:.1%} " in text, steps
+
+
+def test_other_scores_are_shown(run: Path) -> None:
+    scores = {
+        "calculator": {"exact_match": 0.625, "won": [1, 4], "lost": [0], "p_value": 0.25},
+        "samples": {"maj_at": {"1": 0.5, "4": 0.75}, "pass_at": {"1": 0.55, "4": 0.875}},
+    }
+    made_up.write_predictions(run / "eval" / "test", made_up.rows_of(KINDS), **scores)
+    made_up.write_predictions(run / "eval" / "validation", made_up.rows_of(OTHER_KINDS))
+    text = page_of(run).text
+    assert "With the calculator: 62.5% , 2 problems won and 1 lost, p = 0.25." in text
+    assert "1 50.0% 55.0% 4 75.0% 87.5%" in text
+    assert "All evaluations: test 37.5%, validation 50.0%." in text
+
+
+def test_the_curves_are_those_of_the_metrics() -> None:
+    lines = [
+        {"step": 2, "train/loss": 3.0, "train/unheard_of": 7.0},
+        {"step": 1, "train/loss": 4.0, "train/unheard_of": 6.0},
+        {"step": 2, "train/loss": 2.0},  # written again after a resume
+        {"step": 3, "train/loss": float("nan")},
+        {"step": 4, "train/loss": "high", "val/loss": 0.5, "val/perplexity_equations": 1.5},
+        {"step": 8, "val/loss": 0.25, "val/perplexity_equations": 1.25},
+        {"eval/exact_match": 0.5, "step": 8},
+    ]
+    charts = {chart.title: chart for chart in charts_of([Logged("run", lines, 4)])}
+    assert list(charts) == [
+        "Loss",
+        "Perplexity by kind of token",
+        "Unheard of, training",
+    ]
+    training, validation = charts["Loss"].curves
+    assert training.points == [(1, 4.0), (2, 2.0)] and training.best is None
+    assert validation.points == [(4, 0.5), (8, 0.25)] and validation.best == (4, 0.5)
+    assert charts["Loss"].is_logarithmic  # from 4 to 0.25
+    assert charts["Perplexity by kind of token"].curves[0].label == "equations"
+    # Without a best checkpoint, the lowest loss marks the best.
+    [loss, *_] = charts_of([Logged("run", lines, None)])
+    assert loss.curves[1].best == (8, 0.25)
+
+
+def test_two_runs_share_their_charts() -> None:
+    both = [Logged(name, made_up.metrics(), 24) for name in ("one", "two")]
+    charts = charts_of(both)
+    assert [curve.label for curve in charts[0].curves] == [
+        "one, training", "one, validation", "two, training", "two, validation",
+    ]  # fmt: skip
+    assert [curve.is_dashed for curve in charts[0].curves] == [False, False, True, True]
+    rate = next(chart for chart in charts if chart.title == "Learning rate")
+    assert [curve.colour for curve in rate.curves] == [1, 2]
+
+
+def test_a_drawing_has_all_points_and_takes_its_colours_from_the_page() -> None:
+    chart = charts_of([Logged("run", made_up.metrics(), 24)])[0]
+    svg = str(draw(chart, "one"))
+    assert "#0102" not in svg and "var(--curve-1)" in svg and "optimizer steps</text>" in svg
+    # Each validation is a dot, and the best one a ring as well.
+    assert len(re.findall(r"<use [^>]*var\(--curve-2\)", svg)) == len(made_up.LOSSES) + 1
+    assert set(re.findall(r'id="([^"]+)"', svg)) == set(re.findall(r'(?<=#)one-[^")]+', svg))
+    assert not set(re.findall(r'id="([^"]+)"', svg)) & set(
+        re.findall(r'id="([^"]+)"', draw(chart, "two"))
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.5, "0.5"), (12000, "12,000"), (2e-5, "2e-5"), (0, "0"), (1e-10, "1e-10")],
+)
+def test_numbers_of_axes_are_short(value: float, shown: str) -> None:
+    assert number(value) == shown
+
+
+@pytest.mark.parametrize("missing", ["eval", "metrics.jsonl", "best", "settings", "stop and steps"])
+def test_what_is_missing_is_left_out(run: Path, missing: str) -> None:
+    """Guards against an old or unfinished run that can't be looked at."""
+    if missing == "settings":
+        (run / "best" / "training.json").write_text('{"step": 1')
+    elif missing == "stop and steps":
+        keys = ("id", "gold", "completion")
+        rows = [{key: row[key] for key in keys} for row in made_up.rows_of(KINDS)]
+        (run / "eval" / "test" / "predictions.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
+    elif (run / missing).is_dir():
+        shutil.rmtree(run / missing)
+    else:
+        (run / missing).unlink()
+    page = page_of(run)
+    assert ("problems" in page.ids()) == (missing != "eval")
+    assert ("training" in page.ids()) == (missing != "metrics.jsonl")
+    assert ("settings" in page.ids()) == (missing not in ("best", "settings"))
+    if missing == "stop and steps":
+        assert "cut stopped at max_new_tokens unknown" in page.text
+
+
+@pytest.mark.parametrize("scores", ["[]", "{", '{"calculator": {}, "samples": [1]}'])
+def test_damaged_scores_cost_only_themselves(run: Path, scores: str) -> None:
+    (run / "eval" / "test" / "scores.json").write_text(scores)
+    text = page_of(run).text
+    assert "exact match, test 37.5%" in text and "With the calculator" not in text
+
+
+def test_an_evaluation_that_goes_on_is_shown_so_far(run: Path) -> None:
+    file = run / "eval" / "test" / "predictions.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([*lines[:3], "garbage\n", *lines[3:6], lines[6][:20]]))
+    (run / "metrics.jsonl").write_text('{"step": 1, "train/loss": 1.0}\n{"step": 2, "tr')
+    text = page_of(run).text
+    assert "Unfinished: 6 of 8 problems so far." in text
+    assert "1 damaged lines of predictions.jsonl are left out." in text
+
+
+def test_a_folder_of_predictions_is_enough(tmp_path: Path) -> None:
+    folder = tmp_path / "some-model" / "eval" / "test"
+    made_up.write_predictions(folder, made_up.rows_of(KINDS))
+    page = page_of(folder)
+    assert (folder / "report.html").is_file()
+    assert page.text.startswith("some-model: report") and "problem-7" in page.ids()
+
+
+# ---------------------------------------------------------------- completions
+
+
+@pytest.mark.parametrize(
+    ("completion", "shown"),
+    [
+        ("It is <<1+1=2>>2", 'It is <span class="true">&lt;&lt;1+1=2&gt;&gt;</span>2'),
+        (
+            "1+1=<<1+1=3>>3.",
+            '<span class="false">1+1=&lt;&lt;1+1=3&gt;&gt;3</span>'
+            '<em class="value">false: it is 2</em>.',
+        ),
+        (
+            "1/3 = <<1/3=0.33>>0.34",  # only the number after the annotation is false
+            '<span class="false">1/3 = </span><span class="true">&lt;&lt;1/3=0.33&gt;&gt;</span>'
+            '<span class="false">0.34</span><em class="value">false: it is 0.333333</em>',
+        ),
+        ("half of x = 3", "half of x = 3"),
+        ("#### 5", '<span class="answer">#### 5</span>'),
+        (
+            "#### 1\nQuestion: 1+1=3",
+            '<span class="answer">#### 1</span>\n<span class="ignored">Question: 1+1=3</span>',
+        ),
+    ],
+)
+def test_equations_and_answers_are_marked(completion: str, shown: str) -> None:
+    assert checked(completion, correct=False) == shown
+
+
+def test_a_right_answer_is_marked_as_such() -> None:
+    assert checked("#### 5", correct=True) == '<span class="answer right">#### 5</span>'
+
+
+@pytest.mark.parametrize("length", [LONGEST - 3, LONGEST, LONGEST + 1, 10**5])
+def test_nothing_of_a_completion_is_lost(length: int) -> None:
+    """Guards against text that vanishes between two marks, and a file without bounds."""
+    text = ("so 2+2=5, and <<3*3=9>>9 & <b>\n" * (length // 20))[:length]
+    shown = re.sub(r"<em.*?</em>", "", checked(text, correct=False))
+    assert re.sub("<[^>]+>", "", shown).replace("&lt;", "<").replace("&gt;", ">").replace(
+        "&amp;", "&"
+    ) == text[:LONGEST]  # fmt: skip
+    assert (f"{length - LONGEST:,} more characters" in checked(text, correct=False)) == (
+        length > LONGEST
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\u202e", '<code title="RIGHT-TO-LEFT OVERRIDE">U+202E</code>'),
+        ("\x1b[", '<code title="control character">U+001B</code>['),
+        ("\ud800", '<code title="control character">U+D800</code>'),
+        ("a\u200b\u00a0b", 'a<code title="ZERO WIDTH SPACE">U+200B</code>'
+         '<code title="NO-BREAK SPACE">U+00A0</code>b'),
+        ("a\n\tb é 七 €", "a\n\tb é 七 €"),
+    ],
+)  # fmt: skip
+def test_what_is_invisible_is_shown(text: str, shown: str) -> None:
+    assert visible(text) == shown
+
+
+# ---------------------------------------------------------------- two runs
+
+
+def test_two_runs_show_what_was_won_and_lost(run: Path, other: Path) -> None:
+    rows = made_up.rows_of(KINDS), made_up.rows_of(OTHER_KINDS)
+    expected = compare(*rows, ("first", "second"))
+    entries = entries_of(rows)
+    assert [entry.number for entry in entries if entry.change == "won"] == expected.won == [1, 3]
+    assert [entry.number for entry in entries if entry.change == "lost"] == expected.lost == [2]
+    page = page_of(run, other)
+    assert (other / "report-against-first.html").is_file() and not (other / "report.html").exists()
+    assert f"Won {len(expected.won)} , lost {len(expected.lost)}" in page.text
+    assert f"(McNemar) {expected.p_value:.3g}: chance may well" in page.text
+    assert "learning_rate 2e-05 1e-05" in page.text and "settings, 1 of which differ" in page.text
+
+
+def test_filters_count_what_they_find() -> None:
+    rows = made_up.rows_of(KINDS), made_up.rows_of([*OTHER_KINDS, "cut"])
+    entries = entries_of(rows)
+    for _, options in choices_of(entries, ("one", "two")):
+        for tag, _, count in options:
+            assert sum(tag in entry.tags for entry in entries) == count > 0
+    assert entries[8].answers[0] is None and entries[8].change is None
+
+
+def test_runs_of_one_name_are_told_apart(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "copies").mkdir()
+    shutil.copytree(run, tmp_path / "copies" / "first")
+    assert page_of(run, tmp_path / "copies" / "first").text.startswith(
+        "first (first) and first (second): report"
+    )
+
+
+# ---------------------------------------------------------------- what it must not do
+
+
+def test_nothing_that_a_model_wrote_can_act(tmp_path: Path) -> None:
+    """Guards against text that is not escaped, in any place that text can come from."""
+    attack = "\"'><script>x</script><img src=x onerror=x>\u202e"
+    rows = made_up.rows_of(KINDS, hostile=3)
+    rows[1] |= {"label": attack, "answer": attack, "steps": attack, "stop": attack}
+    run = made_up.make_run(tmp_path / "run", rows, model=attack, **{attack: attack})
+    scores = json.loads((run / "eval" / "test" / "scores.json").read_text())
+    (run / "eval" / "test" / "scores.json").write_text(
+        json.dumps(scores | {"checkpoint": attack, "split": attack})
+    )
+    with (run / "metrics.jsonl").open("a") as metrics:
+        for step in (1, 2):
+            metrics.write(json.dumps({"step": step, f"val/{attack}": 1.0, "epoch": attack}) + "\n")
+    hostile = tmp_path / "<script>x<"
+    run.rename(hostile)
+    page = page_of(hostile)
+    tags = [tag for tag, _ in page.elements]
+    assert tags.count("script") == 1 and "img" not in tags and "iframe" not in tags
+    for tag, attributes in page.elements:
+        assert not any(name.startswith("on") for name in attributes), (tag, attributes)
+        for name in ("href", "xlink:href", "src", "action"):
+            link = attributes.get(name) or "#"
+            assert link.startswith("#") or (tag, link) == ("link", "data:,"), (tag, link)
+    [policy] = [
+        attributes["content"]
+        for _, attributes in page.elements
+        if attributes.get("http-equiv") == "Content-Security-Policy"
+    ]
+    digest = base64.b64encode(hashlib.sha256("".join(page.scripts).encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in policy
+    assert page.text.isprintable()
+    assert "<script>document.title='pwned'</script></script>" in page.text
+
+
+def test_no_home_folder_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "alice"))
+    places = {"model": str(tmp_path / "alice" / "llama"), "output_dir": f"{tmp_path}/alice/runs"}
+    run = made_up.make_run(tmp_path / "alice" / "runs" / "run", made_up.rows_of(KINDS), **places)
+    page = page_of(run)
+    assert "~/llama" in page.text and "~/runs" in page.text
+    assert "alice" not in (run / "report.html").read_text()
+
+
+def test_the_same_files_give_the_same_bytes(run: Path, tmp_path: Path) -> None:
+    """Guards against the time, the user's settings of matplotlib or the order of a set in it."""
+    first = write.write_report([run]).read_bytes()
+    with matplotlib.rc_context({"lines.linewidth": 9, "font.size": 30, "svg.hashsalt": "other"}):
+        copy = shutil.copytree(run, tmp_path / "elsewhere" / run.name)
+        (copy / "report.html").unlink()
+        assert write.write_report([copy]).read_bytes() == first
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        (["--run", "nowhere"], ["nowhere", "is not a folder"]),
+        (["--run", "empty"], ["empty", "neither metrics.jsonl nor", "checkpoints/RUN_NAME"]),
+        (["--run", "first", "--split", "train"], ["--split train", "there is test"]),
+        (["--run", "first/eval/test", "--split", "train"], ["--split train", "is of test"]),
+        (["--run", "first", "first", "first"], ["names 3 folders"]),
+        (["--run", "first", "--output", "notes.txt"], ["notes.txt", "is not a report", "--output"]),
+        (["--run", "first", "--output", "none/a.html"], ["none/a.html", "--output"]),
+        (["--run", "first", "other-data"], ["first and other-data", "id 0 has the question"]),
+    ],
+)
+def test_what_can_not_be_shown_is_refused(
+    call: Any,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    fragments: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    rows = [row | {"question": "Another?"} for row in made_up.rows_of(KINDS)]
+    made_up.write_predictions(tmp_path / "other-data", rows)
+    call(report, *arguments).assert_user_error(*fragments)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert not list(tmp_path.rglob("*.html"))
+
+
+def test_a_report_is_written_where_it_is_asked_for(call: Any, run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a report.html"
+    for _ in range(2):  # the second one replaces the first
+        outcome = call(report, "--run", str(run), "--output", str(file))
+        assert outcome.code == 0 and outcome.out == f"report: {file}\n"
+    assert "problem-0" in Page(file).ids()
+
+
+def test_a_fault_of_ours_is_not_hidden(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against `report.py` that blames a package for any missing module."""
+    monkeypatch.setattr(write, "render", lambda _: __import__("no_such_module"))
+    with pytest.raises(ModuleNotFoundError):
+        write.write_report([run])
