@@ -16,10 +16,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         lines = (folder / METRICS_FILE).read_bytes().splitlines()
     except OSError:
         return []
-    return [content for line in lines if (content := _parsed(line))]
+    return [content for line in lines if (content := parsed_line(line))]
 
 
-def _parsed(line: bytes) -> dict[str, Any]:
+def parsed_line(line: bytes) -> dict[str, Any]:
     """A line of ``metrics.jsonl``; empty if a kill cut it short."""
     try:
         content = json.loads(line)

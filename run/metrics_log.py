@@ -11,7 +11,7 @@ from pathlib import Path
 from run.errors import UserError, storage_cure
 from run.files import replace_file, sync_open
 from run.manifest import METRICS_FILE
-from run.metrics_file import read_metrics
+from run.metrics_file import parsed_line, read_metrics
 from run.tracker import Tracker
 
 LINE_SECONDS = 0.5  # how long another process may take to finish a line of metrics.jsonl
@@ -40,7 +40,7 @@ class MetricsLog:
             kept = [line for line in lines if not alone or _is_kept(line, resume_step)]
             if len(kept) < len(lines):
                 replace_file(file, b"".join(kept))
-            tracker.go_on_from(map(_parsed, kept))
+            tracker.go_on_from(map(parsed_line, kept))
             # Unbuffered, so that each line is appended in one piece even if others append too.
             self._file = file.open("a+b", buffering=0)
             if not alone:
