@@ -2,12 +2,15 @@
 
 import os
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from run.config import Config, SettingsFiles
 from run.files import say_once
 
+if TYPE_CHECKING:
+    from run.config import Config, SettingsFiles
 
-def with_trial(files: SettingsFiles, typed: Mapping[str, str]) -> Config:
+
+def with_trial(files: "SettingsFiles", typed: Mapping[str, str]) -> "Config":
     """The settings of a run. In a trial of a sweep, its run_name ends in the trial's id.
 
     Otherwise all trials would share one folder, and the second be refused for its other settings. A
