@@ -154,7 +154,8 @@ def test_when_gradients_are_summed_is_chosen_and_kept(tmp_path: Path, runs: dict
     """Guards against a choice that the model does not get, and one that a resumed run forgets."""
     settings = runs["settings"] | {"run_name": "summed"}
     records = [read_description(run_folder(settings).with_name("died-2") / LAST)]
-    jobs.Job(2, tmp_path, train_in_float64, settings, short_from_the_start).end()
+    ended = jobs.Job(2, tmp_path, train_in_float64, settings, short_from_the_start).end()
+    assert [each.code for each in ended] == [2, -9], ended
     records.append(read_description(run_folder(settings) / LAST))
     assert [each["plan"]["recipe"]["reduces_each"] for each in records] == [False, True]
     ended = jobs.run(2, tmp_path, train_in_float64, settings)
