@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,8 @@ from transformers import AutoModelForCausalLM
 
 import train
 from engine import memory
-from engine.device import kernels_for
-from engine.loading import load_model, load_tokenizer
-from engine.optimizer import build_optimizer, make_state
-from engine.ranks import job
-from engine.sharding import shard
-from engine.state import pack_state, unpack_state
-from engine.together import parts_of
-from run import checkpoint
-from run.folder import FITTING_FILE, fitting_budget, restore
+from run.folder import FITTING_FILE, fitting_budget
 from run.manifest import BEST, LAST, PREVIOUS, fault_of
-from run.progress import Progress
-from run.saves import Saves
 from run.script import run_script
 from run.training_json import read_description
 
@@ -298,69 +287,3 @@ def test_a_budget_that_did_not_fit_is_never_raised(tmp_path: Path) -> None:
     assert fitting_budget(tmp_path, None, 512, (512, 128)) == (512, 128)
     assert fitting_budget(tmp_path, None, 256, None) is None
     assert fitting_budget(tmp_path, 512, 512, None) is None
-
-
-# ---------------------------------------------------------------- kills within a save
-
-
-def save_and_die(model_folder: Path, folder: Path, victim: int, event: int) -> None:
-    """Save a checkpoint, and another one, in which ``victim`` is killed at an event of its own.
-
-    Events are the calls to the system that open, make, rename or remove something.
-    """
-    with job(CPU) as here:
-        model = load_model(model_folder, torch.float64, CPU, kernels_for(CPU), ranks=here)
-        shard(model, None, True)
-        optimizer = build_optimizer(model.parameters(), 1e-2, (0.9, 0.999), 1e-8, 0.1)
-        make_state(optimizer)
-        parts = train.Parts(**parts_of(here, checkpoint.save_checkpoint, train.complete))
-        tokenizer = load_tokenizer(model_folder)
-        settings = {"checkpoint_steps": None}
-        saves = Saves(folder, settings, {}, 7, None, {}, tokenizer, parts)
-        left = event
-
-        def count(name: str, arguments: tuple) -> None:
-            nonlocal left
-            if name in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir"):
-                left -= str(folder) in str(arguments[0])
-                if not left:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        for step in (1, 2):
-            progress = Progress(step=step)
-            if step == 2 and here.rank == victim:
-                sys.addaudithook(count)
-            saves.save_last(model, progress, *pack_state(optimizer, asdict(progress)))
-        saves.removals.wait()
-        print(f"{left} left")
-
-
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_kill_within_a_save_leaves_a_whole_checkpoint(
-    tmp_path: Path, model_folder: Path, victim: int
-) -> None:
-    """Guards against a checkpoint that rank 0 publishes without the slices of a killed one."""
-    [ended] = jobs.run(
-        2, tmp_path / "all", save_and_die, model_folder, tmp_path / "all", victim, 999
-    )[victim : victim + 1]
-    events = 999 - int(ended.out.split()[0])
-    assert events >= (40, 2)[victim]
-    found = set()
-    for number in range(1, events + 1, max(1, events // 8)):
-        folder = tmp_path / str(number)
-        codes = [
-            each.code
-            for each in jobs.Job(
-                2, folder, save_and_die, model_folder, folder, victim, number
-            ).end()
-        ]
-        assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1, (number, codes)
-        newest = checkpoint.newest_intact(folder)
-        step = read_description(newest)["step"]
-        found.add(step)
-        model = load_model(newest, torch.float64, CPU)
-        optimizer = build_optimizer(model.parameters(), 1e-2, (0.9, 0.999), 1e-8, 0.1)
-        assert (
-            restore(newest, partial(unpack_state, optimizer=optimizer), 9, None, 512).step == step
-        )
-    assert found == ({1, 2} if victim == 0 else {1}), found
