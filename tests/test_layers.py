@@ -13,18 +13,24 @@ ROOMS = ("engine", "grading", "run")
 SCRIPTS = {"train", "evaluate", "perplexity", "merge", "augment", "demo"}
 # What of `run` has no memory, and so may serve a room that computes.
 FORGETFUL = {"run.errors", "run.files", "run.paths", "run.progress_bar"}
+OPTIONAL = {"peft", "bitsandbytes", "torchao", "wandb"}
 LONGEST_CHAIN = 5
 
 Imports = dict[str, set[str]]
 
 
-def read_imports(root: Path) -> Imports:
-    """Each product module, and everything that it imports anywhere but for type checkers."""
+def read_imports(root: Path, at_once: bool = False) -> Imports:
+    """Each product module, and everything that it imports anywhere but for type checkers.
+
+    Args:
+        at_once: leave out what it imports when a function is called.
+    """
     files = [*root.glob("*.py"), *(file for room in ROOMS for file in (root / room).rglob("*.py"))]
     names = {file: module_name(file.relative_to(root)) for file in files}
     known = set(names.values())
     return {
-        name: imported(ast.parse(file.read_text()), known) - {name} for file, name in names.items()
+        name: imported(ast.parse(file.read_text()), known, at_once) - {name}
+        for file, name in names.items()
     }
 
 
@@ -33,17 +39,19 @@ def module_name(file: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported(tree: ast.AST, known: set[str]) -> set[str]:
+def imported(tree: ast.AST, known: set[str], at_once: bool) -> set[str]:
     found: set[str] = set()
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.FunctionDef) and at_once:
             continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             modules = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= (modules & known) or {str(node.module)}
-        found |= imported(node, known)
+        found |= imported(node, known, at_once)
     return found
 
 
@@ -85,6 +93,33 @@ def longest_chain(imports: Imports) -> list[str]:
         return (module, *max(below, key=len, default=()))
 
     return list(max(map(chain, imports), key=len))
+
+
+def loaded_with(module: str, imports: Imports) -> set[str]:
+    """All that an import of ``module`` imports."""
+    found, new = set(), {module}
+    while new:
+        found |= new
+        new = set().union(*(imports.get(name, set()) for name in new)) - found
+    return found
+
+
+def optional_packages(imports: Imports) -> list[str]:
+    """Each script that imports an optional package when it starts, with the package."""
+    return [
+        f"{script}: {name}"
+        for script in sorted(SCRIPTS)
+        for name in sorted(loaded_with(script, imports))
+        if name.partition(".")[0] in OPTIONAL
+    ]
+
+
+def test_scripts_start_without_optional_packages() -> None:
+    """Guards against an error, and seconds, for what most runs do not use."""
+    imports = read_imports(ROOT, at_once=True)
+    assert optional_packages(imports) == []
+    for module in ("engine.lora", "engine.nf4"):
+        assert optional_packages(imports | {"engine.llama": {module}}) != []
 
 
 def test_the_rooms_keep_their_rules() -> None:

@@ -6,7 +6,6 @@ import math
 import re
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import data
+import engine
 import evaluate
 import merge
 import perplexity
@@ -47,7 +47,6 @@ from engine.shape import read_shape
 from engine.state import copied
 from engine.tokenizer import Tokenizer
 from grading.dataset import Problem
-from run import method
 from run.errors import UserError
 from run.manifest import BEST, LAST
 from run.method import Adapter
@@ -68,17 +67,6 @@ def shaken(model: Llama) -> Llama:
         for weight in model.trained:
             weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
     return model
-
-
-@pytest.fixture(scope="module")
-def wide_folder(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, make_llama: Callable[..., Any]
-) -> Path:
-    """A base model whose rows are whole blocks of 64 weights."""
-    folder = tmp_path_factory.mktemp("wide")
-    make_llama(len(tokenizer), hidden_size=64, intermediate_size=128).save_pretrained(folder)
-    tokenizer.save(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -561,8 +549,17 @@ def test_a_package_that_is_absent_is_named_with_its_version(
     call(perplexity, "--ckpt", str(run_folder(runs[how]) / BEST)).assert_user_error(pin)
 
 
-def test_full_fine_tuning_needs_no_package_of_adapters() -> None:
-    assert method.PACKAGES["full"] == {} and method.adapter_of({"seed": 0}) is None
+def test_full_fine_tuning_needs_no_package_of_adapters(
+    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a file is imported, tests/test_layers.py looks."""
+    for name in ("peft", "bitsandbytes"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("lora", "nf4"):
+        monkeypatch.delitem(sys.modules, f"engine.{name}")
+        monkeypatch.delattr(engine, name)
+    assert call(train, *flags(settings | {"epochs": "1"})).code == 0
+    assert call(perplexity, "--ckpt", str(run_folder(settings) / BEST)).code == 0
 
 
 def test_settings_that_do_nothing_are_refused(
