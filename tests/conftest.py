@@ -8,7 +8,10 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,6 +48,7 @@ from run.signals import STOP_SIGNALS
 # which order is checked where tests replace this again.
 os.fsync = os.fstat
 
+ROOT = Path(train.__file__).parent
 PROMPT = "Question: {question}\nAnswer:"
 
 # Processes that a test starts or kills: forked, each in the state of a new one, from a process that
@@ -127,8 +131,22 @@ def model_folder(
     make_llama: Callable[..., LlamaForCausalLM],
 ) -> Path:
     """A base model as a user has it: weights and tokenizer in Hugging Face format."""
-    folder = tmp_path_factory.mktemp("model")
-    make_llama(len(tokenizer)).save_pretrained(folder)
+    return write_model(tmp_path_factory.mktemp("model"), tokenizer, make_llama(len(tokenizer)))
+
+
+@pytest.fixture(scope="session")
+def wide_folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    tokenizer: Tokenizer,
+    make_llama: Callable[..., LlamaForCausalLM],
+) -> Path:
+    """One with weights large enough for 8-bit moments, and rows of whole blocks of 4 bits."""
+    made = make_llama(len(tokenizer), hidden_size=64, intermediate_size=128)
+    return write_model(tmp_path_factory.mktemp("wide"), tokenizer, made)
+
+
+def write_model(folder: Path, tokenizer: Tokenizer, model: LlamaForCausalLM) -> Path:
+    model.save_pretrained(folder)
     tokenizer.save(folder)
     return folder
 
@@ -325,6 +343,16 @@ def kill() -> None:
     raise Killed
 
 
+def die_and_resume(settings: dict[str, str], at: int) -> int:
+    """Let a run die in step ``at``, and finish it; returns the step of the save it goes on from."""
+    with pytest.raises(Killed):
+        train.main(make_config(settings), step=step_that(kill, at))
+    step = training_json.read_description(run_folder(settings) / LAST)["step"]
+    torch.manual_seed(12345)  # another process would not have this one's random state
+    train.main(make_config(settings))
+    return step
+
+
 @pytest.fixture(scope="session")
 def stopped_once(
     model_folder: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory
@@ -348,6 +376,47 @@ def stopped(stopped_once: Path, settings: dict[str, str]) -> Path:
     settings["checkpoint_steps"] = "4"
     shutil.copytree(stopped_once, settings["output_dir"])
     return run_folder(settings)
+
+
+def gain(model: Any, optimizer: torch.optim.Optimizer, micro_batches: list, steps: int) -> float:
+    """By how much the loss of one batch falls in so many steps on it, in nats per token."""
+    model.train()
+    losses = []
+    for _ in range(steps):
+        nats, num_labels, _ = train.accumulate_gradients(model, micro_batches, 1.0)
+        losses.append(nats / num_labels)
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses[0] - losses[-1]
+
+
+@contextmanager
+def held_by_another_process(folder: Path, how: str = "locked(folder, 'held')") -> Iterator[None]:
+    """In its context, a process holds ``folder``; at the end of it, that process is killed.
+
+    Args:
+        how: the context that it enters.
+    """
+    code = (
+        "import pathlib, sys\n"
+        "from run.folder import claimed\n"
+        "from run.locks import locked\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        f"with {how}:\n"
+        "    print('in', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout.readline() == "in\n"
+    yield
+    holder.kill()
+    holder.communicate()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torchao
-from conftest import PROMPT, Killed, flags, kill, make_config, run_folder, seal, step_that
+from conftest import PROMPT, die_and_resume, flags, gain, make_config, run_folder, seal
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -55,19 +55,6 @@ def steps(made: torch.optim.Optimizer, weights: list[torch.nn.Parameter], number
         made.step()
 
 
-@pytest.fixture(scope="session")
-def wide_folder(
-    tmp_path_factory: pytest.TempPathFactory,
-    tokenizer: Tokenizer,
-    make_llama: Callable[..., LlamaForCausalLM],
-) -> Path:
-    """A base model with weights that are large enough for 8 bits, and others that are not."""
-    folder = tmp_path_factory.mktemp("wide")
-    make_llama(len(tokenizer), hidden_size=64, intermediate_size=96).save_pretrained(folder)
-    tokenizer.save(folder)
-    return folder
-
-
 # ---------------------------------------------------------------- the step
 
 
@@ -87,7 +74,7 @@ def test_a_step_is_that_of_torchaos_optimizer(monkeypatch: pytest.MonkeyPatch) -
     state, expected = our.state[ours[0]], their.state[theirs[0]]
     for name in ("exp_avg", "exp_avg_sq"):
         distance = (state[name].int() - expected[name].codes.int()).abs()
-        assert distance.max() <= 1 and distance.float().mean() < 1e-3
+        assert distance.max() <= 1 and distance.float().mean() < 1e-4
         torch.testing.assert_close(state[f"{name}_scale"], expected[name].scale)
 
 
@@ -164,7 +151,7 @@ def test_rounding_is_right_on_average(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_weight_without_an_update_keeps_every_bit() -> None:
     weights = random_weights(torch.bfloat16)
     before = [weight.detach().clone() for weight in weights]
-    made = eight_bit(weights)
+    made = eight_bit(weights, rate=1.0)
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
     made.step()
@@ -181,23 +168,17 @@ def test_the_loss_falls_as_with_float32_states(
     examples = data.encode(tokenizer, problems[:3], PROMPT)
     micro_batches = packing.pack(examples, 1024, kernels_for(CPU))
 
-    def gain(dtype: torch.dtype, name: str) -> float:
+    def falls(dtype: torch.dtype, name: str) -> float:
         torch.manual_seed(0)
-        model = loading.load_model(wide_folder, dtype, CPU).train()
+        model = loading.load_model(wide_folder, dtype, CPU)
         made = build_optimizer(model.parameters(), 2e-5, (0.9, 0.999), 1e-8, 0.0, name)
-        losses = []
-        for _ in range(15):
-            nats, num_labels, _ = train.accumulate_gradients(model, micro_batches, 1.0)
-            losses.append(nats / num_labels)
-            made.step()
-            made.zero_grad()
-        return losses[0] - losses[-1]
+        return gain(model, made, micro_batches, 15)
 
-    expected = gain(torch.float32, "adamw")
+    expected = falls(torch.float32, "adamw")
     for dtype in (torch.float32, torch.bfloat16):
-        assert gain(dtype, "adamw_8bit") == pytest.approx(expected, rel=0.05)
+        assert falls(dtype, "adamw_8bit") == pytest.approx(expected, rel=0.05)
     monkeypatch.setattr(adamw_8bit, "write", to_nearest)
-    assert gain(torch.bfloat16, "adamw_8bit") < 0.1 * expected
+    assert falls(torch.bfloat16, "adamw_8bit") < 0.1 * expected
 
 
 # ---------------------------------------------------------------- its state
@@ -222,10 +203,7 @@ def test_a_resumed_run_repeats_every_draw(
     }
     whole = settings | {"run_name": "whole"}
     train.main(make_config(whole))
-    with pytest.raises(Killed):
-        train.main(make_config(settings), step=step_that(kill, at=3))
-    torch.manual_seed(12345)  # another process would not have this one's random state
-    train.main(make_config(settings))
+    assert die_and_resume(settings, at=3) == 2
     ours, theirs = (run_folder(each) / "last" for each in (settings, whole))
     for name in ("model.safetensors", "state-00001.safetensors"):
         one, other = load_file(ours / name), load_file(theirs / name)
@@ -278,7 +256,7 @@ def test_its_bytes_are_counted(
     wide_folder: Path, dtype: torch.dtype, make_llama: Callable[..., LlamaForCausalLM]
 ) -> None:
     """Guards against scales, or moments in float32, that a check of memory or disk forgets."""
-    weights = [*make_llama(420, hidden_size=64, intermediate_size=96).to(dtype).parameters()]
+    weights = [*make_llama(420, hidden_size=64, intermediate_size=128).to(dtype).parameters()]
     made = eight_bit(weights)
     make_state(made)
     tensors, _ = pack_state(made, {})

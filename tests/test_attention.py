@@ -73,7 +73,7 @@ def test_every_device_computes_the_same_attention(dtype: torch.dtype, kv_heads: 
     shapes = [(batch.num_tokens, heads, 6) for heads in (4, kv_heads, kv_heads)]
     tensors = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
     expected = textbook(*(tensor.double() for tensor in tensors), batch.seqlens)
-    tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+    tolerance = 1e-6 if dtype == torch.float32 else 8e-3  # which has 8 bits
     for function in (attention.packed_attention, kernels.packed_attention):
         found = function(batch, 0.0, 0, *tensors)
         assert found.dtype == dtype

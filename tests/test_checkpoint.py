@@ -9,15 +9,23 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Killed, flags, flip_a_byte, kill, run_folder, seal, step_that, tree
+from conftest import (
+    Killed,
+    flags,
+    flip_a_byte,
+    held_by_another_process,
+    kill,
+    run_folder,
+    seal,
+    step_that,
+    tree,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -429,27 +437,13 @@ def test_two_processes_do_not_train_the_same_run(
     call, settings: dict[str, str], stopped: Path
 ) -> None:
     """Guards against the same command typed twice: each would move the other's folders away."""
-    code = (
-        "import sys, pathlib\nfrom run import folder\n"
-        "with folder.claimed(pathlib.Path(sys.argv[1]), 'auto'):\n"
-        "    print('in', flush=True)\n"
-        "    sys.stdin.read()\n"
-    )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(stopped)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert holder.stdout.readline() == "in\n"
-    before = tree(stopped)
-    call(train, *flags(settings)).assert_user_error(
-        "another process is training this run", "--run_name"
-    )
-    assert tree(stopped) == before
-    holder.kill()  # and a lock that outlived its process would be worse than none
-    holder.communicate()
+    with held_by_another_process(stopped, "claimed(folder, 'auto')"):
+        before = tree(stopped)
+        call(train, *flags(settings)).assert_user_error(
+            "another process is training this run", "--run_name"
+        )
+        assert tree(stopped) == before
+    # A lock that outlived its process would be worse than none.
     assert call(train, *flags(settings)).code == 0
 
 

@@ -541,15 +541,8 @@ def test_samples(call, settings: dict[str, str], tmp_path: Path) -> None:
 
 def test_interrupted_samples_go_on(call, settings: dict[str, str], tmp_path: Path) -> None:
     """Guards against samples that depend on earlier ones, and a score of half of them."""
-    arguments = [
-        "--ckpt",
-        settings["model"],
-        *flags(settings),
-        "--output",
-        str(tmp_path),
-        "--samples",
-        "3",
-    ]
+    arguments = ["--ckpt", settings["model"], *flags(settings), "--output", str(tmp_path)]
+    arguments += ["--samples", "3"]
     assert call(evaluate, *arguments).code == 0
     whole, scores = read(tmp_path / "samples")
     file = tmp_path / "samples" / "predictions.jsonl"

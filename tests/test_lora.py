@@ -228,7 +228,7 @@ def test_a_base_in_4_bits_computes_with_what_it_dequantises_to(
         torch.testing.assert_close(model.eval()(micro_batch), plain.eval()(micro_batch))
     found, expected = gradients(model, examples), gradients(plain, examples)
     assert found.keys() == expected.keys()
-    torch.testing.assert_close(list(found.values()), list(expected.values()), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(list(found.values()), list(expected.values()), rtol=1e-5, atol=1e-6)
 
 
 def merged_weight(layer: AdaptedLinear, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -422,7 +422,7 @@ def test_merged_and_unmerged_write_the_same_completions(
 def test_merged_and_unmerged_have_the_same_loss_in_bfloat16(
     wide_folder: Path, best: Path, examples: list[packing.Example], how: str
 ) -> None:
-    """Guards against a delta that is rounded before it is added: within 0.2 % of the loss."""
+    """Guards against a delta that is rounded before it is added: within 0.03 % of the loss."""
     adapter = replace(NEW, is_base_quantised=how == "qlora", dtype="bfloat16", folder=best)
     adapter = replace(adapter, is_rank_stabilised=True, alpha=16)
     model = load_model(wide_folder, torch.bfloat16, CPU, KERNELS, adapter)
@@ -437,7 +437,7 @@ def test_merged_and_unmerged_have_the_same_loss_in_bfloat16(
         unmerged = model(micro_batch)
         merged = Llama(merge_adapters(model, torch.bfloat16), KERNELS).eval()(micro_batch)
         base = load_model(wide_folder, torch.bfloat16, CPU, KERNELS)(micro_batch)
-    assert abs(merged / unmerged - 1) < 0.002 < abs(base / unmerged - 1)
+    assert abs(merged / unmerged - 1) < 3e-4 < 0.1 < abs(base / unmerged - 1)
 
 
 def test_a_merge_overwrites_nothing_and_needs_an_adapter(

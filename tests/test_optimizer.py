@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROMPT
+from conftest import PROMPT, gain
 
 import data
-import train
 from engine import packing
 from engine.device import kernels_for
 from engine.loading import load_model
@@ -50,20 +49,14 @@ def test_the_loss_in_bfloat16_falls_as_in_float32(
     examples = data.encode(tokenizer, problems[:6], PROMPT)
     micro_batches = packing.pack(examples, 1024, kernels_for(CPU))
 
-    def gain(dtype: torch.dtype, make: Callable[..., torch.optim.Optimizer]) -> float:
-        model = load_model(model_folder, dtype, CPU).train()
-        optimizer = make(model.parameters())
-        losses = []
-        for _ in range(50):
-            nats, num_labels, _ = train.accumulate_gradients(model, micro_batches, 1.0)
-            losses.append(nats / num_labels)
-            optimizer.step()
-            optimizer.zero_grad()
-        return losses[0] - losses[-1]
+    def falls(dtype: torch.dtype, make: Callable[..., torch.optim.Optimizer]) -> float:
+        model = load_model(model_folder, dtype, CPU)
+        return gain(model, make(model.parameters()), micro_batches, 50)
 
-    expected = gain(torch.float32, ours)
-    assert gain(torch.bfloat16, ours) == pytest.approx(expected, rel=0.03)
-    assert gain(torch.bfloat16, rounded_to_nearest) < 0.1 * expected
+    expected = falls(torch.float32, ours)
+    # Gradients of bfloat16 have errors of their own: 2.4 % less after 50 steps.
+    assert falls(torch.bfloat16, ours) == pytest.approx(expected, rel=0.03)
+    assert falls(torch.bfloat16, rounded_to_nearest) < 0.1 * expected
 
 
 def with_gradients(dtype: torch.dtype, scale: float = 1.0) -> list[torch.nn.Parameter]:

@@ -75,13 +75,20 @@ def test_a_relative_folder_is_found_from_everywhere(
     )
 
 
-def test_the_same_command_goes_on_from_everywhere(
+@pytest.fixture
+def more(
     call, settings: dict[str, str], here: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+) -> list[str]:
+    """Flags of a second epoch, to be typed elsewhere, of a run whose first is finished."""
     settings |= {"output_dir": str(here / "runs"), "lr_schedule": "constant", "warmup_ratio": "0"}
     assert call(train, *flags(settings)).code == 0
-    more = flags(settings | {"epochs": "2"})
     monkeypatch.chdir(elsewhere)
+    return flags(settings | {"epochs": "2"})
+
+
+def test_the_same_command_goes_on_from_everywhere(
+    call, settings: dict[str, str], here: Path, more: list[str]
+) -> None:
     outcome = call(train, *more)
     assert outcome.code == 0, outcome.err
     assert "dataset was" not in outcome.out and "model was" not in outcome.out
@@ -89,12 +96,8 @@ def test_the_same_command_goes_on_from_everywhere(
 
 
 def test_another_folder_of_that_name_is_not_taken_for_it(
-    call, settings: dict[str, str], here: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+    call, here: Path, elsewhere: Path, more: list[str]
 ) -> None:
-    settings |= {"output_dir": str(here / "runs"), "lr_schedule": "constant", "warmup_ratio": "0"}
-    assert call(train, *flags(settings)).code == 0
-    more = flags(settings | {"epochs": "2"})
-    monkeypatch.chdir(elsewhere)
     shutil.copytree(here / "demo", elsewhere / "demo")
     lines = (elsewhere / "demo" / "data" / "train.jsonl").read_text().splitlines(keepends=True)
     (elsewhere / "demo" / "data" / "train.jsonl").write_text("".join(lines[:-1]))

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -92,7 +93,7 @@ def test_the_published_sizes_of_llama_2_7b() -> None:
     assert LLAMA_2_7B.parameters == 6_738_415_616
     full, small = Recipe(), Recipe(optimizer="adamw_8bit")
     assert state_bytes(LLAMA_2_7B, full) == 6 * LLAMA_2_7B.parameters
-    assert state_bytes(LLAMA_2_7B, small) / LLAMA_2_7B.parameters == pytest.approx(2.03, abs=0.01)
+    assert state_bytes(LLAMA_2_7B, small) == math.ceil(2.03125 * LLAMA_2_7B.parameters)
     lora, qlora = Recipe("lora", rank=64), Recipe("qlora", rank=64)
     adapters = 2 * 159_907_840  # as PEFT counts them, in bfloat16
     assert weight_bytes(LLAMA_2_7B, lora) == 2 * LLAMA_2_7B.parameters + adapters
@@ -419,7 +420,8 @@ def test_the_plan_of_a_card_that_is_not_here(printed) -> None:
     text = printed("--device_memory", "80")
     training = text.partition("\ntraining")[2].partition("\ndecoding")[0]
     *parts, total = map(float, re.findall(r" (\d+\.\d\d)$", training, re.MULTILINE))
-    assert sum(parts) == pytest.approx(total, abs=0.05) and 70 < total < 78.1
+    # Each of 7 numbers is rounded to 0.01.
+    assert sum(parts) == pytest.approx(total, abs=0.035) and 70 < total < 78.1
     assert "plan: micro_batch_tokens" in text and "256 slots" in text
     assert "of the peak of H100" in text
 

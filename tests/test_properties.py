@@ -354,32 +354,19 @@ def test_any_text_has_a_bounded_value_or_none(text: str) -> None:
 # ---------------------------------------------------------------- checkpoints
 
 
+def manifest_of(sizes: dict[str, float]) -> bytes:
+    files = {name: {"size": size, "xxh3_128": ""} for name, size in sizes.items()}
+    return json.dumps({"files": files}).encode()
+
+
 @given(
     st.binary()
     | any_json.map(lambda v: json.dumps(v).encode())
     | any_json.map(lambda v: json.dumps({"files": v}).encode())
 )
-@example(json.dumps({"files": {"training.json": {"size": 1e400, "xxh3_128": ""}}}).encode())
-@example(
-    json.dumps(
-        {
-            "files": {
-                "training.json": {"size": 1, "xxh3_128": ""},
-                "a\0b": {"size": 1, "xxh3_128": ""},
-            }
-        }
-    ).encode()
-)
-@example(
-    json.dumps(
-        {
-            "files": {
-                "training.json": {"size": 2, "xxh3_128": ""},
-                "\ud800": {"size": 1, "xxh3_128": ""},
-            }
-        }
-    ).encode()
-)
+@example(manifest_of({"training.json": 1e400}))
+@example(manifest_of({"training.json": 1, "a\0b": 1}))
+@example(manifest_of({"training.json": 2, "\ud800": 1}))
 def test_a_manifest_of_any_content_is_a_fault(content: bytes) -> None:
     file = written(content, manifest.MANIFEST_FILE)
     (file.parent / manifest.DESCRIPTION_FILE).write_text("{}")

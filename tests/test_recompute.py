@@ -73,7 +73,7 @@ def test_the_memory_of_a_block_is_what_autograd_keeps(
         one, three = (measured_bytes(model, length, 3) for model in models)
         shape = ModelShape(models[0].config, dtype)
         counted = 3 * length * block_bytes(shape, KERNELS, length, parts=parts)
-        assert counted == pytest.approx((three - one) / 2, rel=0.02)
+        assert counted == pytest.approx((three - one) / 2, rel=1e-4)
 
 
 def test_the_memory_of_a_block_of_llama_2_7b() -> None:
@@ -115,7 +115,8 @@ def test_the_peak_of_a_micro_batch_is_what_is_counted(
     rows = Rows(128, 129, batch.num_labels / batch.num_tokens, 8)
     job = ModelShape(model.config, dtype), Recipe(), kernels, rows
     kept, *beyond = activation_bytes(*job, batch.num_tokens, Recomputation(number, parts))
-    assert kept + max(beyond) == pytest.approx(live.most, rel=0.06)
+    # Buffers of products, and tensors of one number a token, are left out.
+    assert kept + max(beyond) == pytest.approx(live.most, rel=0.04)
 
 
 class LiveBytes(TorchDispatchMode):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -127,16 +128,9 @@ def test_as_many_are_admitted_as_can_be_expected_to_go_on() -> None:
 # ---------------------------------------------------------------- completions
 
 
-def attend_by_gather(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    new: Tensor,
-    starts: Tensor,
-    lengths: Tensor,
-    longest: int,
-) -> Tensor:
+def attend_by_gather(query: Tensor, keys: Tensor, values: Tensor, *sequences: Any) -> Tensor:
     """See `engine.attention.attend_to_lengths`; on a CPU, from a copy of each sequence."""
+    _, starts, lengths, longest = sequences
     offsets = torch.arange(longest)
     tokens = (starts[:-1, None] + offsets).clamp(max=len(keys) - 1)
     shared = query.unflatten(1, (keys.shape[1], -1))

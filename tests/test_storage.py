@@ -7,14 +7,22 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import Killed, flags, flip_a_byte, kill, run_folder, step_that, tree
+from conftest import (
+    Killed,
+    flags,
+    flip_a_byte,
+    held_by_another_process,
+    kill,
+    run_folder,
+    step_that,
+    tree,
+)
 
 import evaluate
 import perplexity
@@ -35,27 +43,6 @@ NO_RENAME = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EP
 @pytest.fixture(autouse=True)
 def _nothing_said_yet() -> None:
     files.forget_what_was_said()
-
-
-@contextmanager
-def held_by_another_process(folder: Path) -> Iterator[None]:
-    code = (
-        "import sys, pathlib\nfrom run import locks\n"
-        "with locks.locked(pathlib.Path(sys.argv[1]), 'held'):\n"
-        "    print('in', flush=True)\n"
-        "    sys.stdin.read()\n"
-    )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(folder)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert holder.stdout.readline() == "in\n"
-    yield
-    holder.kill()  # the lock goes with the process
-    holder.communicate()
 
 
 def fail(
@@ -290,15 +277,8 @@ def test_evaluating_again_mends_what_two_writers_left(
 
 
 def test_doubled_samples_are_mended(call, settings: dict[str, str], tmp_path: Path) -> None:
-    arguments = [
-        "--ckpt",
-        settings["model"],
-        *flags(settings),
-        "--output",
-        str(tmp_path),
-        "--samples",
-        "2",
-    ]
+    arguments = ["--ckpt", settings["model"], *flags(settings), "--output", str(tmp_path)]
+    arguments += ["--samples", "2"]
     assert call(evaluate, *arguments).code == 0
     file = tmp_path / "samples" / "predictions.jsonl"
     whole = file.read_bytes()

@@ -18,6 +18,7 @@ import torch
 from conftest import (
     PROMPT,
     Killed,
+    die_and_resume,
     flags,
     kill,
     make_config,
@@ -111,13 +112,7 @@ def test_resume_in_mid_epoch_2_equals_the_run_that_was_not_stopped(
     }
     whole = settings | {"run_name": "whole"}
     train.main(make_config(whole))
-
-    with pytest.raises(Killed):
-        train.main(make_config(settings), step=step_that(kill, at=13))
-    torch.manual_seed(12345)  # another process would not have this one's random state
-    assert training_json.read_description(run_folder(settings) / "last")["step"] == 10
-    train.main(make_config(settings))
-
+    assert die_and_resume(settings, at=13) == 10
     assert_same_bits(run_folder(settings) / "last", run_folder(whole) / "last")
     assert logged(settings) == logged(whole)
     steps = [line["step"] for line in logged(settings) if "train/loss" in line]
@@ -154,10 +149,7 @@ def test_resume_from_every_step(settings: dict[str, str], tmp_path: Path) -> Non
     train.main(make_config(whole))
     for step in range(1, STEPS):
         each = settings | {"run_name": f"step-{step}"}
-        with pytest.raises(Killed):
-            train.main(make_config(each), step=step_that(kill, at=step + 1))
-        torch.manual_seed(step)
-        train.main(make_config(each))
+        assert die_and_resume(each, at=step + 1) == step
         assert_same_bits(run_folder(each) / "last", run_folder(whole) / "last")
         assert logged(each) == logged(whole), step
 
