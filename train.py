@@ -156,7 +156,7 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
                 log.sample(decode, prompts, problems.validation, memory.release)
             if signal_number is not None and progress.step < steps:
                 raise log.stopped(signal_number, folder / LAST)
-    parts.ranks.once(finish, folder, config.keep_state, progress.best_loss)
+    parts.ranks.once(finish, folder, config.keep_state, progress.best_loss, parts.report)
 
 
 def build(
@@ -268,6 +268,7 @@ class Parts:
     complete: Callable[..., list[tuple[str, str]]] = complete
     save: Callable[..., None] = save_checkpoint
     copy: Callable[..., dict[str, torch.Tensor] | None] = copy_to_host
+    report: Callable[..., None] = report_if_possible
     ranks: Ranks = ALONE
 
 
@@ -292,7 +293,6 @@ def main(
             plan.check_trains(config, resume_from, ranks.size)
             together = parts_of(ranks, save_checkpoint, complete) | parts
             train(config, folder, resume_from, Parts(**together))
-            ranks.once(report_if_possible, folder)
 
 
 if __name__ == "__main__":

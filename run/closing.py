@@ -1,5 +1,6 @@
 """What training says at its end: where its results are, and what to run next."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from run.errors import UserError, one_line
@@ -9,8 +10,14 @@ from run.shell import evaluation_command
 from run.training_json import read_description
 
 
-def finish(folder: Path, keep_state: bool, best_loss: float) -> None:
-    """End a run: remove its state unless ``keep_state``, and print the next command."""
+def finish(
+    folder: Path, keep_state: bool, best_loss: float, report: Callable[[Path], None]
+) -> None:
+    """End a run: remove its state unless ``keep_state``, and print the next command.
+
+    Args:
+        report: writes the report of the run in ``folder``, and says where it is.
+    """
     (folder / FITTING_FILE).unlink(missing_ok=True)
     if not keep_state:
         try:
@@ -20,4 +27,5 @@ def finish(folder: Path, keep_state: bool, best_loss: float) -> None:
     print(f"done: best validation loss {best_loss:.6f}")
     print(f"  best checkpoint: {one_line(folder / BEST)}")
     print(f"  every number:    {one_line(folder / METRICS_FILE)}")
+    report(folder)
     print(f"next: {evaluation_command(folder / BEST)}")

@@ -94,14 +94,10 @@ def test_evaluation_of_a_run(call, settings: dict[str, str], run_folder: Path) -
         "lm_eval_strict",
         "lm_eval_flexible",
     }
-    assert json.loads((run_folder / "metrics.jsonl").read_text().splitlines()[-1]) | {
-        "time": 0
-    } == {
-        "step": 14,
-        "epoch": 2.0,
-        "time": 0,
-        "eval/exact_match": scores["exact_match"],
-    }
+    logged = json.loads((run_folder / "metrics.jsonl").read_text().splitlines()[-1])
+    expected = {"step": 14, "epoch": 2.0, "eval/exact_match": scores["exact_match"]}
+    assert expected.items() <= logged.items()
+    assert all(name.startswith("eval/") for name in logged.keys() - {"step", "epoch", "time"})
     assert f"{scores['exact_match']:.2%}" in outcome.out
 
 

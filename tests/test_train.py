@@ -307,8 +307,8 @@ def test_best_by_exact_match(
 
     def complete(*arguments: Any) -> list[tuple[str, str]]:
         prompts = arguments[-1]
-        if len(prompts) == 1:  # the sample
-            return [("", "eos")]
+        if len(prompts) < len(rows):  # the samples
+            return [("", "eos")] * len(prompts)
         correct = int(next(left) * len(prompts))
         return [
             (f"#### {row.gold if number < correct else 'none'}", "eos")
