@@ -25,7 +25,6 @@ NUM_PROBLEMS = 1319  # as many as GSM8K's test split has
 HOSTILE = 17
 PHONE = {"width": 320, "height": 640}
 AT_FIRST = 200  # problems that are listed until all are asked for
-MOST_MILLISECONDS = 100  # that filtering may take
 
 
 @pytest.fixture(scope="module")
@@ -190,30 +189,9 @@ def test_a_wrong_link_shows_all(show: Opener, one: Path, link: str) -> None:
     assert page.evaluate(chosen) == [0, 0, 0]
 
 
-def test_all_problems_of_gsm8k_are_light_and_fast(show: Opener, one: Path) -> None:
-    """Filters and searches, each timed to the end of the layout that follows."""
+def test_all_problems_of_gsm8k_are_light(one: Path) -> None:
+    """How fast they are shown and filtered is measured by benchmarks/report_page.py."""
     assert one.stat().st_size < 5e6
-    page = show(one)
-    for name, values in {
-        "show": ["wrong", ""],
-        "find": ["apples", "kind r.", ""],
-    }.items():
-        times = page.evaluate(
-            """([name, values]) => Array.from({length: 6}).flatMap(() => values).map((value) => {
-                const control = document.forms[0].elements[name];
-                const start = performance.now();
-                control.value = value;
-                control.dispatchEvent(new Event("input", {bubbles: true}));
-                document.body.getBoundingClientRect();
-                return performance.now() - start;
-            })""",
-            [name, values],
-        )
-        # The fastest round, since other processes may take the processor from any of them.
-        assert min(map(max, zip(*[iter(times)] * len(values), strict=True))) < MOST_MILLISECONDS, (
-            name,
-            times,
-        )
 
 
 # ---------------------------------------------------------------- what it must not do
