@@ -110,6 +110,10 @@ def settings(folder: Path, name: str) -> Config:
     return load_config(CONFIG_FILE, values | {"run_name": name})
 
 
+def no_report(folder: Path) -> None:
+    """In place of a run's report, which takes longer than these runs."""
+
+
 def start(config: Config, log: Path, on_point: Callable[[str], None] | None = None) -> int:
     """Fork a process that trains, and return its number."""
     process = os.fork()
@@ -123,7 +127,7 @@ def start(config: Config, log: Path, on_point: Callable[[str], None] | None = No
         if on_point is not None:
             watch(str(Path(config.output_dir) / config.run_name), on_point)
         step = watched(train.train_step, "step", on_point) if on_point else train.train_step
-        run_script(partial(train.main, step=step, copy=copy), config)
+        run_script(partial(train.main, step=step, copy=copy, report=no_report), config)
         code = 0
     except SystemExit as end:
         code = end.code

@@ -327,10 +327,10 @@ TABLE: list[tuple[str, str, Callable[[World], list[str]], str]] = [
         "'0' must be a positive integer",
     ),
     (
-        "--split train",
+        "--split dev",
         "evaluate",
-        lambda w: ["--split", "train"],
-        "argument --split: invalid choice: 'train'",
+        lambda w: ["--split", "dev"],
+        "argument --split: invalid choice: 'dev'",
     ),
     (
         "--temperature 0",

@@ -190,7 +190,8 @@ def test_each_epoch_has_a_line_and_the_end_says_what_is_next(
         str(run_folder(settings) / "metrics.jsonl"),
     ]
     assert all(Path(line.split(": ")[1].strip()).exists() for line in end[1:3])
-    assert end[3] == f"next: {evaluation_command(best)}" and len(end) == 4
+    assert end[3].startswith("report: ")
+    assert end[4] == f"next: {evaluation_command(best)}" and len(end) == 5
 
 
 def test_the_commands_after_an_evaluation_run_as_they_stand(

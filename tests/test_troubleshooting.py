@@ -142,8 +142,10 @@ def last_line(capsys: Printed) -> str:
 
 def of_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Printed) -> Iterator[str]:
     settings = asdict(DEFAULTS) | {"wandb_mode": "disabled"}
+    saves = SimpleNamespace(folder=tmp_path, settings=settings, plan={}, data_hashes={})
+    usage = SimpleNamespace(at=lambda _: {})
     batches = SimpleNamespace(per_epoch=56, mask_rate=lambda _: None)
-    with open_log(tmp_path, Progress(step=17), settings, batches, 168) as log:
+    with open_log(saves, Progress(step=17), batches, 168, usage) as log:
         log.out_of_memory(4096)
         yield last_line(capsys)
         log.start(7168, 305, 128, "cpu", "bfloat16")
@@ -152,7 +154,7 @@ def of_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Printed) -
     rows = [Example([], [], line) for line in range(400, 528)]
     caused = faults.rows_at_fault(SimpleNamespace(zero_grad=int), rows)
     nan = SimpleNamespace(loss=math.nan, grad_norm=math.nan)
-    with open_log(tmp_path, Progress(step=12), settings, batches, 168) as log:
+    with open_log(saves, Progress(step=12), batches, 168, usage) as log:
         yield line_of(raises(log.not_finite(nan, caused, RUN / "last")))
 
 
