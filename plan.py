@@ -90,8 +90,9 @@ def plan_run(
     """
     device = pick_device()
     shape = read_shape(folder, getattr(torch, config.dtype))
-    free = min(ranks.gather(free_here(device)))  # all ranks make the same choice
-    here = Device(memory.kind(device), free, ranks.size, card_of(device, free))
+    # All ranks make the same choice, even if their devices differ.
+    free, kind = min(ranks.gather(free_here(device))), ranks.broadcast(memory.kind(device))
+    here = Device(kind, free, ranks.size, card_of(device, kind, free))
     wishes = wishes_of(config)
     record = read_description(resume_from).get("plan") if resume_from else None
     recipe = recipe_of(asdict(config), ranks.size)
@@ -171,11 +172,11 @@ def free_here(device: torch.device) -> int:
     return free - LIBRARIES if device.type == "cuda" else free
 
 
-def card_of(device: torch.device, free: int) -> Card:
-    """The card that ``device`` is, or one with about as many bytes ``free``."""
+def card_of(device: torch.device, kind: str, free: int) -> Card:
+    """The card that ``kind`` names, or one with about as many bytes ``free``."""
     if device.type != "cuda":
         return CPU
-    return card_named(memory.kind(device)) or card_of_size(free / GIB)
+    return card_named(kind) or card_of_size(free / GIB)
 
 
 # ---------------------------------------------------------------- train.py --plan
@@ -245,7 +246,7 @@ def find_devices(wanted: "PlanFor") -> tuple[Device, Card, Kernels, list[str]]:
     for number, free in enumerate(frees):
         place = f"cuda:{number}" if device.type == "cuda" else "cpu"
         lines.append(f"device: {place}, {name}, {free / GIB:.2f} GiB free")
-    card = card_of(device, frees[0])
+    card = card_of(device, name, frees[0])
     if card is not CPU:
         lines.append(f"speed as of {card.name}, by its data sheet")
     here = Device(name, min(frees[: wanted.devices]), wanted.devices, card)

@@ -24,7 +24,6 @@ from engine.tokenizer_files import FILES
 from engine.trial import filled, time_facts, try_steps
 from run.config import CONFIG_FILE, Config, load_config
 from run.errors import UserError, one_line
-from run.manifest import LAST
 from run.model_source import find_start
 from run.paths import local_path
 from run.retention import disk_space
@@ -48,15 +47,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tools:
-    """What training works with.
-
-    Attributes:
-        load_tokenizer: `engine.loading.load_tokenizer`.
-        plan_run: `plan.plan_run`.
-        build: `train.build`.
-        step: `train.train_step`.
+    """What training works with: `run.folder.find_opening`, `engine.loading.load_tokenizer`,
+    `plan.plan_run`, `train.build` and `train.train_step`.
     """
 
+    find_opening: Callable[[Config, str, int], Path | None]
     load_tokenizer: Callable[..., "Tokenizer"]
     plan_run: Callable[..., Plan]
     build: Callable[..., tuple[Any, torch.optim.Optimizer]]
@@ -72,10 +67,12 @@ class Prospect:
         prompts: of the validation rows.
         plan_line: what training prints of ``planned``.
         sizes: of a checkpoint in bytes: its weights, and its optimizer state.
+        resume_from: the checkpoint that it would go on from; None if it is new.
     """
 
     config: Config
     ranks: Ranks
+    resume_from: Path | None
     tokenizer: "Tokenizer"
     num_rows: int
     rows: list[Example]
@@ -118,6 +115,7 @@ def prospect(config: Config, ranks: Ranks, tools: Tools) -> Prospect:
     problems = data.load_for_training(config.dataset, config.validation_size, config.seed)
     rows, held_out = data.encode_for_training(tokenizer, problems, config.prompt, config.max_length)
     batches = data.batches_of(rows, asdict(config), tokenizer, model)
+    steps, train_sha256 = config.epochs * batches.per_epoch, problems.sha256["train_sha256"]
     decay = config.lr_schedule, config.warmup_ratio, config.min_lr_ratio
     shape = read_shape(model, getattr(torch, config.dtype))
     with redirect_stdout(io.StringIO()) as line:  # which is one of the facts below
@@ -126,6 +124,7 @@ def prospect(config: Config, ranks: Ranks, tools: Tools) -> Prospect:
     return Prospect(
         config=config,
         ranks=ranks,
+        resume_from=tools.find_opening(config, train_sha256, steps),
         tokenizer=tokenizer,
         num_rows=len(problems.train) + len(problems.validation),
         rows=rows,
@@ -134,17 +133,19 @@ def prospect(config: Config, ranks: Ranks, tools: Tools) -> Prospect:
         planned=planned,
         plan_line=line.getvalue().strip() or planned.describe(shape.layers),
         batches=batches,
-        schedule=Schedule(config.epochs * batches.per_epoch, config.learning_rate, *decay),
+        schedule=Schedule(steps, config.learning_rate, *decay),
         sizes=(gradient_bytes(shape, recipe), state_bytes(shape, recipe)),
     )
 
 
 def heard(console: Console, function: Callable[..., Any], *arguments: Any) -> Any:
     """What ``function(*arguments)`` returns; what it prints is shown in lines that fit."""
-    with redirect_stdout(io.StringIO()) as text:
-        result = function(*arguments)
-    lines(console, text.getvalue())
-    return result
+    text = io.StringIO()
+    try:
+        with redirect_stdout(text):
+            return function(*arguments)
+    finally:
+        lines(console, text.getvalue())
 
 
 # ---------------------------------------------------------------- what it learns from
@@ -152,12 +153,9 @@ def heard(console: Console, function: Callable[..., Any], *arguments: Any) -> An
 
 def show_run(console: Console, run: Prospect) -> None:
     state = "new"
-    try:
-        step = read_description(run.folder / LAST)["step"]
+    if run.resume_from is not None:
+        step = read_description(run.resume_from)["step"]
         state = f"has a checkpoint of step {step}, from which training would go on"
-    except UserError:  # there is none
-        if run.folder.exists() and any(run.folder.iterdir()):
-            state = "is in use"
     values, usual = asdict(run.config), asdict(load_config(CONFIG_FILE, {}))
     others = [f"{key} {value}" for key, value in values.items() if value != usual[key]]
     title(console, "Run")
@@ -242,8 +240,8 @@ def show_batches(console: Console, run: Prospect) -> None:
 
 
 def show_steps(console: Console, run: Prospect) -> None:
-    batches, schedule = run.batches, run.schedule
-    rates = [schedule.learning_rate(step) for step in range(schedule.total_steps)]
+    batches, schedule, rate = run.batches, run.schedule, run.config.mask_rate
+    rates = [*map(schedule.learning_rate, range(schedule.total_steps))]
     first, last = len(batches[0]), len(batches[batches.per_epoch - 1])
     smaller = "" if last == first else f", {last:,} in the last of an epoch"
     title(console, "Steps and learning rate")
@@ -254,7 +252,8 @@ def show_steps(console: Console, run: Prospect) -> None:
             "rows in a step": f"{first:,}{smaller}",
             "learning rate": f"{max(rates):g} at most, first in step "
             f"{rates.index(max(rates)) + 1:,}; {schedule.shape}; {rates[-1]:.3g} at the end",
-        },
+        }
+        | ({"masked": f"{rate:.0%} of the answers' tokens, at the end"} if rate else {}),
     )
     draw_curve(console, rates, "step")
 

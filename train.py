@@ -60,7 +60,7 @@ from page.write import report_if_possible
 from run.checkpoint import save_checkpoint, set_damaged_aside
 from run.closing import finish
 from run.files import replace_file
-from run.folder import check_same_run, claimed_by_all, is_finished, restore
+from run.folder import check_same_run, claimed_by_all, find_opening, is_finished, restore
 from run.manifest import BEST, LAST
 from run.model_source import Start, find_start
 from run.progress import Progress
@@ -285,7 +285,7 @@ def main(
             return run_selftest(config, partial(load_problems, config.dataset))
         if wanted is Look.PREFLIGHT:
             plan.check_trains(config, None, ranks.size)
-            tools = loading.load_tokenizer, plan.plan_run, build, train_step
+            tools = find_opening, loading.load_tokenizer, plan.plan_run, build, train_step
             return preflight.look(config, ranks, preflight.Tools(*tools))
         folder, budget = local_path(config.output_dir) / config.run_name, config.micro_batch_tokens
         with claimed_by_all(folder, config.resume, ranks, budget) as resume_from:

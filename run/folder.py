@@ -1,14 +1,16 @@
 """A run's folder: claims it, finds the checkpoint to resume from, and rejects changed settings."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from run.checkpoint import newest_intact
-from run.config import KEYS
+from run.config import KEYS, Config
 from run.errors import OutOfMemory, UserError, one_line
 from run.files import replace_file
 from run.locks import locked
@@ -23,7 +25,8 @@ from run.manifest import (
     fault_of,
 )
 from run.method import FULL
-from run.paths import is_same_place, local_path
+from run.paths import local_path
+from run.places import anchored, has_moved, is_same_folder
 from run.progress import Progress
 from run.retention import cure_without_best
 from run.setting_types import PLACES
@@ -80,7 +83,11 @@ def claimed(folder: Path, resume: str) -> Iterator[Path | None]:
             stack.enter_context(locked(folder, held, patience=LOCK_SECONDS))
         except OSError as error:
             raise _not_writable(folder, error) from None
-        yield _find_start(folder, resume)
+        if (start := start_in(folder, resume)) is None:
+            _check_writable(folder)
+        # An interrupted removal of the state left this file, but the run can still be resumed.
+        (folder / FINISHED_FILE).unlink(missing_ok=True)
+        yield start
 
 
 class Ranks(Protocol):
@@ -141,10 +148,13 @@ def _not_writable(folder: Path, error: OSError) -> UserError:
     return UserError(f"{folder}: can't be written ({error.strerror}): choose another --output_dir")
 
 
-def _find_start(folder: Path, resume: str) -> Path | None:
+def start_in(folder: Path, resume: str) -> Path | None:
+    """The checkpoint in a run's folder to resume from; None for a new run. Changes nothing.
+
+    Raises:
+        UserError: the folder is in use.
+    """
     if resume == "auto" and (start := newest_intact(folder)):
-        # An interrupted removal of the state left this file, but the run can still be resumed.
-        (folder / FINISHED_FILE).unlink(missing_ok=True)
         return start
     if (folder / FINISHED_FILE).exists():
         if fault := fault_of(folder / BEST):
@@ -162,12 +172,15 @@ def _find_start(folder: Path, resume: str) -> Path | None:
         raise UserError(
             f"{folder}: is in use ({', '.join(in_use[:4])}): {cure}choose another --run_name"
         )
+    return None
+
+
+def _check_writable(folder: Path) -> None:
     try:
         replace_file(folder / ".write_test", "")
         (folder / ".write_test").unlink(missing_ok=True)
     except OSError as error:
         raise _not_writable(folder, error) from None
-    return None
 
 
 def read_state(folder: Path) -> "dict[str, torch.Tensor]":
@@ -213,27 +226,6 @@ def check_same_run(folder: Path, settings: Mapping[str, Any], data_sha256: str) 
         print(f"resuming: {'; '.join(differences.values())}")
 
 
-def is_same_folder(before: str, now: str, is_older: bool) -> bool:
-    """Whether two paths lead to the same folder.
-
-    Args:
-        is_older: whether ``before`` may be relative to an unknown folder.
-    """
-    if is_older and is_same_place(before, now):
-        return True
-    one, other = local_path(before), local_path(now)
-    return one.is_absolute() and one.is_dir() and other.is_dir() and one.samefile(other)
-
-
-def has_moved(before: str, now: str) -> bool:
-    """Whether the folder ``before`` no longer exists, and ``now`` is a folder of the same name.
-
-    No more need be checked for the base model, since a resumed run no longer reads it.
-    """
-    old, new = local_path(before), local_path(now)
-    return old.is_absolute() and not old.exists() and new.is_dir() and old.name == new.name
-
-
 def check_unfinished(step: int, total_steps: int, run_folder: Path) -> None:
     if step < total_steps:
         return
@@ -244,6 +236,29 @@ def check_unfinished(step: int, total_steps: int, run_folder: Path) -> None:
             f"{cure_without_best(run_folder)}"
         )
     raise UserError(f"{finished}: evaluate it, or train another under a new --run_name")
+
+
+def find_opening(config: Config, data_sha256: str, steps: int) -> Path | None:
+    """The checkpoint that training would resume from; None for a new run.
+
+    Args:
+        data_sha256: of the training rows.
+        steps: of the whole run.
+
+    Raises:
+        UserError: training would be refused, since the folder is in use or can't be written, the
+            run is finished, or its settings or rows have changed.
+    """
+    folder = local_path(config.output_dir) / config.run_name
+    place = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"{folder}: {place} can't be written: choose another --output_dir")
+    if place != folder or (resume_from := start_in(folder, config.resume)) is None:
+        return None
+    settings = asdict(anchored(config, resume_from))
+    check_same_run(resume_from, settings, data_sha256)
+    check_unfinished(read_description(resume_from)["step"], steps, folder)
+    return resume_from
 
 
 def is_finished(checkpoint: Path, steps: int) -> bool:

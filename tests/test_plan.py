@@ -11,11 +11,12 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
-from conftest import Killed, flags, kill, run_folder, seal
+from conftest import Killed, flags, kill, make_config, run_folder, seal
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import plan
@@ -33,6 +34,7 @@ from engine.footprint import (
     weight_bytes,
 )
 from engine.optimizer import build_optimizer, make_state
+from engine.packing import Example
 from engine.plan import CLEARLY_FASTER, GIB, Device, Plan, Wishes, choose, saved_plan
 from engine.roofline import Card, card_named, expected_step
 from engine.shape import ModelShape
@@ -494,3 +496,15 @@ def test_the_slurm_script_is_bash_and_starts_train(tmp_path: Path) -> None:
     assert words[:5] == [".venv/bin/torchrun", "--nnodes", "2", "--nproc_per_node", "8"]
     assert words[words.index("--rdzv_endpoint") + 1] == "node7:20042"
     assert words[-5:] == ["train.py", "--shard_over", "8", "--run_name", "two nodes"]
+
+
+def test_ranks_with_other_cards_make_the_plan_of_rank_0(
+    settings: dict[str, str], model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against ranks that disagree on when gradients are summed, and wait for each other."""
+    config = make_config(settings)
+    ranks = SimpleNamespace(size=2, gather=lambda one: [one, 10**8], broadcast=lambda _: "first")
+    monkeypatch.setattr(memory, "kind", lambda device: "second")
+    rows = [Example([1, 2, 3], [-100, 2, 3])]
+    planned = plan.plan_run(config, model_folder, rows, None, ranks)
+    assert planned.device == "first"

@@ -31,6 +31,7 @@ from engine.loading import load_tokenizer
 from engine.packing import IGNORE
 from engine.ranks import ALONE
 from run import progress_bar, streams, terminal
+from run.folder import find_opening
 from run.progress import Progress
 from run.retention import disk_space
 from run.shell import evaluation_command
@@ -237,7 +238,7 @@ def commands(printed: str) -> list[list[str]]:
 # ---------------------------------------------------------------- a look before the run
 
 
-TOOLS = preflight.Tools(load_tokenizer, plan.plan_run, train.build, train.train_step)
+TOOLS = preflight.Tools(find_opening, load_tokenizer, plan.plan_run, train.build, train.train_step)
 
 
 @pytest.fixture
@@ -335,6 +336,36 @@ def test_a_look_says_what_is_there_already(call, look, stopped: Path) -> None:
     assert tree(stopped) == before
 
 
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        ({"learning_rate": "1e-5"}, "learning_rate was "),
+        ({"validation_size": "5"}, "cannot resume with these changes: validation_size was "),
+        ({"resume": "never"}, "--resume auto resumes from its last; or choose another --run_name"),
+    ],
+)
+def test_a_look_at_a_run_is_refused_as_training_is(
+    call, look, settings: dict[str, str], stopped: Path, changes: dict[str, str], fragment: str
+) -> None:
+    """Guards against a day that is planned by a look, and ends in second five."""
+    outcome = look(**changes)
+    outcome.assert_user_error(fragment)
+    assert call(train, *flags(settings | changes)).err == outcome.err
+
+
+def test_a_look_at_a_finished_run_or_a_foreign_folder(
+    call, look, settings: dict[str, str], tmp_path: Path
+) -> None:
+    assert call(train, *flags(settings | {"epochs": "1"})).code == 0
+    outcome = look(epochs="1")
+    outcome.assert_user_error("this run is finished (7 steps)")
+    (tmp_path / "mine" / "test").mkdir(parents=True)
+    (tmp_path / "mine" / "test" / "thesis.txt").touch()
+    look(output_dir=str(tmp_path / "mine")).assert_user_error("is in use (thesis.txt)")
+    (tmp_path / "file").touch()
+    look(output_dir=str(tmp_path / "file")).assert_user_error("choose another --output_dir")
+
+
 def test_the_look_is_at_what_training_does(
     call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,7 +390,7 @@ def test_the_look_is_at_what_training_does(
     monkeypatch.setattr(train, "check_disk_space", lambda _, *sizes: needed.append(sizes))
     settings |= {"checkpoint_steps": "3"}
     assert call(train, *flags(settings), save=save).code == 0
-    run = preflight.prospect(make_config(settings), ALONE, TOOLS)
+    run = preflight.prospect(make_config(settings | {"run_name": "new"}), ALONE, TOOLS)
     assert trial.filled(run.batches, 7, 512, ALONE) == packed[:7]
     assert max(map(max, packed[:7])) <= 512 and min(map(len, packed[:7])) >= 1
     assert needed == [run.sizes]
@@ -371,7 +402,7 @@ def test_supervised_tokens_are_underlined(
     settings: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Guards against marks that are shifted, or end at the end of a line."""
-    run = preflight.prospect(make_config(settings), ALONE, TOOLS)
+    run = preflight.prospect(make_config(settings | {"run_name": "new"}), ALONE, TOOLS)
     row = max(run.rows, key=lambda row: len(row.input_ids))
     capsys.readouterr()
     preflight.show_tokens(terminal.open_console(), row, run.tokenizer)
