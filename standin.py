@@ -4,6 +4,7 @@ The problems have GSM8K's format. The model is a real Llama in Hugging Face form
 random weights.
 """
 
+import io
 import json
 import random
 from collections.abc import Iterable
@@ -136,10 +137,10 @@ def make_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> None:
     """
     import sentencepiece
 
-    folder.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()  # not a file, whose path would become part of the model
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(line for text in texts for line in text.split("\n")),
-        model_prefix=str(folder / "tokenizer"),
+        model_writer=model,
         vocab_size=vocab_size,
         model_type="bpe",
         byte_fallback=True,
@@ -151,7 +152,8 @@ def make_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> None:
         num_threads=1,
         minloglevel=2,
     )
-    (folder / "tokenizer.vocab").unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
     settings = {
         "tokenizer_class": "LlamaTokenizer",
         "bos_token": "<s>",

@@ -8,9 +8,14 @@ It is saved as a new view of the project, and its address is printed. Nothing el
 """
 
 import argparse
+import sys
 
-import wandb_workspaces.reports.v2 as reports
-import wandb_workspaces.workspaces as workspaces
+try:
+    import wandb_workspaces.reports.v2 as reports
+    import wandb_workspaces.workspaces as workspaces
+except ModuleNotFoundError as error:
+    print(f"error: {error.name} is missing: pip install wandb-workspaces==0.4.13", file=sys.stderr)
+    sys.exit(2)
 
 LOSSES = ("val/loss", "train/loss")
 CLASSES = ("reasoning", "equations", "final_answer")
@@ -68,7 +73,14 @@ def main() -> None:
     parser.add_argument("--entity", required=True, help="the user or team that owns the project")
     parser.add_argument("--project", default="llama-2-gsm8k", help="default: that of config.yaml")
     arguments = parser.parse_args()
-    workspace(arguments.entity, arguments.project).save()  # which prints its address
+    try:
+        workspace(arguments.entity, arguments.project).save()  # which prints its address
+    except Exception as error:  # of W&B or of the network, in many types
+        cause = " ".join(str(error).split())
+        print(
+            f"error: not saved ({cause}): log in with wandb login, and try again", file=sys.stderr
+        )
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,8 @@ def open_log(
     )
     progress.run = tracker.run or progress.run
     best = folder / BEST if settings.get("wandb_artifact") else None
+    if best and tracker.run is None:
+        print("wandb_artifact: best will not be uploaded, since W&B is off")
     left = TimeLeft(steps, batches.per_epoch, settings["checkpoint_steps"])
     return RunLog(folder, tracker, progress, batches, steps, left, usage, best)
 
@@ -129,7 +131,8 @@ class RunLog:
 
     def _upload_best(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._best is not None and kind is None:
-            self._tracker.upload(self._best, f"{self._best.parent.name}-best")
+            # W&B's names have at most 128 characters.
+            self._tracker.upload(self._best, f"{self._best.parent.name[:123]}-best")
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)

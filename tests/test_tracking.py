@@ -582,3 +582,28 @@ def test_best_is_an_artifact_if_asked_for(
             # The checkpoint itself, not a copy, by a path that names no home.
             assert not Path(entry.local_path).is_absolute()
             assert Path(entry.local_path).resolve() == (best / name).resolve()
+
+
+def test_an_artifact_that_can_not_be_uploaded_is_said_at_the_start(
+    call, settings: dict[str, str]
+) -> None:
+    """Guards against a setting that does nothing."""
+    settings |= {"wandb_mode": "disabled", "wandb_artifact": "true", "epochs": "1"}
+    out = call(train, *flags(settings)).out
+    assert out.index("wandb_artifact: best will not be uploaded, since W&B is off") < out.index(
+        "training: "
+    )
+
+
+def test_the_name_of_an_artifact_fits(call, settings: dict[str, str], fake) -> None:
+    """W&B refuses more than 128 characters, and would do so after the last step."""
+    changes = {
+        "wandb_mode": "online",
+        "wandb_artifact": "true",
+        "epochs": "1",
+        "run_name": "r" * 128,
+    }
+    assert call(train, *flags(settings | changes)).code == 0
+    [(_, run)] = fake
+    [(artifact, _)] = run.artifacts
+    assert artifact.name == "r" * 123 + "-best"
