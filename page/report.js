@@ -147,6 +147,29 @@ more.addEventListener("click", () => {
   update();
   next.querySelector("summary").focus();
 });
+// On paper nothing can be pressed: all that is found is there, and open.
+let printing = null; // what is to be undone afterwards
+window.addEventListener("beforeprint", () => {
+  printing ??= { limit, opened: [] };
+  limit = Infinity;
+  update();
+  for (const { element } of problems) {
+    const details = element.firstElementChild;
+    if (!element.hidden && !details.open) {
+      details.open = true;
+      printing.opened.push(details);
+    }
+  }
+});
+window.addEventListener("afterprint", () => {
+  for (const details of printing.opened) {
+    details.open = false;
+  }
+  limit = printing.limit;
+  printing = null;
+  update();
+});
 window.addEventListener("hashchange", follow);
+window.addEventListener("load", follow); // the browser's own way to the fragment took the focus
 update();
 follow();

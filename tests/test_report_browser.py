@@ -166,6 +166,8 @@ def test_a_link_leads_to_a_problem(show: Opener, one: Path) -> None:
     page = show(one, "#problem-1201")
     problem = page.locator("#problem-1201")
     playwright.expect(problem.locator(".t")).to_be_in_viewport()
+    # What the browser does with the address at the end of loading does not take the focus away.
+    playwright.expect(problem.locator("summary")).to_be_focused()
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.closest('li').id") == "problem-1201"
     # Also from within the page, past a filter that hides it.
@@ -283,6 +285,20 @@ def test_on_paper_are_the_results_and_no_controls(show: Opener, one: Path) -> No
     assert not page.locator("#filters").is_visible() and not page.locator("nav").is_visible()
     assert page.evaluate("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
     assert page.locator("svg").first.is_visible()
+
+
+def test_all_that_is_found_is_printed(show: Opener, one: Path, rows: list[dict]) -> None:
+    """Guards against paper that lacks problems, and a page that is another after printing."""
+    page = show(one, "#show=right")
+    page.locator("#problem-0 summary").click()
+    opened = "Array.from(document.querySelectorAll('#list > li:not([hidden]) > [open]'),\
+        (one) => Number(one.parentElement.id.slice(8)))"
+    page.evaluate(f"addEventListener('beforeprint', () => {{ window.printed = {opened} }})")
+    page.pdf()
+    expected = [row["id"] for row in rows if row["correct"]]
+    assert len(expected) > AT_FIRST and page.evaluate("window.printed") == expected
+    assert shown(page) == expected[:AT_FIRST] and page.locator("#more").is_visible()
+    assert page.evaluate(opened) == [0]
 
 
 def test_opening_all_opens_what_is_shown(show: Opener, two: Path) -> None:
