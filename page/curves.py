@@ -1,6 +1,5 @@
 """Which curves a page shows, from the lines of metrics.jsonl."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,9 +16,14 @@ TITLES = {
     "train/learning_rate": ("Learning rate", ""),
     "train/grad_norm": ("Gradient norm", "before clipping"),
     "train/tokens_per_second": ("Throughput", "tokens per second"),
+    "train/memory_gib": ("Memory", "GiB"),
+    "train/mfu": ("MFU", "share of the device's peak"),
+    "train/mask_rate": ("Mask rate", "share of the answers' tokens"),
+    "train/micro_batch_tokens": ("Micro-batch after running out of memory", "tokens"),
 }
 BY_KIND = ("val/perplexity_", "val/loss_")  # of a loss by kind, only the perplexity is shown
 WIDE = 10  # the ratio of largest to smallest value from which an axis is logarithmic
+LARGEST = 1e100  # a greater number is damage; an axis has no room around the largest floats
 POSITIVE = ("loss", "perplexity")  # their axes may be logarithmic
 
 
@@ -142,13 +146,14 @@ def series_of(metrics: Sequence[Mapping[str, Any]], name: str) -> list[Point]:
     found: dict[float, float] = {}
     for line in metrics:
         step, value = line.get("step"), line.get(name)
-        if _is_number(step) and _is_number(value):
+        if is_number(step) and is_number(value):
             found[step] = value
     return sorted(found.items())
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def is_number(value: object) -> bool:
+    """Whether this is a finite number, and no integer of 400 digits."""
+    return isinstance(value, int | float) and abs(value) < LARGEST
 
 
 def _is_logarithmic(key: str, curves: Sequence[Curve]) -> bool:

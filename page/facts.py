@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from page.curves import in_words, series_of
+from page.curves import in_words, is_number, series_of
 from run.paths import hide_home
 
 Metrics = Sequence[Mapping[str, Any]]
@@ -60,11 +60,11 @@ def facts_of(
         if key in settings
     ]
     recipe = [
-        words.format(settings[key]).replace("e-0", "e-")
+        words.format(_short(settings[key]))
         for key, words in (
             ("epochs", "{} epochs"),
             ("batch_size", "batches of {}"),
-            ("learning_rate", "learning rate {:g}"),
+            ("learning_rate", "learning rate {}"),
             ("dtype", "{}"),
         )
         if key in settings
@@ -81,7 +81,7 @@ def facts_of(
             ("validation_loss", "validation loss"),
             ("validation_perplexity", "perplexity"),
         )
-        if isinstance(best.get(key), int | float)
+        if is_number(best.get(key))
     ]
     return Facts([(label, hide_home(text)) for label, text in about], numbers)
 
@@ -126,4 +126,9 @@ def _values(runs: Sequence[Mapping[str, Any]], name: str) -> list[str]:
 
 
 def _four_digits(value: object) -> str:
-    return f"{value:,.4g}" if isinstance(value, int | float) else "–"
+    return f"{value:,.4g}" if is_number(value) else "–"
+
+
+def _short(value: object) -> str:
+    """``2e-5`` for ``2e-05``; of what should be a number and is none, all of it."""
+    return f"{value:g}".replace("e-0", "e-") if isinstance(value, float) else str(value)

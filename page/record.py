@@ -123,8 +123,8 @@ def read_evaluation(folder: Path) -> Evaluation:
     by_id: dict[int, dict[str, Any]] = {}
     for row in rows:
         by_id.setdefault(row["id"], row)  # the first sample, where there are several
-    scores = read_scores(folder / SCORES_FILE)
-    identity = scores or read_scores(folder / IDENTITY_FILE)
+    identity = _identity(folder)
+    asked = identity.get("num_problems")
     return Evaluation(
         name=folder.resolve().name,
         rows=[by_id[number] for number in sorted(by_id)],
@@ -132,6 +132,11 @@ def read_evaluation(folder: Path) -> Evaluation:
         num_problems=max(identity.get("num_problems", 0), len(by_id)),
         damaged=len(damaged),
     )
+
+
+def _identity(folder: Path) -> dict[str, Any]:
+    """The content of ``scores.json`` or, if there is none yet, of ``evaluation.json``."""
+    return read_scores(folder / SCORES_FILE) or read_scores(folder / IDENTITY_FILE)
 
 
 def _exact_match(folder: Path) -> float | None:

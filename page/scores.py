@@ -98,7 +98,7 @@ def _calculator(recorded: Mapping[str, Any]) -> tuple[float, int, int, float] | 
         found = recorded["calculator"]
         changed = len(found["won"]), len(found["lost"])
         return float(found["exact_match"]), *changed, float(found["p_value"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
 
 
@@ -107,7 +107,7 @@ def _samples(recorded: Mapping[str, Any]) -> list[tuple[str, float, float]]:
     try:
         voted, passed = (recorded["samples"][name] for name in ("maj_at", "pass_at"))
         return [(str(k), float(share), float(passed[k])) for k, share in voted.items()]
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
         return []
 
 

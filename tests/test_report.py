@@ -18,12 +18,14 @@ from conftest import flags, run_folder
 import evaluate
 import report
 import train
+from engine import usage
 from grading.compare import compare
 from page import write
 from page.curves import Logged, charts_of
 from page.plot import draw, number
 from page.problems import choices_of, entries_of
 from page.text import LONGEST, checked, visible
+from run import run_log
 
 KINDS = ["right", "arithmetic", "right", "reasoning", "format", "cut", "flexible", "right"]
 OTHER_KINDS = ["right", "right", "reasoning", "right", "format", "cut", "flexible", "right"]
@@ -192,6 +194,19 @@ def test_the_curves_are_those_of_the_metrics() -> None:
     assert loss.curves[1].best == (8, 0.25)
 
 
+def test_all_that_training_logs_has_a_title() -> None:
+    """Guards against titles made of a metric's name, such as "Memory gib, training"."""
+    sources = [Path(module.__file__).read_text() for module in (run_log, usage)]
+    logged = set(re.findall(r'"((?:train|val)/\w+)"', "".join(sources))) - {
+        "val/samples"
+    }  # a table
+    assert {"val/loss", "train/mask_rate", "train/memory_gib", "train/mfu"} <= logged
+    lines = [{"step": step} | dict.fromkeys(sorted(logged), 1.0) for step in (1, 2)]
+    titles = {chart.title: chart.unit for chart in charts_of([Logged("run", lines, None)])}
+    assert [title for title in titles if title.endswith((", training", ", validation"))] == []
+    assert titles["Memory"] == "GiB" and titles["MFU"] == "share of the device's peak"
+
+
 def test_two_runs_share_their_charts() -> None:
     both = [Logged(name, made_up.metrics(), 24) for name in ("one", "two")]
     charts = charts_of(both)
@@ -251,6 +266,33 @@ def test_damaged_scores_cost_only_themselves(run: Path, scores: str) -> None:
     (run / "eval" / "test" / "scores.json").write_text(scores)
     text = page_of(run).text
     assert "exact match, test 37.5%" in text and "With the calculator" not in text
+
+
+@pytest.mark.parametrize(
+    "damaged", [10**400, 1.79e308, "high", None, [1], {}], ids=lambda it: str(it)[:4]
+)
+def test_a_damaged_number_costs_only_itself(run: Path, damaged: Any) -> None:
+    """Guards against a report that ends in an error because of one number in one file."""
+    with (run / "metrics.jsonl").open("a") as metrics:
+        names = list(dict.fromkeys(name for line in made_up.metrics() for name in line))
+        for name in names:
+            metrics.write(json.dumps({"step": 40, "val/loss": 0.9, name: damaged}) + "\n")
+    training = json.loads((run / "best" / "training.json").read_text())
+    settings = dict.fromkeys(("epochs", "batch_size", "learning_rate", "dtype", "model"), damaged)
+    numbers = dict.fromkeys(("step", "epoch", "validation_loss", "validation_perplexity"), damaged)
+    (run / "best" / "training.json").write_text(
+        json.dumps(training | numbers | {"settings": settings})
+    )
+    scores = {
+        "num_problems": damaged,
+        "exact_match": damaged,
+        "calculator": {"exact_match": damaged, "won": [], "lost": [], "p_value": damaged},
+        "samples": {"maj_at": {"1": damaged}, "pass_at": {"1": damaged}},
+    }
+    file = run / "eval" / "test" / "scores.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | scores))
+    page = page_of(run)
+    assert "exact match, test 37.5%" in page.text and "training" in page.ids()
 
 
 def test_an_evaluation_that_goes_on_is_shown_so_far(run: Path) -> None:
