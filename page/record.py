@@ -1,8 +1,8 @@
 """What the folder of a run has to show. Any file may be missing, as in old and unfinished runs."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,21 @@ class Record:
     exact_match: Mapping[str, float | None] = field(default_factory=dict)
 
 
+def read_records(folders: Sequence[Path], split: str | None) -> list[Record]:
+    """`read_record` of one folder, or of two.
+
+    Without ``split``, two runs show the evaluation that both have; if each has only others, none. A
+    folder with a ``predictions.jsonl`` shows it in any case, since nothing else is meant by it.
+    """
+    if split is None and len(folders) > 1:
+        first, second = map(_evaluations, folders)
+        split = _first_shown([name for name in first if name in second])
+        are_runs = not any((folder / PREDICTIONS_FILE).is_file() for folder in folders)
+        if split is None and first and second and are_runs:
+            return [replace(read_record(folder, None), evaluation=None) for folder in folders]
+    return [read_record(folder, split) for folder in folders]
+
+
 def read_record(folder: Path, split: str | None) -> Record:
     """Read the folder of a run, or a folder that contains a ``predictions.jsonl``.
 
@@ -77,7 +92,7 @@ def read_record(folder: Path, split: str | None) -> Record:
     if (folder / PREDICTIONS_FILE).is_file():
         return _read_predictions_only(folder, split)
     metrics = read_metrics(folder)
-    found = sorted(file.parent.name for file in folder.glob(f"{EVALUATIONS}/*/{PREDICTIONS_FILE}"))
+    found = _evaluations(folder)
     if not metrics and not found:
         raise UserError(
             f"{folder}: has neither metrics.jsonl nor {EVALUATIONS}/SPLIT/{PREDICTIONS_FILE}: "
@@ -88,7 +103,7 @@ def read_record(folder: Path, split: str | None) -> Record:
         raise UserError(
             f"--split {split}: {folder / EVALUATIONS / split} has no {PREDICTIONS_FILE}: {there}"
         )
-    name = split or next((name for name in (*FIRST_SHOWN, *found) if name in found), None)
+    name = split or _first_shown(found)
     best = _description(folder / BEST / DESCRIPTION_FILE)
     newest = _description(folder / LAST / DESCRIPTION_FILE) or _description(folder / FINISHED_FILE)
     return Record(
@@ -99,6 +114,17 @@ def read_record(folder: Path, split: str | None) -> Record:
         evaluation=name and read_evaluation(folder / EVALUATIONS / name),
         exact_match={name: _exact_match(folder / EVALUATIONS / name) for name in found},
     )
+
+
+def _evaluations(folder: Path) -> list[str]:
+    """The names that `read_record` accepts as ``split``."""
+    if (folder / PREDICTIONS_FILE).is_file():
+        return [_identity(folder).get("split"), folder.resolve().name]
+    return sorted(file.parent.name for file in folder.glob(f"{EVALUATIONS}/*/{PREDICTIONS_FILE}"))
+
+
+def _first_shown(names: Sequence[str]) -> str | None:
+    return next((name for name in (*FIRST_SHOWN, *names) if name in names), None)
 
 
 def _read_predictions_only(folder: Path, split: str | None) -> Record:
@@ -129,7 +155,7 @@ def read_evaluation(folder: Path) -> Evaluation:
         name=folder.resolve().name,
         rows=[by_id[number] for number in sorted(by_id)],
         scores=identity,
-        num_problems=max(identity.get("num_problems", 0), len(by_id)),
+        num_problems=max(asked if type(asked) is int else 0, len(by_id)),
         damaged=len(damaged),
     )
 

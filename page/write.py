@@ -12,7 +12,7 @@ from page.curves import Logged, charts_of
 from page.facts import epochs_of, facts_of, settings_of
 from page.plot import draw
 from page.problems import choices_of, entries_of
-from page.record import FIRST_SHOWN, Record, read_record
+from page.record import FIRST_SHOWN, Record, read_records
 from page.scores import RULE_NAMES, scores_of
 from page.text import visible
 from run.errors import UserError, cause_of
@@ -31,7 +31,7 @@ def write_report(
 
     Args:
         folders: one or two, each a run's or one that contains a ``predictions.jsonl``.
-        split: see `read_record`.
+        split: see `read_record`; for two folders, `read_records`.
         file: where to write. None: see `report_file`.
 
     Returns:
@@ -40,7 +40,7 @@ def write_report(
     Raises:
         UserError: there is nothing to show, a package is missing, or the file can't be written.
     """
-    records = [read_record(folder, split) for folder in folders]
+    records = read_records(folders, split)
     file = file or report_file(folders, records, split)
     _check_replaceable(file)
     try:
@@ -171,6 +171,7 @@ def _training(records: Sequence[Record]) -> dict[str, Any]:
             for settings, record in zip(described, records, strict=True)
         ],
         "others": [record.exact_match for record in records],
+        "are_apart": all(not record.evaluation and record.exact_match for record in records),
     }
 
 

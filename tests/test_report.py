@@ -390,6 +390,39 @@ def test_two_runs_show_what_was_won_and_lost(run: Path, other: Path) -> None:
     assert "learning_rate 2e-05 1e-05" in page.text and "settings, 1 of which differ" in page.text
 
 
+def test_two_runs_show_an_evaluation_that_both_have(run: Path, other: Path) -> None:
+    """Guards against the test split of one run beside the validation split of the other."""
+    made_up.write_predictions(run / "eval" / "validation", made_up.rows_of(OTHER_KINDS))
+    made_up.write_predictions(other / "eval" / "validation", made_up.rows_of(OTHER_KINDS))
+    shutil.rmtree(other / "eval" / "test")
+    page = page_of(run, other)
+    assert page.text.count("exact match, validation 50.0%") == 2 and "comparison" in page.ids()
+    # A folder of predictions says of which split it is.
+    page = page_of(run, other / "eval" / "validation")
+    assert page.text.count("exact match, validation 50.0%") == 2 and "comparison" in page.ids()
+
+
+def test_two_runs_without_a_common_evaluation_show_their_curves(run: Path, other: Path) -> None:
+    (other / "eval" / "test").rename(other / "eval" / "validation")
+    made_up.write_predictions(other / "eval" / "last-test", made_up.rows_of(KINDS))
+    page = page_of(run, other)
+    assert (
+        "No evaluation is shown, since the runs have none of the same name: first has test, "
+        "second has last-test and validation."
+    ) in page.text
+    assert "training" in page.ids() and not {"scores", "problems"} & set(page.ids())
+    # A run that is not evaluated yet hides nothing of the other.
+    shutil.rmtree(other / "eval")
+    assert {"training", "scores", "problems"} <= set(page_of(run, other).ids())
+
+
+def test_each_badge_says_whose_it_is(run: Path, other: Path) -> None:
+    """Guards against "right wrong" as all that a screen reader says of two runs."""
+    text = page_of(run, other).text
+    assert " 1 won first: arithmetic second: right Anna has 1 apples" in text
+    assert "first: right" not in page_of(run).text
+
+
 def test_filters_count_what_they_find() -> None:
     rows = made_up.rows_of(KINDS), made_up.rows_of([*OTHER_KINDS, "cut"])
     entries = entries_of(rows)
