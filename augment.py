@@ -43,6 +43,7 @@ if __name__ == "__main__":
     command_line = read_command_line(read_arguments)  # before the heavy imports
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -55,10 +56,10 @@ from grading.samples import EVALUATE, SampleFile, by_question, read_files
 from grading.selection import STAGES, Selection, select
 from run.config import COMMAND_LINE, Config, SettingsFiles, merge
 from run.errors import UserError
-from run.files import write_folder
+from run.new_folder import write_folder
 from run.paths import hide_home, local_path
 from run.setting_types import TRAIN_ROWS
-from run.shell import command_line as shell_command
+from run.shell import script_command
 from run.streams import is_one_of_several
 
 TRAIN, TEST, DESCRIPTION = "train.jsonl", "test.jsonl", "augment.json"
@@ -85,7 +86,7 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
         "train_sha256": data.fingerprint(augmented),
         "validation_sha256": data.fingerprint(validation),
         "test_sha256": data.fingerprint(test),
-        "original_train_sha256": data.fingerprint(rows),
+        "dataset_train_sha256": data.fingerprint(rows),
     }
     settings = {key: getattr(config, key) for key in TRAIN_ROWS}
     description = describe(settings, files, selection, len(rows), sha256)
@@ -99,10 +100,10 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
     if not selection.added:
         print(
             "nothing was added, so its rows are the original ones: sample more, or at a higher "
-            f"temperature ({EVALUATE} --temperature T)"
+            f"temperature into another folder ({EVALUATE} --temperature T --output DIR)"
         )
     done = "data set" if is_new else "unchanged since it was last written"
-    print(f"{done}: {output}; next: {shell_command('train.py', '--dataset', str(output))}")
+    print(f"{done}: {output}; next: {training_command(output, config, arguments.config)}")
 
 
 def settings_for(
@@ -122,6 +123,18 @@ def settings_for(
     changed = f", but {', '.join(typed)} from the command line" if typed else ""
     print(f"settings: {', '.join(known)} from {name}{changed}")
     return config
+
+
+def training_command(output: Path, config: Config, settings: SettingsFiles) -> str:
+    """The command that trains a run of its own on ``output``, with the same validation rows."""
+    _, *files = settings.layers
+    run_name = re.sub(r"[^A-Za-z0-9._-]+", "-", output.name).lstrip("._-")[:128] or "augmented"
+    flags = {"config": files[0]} if files else {}
+    flags |= {"dataset": output, "run_name": run_name}
+    for key in ("validation_size", "seed"):
+        if settings.values.get(key) != str(getattr(config, key)):
+            flags[key] = getattr(config, key)
+    return script_command("train.py", *(f"--{key}={value}" for key, value in flags.items()))
 
 
 def describe(

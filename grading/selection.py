@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 
 from grading.arithmetic import equations, first_false_equation, is_true
 from grading.dataset import Problem
-from grading.rules import OPENAI_ANSWER, correct_openai
+from grading.rules import OPENAI_ANSWER, correct_openai, cut_at_stop
 
 # How far samples get. Each stage includes those after it.
 STAGES = ("drawn", "right", "well_formed", "with_equations", "true", "distinct", "kept")
@@ -129,11 +129,13 @@ def as_answer(completion: str, gold: str) -> str | None:
     """A right completion as the data set would write it, or None if that is not possible.
 
     It ends with the line that the headline rule reads, in the spelling of ``gold``. That line must
-    be preceded by text without another ``####``.
+    be preceded by text without another ``####``, which does not go on to another question.
     """
     reasoning = completion[: OPENAI_ANSWER.search(completion).start()]
     text = reasoning.strip()
     if not text or not reasoning.endswith("\n") or "####" in text or NOT_TEXT.search(text):
+        return None
+    if cut_at_stop(text) != text:  # the number answers a question that the model made up
         return None
     return f"{text}\n#### {gold}"
 

@@ -5,7 +5,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -99,28 +99,6 @@ def replace_file(file: Path, content: str | bytes) -> None:
         with suppress(OSError):  # an error above is the one to report
             staged.unlink(missing_ok=True)
     sync(file.parent)
-
-
-def write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Write a folder of small files, by name: it appears with all of them, or not at all.
-
-    It may exist if it is empty.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staged = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.staged")
-    try:
-        staged.mkdir()
-        for name, content in contents.items():
-            with naming(staged / name):
-                (staged / name).write_bytes(content)
-                sync(staged / name)
-        sync(staged)
-        if folder.exists():
-            folder.rmdir()
-        move(staged, folder, list(contents)[-1])
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-    sync(folder.parent)
 
 
 def remove_staged_files(folder: Path) -> None:

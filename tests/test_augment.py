@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ import train
 from engine.decoding import Completion
 from engine.loading import load_tokenizer
 from grading.dataset import Problem, load_problems
+from grading.next_steps import next_steps
 from grading.rules import gold_answer
 from grading.selection import STAGES, Sample, equation_list, judge, select
 
@@ -50,6 +52,8 @@ TRUE = "May: <<48/2=24>>24.\nAll: <<24+48=72>>72.\n#### 72"
         ("It is <<24+48=72>>72. #### 72", "right"),
         ("####\n<<24+48=72>>72\n#### 72", "right"),
         ("#<<24+48=72>>\n##### 72", "right"),
+        ("It is <<24+48=72>>72.\n\nQuestion: And <<24+48=72>>?\n#### 72", "right"),
+        ("It is <<24+48=72>>72.</s>\nIt is 72.\n#### 72", "right"),
         ("\x1b[2J<<24+48=72>>72\n#### 72", "right"),
         ("So\r<<24+48=72>>72\n#### 72", "right"),
         ("\ud83d <<24+48=72>>72\n#### 72", "right"),
@@ -202,10 +206,11 @@ def test_an_augmented_folder(
     about = json.loads((output / "augment.json").read_text())
     reached = list(about["total"].values())
     assert tuple(about["total"]) == STAGES and sorted(reached, reverse=True) == reached
-    assert reached[:3] == [500, 400, 400] and reached[-1] == 200
     own = [judge(row.answer, row.gold)[0] for row in rows_of["train"]]
+    assert own.count("right") == 1  # which contains </s>
+    assert reached[:3] == [500, 400, 399] and reached[-1] == 200
     assert reached[3:6] == [
-        300 + 100 - own.count("well_formed"),
+        300 + 99 - own.count("well_formed"),
         300 + own.count("true"),
         200 + own.count("true"),
     ]
@@ -274,8 +279,37 @@ def test_a_second_round_adds_only_what_is_new(call, file: Path, tmp_path: Path) 
     arguments = ["--samples", str(file), "--dataset", str(first), "--output", str(second)]
     outcome = call(augment, *arguments)
     assert outcome.code == 0 and "nothing was added, so its rows are the original" in outcome.out
+    assert "--temperature T --output DIR)" in outcome.out
     assert load_problems(str(second), "train") == load_problems(str(first), "train")
+    hashes = [
+        json.loads((folder / "augment.json").read_text())["data"] for folder in (first, second)
+    ]
+    assert hashes[1]["dataset_train_sha256"] == hashes[0]["train_sha256"]
     assert json.loads((second / "augment.json").read_text())["problems_by_kept"] == {"0": 100}
+
+
+@pytest.mark.parametrize(
+    ("name", "run_name"),
+    [("rft-8", "rft-8"), ("it's new; $HOME", "it-s-new-HOME"), (".七", "augmented")],
+)
+def test_the_next_command_trains_a_run_of_its_own(
+    call, file: Path, settings: dict[str, str], tmp_path: Path, name: str, run_name: str
+) -> None:
+    """Guards against the finished run's name, another model, and other rows to validate on."""
+    config = tmp_path / "a config.yaml"
+    written = settings.items() - {"validation_size": "17"}.items()
+    config.write_text("".join(f"{key}: {value}\n" for key, value in written))
+    output = tmp_path / name
+    arguments = ["--samples", str(file), "--output", str(output), "--config", str(config)]
+    outcome = call(augment, *arguments)
+    assert outcome.code == 0, outcome.err
+    words = shlex.split(outcome.out.rpartition("next: ")[2])
+    assert words[1].endswith("train.py")
+    planned, *others = train.read_arguments(words[2:])
+    assert others == [False, None]
+    expected = settings | {"dataset": str(output), "run_name": run_name}
+    assert planned == make_config(expected)
+    assert run_folder(expected) != run_folder(settings)
 
 
 def test_other_formats_of_the_data_set(call, file: Path, data_folder: Path, tmp_path: Path) -> None:
@@ -441,6 +475,39 @@ def test_an_empty_folder_is_filled_and_a_full_disk_leaves_none(
     assert {path.name for path in tmp_path.iterdir()} == {"run", "out"}
 
 
+@pytest.mark.parametrize(
+    ("below", "fragment"),
+    [("train.jsonl/x", "train.jsonl is not a folder"), ("train.jsonl/x/y", "is not a folder")],
+)
+def test_a_folder_that_cannot_be_made_is_one_line(
+    call, file: Path, data_folder: Path, below: str, fragment: str
+) -> None:
+    output = str(data_folder / below)
+    outcome = call(augment, "--samples", str(file), "--output", output)
+    outcome.assert_user_error(f"{output}: ", fragment, "--output")
+
+
+def test_no_folder_can_be_made_where_the_system_makes_none(
+    call, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in /proc, where the error is one of those that are otherwise this program's own."""
+
+    def refuse(path: Path, *_: Any, **__: Any) -> None:
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    output = str(tmp_path / "out")
+    outcome = call(augment, "--samples", str(file), "--output", output)
+    outcome.assert_user_error(f"{output}: can't be made (No such file", "choose another --output")
+
+
+def test_the_longest_name_is_written(call, file: Path, tmp_path: Path) -> None:
+    """Guards against a hidden folder with a longer name than the one that was typed."""
+    output = tmp_path / ("x" * 255)
+    assert call(augment, "--samples", str(file), "--output", str(output)).code == 0
+    assert (output / "augment.json").exists()
+
+
 def test_flags_override_what_is_recorded(call, file: Path, tmp_path: Path) -> None:
     """And rows that would be validated on with the flags are not trained on."""
     arguments = ["--samples", str(file), "--output", str(tmp_path / "out")]
@@ -581,8 +648,31 @@ def knowing(problems: Sequence[Problem]) -> Callable[..., Iterator[Completion]]:
     return decode
 
 
+@pytest.mark.parametrize(
+    ("output", "name"),
+    [("runs/a/eval/train", "rft-a-16"), ("it's 0.7", "rft-it's 0.7-16"), (".", "rft-here-16")],
+)
+def test_the_command_after_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, name: str
+) -> None:
+    """Guards against a folder that an earlier augmentation has filled, and lost settings."""
+    here = tmp_path / "here"
+    write_samples(here / output / "samples", [ROW], num_samples=16)
+    monkeypatch.chdir(here)
+    known = {"split": "train", "limit": None, "config": "my recipe.yaml"}
+    line = next_steps("best", Path(output), known, is_sampled=True)[-1]
+    file = str(Path(output) / "samples" / "predictions.jsonl")
+    paths = ["--samples", file, "--output", f"./data/{name}"]
+    assert shlex.split(line)[2:] == ["--config=my recipe.yaml", *paths]
+
+
 def test_the_whole_way(
-    call, stopped: Path, settings: dict[str, str], rows_of: dict[str, list[Problem]], tmp_path: Path
+    call,
+    stopped: Path,
+    settings: dict[str, str],
+    rows_of: dict[str, list[Problem]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Sample, augment, train, be killed, resume, sample again: by the scripts as they are."""
     parts = evaluate.Parts(decode=knowing(rows_of["train"]))
@@ -592,8 +682,11 @@ def test_the_whole_way(
     assert outcome.code == 0, outcome.err
     assert (stopped / "metrics.jsonl").read_bytes() == log and "not logged" not in outcome.out
     file = stopped / "eval" / "train" / "samples" / "predictions.jsonl"
-    output = tmp_path / "augmented"
-    outcome = call(augment, "--samples", str(file), "--output", str(output))
+    words = shlex.split(outcome.out.splitlines()[-1])
+    assert words[1].endswith("augment.py") and outcome.out.count("next, ") == 1
+    assert words[2:] == ["--samples", str(file), "--output", "./data/rft-test-4"]
+    monkeypatch.chdir(tmp_path)
+    outcome, output = call(augment, *words[2:]), tmp_path / "data" / "rft-test-4"
     assert outcome.code == 0, outcome.err
     assert "settings: dataset, validation_size, seed from" in outcome.out
 

@@ -221,6 +221,20 @@ def test_an_older_run_resumes_unmasked(
     assert outcome.code == 0 and "last at step 8 of 14" in outcome.out, outcome.err
 
 
+def test_what_has_no_effect_may_change(
+    call: Callable[..., Outcome], stopped: Path, settings: dict[str, str], tmp_path: Path
+) -> None:
+    """Guards against a run without masks that can't be resumed for how it would be masked."""
+    config = tmp_path / "config.yaml"
+    config.write_text("mask_token: <unk>\nmask_warmup_ratio: 0.25\n")
+    typed = [*flags(settings), "--config", str(config)]
+    outcome = call(train, *typed)
+    assert outcome.code == 0 and "last at step 8 of 14" in outcome.out, outcome.err
+    masked = [*flags(settings | MASKED | {"run_name": "masked", "epochs": "1"})]
+    assert call(train, *masked).code == 0
+    call(train, *masked, "--mask_token", "<unk>").assert_user_error("mask_token was 'random'")
+
+
 def test_more_epochs_are_refused_where_the_rate_rises(call, settings: dict[str, str]) -> None:
     """Guards against steps that were masked at another rate than those of the longer run."""
     settings |= {"lr_schedule": "constant", "warmup_ratio": "0", "epochs": "1"}
