@@ -248,8 +248,7 @@ def find_opening(config: Config, data_sha256: str, steps: int) -> Path | None:
         steps: of the whole run.
 
     Raises:
-        UserError: training would be refused, since the folder is in use or can't be written, the
-            run is finished, or its settings or rows have changed.
+        UserError: training would be refused, for what is in the folder, settings or rows.
     """
     folder = local_path(config.output_dir) / config.run_name
     place = next(each for each in (folder, *folder.absolute().parents) if each.exists())
@@ -257,8 +256,7 @@ def find_opening(config: Config, data_sha256: str, steps: int) -> Path | None:
         raise UserError(f"{folder}: {place} can't be written: choose another --output_dir")
     if place != folder or (resume_from := start_in(folder, config.resume)) is None:
         return None
-    settings = asdict(anchored(config, resume_from))
-    check_same_run(resume_from, settings, data_sha256)
+    check_same_run(resume_from, asdict(anchored(config, resume_from)), data_sha256)
     check_unfinished(read_description(resume_from)["step"], steps, folder)
     return resume_from
 
