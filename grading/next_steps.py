@@ -10,6 +10,7 @@ from run.errors import one_line
 from run.shell import evaluation_command, script_command
 
 NUM_SAMPLES = 8  # of each problem
+RUNS_OWN = "eval"  # the folder of a run's evaluations
 
 
 def next_steps(
@@ -40,7 +41,7 @@ def next_steps(
 def _augmentation(output: Path, flags: Mapping[str, Any]) -> str:
     """The command that makes a data set of the samples of train rows in ``output``."""
     folder, where = output / SAMPLES, output.absolute()
-    run = where.parent.parent if where.parent.name == "eval" else where
+    run = where.parent.parent if where.parent.name == RUNS_OWN else where
     name = f"rft-{run.name}-{_recorded(folder, 'num_samples')}"  # more samples make another one
     config = [f"--config={flags['config']}"] if flags["config"] else []
     paths = ["--samples", str(folder / PREDICTIONS_FILE), "--output", f"./data/{name}"]
@@ -48,7 +49,9 @@ def _augmentation(output: Path, flags: Mapping[str, Any]) -> str:
 
 
 def _newest_other(output: Path) -> Path | None:
-    """The newest complete evaluation of the same rows by another run beside this one."""
+    """The newest complete evaluation of the same rows by another run beside this one's run."""
+    if output.parent.name != RUNS_OWN:
+        return None
     run, rows = output.parent.parent, _recorded(output, "data_sha256")
     others = [
         folder

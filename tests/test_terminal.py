@@ -30,6 +30,7 @@ from engine.device import cpu_kernels
 from engine.loading import load_tokenizer
 from engine.packing import IGNORE
 from engine.ranks import ALONE
+from grading.next_steps import next_steps
 from run import progress_bar, streams, terminal
 from run.folder import find_opening
 from run.progress import Progress
@@ -509,3 +510,18 @@ def test_a_picture_shows_what_is_left_on_the_terminal(picture_terminal: ModuleTy
     texts = {(element.text or "").replace("\xa0", " ") for element in ET.fromstring(svg).iter()}
     assert {"bold", "done", "next", "<script>", "python train.py"} <= texts
     assert "@font-face" not in svg and "<script>" not in svg and "url(http" not in svg
+
+
+def test_nothing_is_compared_with_evaluations_of_no_run(tmp_path: Path) -> None:
+    """Guards against another evaluation that happens to lie somewhere near, or behind a link."""
+    for name in ("mine/out/test", "other/out/test", "mine/eval/test", "other/eval/test"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "scores.json").write_text("{}")
+        (tmp_path / name / "evaluation.json").write_text('{"data_sha256": "0"}')
+    flags_given = {"split": None, "config": None}
+    found = [
+        next_steps("best", tmp_path / "mine" / room / "test", flags_given, True)
+        for room in ("out", "eval")
+    ]
+    assert found[0] == []
+    assert found[1][0] == f"next, test the difference from {tmp_path / 'other' / 'eval' / 'test'}:"
