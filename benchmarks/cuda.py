@@ -161,6 +161,7 @@ def measure(arguments: argparse.Namespace, results: Results) -> None:
     import cuda_facts
     import cuda_saves
     import cuda_steps
+    import cuda_train
     from cuda_work import Work, compile_no_code
 
     if arguments.dry:
@@ -169,7 +170,7 @@ def measure(arguments: argparse.Namespace, results: Results) -> None:
     steps = {
         "facts": cuda_facts.measure_facts,
         "small": cuda_facts.measure_small_model,
-        "train": cuda_steps.measure_training,
+        "train": cuda_train.measure_training,
         "decode": cuda_decode.measure_decoding,
         "selftest": cuda_steps.run_selftest,
         "real": cuda_steps.measure_real_model,

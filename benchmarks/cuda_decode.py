@@ -44,13 +44,13 @@ def measure_decoding(work: Work) -> None:
         work.attempt("small kernels", measure_small_kernels, rows)
     few = min(16, len(prompts))
     work.attempt("decoding", decode, model, "warm-up", prompts[:few], lengths[:few], few)
+    work.attempt("profile", profile_decoding, model, prompts[:64])
     for name, plan in planned.items():
         work.attempt("decoding", decode, model, name, prompts, lengths, plan.slots)
         for rows in {plan.slots, min(FEW_ROWS, plan.slots), 1}:
             for is_fused in (True, False):
                 work.attempt("decoding step", measure_decoding_step, model, plan, rows, is_fused)
     work.attempt("decoding again", decode_twice, model, prompts, 8 if work.is_dry else 512)
-    work.attempt("profile", profile_decoding, model, prompts[:64])
 
 
 def decode(

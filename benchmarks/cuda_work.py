@@ -36,7 +36,7 @@ LLAMA_2_7B = {
 }
 TINY = {
     "hidden_size": 64,
-    "intermediate_size": 176,
+    "intermediate_size": 192,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
 }
@@ -115,14 +115,15 @@ class Work:
         )
 
     def profile(self, name: str, run: Callable[[], object]) -> None:
-        """Write where the time of ``run`` goes, operator by operator."""
+        """Write where the time of ``run`` goes, operator by operator, and a trace of it."""
         with torch.profiler.profile() as result:
             run()
             self.synchronize()
         order = "self_cpu_time_total" if self.is_dry else "self_cuda_time_total"
         table = result.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=70)
         (self.output / f"profile_{name}.txt").write_text(table)
-        self.results.write("profile", file=f"profile_{name}.txt")
+        result.export_chrome_trace(str(self.output / f"trace_{name}.json.gz"))
+        self.results.write("profile", file=f"profile_{name}.txt", trace=f"trace_{name}.json.gz")
 
     def run_script(self, part: str, *command: str | Path) -> None:
         """Run one of the repository's scripts; its exit code and last lines are the result."""

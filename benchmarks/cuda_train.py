@@ -1,0 +1,223 @@
+"""The step train of cuda.py: optimizer steps of a random Llama-2-7B, and where their time goes."""
+
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+# This benchmark's neighbour, which also puts the repository on the path.
+from cuda_work import Work, flops, random_llama_2_7b, read_rows, tokens_of
+
+import train
+from engine.compiling import compile_layers
+from engine.cuda.linear import Linear
+from engine.footprint import Recipe, Recomputation, footprint, most_in_a_step
+from engine.llama import EAGER, Llama
+from engine.memory import free_bytes
+from engine.optimizer import ADAMW, ADAMW_8BIT, build_optimizer, make_state, training_bytes
+from engine.packing import Example, Packer, pack
+from engine.plan import Device, Plan, Wishes, choose
+from engine.shape import ModelShape
+from plan import rows_of
+from run.method import FULL, Adapter
+
+BATCH_SIZE = 128
+RANK = 64  # of the adapters
+# Of an H100 or H200 for dense products in bfloat16, by its data sheet.
+PEAK_FLOPS = 989e12
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a step is computed.
+
+    Attributes:
+        tokens: of a micro-batch; None: as train.py chooses.
+        recomputed: how many layers are recomputed; None: as train.py chooses.
+        compiled: whether the operations between products are compiled.
+        adds: whether products add to the gradients themselves.
+    """
+
+    tokens: int | None = None
+    recomputed: int | None = None
+    compiled: bool = True
+    adds: bool = True
+
+
+AS_CHOSEN = Variant()
+VARIANTS = (
+    Variant(4096),
+    Variant(16384),
+    Variant(8192, 32, compiled=False, adds=False),
+    Variant(4096, 0, compiled=False, adds=False),
+    Variant(4096, 0, adds=False),
+    Variant(8192, 32),
+)
+
+
+def measure_training(work: Work) -> None:
+    model = random_llama_2_7b(work).train()
+    work.results.write("model", parameters=sum(one.numel() for one in model.parameters()))
+    training = Training(work, model, Recipe())
+    training.measure(AS_CHOSEN)
+    work.attempt("profile", Work.profile, "train", training.profiled_step)
+    for variant in VARIANTS[:1] if work.is_dry else VARIANTS:
+        training.measure(variant)
+    training.free()
+    has_torchao = find_spec("torchao") is not None
+    for name in (ADAMW, ADAMW_8BIT) if has_torchao else (ADAMW,):
+        work.attempt("optimizer", measure_optimizer, name)
+    for method in ("lora", "qlora"):
+        work.attempt(method, measure_adapters, model, method)
+
+
+def measure_adapters(work: Work, model: Llama, method: str) -> None:
+    """A step of adapters beside ``model``, whose layers are first converted to 4 bits for qlora."""
+    from engine.lora import add_adapters
+
+    if method == "qlora":
+        if find_spec("bitsandbytes") is None:
+            work.results.write(method, skipped="bitsandbytes is not installed")
+            return
+        from engine.nf4 import quantise
+
+        model = random_llama_2_7b(work).train()
+        quantise(model.pretrained, Path("random"), model.device)
+    is_quantised = method == "qlora"
+    add_adapters(model, Adapter("", "bfloat16", is_quantised, RANK, 16, False, 0.0, 0, None))
+    training = Training(work, model, Recipe(method, RANK))
+    training.measure(AS_CHOSEN)
+    work.attempt("profile", Work.profile, method, training.profiled_step)
+    training.free()
+
+
+class Training:
+    """A model that is trained by one variant after the other; each result names its ``method``."""
+
+    def __init__(self, work: Work, model: Llama, recipe: Recipe):
+        self.work, self.model, self.recipe = work, model, recipe
+        batch_size, steps = (4, 3) if work.is_dry else (BATCH_SIZE, 4)
+        rows = read_rows("train", batch_size * steps)
+        starts = range(0, len(rows), batch_size)
+        self.batches = [rows[start : start + batch_size] for start in starts]
+        self.rows = rows_of(rows, batch_size)
+        self.shape = ModelShape(model.config, model.dtype)
+        # As before the weights were loaded, which is when train.py plans.
+        self.free_memory = free_bytes(model.device)
+        self.free_memory += sum(weight.nbytes for weight in model.pretrained.parameters())
+        self.optimizer = build_optimizer(model.trained, 2e-5, (0.9, 0.999), 1e-8, 0.0)
+        make_state(self.optimizer)
+
+    def free(self) -> None:
+        """Free what the model does not need."""
+        self.model.zero_grad()
+        self.optimizer.state.clear()
+
+    def measure(self, variant: Variant) -> None:
+        self.work.attempt("training", self._measure, variant)
+        self.model.zero_grad()  # after a failure
+
+    def _measure(self, _: Work, variant: Variant) -> None:
+        model, plan = self.model, self._plan(variant)
+        recomputed, compiled, adds = variant.recomputed, variant.compiled, variant.adds
+        model.recomputed_blocks = plan.recomputed_blocks if recomputed is None else recomputed
+        model.recomputes_parts = plan.recomputes_parts if recomputed is None else True
+        model.elementwise = EAGER
+        use_linear_layers(model, Linear if adds else torch.nn.Linear)
+        started = time.perf_counter()
+        if compiled:
+            compile_layers(model)
+        compiling = time.perf_counter() - started
+        self.work.reset_peak()
+        _, parts = [self._timed_parts(batch, plan) for batch in self.batches[:2]]
+        packer, steps = Packer(self.batches), range(len(self.batches) - 1)
+        whole = [self._timed_step(packer, step, plan) for step in steps]
+        batches, seconds = self.batches[1:-1], whole[1:]
+        tokens = sum(map(tokens_of, batches))
+        flop_per_s = sum(flops(model, batch) for batch in batches) / sum(seconds)
+        shares = {"TFLOP_per_s": flop_per_s / 1e12, "share_of_peak": flop_per_s / PEAK_FLOPS}
+        self.work.results.write(
+            "training",
+            method=self.recipe.method,
+            micro_batch_tokens=plan.micro_batch_tokens,
+            recomputed=model.recomputed_blocks,
+            recomputes_parts=model.recomputes_parts,
+            compiled=compiled,
+            s_compiling=compiling,
+            adds_gradients=adds,
+            tokens_per_s=tokens / sum(seconds),
+            **(shares if self.recipe.method == FULL else {}),
+            s_per_step=sum(seconds) / len(seconds),
+            **parts,
+            planned_GiB=self._planned_bytes(plan.micro_batch_tokens) / 2**30,
+            **self.work.peak_gib(),
+        )
+
+    def _plan(self, variant: Variant) -> Plan:
+        here, wishes = Device("", self.free_memory), Wishes(variant.tokens)
+        return choose(self.shape, self.recipe, self.model.kernels, self.rows, here, wishes)
+
+    def _planned_bytes(self, tokens: int) -> int:
+        recomputation = Recomputation(self.model.recomputed_blocks, self.model.recomputes_parts)
+        counted = min(tokens, most_in_a_step(self.rows, 1))
+        shape, kernels = self.shape, self.model.kernels
+        return footprint(shape, self.recipe, kernels, self.rows, counted, recomputation).total
+
+    def _timed_parts(self, batch: list[Example], plan: Plan) -> dict[str, object]:
+        """A step with a pause after each of its parts."""
+        model, work = self.model, self.work
+        ends = [work.time()]
+        micro_batches = pack(batch, plan.micro_batch_tokens, model.kernels)
+        ends.append(work.time())
+        nats, num_labels, norm = train.accumulate_gradients(model, micro_batches, 1.0)
+        ends.append(work.time())
+        self.optimizer.step()
+        ends.append(work.time())
+        self.optimizer.zero_grad(set_to_none=model.kernels.frees_gradients)
+        ends.append(work.time())
+        names = "packing", "gradients", "optimizer", "clearing"
+        seconds = [end - start for start, end in pairwise(ends)]
+        return {
+            "micro_batches": len(micro_batches),
+            "s_of_parts": dict(zip(names, seconds, strict=True)),
+            "loss": nats / num_labels,
+            "grad_norm": norm,
+        }
+
+    def _timed_step(self, packer: Packer, step: int, plan: Plan) -> float:
+        """The seconds of a step as train.py makes it, with the next one packed beside it."""
+        started = self.work.time()
+        batch, tokens = packer.batch(step), plan.micro_batch_tokens
+        train.train_step(self.model, self.optimizer, batch, 1e-6, tokens, 1.0, packer)
+        return self.work.time() - started
+
+    def profiled_step(self) -> None:
+        tokens = self._plan(AS_CHOSEN).micro_batch_tokens
+        train.train_step(self.model, self.optimizer, self.batches[0][:40], 1e-6, tokens, 1.0)
+
+
+def use_linear_layers(model: Llama, kind: type[torch.nn.Linear]) -> None:
+    for layer in model.modules():
+        if type(layer) in (torch.nn.Linear, Linear):
+            layer.__class__ = kind
+
+
+def measure_optimizer(work: Work, name: str) -> None:
+    """A step of one bfloat16 weight, as large as Llama-2-7B's embedding."""
+    size = 2**13 if work.is_dry else 32000 * 4096
+    weight = torch.nn.Parameter(torch.zeros(size, dtype=torch.bfloat16, device=work.device))
+    weight.grad = torch.ones_like(weight)
+    optimizer = build_optimizer([weight], 2e-5, (0.9, 0.999), 1e-8, 0.0, name)
+    make_state(optimizer)
+    work.reset_peak()
+    milliseconds = work.milliseconds(optimizer.step)
+    work.results.write(
+        "optimizer",
+        name=name,
+        ms_per_1e9=milliseconds / size * 1e9,
+        bytes_per_parameter=training_bytes(weight.dtype, name),
+        **work.peak_gib(),
+    )
