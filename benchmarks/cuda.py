@@ -6,13 +6,15 @@ python benchmarks/cuda.py --steps facts small train
 python benchmarks/cuda.py --dry --steps facts small train decode selftest save
 
 - facts: versions, rates of copies and matrix products, attention against float64.
-- small: a small model's gradients and completions against those of a CPU.
+- small: a small model's gradients and completions against those of a CPU, and those where memory
+  ran out against those where it did not.
 - train: seconds, tokens and memory of optimizer steps of a random Llama-2-7B.
 - decode: the test split's prompts completed to the lengths of their answers, by the same model, and
   the fused kernels of a step.
 - selftest: train.py --selftest.
 - real: perplexity and exact match of a real small model before and after three epochs.
-- save: how long training waits for a save of 1.1 G parameters, and how long the save takes.
+- save: how long training waits for a save of 1.1 G parameters, and how long the save and its
+  loading take, beside a plain file of the same size.
 
 Each step is a process of its own that is stopped at its time limit. A step that fails is a result
 too, and the next one runs. The limits of each group add up to at most 330 seconds. Every result is
@@ -160,6 +162,7 @@ def measure(arguments: argparse.Namespace, results: Results) -> None:
     import cuda_decode
     import cuda_facts
     import cuda_saves
+    import cuda_small
     import cuda_steps
     from cuda_work import Work, compile_no_code
 
@@ -168,7 +171,7 @@ def measure(arguments: argparse.Namespace, results: Results) -> None:
     work = Work(arguments.dry, results, arguments.output, arguments.scratch, arguments.smollm)
     steps = {
         "facts": cuda_facts.measure_facts,
-        "small": cuda_facts.measure_small_model,
+        "small": cuda_small.measure_small_model,
         "train": cuda_steps.measure_training,
         "decode": cuda_decode.measure_decoding,
         "selftest": cuda_steps.run_selftest,
