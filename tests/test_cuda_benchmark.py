@@ -106,11 +106,16 @@ def test_a_step_that_fails_is_a_result_and_the_next_one_runs(
 def test_the_step_save_measures_what_training_waits_for(tmp_path: Path) -> None:
     """Guards against a measurement that only a device would run."""
     lines = dry_step("save", tmp_path)
+    (disk,) = [line for line in lines if line["part"] == "disk"]
+    assert disk["written"] == disk["read"] > 1e7 and not (tmp_path / "plain").exists()
+    (load,) = [line for line in lines if line["part"] == "load"]
+    assert load["same"] == load["tensors"] > 0 and load["times_plain_file"] > 0
     at_once, *beside = [line for line in lines if line["part"] == "save"]
     assert at_once["how"] == "at once" and at_once["training_waits_s"] == at_once["whole_s"]
     assert [line["how"] for line in beside] == ["beside training"] * 2
     for line in beside:
         assert line["bytes"] > 1e7 and line["training_waits_s"] > 0 and line["whole_s"] > 0
+        assert line["times_plain_file"] > 0
 
 
 def test_the_step_small_runs_out_of_memory_and_heals(tmp_path: Path) -> None:
