@@ -6,13 +6,15 @@ python benchmarks/cuda.py --steps facts small train
 python benchmarks/cuda.py --dry --steps facts small train decode selftest save
 
 - facts: versions, rates of copies and matrix products, attention against float64.
-- small: a small model's gradients and completions against those of a CPU.
+- small: a small model's gradients and completions against those of a CPU, and those where memory
+  ran out against those where it did not.
 - train: seconds, tokens and memory of optimizer steps of a random Llama-2-7B.
 - decode: the test split's prompts completed to the lengths of their answers, by the same model, and
   the fused kernels of a step.
 - selftest: train.py --selftest.
 - real: perplexity and exact match of a real small model before and after three epochs.
-- save: how long training waits for a save of 1.1 G parameters, and how long the save takes.
+- save: how long training waits for a save of 1.1 G parameters, and how long the save and its
+  loading take, beside a plain file of the same size.
 
 Each step is a process of its own that is stopped at its time limit. A step that fails is a result
 too, and the next one runs. The limits of each group add up to at most 330 seconds. Every result is
@@ -40,6 +42,8 @@ from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from cuda_disk import scratch_parent  # this benchmark's neighbour
 
 # In a benchmark, torch's `import cuda.bindings` finds this file first. This lets it find the rest.
 __path__ = pkgutil.extend_path([], "cuda")
@@ -133,7 +137,7 @@ def run_step(step: str, arguments: argparse.Namespace) -> bool:
     """Run ``step`` within its limit; gives whether all of it succeeded."""
     limit = arguments.limit or LIMITS[step]
     results = Results(step, arguments.output, arguments.started)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=scratch_parent(arguments.dry)) as scratch:
         command = [sys.executable, __file__, "--worker", step, "--scratch", scratch]
         command += ["--output", str(arguments.output), "--started", str(arguments.started)]
         command += ["--dry"] * arguments.dry
@@ -160,6 +164,7 @@ def measure(arguments: argparse.Namespace, results: Results) -> None:
     import cuda_decode
     import cuda_facts
     import cuda_saves
+    import cuda_small
     import cuda_steps
     import cuda_train
     from cuda_work import Work, compile_no_code
@@ -169,7 +174,7 @@ def measure(arguments: argparse.Namespace, results: Results) -> None:
     work = Work(arguments.dry, results, arguments.output, arguments.scratch, arguments.smollm)
     steps = {
         "facts": cuda_facts.measure_facts,
-        "small": cuda_facts.measure_small_model,
+        "small": cuda_small.measure_small_model,
         "train": cuda_train.measure_training,
         "decode": cuda_decode.measure_decoding,
         "selftest": cuda_steps.run_selftest,

@@ -1,12 +1,10 @@
-"""The steps facts and small of cuda.py: how fast the device is, and whether it is correct."""
+"""The step facts of cuda.py: how fast the device is, and whether its attention is correct."""
 
 import os
 import platform
 import random
 import shutil
 import sysconfig
-import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
@@ -17,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 # This benchmark's neighbour, which also puts the repository on the path, and quiets Transformers.
-from cuda_work import TINY, Work, has_real_rows, prompts_of, random_llama, read_rows
+from cuda_work import Work, has_real_rows, random_llama, relative_error
 
 # isort: split
 
@@ -25,13 +23,9 @@ import transformers
 from torch import Tensor
 
 from engine import attention
-from engine.compiling import compile_layers
 from engine.cuda.cache import StaticCache
-from engine.decoding import greedy_decode
 from engine.device import kernels_for
-from engine.llama import Llama
-from engine.loading import load_model
-from engine.packing import Example, collate, collate_prompts
+from engine.packing import collate_prompts
 
 # Rows of matrix products, from training's micro-batches down to the slots of decoding.
 ROWS = (8192, 4096, 3072, 2048, 256, 144)
@@ -39,15 +33,6 @@ ROWS = (8192, 4096, 3072, 2048, 256, 144)
 FEATURES = ((4096, 4096), (4096, 11008), (11008, 4096), (4096, 12288), (4096, 22016))
 HEADS, HEAD_DIM = 32, 128
 DECODED_LENGTH = 708  # the longest test prompt with 512 new tokens
-SMALL = {
-    "hidden_size": 256,
-    "intermediate_size": 688,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-}
-
-
-# ---------------------------------------------------------------- facts
 
 
 def measure_facts(work: Work) -> None:
@@ -170,11 +155,6 @@ def attention_error(
     return worst
 
 
-def relative_error(found: Tensor, exact: Tensor) -> float:
-    exact = exact.detach().double()
-    return ((found.double() - exact).norm() / exact.norm()).item()
-
-
 @torch.inference_mode()
 def measure_attention_in_decoding(work: Work, slots: int) -> None:
     """One new token in each of ``slots``, through the cache of a GPU, in one layer."""
@@ -209,95 +189,4 @@ def measure_attention_in_decoding(work: Work, slots: int) -> None:
         relative_error=relative_error(output[slot], exact[:, 0]),
         us=milliseconds * 1e3,
         TB_per_s=size / milliseconds / 1e9,
-    )
-
-
-# ---------------------------------------------------------------- small
-
-
-def measure_small_model(work: Work) -> None:
-    cpu, folder = torch.device("cpu"), work.scratch / "model"
-    shape = TINY if work.is_dry else SMALL
-    random_llama(cpu, torch.float32, shape).pretrained.save_pretrained(folder)
-    rows = read_rows("train", 2 if work.is_dry else 12)
-    exact = gradients(load_model(folder, torch.float64, cpu).train(), rows)
-    dtypes = (torch.bfloat16,) if work.is_dry else (torch.float32, torch.bfloat16)
-    variants: dict[str, Callable[[Llama], None]] = {
-        "plain": lambda model: None,
-        "recomputed": recompute_activations,
-        "compiled": compile_layers,
-    }
-    for dtype in dtypes:
-        for name, prepare in variants.items():
-            model = load_model(folder, dtype, work.device).train()
-            work.attempt("gradients", compare_gradients, model, name, prepare, rows, exact)
-    prompts = prompts_of(read_rows("test", 6 if work.is_dry else 40))
-    new_tokens = 4 if work.is_dry else 24
-    model = load_model(folder, torch.float32, cpu)
-    expected = completions(model, prompts, new_tokens, len(prompts))
-    for dtype in dtypes:
-        model = load_model(folder, dtype, work.device)
-        work.attempt("completions", compare_completions, model, prompts, new_tokens, expected)
-
-
-def recompute_activations(model: Llama) -> None:
-    model.recomputed_blocks = len(model.blocks)
-
-
-def gradients(model: Llama, rows: list[Example]) -> tuple[float, dict[str, Tensor]]:
-    """The summed loss of ``rows``, and the gradient of each weight in float64."""
-    loss = model(collate(rows, model.kernels))
-    loss.backward()
-    weights = model.pretrained.named_parameters()
-    return loss.item(), {name: weight.grad.double().cpu() for name, weight in weights}
-
-
-def compare_gradients(
-    work: Work,
-    model: Llama,
-    name: str,
-    prepare: Callable[[Llama], None],
-    rows: list[Example],
-    exact: tuple[float, dict[str, Tensor]],
-) -> None:
-    started = time.perf_counter()
-    prepare(model)
-    loss, found = gradients(model, rows)
-    errors = {key: relative_error(grad, exact[1][key]) for key, grad in found.items()}
-    worst = max(errors, key=errors.get)
-    work.results.write(
-        "gradients",
-        dtype=model.dtype,
-        how=name,
-        loss=loss,
-        exact_loss=exact[0],
-        worst_weight=worst,
-        relative_error=errors[worst],
-        seconds=time.perf_counter() - started,
-    )
-
-
-def completions(
-    model: Llama, prompts: list[list[int]], new_tokens: int, slots: int
-) -> dict[int, list[int]]:
-    stops, settings = frozenset({2}), {"max_new_tokens": new_tokens, "slots": slots}
-    decoded = greedy_decode(model, prompts, eos_token_ids=stops, **settings)
-    return {one.index: one.token_ids for one in decoded}
-
-
-def compare_completions(
-    work: Work,
-    model: Llama,
-    prompts: list[list[int]],
-    new_tokens: int,
-    expected: dict[int, list[int]],
-) -> None:
-    together = completions(model, prompts, new_tokens, len(prompts))
-    in_turn = completions(model, prompts, new_tokens, 3 if work.is_dry else 7)
-    work.results.write(
-        "completions",
-        dtype=model.dtype,
-        of=len(prompts),
-        same_as_float32_on_cpu=sum(together[index] == expected[index] for index in expected),
-        same_in_fewer_slots=sum(together[index] == in_turn[index] for index in expected),
     )

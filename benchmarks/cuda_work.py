@@ -7,9 +7,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from engine import memory
 from engine.device import pick_device
 from engine.llama import Llama
+from engine.loading import load_tokenizer
 from engine.packing import IGNORE, Example
+from engine.tokenizer import Tokenizer
 from run.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,6 +72,10 @@ class Work:
     def attempt(self, part: str, measure: Callable[..., None], *arguments: Any) -> None:
         """`Results.attempt`, with the memory of the part freed after it."""
         self.results.attempt(part, measure, self, *arguments)
+        self.release()
+
+    def release(self) -> None:
+        """Free what PyTorch's allocator keeps of the device's memory."""
         if not self.is_dry:
             memory.release()
 
@@ -148,11 +154,10 @@ def read_rows(split: str, count: int | None) -> list[Example]:
     """The first ``count`` rows of GSM8K's ``split``, or random tokens of its lengths."""
     if has_real_rows():
         import data
-        from engine.loading import load_tokenizer
         from grading.dataset import load_problems
 
         problems = load_problems(os.environ["GSM8K_DIR"], split)[:count]
-        return data.encode(load_tokenizer(Path(os.environ["TOKENIZER_DIR"])), problems, PROMPT)
+        return data.encode(real_tokenizer(), problems, PROMPT)
     rng = random.Random(split)
     examples = []
     for _ in range(count or 1319):
@@ -160,6 +165,11 @@ def read_rows(split: str, count: int | None) -> list[Example]:
         ids = [1, *(rng.randrange(3, 32_000) for _ in range(prompt + answer - 2)), 2]
         examples.append(Example(ids, [IGNORE] * prompt + ids[prompt:]))
     return examples
+
+
+@cache
+def real_tokenizer() -> Tokenizer:
+    return load_tokenizer(Path(os.environ["TOKENIZER_DIR"]))
 
 
 def prompts_of(examples: Sequence[Example]) -> list[list[int]]:
@@ -223,6 +233,27 @@ def flops(model: Llama, batch: Sequence[Example]) -> float:
     attention = model.config.num_hidden_layers * model.config.hidden_size
     squares = sum(len(example.input_ids) ** 2 for example in batch)
     return 6.0 * (weights * tokens_of(batch) + attention * squares)
+
+
+# ---------------------------------------------------------------- results against others
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    exact = exact.detach().double()
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+def worst_error(
+    found: Mapping[str, torch.Tensor], exact: Mapping[str, torch.Tensor]
+) -> tuple[float, str]:
+    """The largest relative error of the tensors of ``found``, and whose it is."""
+    return max((relative_error(found[name], exact[name]), name) for name in found)
+
+
+def gradients_on_host(model: Llama) -> dict[str, torch.Tensor]:
+    """The gradient of each weight in float64, without memory of the device."""
+    weights = model.pretrained.named_parameters()
+    return {name: weight.grad.cpu().double() for name, weight in weights}
 
 
 def compile_no_code() -> None:

@@ -36,6 +36,12 @@ def work(step: str, folder: Path) -> None:
     with (folder / "printed").open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    if step == "small":
+        import cuda_small
+
+        # Both take seconds.
+        cuda_small.compile_layers = lambda model: None
+        os.environ.pop("TOKENIZER_DIR", None)
     options = "--dry", "--worker", step, "--scratch", str(folder), "--output", str(folder)
     sys.exit(cuda.main(cuda.read_arguments([*options])))
 
@@ -100,11 +106,31 @@ def test_a_step_that_fails_is_a_result_and_the_next_one_runs(
 def test_the_step_save_measures_what_training_waits_for(tmp_path: Path) -> None:
     """Guards against a measurement that only a device would run."""
     lines = dry_step("save", tmp_path)
+    (disk,) = [line for line in lines if line["part"] == "disk"]
+    assert disk["written"] == disk["read"] > 1e7 and not (tmp_path / "plain").exists()
+    (load,) = [line for line in lines if line["part"] == "load"]
+    assert load["same"] == load["tensors"] > 0 and load["times_plain_file"] > 0
     at_once, *beside = [line for line in lines if line["part"] == "save"]
     assert at_once["how"] == "at once" and at_once["training_waits_s"] == at_once["whole_s"]
     assert [line["how"] for line in beside] == ["beside training"] * 2
     for line in beside:
         assert line["bytes"] > 1e7 and line["training_waits_s"] > 0 and line["whole_s"] > 0
+        assert line["times_plain_file"] > 0
+
+
+def test_the_step_small_runs_out_of_memory_and_heals(tmp_path: Path) -> None:
+    """Guards against a measurement that only a device would run."""
+    lines = dry_step("small", tmp_path)
+    (accumulation,) = [line for line in lines if line["part"] == "accumulation"]
+    assert accumulation["micro_batches"] == [1, 2]
+    assert all(0 < error < 1e-5 for error in accumulation["relative_errors"])
+    (healing,) = [line for line in lines if line["part"] == "healing"]
+    assert healing["halved"] == 1 and healing["same_loss"] and healing["same_gradients"]
+    assert 0 < healing["relative_difference_from_one_micro_batch"] < 1e-5
+    (completions,) = [line for line in lines if line["part"] == "completions"]
+    assert completions["same_alone"] == completions["of_alone"] == 2
+    (fewer,) = [line for line in lines if line["part"] == "fewer slots"]
+    assert fewer["slots"] == [6, 3] and fewer["same"] == fewer["of"] == 5
 
 
 def test_the_step_decode_decodes_twice_without_freeing_memory(tmp_path: Path) -> None:
