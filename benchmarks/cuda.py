@@ -3,7 +3,7 @@
 python benchmarks/cuda.py --group first
 python benchmarks/cuda.py --group second --smollm DIR
 python benchmarks/cuda.py --steps facts small train
-python benchmarks/cuda.py --dry --steps facts small train decode selftest save
+python benchmarks/cuda.py --dry --steps facts small train decode selftest save contenders
 
 - facts: versions, rates of copies and matrix products, attention against float64.
 - small: a small model's gradients and completions against those of a CPU, and those where memory
@@ -15,6 +15,7 @@ python benchmarks/cuda.py --dry --steps facts small train decode selftest save
 - real: perplexity and exact match of a real small model before and after three epochs.
 - save: how long training waits for a save of 1.1 G parameters, and how long the save and its
   loading take, beside a plain file of the same size.
+- contenders: steps of Transformers' Trainer and completions of its generate, and ours beside them.
 
 Each step is a process of its own that is stopped at its time limit. A step that fails is a result
 too, and the next one runs. The limits of each group add up to at most 330 seconds. Every result is
@@ -58,11 +59,12 @@ LIMITS = {
     "selftest": 65,
     "real": 145,
     "save": 90,
+    "contenders": 110,
 }
 GROUPS = {
     "first": ("facts", "small", "train"),
     "second": ("decode", "selftest", "real"),
-    "third": ("save",),
+    "third": ("save", "contenders"),
 }
 
 
@@ -161,6 +163,7 @@ def run_step(step: str, arguments: argparse.Namespace) -> bool:
 
 def measure(arguments: argparse.Namespace, results: Results) -> None:
     """The work of the step ``arguments.worker``."""
+    import cuda_contenders
     import cuda_decode
     import cuda_facts
     import cuda_saves
@@ -180,6 +183,7 @@ def measure(arguments: argparse.Namespace, results: Results) -> None:
         "selftest": cuda_steps.run_selftest,
         "real": cuda_steps.measure_real_model,
         "save": cuda_saves.measure_saves,
+        "contenders": cuda_contenders.measure_contenders,
     }
     steps[arguments.worker](work)
 

@@ -264,7 +264,7 @@ def _paced_trainer(base: type, **settings: Any) -> None:
     base(callbacks=[Pace()], **settings).train()
 
 
-def _training_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+def training_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "output_dir": str(arguments.folder / "trainer"),
         "per_device_train_batch_size": ROWS,
@@ -284,23 +284,27 @@ def _training_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def collate_padded(batch: list[dict[str, list[int]]]) -> dict[str, Any]:
+    """Rows padded to the longest, as Transformers' models read them."""
+    import torch
+
+    longest = max(len(row["input_ids"]) for row in batch)
+
+    def pad(rows: list[list[int]], value: int) -> torch.Tensor:
+        return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+
+    return {
+        "input_ids": pad([row["input_ids"] for row in batch], 0),
+        "attention_mask": pad([[1] * len(row["input_ids"]) for row in batch], 0),
+        "labels": pad([row["labels"] for row in batch], -100),
+    }
+
+
 def work_trainer(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) -> None:
     import torch
     from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
-    def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        longest = max(len(row["input_ids"]) for row in batch)
-
-        def pad(rows: list[list[int]], value: int) -> torch.Tensor:
-            return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
-
-        return {
-            "input_ids": pad([row["input_ids"] for row in batch], 0),
-            "attention_mask": pad([[1] * len(row["input_ids"]) for row in batch], 0),
-            "labels": pad([row["labels"] for row in batch], -100),
-        }
-
-    settings = _training_settings(arguments) | {"gradient_checkpointing": torch.cuda.is_available()}
+    settings = training_settings(arguments) | {"gradient_checkpointing": torch.cuda.is_available()}
     _paced_trainer(
         Trainer,
         model=LlamaForCausalLM.from_pretrained(
@@ -308,7 +312,7 @@ def work_trainer(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]
         ),
         args=TrainingArguments(**settings),
         train_dataset=rows,
-        data_collator=collate,
+        data_collator=collate_padded,
     )
 
 
@@ -333,7 +337,7 @@ def work_trl(arguments: argparse.Namespace, rows: list[dict[str, list[int]]]) ->
         model=LlamaForCausalLM.from_pretrained(
             arguments.folder, dtype=getattr(torch, arguments.dtype)
         ),
-        args=SFTConfig(**_training_settings(arguments), completion_only_loss=True),
+        args=SFTConfig(**training_settings(arguments), completion_only_loss=True),
         train_dataset=Dataset.from_list(masked),
         processing_class=tokenizer,
     )

@@ -1,9 +1,12 @@
 """What benchmarks/cuda.py promises of its steps, on a CPU: see its docstring."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +49,30 @@ def work(step: str, folder: Path) -> None:
     sys.exit(cuda.main(cuda.read_arguments([*options])))
 
 
-def dry_step(step: str, folder: Path) -> list[dict[str, Any]]:
+def work_short_of_memory(step: str, folder: Path) -> None:
+    """Memory runs out in the Trainer's first micro-batch, and must be free before the next one."""
+    import torch
+    from transformers import Trainer
+
+    whole, held = Trainer.training_step, []
+
+    def training_step(*arguments: Any) -> torch.Tensor:
+        if held:
+            gc.collect()
+            assert held[0]() is None, "the failed pass's tensors are still held"
+            Trainer.training_step = whole
+            return whole(*arguments)
+        tensor = torch.zeros(1)
+        held.append(weakref.ref(tensor))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    Trainer.training_step = training_step
+    work(step, folder)
+
+
+def dry_step(
+    step: str, folder: Path, work: Callable[[str, Path], None] = work
+) -> list[dict[str, Any]]:
     """The results of ``step`` alone."""
     process = processes.Process(target=work, args=[step, folder])
     process.start()
@@ -139,6 +165,33 @@ def test_the_step_decode_decodes_twice_without_freeing_memory(tmp_path: Path) ->
     (again,) = [line for line in lines if line["part"] == "decoding again"]
     first, second = again["completions"]
     assert first == second == 11  # of 12; the longest is not awaited
+
+
+def test_the_step_contenders_compares_equal_work(tmp_path: Path) -> None:
+    """Guards against a contender that does other work, or is given up for a lack of memory."""
+    lines = dry_step("contenders", tmp_path, work_short_of_memory)
+    short, *trainers = [line for line in lines if line["part"] == "Trainer"]
+    assert short["batch"] == 16 and short["out_of_memory"] == "CUDA out of memory"
+    settings = [(line["batch"], line["flattened"], line["recomputed"]) for line in trainers]
+    assert settings == [(8, False, False), (8, True, False), (16, False, True)]
+    (ours,) = [line for line in lines if line["part"] == "training"]
+    # Over the same rows, but which of them make up a step differs.
+    assert [line["loss"] for line in trainers] == pytest.approx([ours["loss"]] * 3, abs=0.003)
+    assert trainers[0]["padding"] == trainers[1]["padding"] == 0 < trainers[2]["padding"]
+    assert [line["steps"] for line in (ours, *trainers)] == [2] * 4
+    tokens = [line["tokens_per_s"] * line["seconds"] for line in (ours, *trainers)]
+    assert tokens == pytest.approx([tokens[0]] * 4)
+    best = max(line["tokens_per_s"] for line in trainers)
+    assert ours["times_the_trainer"] == pytest.approx(ours["tokens_per_s"] / best)
+
+    generated = [line for line in lines if line["part"] == "generate"]
+    (decoded,) = [line for line in lines if line["part"] == "decoding"]
+    assert [line["batch"] for line in generated] == [4, 2]
+    for line in generated:
+        assert line["tokens"] == line["of_tokens"] == decoded["tokens"]
+        assert line["problems"] == decoded["problems"]
+    best = max(line["tokens_per_s"] for line in generated)
+    assert decoded["times_generate"] == pytest.approx(decoded["tokens_per_s"] / best)
 
 
 def test_a_step_is_stopped_at_its_limit_and_the_next_one_runs(tmp_path: Path) -> None:

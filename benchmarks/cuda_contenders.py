@@ -1,0 +1,245 @@
+"""The step contenders of cuda.py: Transformers' Trainer and generate, and ours beside them.
+
+All train and decode the same random Llama-2-7B in one process, one after another.
+
+Training: three optimizer steps of 128 rows, of which the first one is not timed, with fused AdamW
+on bfloat16 weights. The Trainer uses Transformers' own layers and attention (SDPA), at the settings
+of cuda_trainer.py. Ours takes the same rows as they come, and what train.py chooses by default.
+Tokens are those of the rows, without padding. The learning rate is 0, which takes as long as any
+other: the weights stay the same, so all must find the same loss.
+
+Decoding: the first 256 test problems, each completed with as many tokens as its answer has. Without
+knowing it, generate gets them sorted by this length, in batches that are padded on the left and end
+with their longest completion. Tokens beyond an answer's length don't count. Its rate counts if its
+time was enough for all problems, or if it was not for any size of batch before. Ours takes the
+problems as they come, in as many slots as evaluate.py plans.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from operator import itemgetter
+from time import perf_counter
+
+import torch
+
+# This benchmark's neighbour, which also puts the repository on the path.
+from cuda_decode import count_tokens
+from cuda_steps import BATCH_SIZE, time_step, use_linear_layers
+from cuda_work import Work, prompts_of, random_llama_2_7b, read_rows, tokens_of
+from transformers import LlamaForCausalLM
+
+from engine import memory
+from engine.compiling import prepare
+from engine.cuda.linear import Linear
+from engine.footprint import Recipe
+from engine.llama import EAGER, Llama
+from engine.optimizer import build_optimizer
+from engine.packing import IGNORE, Example
+from engine.plan import Device, Plan, Wishes, choose
+from engine.shape import ModelShape
+from plan import rows_of
+from run.errors import one_line
+
+STEPS = 3  # the first one is not timed
+PROBLEMS = 256
+GENERATE_BATCHES = (256, 128)
+GENERATE_SECONDS = 28.0  # after which it writes no other token
+# The cache grows by copies of one layer's keys or values at a time.
+CACHE_GROWTH = 1.1
+
+
+@dataclass
+class Speeds:
+    """Useful tokens a second of each setting that was measured."""
+
+    trainer: list[float] = field(default_factory=list)
+    generate: list[float] = field(default_factory=list)
+
+
+def measure_contenders(work: Work) -> None:
+    from cuda_trainer import train_with_trainer  # whose imports take seconds
+
+    model, speeds = random_llama_2_7b(work), Speeds()
+    size = 4 if work.is_dry else BATCH_SIZE
+    rows = read_rows("train", STEPS * size)
+    batches = [rows[first : first + size] for first in range(0, len(rows), size)]
+    train_with_trainer(work, model.pretrained, batches, speeds.trainer)
+    problems = read_rows("test", 8 if work.is_dry else PROBLEMS)
+    model.eval()
+    generate_all(work, model.pretrained, problems, speeds.generate)
+    work.attempt("decoding", decode, model, problems, speeds.generate)
+    # Last, since compiling may take until the limit. The step train measures the same.
+    model.train()
+    use_linear_layers(model, Linear)
+    work.attempt("training", train, model, batches, speeds.trainer)
+
+
+# ---------------------------------------------------------------- training
+
+
+def train(work: Work, model: Llama, batches: list[list[Example]], others: list[float]) -> None:
+    """Our steps on the same rows."""
+    plan = our_plan(model, batches)
+    prepare(model, plan.recomputation, None)
+    optimizer = build_optimizer(
+        model.parameters(), learning_rate=0.0, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0
+    )
+    work.reset_peak()
+    tokens = plan.micro_batch_tokens
+    steps = [time_step(work, model, optimizer, batch, tokens) for batch in batches]
+    seconds = sum(sum(step.seconds.values()) for step in steps[1:])
+    tokens_per_s = sum(tokens_of(step.batch) for step in steps[1:]) / seconds
+    work.results.write(
+        "training",
+        micro_batch_tokens=tokens,
+        recomputed=plan.recomputed_blocks,
+        compiled=model.elementwise is not EAGER,
+        steps=len(steps) - 1,
+        seconds=seconds,
+        tokens_per_s=tokens_per_s,
+        times_the_trainer=tokens_per_s / max(others) if others else None,
+        loss=sum(step.loss for step in steps) / len(steps),
+        **work.peak_gib(),
+    )
+
+
+def our_plan(model: Llama, batches: list[list[Example]]) -> Plan:
+    """As train.py chooses before it loads the weights."""
+    weights = sum(weight.nbytes for weight in model.parameters())
+    here = Device("", memory.free_bytes(model.device) + weights)
+    rows = rows_of([row for batch in batches for row in batch], len(batches[0]))
+    shape = ModelShape(model.config, model.dtype)
+    return choose(shape, Recipe(), model.kernels, rows, here, Wishes())
+
+
+# ---------------------------------------------------------------- generate
+
+
+def generate_all(
+    work: Work, pretrained: LlamaForCausalLM, problems: list[Example], speeds: list[float]
+) -> None:
+    sizes = (4, 2) if work.is_dry else GENERATE_BATCHES
+    work.attempt("generate", warm_up, pretrained, problems[: sizes[-1]])
+    ends = perf_counter() + GENERATE_SECONDS
+    for size in sizes:
+        work.attempt("generate", try_size, pretrained, problems, size, ends, speeds)
+
+
+def warm_up(work: Work, pretrained: LlamaForCausalLM, problems: list[Example]) -> None:
+    generate(pretrained, prompts_of(problems), 4, GENERATE_SECONDS)
+
+
+def try_size(
+    work: Work,
+    pretrained: LlamaForCausalLM,
+    problems: list[Example],
+    size: int,
+    ends: float,
+    speeds: list[float],
+) -> None:
+    """Running out of memory is a result of the size, not a fault."""
+    pairs = sorted(
+        zip(prompts_of(problems), lengths_of(work, problems), strict=True), key=itemgetter(1)
+    )
+    batches = [pairs[first : first + size] for first in range(0, len(pairs), size)]
+    needed = max(cache_bytes(pretrained, batch) for batch in batches)
+    free = memory.free_bytes(pretrained.device)
+    why = f"the cache takes {needed / 2**30:.1f} GiB of the {free / 2**30:.1f} GiB that are free"
+    if needed < free:
+        try:
+            return measure_generate(work, pretrained, batches, ends, speeds)
+        except Exception as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            why = one_line(error)[:200]
+    work.results.write("generate", batch=size, out_of_memory=why)
+
+
+def measure_generate(
+    work: Work,
+    pretrained: LlamaForCausalLM,
+    batches: list[list[tuple[list[int], int]]],
+    ends: float,
+    speeds: list[float],
+) -> None:
+    """Each of ``batches`` has prompts, and the number of tokens to complete each with."""
+    work.reset_peak()
+    started, tokens = work.time(), 0
+    for batch in batches:
+        prompts, lengths = zip(*batch, strict=True)
+        if (left := ends - perf_counter()) > 0:
+            written = generate(pretrained, prompts, max(lengths), left)
+            tokens += sum(min(length, written) for length in lengths)
+    seconds = work.time() - started
+    if not tokens:
+        return work.results.write("generate", batch=len(batches[0]), skipped="no time is left")
+    wanted = sum(length for batch in batches for _, length in batch)
+    if tokens == wanted or not speeds:
+        speeds.append(tokens / seconds)
+    work.results.write(
+        "generate",
+        batch=len(batches[0]),
+        problems=sum(map(len, batches)),
+        tokens=tokens,
+        of_tokens=wanted,
+        seconds=seconds,
+        tokens_per_s=tokens / seconds,
+        **work.peak_gib(),
+    )
+
+
+def generate(
+    pretrained: LlamaForCausalLM, prompts: Sequence[list[int]], most: int, seconds: float
+) -> int:
+    """The tokens that each of ``prompts`` got: ``most``, or fewer if the ``seconds`` are over."""
+    longest = max(map(len, prompts))
+    ids = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    output = pretrained.generate(
+        torch.tensor(ids, device=pretrained.device),
+        attention_mask=torch.tensor(mask, device=pretrained.device),
+        do_sample=False,
+        use_cache=True,  # which training has turned off
+        max_new_tokens=most,
+        max_time=seconds,
+        eos_token_id=pretrained.config.vocab_size,  # not a token
+        pad_token_id=0,
+    )
+    return output.shape[1] - longest
+
+
+def cache_bytes(pretrained: LlamaForCausalLM, batch: list[tuple[list[int], int]]) -> float:
+    """What generate's cache takes for a batch that is padded to its longest prompt."""
+    prompts, lengths = zip(*batch, strict=True)
+    config = pretrained.config
+    width = config.num_key_value_heads * config.head_dim
+    token = 2 * config.num_hidden_layers * width * pretrained.dtype.itemsize
+    return CACHE_GROWTH * len(batch) * (max(map(len, prompts)) + max(lengths)) * token
+
+
+def lengths_of(work: Work, problems: list[Example]) -> list[int]:
+    """The tokens of each answer."""
+    most = 8 if work.is_dry else 1024
+    lengths = [len(each.labels) - each.labels.count(IGNORE) for each in problems]
+    return [min(most, length) for length in lengths]
+
+
+def decode(work: Work, model: Llama, problems: list[Example], others: list[float]) -> None:
+    """Our completions of the same problems, in as many slots as evaluate.py plans."""
+    prompts, lengths = prompts_of(problems), lengths_of(work, problems)
+    count_tokens(model, prompts[:16], lengths[:16], min(16, len(prompts)))  # a warm-up
+    slots = memory.plan_slots(model, None, max(map(len, prompts)) + 512, len(prompts)).slots
+    work.reset_peak()
+    started = work.time()
+    tokens = count_tokens(model, prompts, lengths, slots)
+    seconds = work.time() - started
+    work.results.write(
+        "decoding",
+        problems=len(prompts),
+        slots=slots,
+        tokens=tokens,
+        seconds=seconds,
+        tokens_per_s=tokens / seconds,
+        times_generate=tokens / seconds / max(others) if others else None,
+        **work.peak_gib(),
+    )
