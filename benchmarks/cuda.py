@@ -41,6 +41,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,17 @@ LIMITS = {
     "real": 145,
     "save": 90,
     "contenders": 110,
+}
+# Where each is.
+STEPS = {
+    "facts": ("cuda_facts", "measure_facts"),
+    "small": ("cuda_small", "measure_small_model"),
+    "train": ("cuda_train", "measure_training"),
+    "decode": ("cuda_decode", "measure_decoding"),
+    "selftest": ("cuda_steps", "run_selftest"),
+    "real": ("cuda_steps", "measure_real_model"),
+    "save": ("cuda_saves", "measure_saves"),
+    "contenders": ("cuda_contenders", "measure_contenders"),
 }
 GROUPS = {
     "first": ("facts", "small", "train"),
@@ -163,29 +175,13 @@ def run_step(step: str, arguments: argparse.Namespace) -> bool:
 
 def measure(arguments: argparse.Namespace, results: Results) -> None:
     """The work of the step ``arguments.worker``."""
-    import cuda_contenders
-    import cuda_decode
-    import cuda_facts
-    import cuda_saves
-    import cuda_small
-    import cuda_steps
-    import cuda_train
     from cuda_work import Work, compile_no_code
 
     if arguments.dry:
         compile_no_code()
     work = Work(arguments.dry, results, arguments.output, arguments.scratch, arguments.smollm)
-    steps = {
-        "facts": cuda_facts.measure_facts,
-        "small": cuda_small.measure_small_model,
-        "train": cuda_train.measure_training,
-        "decode": cuda_decode.measure_decoding,
-        "selftest": cuda_steps.run_selftest,
-        "real": cuda_steps.measure_real_model,
-        "save": cuda_saves.measure_saves,
-        "contenders": cuda_contenders.measure_contenders,
-    }
-    steps[arguments.worker](work)
+    module, function = STEPS[arguments.worker]
+    getattr(import_module(module), function)(work)
 
 
 def main(arguments: argparse.Namespace) -> int:

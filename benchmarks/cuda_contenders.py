@@ -24,23 +24,17 @@ import torch
 
 # This benchmark's neighbour, which also puts the repository on the path.
 from cuda_decode import count_tokens
-from cuda_steps import BATCH_SIZE, time_step, use_linear_layers
-from cuda_work import Work, prompts_of, random_llama_2_7b, read_rows, tokens_of
+from cuda_train import AS_CHOSEN, BATCH_SIZE, Training
+from cuda_work import Work, prompts_of, random_llama_2_7b, read_rows
 from transformers import LlamaForCausalLM
 
 from engine import memory
-from engine.compiling import prepare
-from engine.cuda.linear import Linear
 from engine.footprint import Recipe
-from engine.llama import EAGER, Llama
-from engine.optimizer import build_optimizer
+from engine.llama import Llama
 from engine.packing import IGNORE, Example
-from engine.plan import Device, Plan, Wishes, choose
-from engine.shape import ModelShape
-from plan import rows_of
 from run.errors import one_line
 
-STEPS = 3  # the first one is not timed
+STEPS = 3  # the first one is not timed; as many as a `Training` makes
 PROBLEMS = 256
 GENERATE_BATCHES = (256, 128)
 GENERATE_SECONDS = 28.0  # after which it writes no other token
@@ -70,46 +64,18 @@ def measure_contenders(work: Work) -> None:
     work.attempt("decoding", decode, model, problems, speeds.generate)
     # Last, since compiling may take until the limit. The step train measures the same.
     model.train()
-    use_linear_layers(model, Linear)
-    work.attempt("training", train, model, batches, speeds.trainer)
+    work.attempt("training", train, model, speeds.trainer)
 
 
 # ---------------------------------------------------------------- training
 
 
-def train(work: Work, model: Llama, batches: list[list[Example]], others: list[float]) -> None:
+def train(work: Work, model: Llama, others: list[float]) -> None:
     """Our steps on the same rows."""
-    plan = our_plan(model, batches)
-    prepare(model, plan.recomputation, None)
-    optimizer = build_optimizer(
-        model.parameters(), learning_rate=0.0, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0
-    )
-    work.reset_peak()
-    tokens = plan.micro_batch_tokens
-    steps = [time_step(work, model, optimizer, batch, tokens) for batch in batches]
-    seconds = sum(sum(step.seconds.values()) for step in steps[1:])
-    tokens_per_s = sum(tokens_of(step.batch) for step in steps[1:]) / seconds
-    work.results.write(
-        "training",
-        micro_batch_tokens=tokens,
-        recomputed=plan.recomputed_blocks,
-        compiled=model.elementwise is not EAGER,
-        steps=len(steps) - 1,
-        seconds=seconds,
-        tokens_per_s=tokens_per_s,
-        times_the_trainer=tokens_per_s / max(others) if others else None,
-        loss=sum(step.loss for step in steps) / len(steps),
-        **work.peak_gib(),
-    )
-
-
-def our_plan(model: Llama, batches: list[list[Example]]) -> Plan:
-    """As train.py chooses before it loads the weights."""
-    weights = sum(weight.nbytes for weight in model.parameters())
-    here = Device("", memory.free_bytes(model.device) + weights)
-    rows = rows_of([row for batch in batches for row in batch], len(batches[0]))
-    shape = ModelShape(model.config, model.dtype)
-    return choose(shape, Recipe(), model.kernels, rows, here, Wishes())
+    training = Training(work, model, Recipe())
+    training.measure(AS_CHOSEN)
+    if training.tokens_per_s and others:
+        work.results.write("training", times_the_trainer=training.tokens_per_s / max(others))
 
 
 # ---------------------------------------------------------------- generate

@@ -95,7 +95,16 @@ def measure_adapters(work: Work, model: Llama, method: str) -> None:
 
 
 class Training:
-    """A model that is trained by one variant after the other; each result names its ``method``."""
+    """A model that is trained by one variant after the other; each result names its ``method``.
+
+    The learning rate is 0, which takes as long as any other: the weights stay the same, so all
+    variants must find the same loss.
+
+    Attributes:
+        tokens_per_s: of the variant that was measured last.
+    """
+
+    tokens_per_s: float | None = None
 
     def __init__(self, work: Work, model: Llama, recipe: Recipe):
         self.work, self.model, self.recipe = work, model, recipe
@@ -108,7 +117,7 @@ class Training:
         # As before the weights were loaded, which is when train.py plans.
         self.free_memory = free_bytes(model.device)
         self.free_memory += sum(weight.nbytes for weight in model.pretrained.parameters())
-        self.optimizer = build_optimizer(model.trained, 2e-5, (0.9, 0.999), 1e-8, 0.0)
+        self.optimizer = build_optimizer(model.trained, 0.0, (0.9, 0.999), 1e-8, 0.0)
         make_state(self.optimizer)
 
     def free(self) -> None:
@@ -134,11 +143,12 @@ class Training:
         self.work.reset_peak()
         _, parts = [self._timed_parts(batch, plan) for batch in self.batches[:2]]
         packer, steps = Packer(self.batches), range(len(self.batches) - 1)
-        whole = [self._timed_step(packer, step, plan) for step in steps]
+        whole, losses = zip(*(self._timed_step(packer, step, plan) for step in steps), strict=True)
         batches, seconds = self.batches[1:-1], whole[1:]
         tokens = sum(map(tokens_of, batches))
         flop_per_s = sum(flops(model, batch) for batch in batches) / sum(seconds)
         shares = {"TFLOP_per_s": flop_per_s / 1e12, "share_of_peak": flop_per_s / PEAK_FLOPS}
+        self.tokens_per_s = tokens / sum(seconds)
         self.work.results.write(
             "training",
             method=self.recipe.method,
@@ -148,9 +158,10 @@ class Training:
             compiled=compiled,
             s_compiling=compiling,
             adds_gradients=adds,
-            tokens_per_s=tokens / sum(seconds),
+            tokens_per_s=self.tokens_per_s,
             **(shares if self.recipe.method == FULL else {}),
             s_per_step=sum(seconds) / len(seconds),
+            loss=sum(losses) / len(losses),
             **parts,
             planned_GiB=self._planned_bytes(plan.micro_batch_tokens) / 2**30,
             **self.work.peak_gib(),
@@ -172,7 +183,7 @@ class Training:
         ends = [work.time()]
         micro_batches = pack(batch, plan.micro_batch_tokens, model.kernels)
         ends.append(work.time())
-        nats, num_labels, norm = train.accumulate_gradients(model, micro_batches, 1.0)
+        *_, norm = train.accumulate_gradients(model, micro_batches, 1.0)
         ends.append(work.time())
         self.optimizer.step()
         ends.append(work.time())
@@ -183,20 +194,19 @@ class Training:
         return {
             "micro_batches": len(micro_batches),
             "s_of_parts": dict(zip(names, seconds, strict=True)),
-            "loss": nats / num_labels,
             "grad_norm": norm,
         }
 
-    def _timed_step(self, packer: Packer, step: int, plan: Plan) -> float:
-        """The seconds of a step as train.py makes it, with the next one packed beside it."""
+    def _timed_step(self, packer: Packer, step: int, plan: Plan) -> tuple[float, float]:
+        """The seconds and loss of a step as train.py makes it, packing the next one beside it."""
         started = self.work.time()
         batch, tokens = packer.batch(step), plan.micro_batch_tokens
-        train.train_step(self.model, self.optimizer, batch, 1e-6, tokens, 1.0, packer)
-        return self.work.time() - started
+        result = train.train_step(self.model, self.optimizer, batch, 0.0, tokens, 1.0, packer)
+        return self.work.time() - started, result.nats / result.num_labels
 
     def profiled_step(self) -> None:
         tokens = self._plan(AS_CHOSEN).micro_batch_tokens
-        train.train_step(self.model, self.optimizer, self.batches[0][:40], 1e-6, tokens, 1.0)
+        train.train_step(self.model, self.optimizer, self.batches[0][:40], 0.0, tokens, 1.0)
 
 
 def use_linear_layers(model: Llama, kind: type[torch.nn.Linear]) -> None:
