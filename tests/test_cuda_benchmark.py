@@ -136,6 +136,7 @@ def test_the_step_save_measures_what_training_waits_for(tmp_path: Path) -> None:
     assert disk["written"] == disk["read"] > 1e7 and not (tmp_path / "plain").exists()
     (load,) = [line for line in lines if line["part"] == "load"]
     assert load["same"] == load["tensors"] > 0 and load["times_plain_file"] > 0
+    assert disk["written"] > 0.8 * load["bytes"]
     at_once, *beside = [line for line in lines if line["part"] == "save"]
     assert at_once["how"] == "at once" and at_once["training_waits_s"] == at_once["whole_s"]
     assert [line["how"] for line in beside] == ["beside training"] * 2
