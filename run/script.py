@@ -21,7 +21,6 @@ OLDEST_PYTHON = (3, 11)
 PACKAGES = (
     "torch",
     "transformers",
-    "datasets",
     "pyarrow",
     "sentencepiece",
     "safetensors",
