@@ -42,10 +42,11 @@ import preflight
 from engine import faults, loading, memory
 from engine.compiling import prepare
 from engine.device import pick_device, prepare_process
+from engine.gradients import clipping, scale_gradients
 from engine.hub import fetch
 from engine.llama import Llama
 from engine.measure import Measurement, StepResult, measure, perplexity_of
-from engine.optimizer import Schedule, build_optimizer, checkpoint_bytes, clip_gradients, make_state
+from engine.optimizer import Schedule, build_optimizer, checkpoint_bytes, make_state
 from engine.packing import NOT_AHEAD, Example, MicroBatch, Packer
 from engine.plan import Plan
 from engine.ranks import ALONE, Ranks, job
@@ -238,10 +239,11 @@ def accumulate_gradients(
         loss = model(micro_batch)  # summed over its supervised tokens
         (loss / num_labels).backward()
         nats += loss.detach()
-    grad_norm = clip_gradients(model.trained, max_grad_norm)
+    found = model.ranks.sum(nats), *clipping(model.trained, max_grad_norm)
     packer.pack_ahead(model.kernels)  # before the next line waits for the device
-    sums = torch.stack([model.ranks.sum(nats), grad_norm.double()]).tolist()
-    return sums[0], num_labels, sums[1]
+    total, grad_norm, factor = torch.stack([each.double() for each in found]).tolist()
+    scale_gradients(model.trained, factor)
+    return total, num_labels, grad_norm
 
 
 def exact_match(

@@ -1,4 +1,4 @@
-"""AdamW, the norm of its gradients, and the learning rate of each step."""
+"""AdamW, and the learning rate of each step."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -9,7 +9,7 @@ import optimi
 import torch
 
 from engine import adamw_8bit, memory
-from engine.sharding import is_spread, norm_over_slices, slice_of
+from engine.sharding import is_spread
 from run.errors import cause_of
 
 ADAMW, ADAMW_8BIT = "adamw", "adamw_8bit"  # the names that the setting optimizer allows
@@ -166,38 +166,6 @@ def checkpoint_bytes(
     parameters = list(parameters)
     state = sum(state_bytes(parameter.shape, parameter.dtype, name) for parameter in parameters)
     return sum(parameter.nbytes for parameter in parameters), state
-
-
-# ---------------------------------------------------------------- gradients
-
-
-def clip_gradients(
-    parameters: Iterable[torch.nn.Parameter], max_norm: float | None
-) -> torch.Tensor:
-    """Scale the gradients so that their norm is at most ``max_norm``; None: leave them unchanged.
-
-    Returns:
-        Their norm before that, in float32 or wider.
-    """
-    parameters = list(parameters)
-    norm = gradient_norm(parameters)
-    if max_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
-
-
-@torch.no_grad()
-def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
-    """The norm of all gradients, in float32 or wider.
-
-    `torch.nn.utils.get_total_norm` computes it in the gradients' dtype: in bfloat16 with 8 bits.
-    """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norms = [
-        torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
-        for gradient in map(slice_of, gradients)
-    ]
-    return norm_over_slices(torch.linalg.vector_norm(torch.stack(norms)), gradients[0])
 
 
 # ---------------------------------------------------------------- learning rate

@@ -12,7 +12,8 @@ import data
 from engine import packing
 from engine.device import kernels_for
 from engine.loading import load_model
-from engine.optimizer import Schedule, build_optimizer, clip_gradients, make_state
+from engine.gradients import clipping, scale_gradients
+from engine.optimizer import Schedule, build_optimizer, make_state
 from engine.state import pack_state, unpack_state
 from engine.tokenizer import Tokenizer
 from grading import dataset
@@ -102,6 +103,13 @@ def test_state_made_before_the_first_step_changes_no_bit(dtype: torch.dtype) -> 
     ]
 
 
+def clip_gradients(parameters: list[torch.nn.Parameter], max_norm: float | None) -> torch.Tensor:
+    """As train.py does; gives the norm before."""
+    norm, factor = clipping(parameters, max_norm)
+    scale_gradients(parameters, factor.item())
+    return norm
+
+
 def test_the_norm_of_bfloat16_gradients_is_float32() -> None:
     """Guards against a norm, and a clipping factor, of 8 bits."""
     parameters = with_gradients(torch.bfloat16)
@@ -118,6 +126,8 @@ def test_without_clipping_no_gradient_is_touched() -> None:
     parameters = with_gradients(torch.bfloat16)
     versions = [parameter.grad._version for parameter in parameters]
     clip_gradients(parameters, None)
+    assert [parameter.grad._version for parameter in parameters] == versions
+    clip_gradients(parameters, 1e9)
     assert [parameter.grad._version for parameter in parameters] == versions
     clip_gradients(parameters, 1.0)
     assert [parameter.grad._version for parameter in parameters] != versions
