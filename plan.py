@@ -211,7 +211,7 @@ def report(config: Config, shape: ModelShape, wanted: "PlanFor") -> list[str]:
     ]
     plan = job.on(here)
     lines += ["", *memory_table(job, plan, here), "", *decoding_table(job, here), ""]
-    if job.fits(here):
+    if plan.fits(here):
         lines.append(plan.describe(shape.layers, here.free))
         if card is not CPU:
             lines.append(speed_line(job.step(plan, card)))

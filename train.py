@@ -11,6 +11,11 @@ torchrun --nproc_per_node 8 train.py
 config.yaml lists every setting. To resume a run that was stopped, type the same command again.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
 from run.script import check_platform, read_command_line, run_script
 from run.signals import StopSignal
 
@@ -21,23 +26,19 @@ from run.paths import local_path
 from run.places import anchored
 from run.train_arguments import Look, PlanFor, read_train_arguments
 
-
-def read_arguments(argv: list[str]) -> tuple[Config, bool, PlanFor | Look | None]:
-    return read_train_arguments(__doc__, argv)
-
+read_arguments = partial(read_train_arguments, __doc__)
 
 if __name__ == "__main__":
     command_line = read_command_line(read_arguments)  # before the heavy imports
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
+import plan
+
+if __name__ == "__main__" and isinstance(command_line[-1], PlanFor):  # needs no other import
+    raise SystemExit(run_script(plan.print_plan, command_line[0], command_line[-1]))
 
 import torch
 
 import data
-import plan
 import preflight
 from engine import faults, loading, memory
 from engine.compiling import prepare

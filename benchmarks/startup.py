@@ -1,17 +1,20 @@
-"""How soon training starts, and how much memory loading a model takes.
+"""How soon a plan is shown and training starts, and how much memory loading a model takes.
 
 python benchmarks/startup.py
 python benchmarks/startup.py --hidden_size 2048 --intermediate_size 5504 --layers 8
 
-The first table shows the seconds from the start of `python train.py --config demo.yaml` to the end
-of its first optimizer step, in a new process each time, and the seconds that its imports take. For
-the second, a random Llama is written in one dtype and loaded in another, in a new process. Its peak
-memory is compared with the size of the loaded weights. `own` is the process's own memory. `mapped`
-is pages of the checkpoint's file, which the kernel drops when memory runs short. Linux only.
+The first table shows what `python train.py --plan` takes for Llama-2-7B on a GPU of 16 GB: seconds,
+and seconds of a processor's time. The second shows the seconds from the start of `python train.py
+--config demo.yaml` to the end of its first optimizer step, and the seconds that its imports take.
+Both have medians of new processes. For the third, a random Llama is written in one dtype and loaded
+in another, in a new process. Its peak memory is compared with the size of the loaded weights. `own`
+is the process's own memory. `mapped` is pages of the checkpoint's file, which the kernel drops when
+memory runs short. Linux only.
 """
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -37,15 +40,25 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--runs", type=int, default=3, help="starts of the demo; the table shows medians"
-    )
+    parser.add_argument("--runs", type=int, default=3, help="starts; the tables show medians")
     parser.add_argument("--hidden_size", type=int, default=1024)
     parser.add_argument("--intermediate_size", type=int, default=2752)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--worker", nargs=2, metavar=("FOLDER", "DTYPE"), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def seconds_to_plan(folder: Path) -> tuple[float, float]:
+    """Of the whole command, and of a processor's time."""
+    command = [sys.executable, "train.py", "--plan", "--device_memory=16", f"--model={folder}"]
+    started, before = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    seconds, after = time.time() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 # ---------------------------------------------------------------- the first step
@@ -124,16 +137,24 @@ def in_dtype(source: Path, target: Path, dtype: str) -> None:
     LlamaForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype)).save_pretrained(target)
 
 
-# ---------------------------------------------------------------- both tables
+# ---------------------------------------------------------------- the tables
 
 
 def main(arguments: argparse.Namespace) -> None:
     from training import write_model
+    from what_fits import LLAMA_2_7B
 
     import demo
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        LLAMA_2_7B.save_pretrained(folder / "7b")
+        planned = [seconds_to_plan(folder / "7b") for _ in range(arguments.runs)]
+        seconds, busy = map(statistics.median, zip(*planned, strict=True))
+        print("| --plan of Llama-2-7B | of a processor's time |")
+        print("| --- | --- |")
+        print(f"| {seconds:.1f} s | {busy:.1f} s |\n")
+
         demo.make_stand_in(folder)
         first = [seconds_to_first_step(folder, f"run{number}") for number in range(arguments.runs)]
         imports = [seconds_to_import() for _ in range(arguments.runs)]

@@ -63,9 +63,9 @@ def cell(memory: int, count: int, names: dict[str, str]) -> str:
     shape = ModelShape(LLAMA_2_7B, torch.bfloat16)
     job = job_of(load_config(CONFIG_FILE, {}), shape, kernels, count)
     job = replace(job, recipe=replace(job.recipe, **names))
-    if not job.fits(here):
-        return "no"
     plan = job.on(here)
+    if not plan.fits(here):
+        return "no"
     speed = job.step(plan, card).tokens_per_second
     return f"{plan.micro_batch_tokens:,} / {plan.recomputed_blocks} / {speed:,.0f}"
 

@@ -96,6 +96,9 @@ class Plan:
     def reduces_each(self) -> bool:
         return self.recipe["reduces_each"]
 
+    def fits(self, device: Device) -> bool:
+        return self.needed <= device.room
+
     def describe(self, layers: int, free: int | None = None) -> str:
         """One line."""
         parts = " but for norms and SwiGLU" if self.recomputes_parts else ""
@@ -157,7 +160,7 @@ def choose(
     if not others:
         return once
     each = others[0]
-    if once.needed > device.room:
+    if not once.fits(device):
         return each
     seconds = [
         expected_step(

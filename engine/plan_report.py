@@ -47,9 +47,6 @@ class Job:
         recipe = self.recipe_on(device.count)
         return choose(self.shape, recipe, self.kernels, self.rows, device, self.wishes)
 
-    def fits(self, device: Device) -> bool:
-        return self.on(device).needed <= device.room
-
     def step(self, plan: Plan, card: Card) -> Step:
         recipe = Recipe(**plan.recipe)
         tokens, recomputation = plan.micro_batch_tokens, plan.recomputation
@@ -126,9 +123,9 @@ def proposals(job: Job, device: Device, card: Card) -> list[Proposal]:
     found: dict[str, Proposal] = {}
     for flags, other, count in _variants(job, device):
         there = replace(device, count=count)
-        if not other.fits(there):
-            continue
         plan = other.on(there)
+        if not plan.fits(there):
+            continue
         one = Proposal(flags, plan, other.step(plan, card))
         # When gradients are summed matters only if it is faster, or all that fits.
         without = flags.removesuffix(SUMMING_EACH).rstrip()
@@ -201,10 +198,10 @@ def scale_table(job: Job, device: Device, card: Card) -> list[str]:
         if count % (job.recipe.shard_over or 1):
             continue
         there = replace(device, count=count)
-        if not job.fits(there):
+        plan = job.on(there)
+        if not plan.fits(there):
             lines.append(f"{count:>7}  does not fit")
             continue
-        plan = job.on(there)
         step = job.step(plan, card)
         speed = step.tokens_per_second
         gain = f"{speed / last_speed:.2f}" if last_speed else ""

@@ -19,27 +19,27 @@ class ModelShape:
     config: LlamaConfig
     dtype: torch.dtype
 
-    @property
+    @cached_property
     def layers(self) -> int:
         return self.config.num_hidden_layers
 
-    @property
+    @cached_property
     def hidden(self) -> int:
         return self.config.hidden_size
 
-    @property
+    @cached_property
     def intermediate(self) -> int:
         return self.config.intermediate_size
 
-    @property
+    @cached_property
     def heads(self) -> int:
         return self.config.num_attention_heads
 
-    @property
+    @cached_property
     def kv_heads(self) -> int:
         return self.config.num_key_value_heads
 
-    @property
+    @cached_property
     def head_dim(self) -> int:
         return getattr(self.config, "head_dim", None) or self.hidden // self.heads
 
@@ -58,12 +58,12 @@ class ModelShape:
             "down_proj": (intermediate, hidden),
         }
 
-    @property
+    @cached_property
     def block_products(self) -> int:
         """The weights of a block's linear layers."""
         return sum(inputs * outputs for inputs, outputs in self.products.values())
 
-    @property
+    @cached_property
     def block_parameters(self) -> int:
         """Those, with the block's norms and biases."""
         config, biases = self.config, 0
@@ -72,21 +72,21 @@ class ModelShape:
             biases += outputs * bool(config.mlp_bias if is_mlp else config.attention_bias)
         return self.block_products + biases + 2 * self.hidden
 
-    @property
+    @cached_property
     def head_parameters(self) -> int:
         return self.config.vocab_size * self.hidden
 
-    @property
+    @cached_property
     def other_parameters(self) -> int:
         """What lies outside the blocks: embedding, last norm, and the head unless it is tied."""
         tables = 1 if self.config.tie_word_embeddings else 2
         return tables * self.head_parameters + self.hidden
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         return self.layers * self.block_parameters + self.other_parameters
 
-    @property
+    @cached_property
     def largest(self) -> int:
         """The parameters of the largest tensor."""
         return max(self.head_parameters, *(a * b for a, b in self.products.values()))

@@ -1,11 +1,14 @@
 """The plan: what it counts, what it chooses, what it keeps when a run resumes, what it prints."""
 
+import cProfile
 import importlib
 import json
 import math
 import os
+import pstats
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -459,6 +462,35 @@ def test_more_devices(printed) -> None:
     assert rows[1][6] > rows[-1][6]  # share of the peak
     paying = max(row[0] for row in rows[1:] if row[-1] >= 1.5)  # gain over half as many
     assert 4 <= paying < 32 and f"more than {paying:.0f} devices no longer pay" in text
+
+
+def test_the_plan_waits_for_nothing_that_only_training_needs(tmp_path: Path) -> None:
+    """Guards against the seconds that its imports take, such as those of Llama's layers."""
+    LLAMA_2_7B.config.save_pretrained(tmp_path)
+    words = ["train.py", "--plan", "--model", str(tmp_path), "--device_memory", "80"]
+    code = (
+        f"import runpy, sys\nsys.argv = {words!r}\n"
+        "try:\n"
+        "    runpy.run_path('train.py', run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    assert not end.code, end.code\n"
+        "needless = {'data', 'engine.loading', 'transformers.modeling_utils', 'scipy'}\n"
+        "assert not needless & set(sys.modules), needless & set(sys.modules)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "plan: micro_batch_tokens 4352" in result.stdout and result.stderr == ""
+
+
+def test_the_plan_counts_nothing_twice(printed) -> None:
+    """Guards against shapes that are worked out anew for each of thousands of footprints.
+
+    Of a card on which hardly anything fits, so that most has to be tried.
+    """
+    printed("--device_memory", "16")  # which may import
+    with cProfile.Profile() as profile:
+        printed("--device_memory", "16")
+    assert pstats.Stats(profile).total_calls < 800_000
 
 
 # ---------------------------------------------------------------- documents
