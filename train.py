@@ -1,6 +1,5 @@
 """Fine-tune Llama-2-7B on GSM8K: python train.py
 
-python train.py --learning_rate 1e-5 --run_name lower-rate
 python train.py --config demo.yaml
 python train.py --method lora --learning_rate 2e-4 --run_name lora
 python train.py --selftest
@@ -40,10 +39,9 @@ import torch
 
 import data
 import preflight
-from engine import faults, loading, memory
+from engine import faults, gradients, loading, memory
 from engine.compiling import prepare
 from engine.device import pick_device, prepare_process
-from engine.gradients import clipping, scale_gradients
 from engine.hub import fetch
 from engine.llama import Llama
 from engine.measure import Measurement, StepResult, measure, perplexity_of
@@ -240,10 +238,10 @@ def accumulate_gradients(
         loss = model(micro_batch)  # summed over its supervised tokens
         (loss / num_labels).backward()
         nats += loss.detach()
-    found = model.ranks.sum(nats), *clipping(model.trained, max_grad_norm)
+    found = model.ranks.sum(nats), *gradients.clipping(model.trained, max_grad_norm)
     packer.pack_ahead(model.kernels)  # before the next line waits for the device
     total, grad_norm, factor = torch.stack([each.double() for each in found]).tolist()
-    scale_gradients(model.trained, factor)
+    gradients.scale(model.trained, factor)
     return total, num_labels, grad_norm
 
 

@@ -22,7 +22,7 @@ def clipping(
 
 
 @torch.no_grad()
-def scale_gradients(parameters: Iterable[torch.nn.Parameter], factor: float) -> None:
+def scale(parameters: Iterable[torch.nn.Parameter], factor: float) -> None:
     """Multiply the gradients by ``factor``; by 1, they are not touched.
 
     With a factor in a GPU's memory, PyTorch rounds it to the gradients' dtype (bfloat16: 8 bits),

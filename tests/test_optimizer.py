@@ -11,8 +11,8 @@ from conftest import PROMPT, gain
 import data
 from engine import packing
 from engine.device import kernels_for
+from engine.gradients import clipping, scale
 from engine.loading import load_model
-from engine.gradients import clipping, scale_gradients
 from engine.optimizer import Schedule, build_optimizer, make_state
 from engine.state import pack_state, unpack_state
 from engine.tokenizer import Tokenizer
@@ -106,7 +106,7 @@ def test_state_made_before_the_first_step_changes_no_bit(dtype: torch.dtype) -> 
 def clip_gradients(parameters: list[torch.nn.Parameter], max_norm: float | None) -> torch.Tensor:
     """As train.py does; gives the norm before."""
     norm, factor = clipping(parameters, max_norm)
-    scale_gradients(parameters, factor.item())
+    scale(parameters, factor.item())
     return norm
 
 
