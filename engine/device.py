@@ -45,7 +45,7 @@ class Kernels:
         static_step: the class of its decoding steps of fixed shape, to be replayed; None: it has
             no such steps.
         decoding_parts: how layers compute in decoding; None: see `engine.llama`.
-        most_slots: beyond this many, the time of a decoding step grows in proportion to the slots.
+        most_slots: with more, the time of a decoding step grows nearly in proportion to them.
         most_probable: the token with the largest logit in each row of ``[n, vocabulary]``.
         slot_order: the order in which to compute the slots, given the length of each.
         packed_weights: a context for decoding, in which products of few rows are faster.
@@ -138,7 +138,7 @@ def cuda_kernels(device: torch.device) -> Kernels:
         cached_model=PipelinedModel,
         static_step=StaticStep,
         decoding_parts=DECODING,
-        most_slots=256,
+        most_slots=512,
         most_probable=most_probable,
         slot_order=list,
         packed_weights=lambda model, free_bytes: fused_weights(model),

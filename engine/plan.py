@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 GIB = 2**30
 FRAGMENTED_SHARE = 0.03  # of free memory: what the allocator can't use
 ROUND = 256  # micro_batch_tokens is a multiple of this
-# The most tokens of a micro-batch that are chosen. More would hardly be faster.
+# The most tokens of a micro-batch that are chosen. More would hardly be faster. On a GPU, twice as
+# many make a step about 3 % faster: larger products, and half as many passes over the gradients.
 MOST_TOKENS = 8192
+MOST_TOKENS_OF_A_GPU = 16384
 # With fewer tokens, a GPU would wait for its host, or for its weights, longer than it takes to
 # compute more activations again.
 FEW_TOKENS = 2048
@@ -214,7 +216,8 @@ def candidates(
     A device is kept busy by `FEW_TOKENS`, so with these as little as possible is recomputed, and
     then micro-batches are as large as fits. Below them, everything is recomputed first.
     """
-    most = MOST_TOKENS
+    is_cuda = kernels.device.type == "cuda"
+    most = MOST_TOKENS_OF_A_GPU if is_cuda else MOST_TOKENS
     longest = -(-max(rows.longest - 1, 1) // ROUND) * ROUND
     few = min(max(FEW_TOKENS, longest), most)
     if wishes.micro_batch_tokens is not None:
@@ -224,7 +227,7 @@ def candidates(
         levels = [everything if wishes.gradient_checkpointing else parts]
     else:
         levels = [Recomputation(number, True) for number in range(layers + 1)]
-        if kernels.device.type == "cuda":
+        if is_cuda:
             keeping = max(few, min(KEEPING_PARTS, most))
             yield from ((tokens, Recomputation(0, False)) for tokens in _down(most, keeping))
     for level in levels:
@@ -233,6 +236,8 @@ def candidates(
 
 
 def _down(most: int, fewest: int) -> Iterator[int]:
-    """From ``most`` to ``fewest``, both included."""
-    yield from range(most, fewest, -ROUND)
+    """From ``most`` to ``fewest``, both included; of many tokens, not each ``ROUND`` is tried."""
+    while most > fewest:
+        yield most
+        most -= ROUND if most <= MOST_TOKENS else 4 * ROUND
     yield fewest

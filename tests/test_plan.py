@@ -218,10 +218,10 @@ def test_what_fits_is_chosen_and_nothing_else() -> None:
         else:
             less, tokens = (
                 Recomputation(0, chosen.recomputes_parts),
-                chosen.micro_batch_tokens + 256,
+                chosen.micro_batch_tokens + (256 if chosen.micro_batch_tokens < 8192 else 1024),
             )
         better = footprint(LLAMA_2_7B, Recipe(), GPU, ROWS, tokens, less).total
-        assert better > 0.97 * device.free or tokens > 8192
+        assert better > 0.97 * device.free or tokens > 16384
 
 
 def test_levels_come_in_the_order_of_what_they_cost() -> None:
@@ -230,7 +230,8 @@ def test_levels_come_in_the_order_of_what_they_cost() -> None:
     for one in found:
         assert one.micro_batch_tokens >= 2048 or one.recomputed_blocks == 32
     kept = [one for one in found if not one.recomputes_parts]
-    assert kept and {one.micro_batch_tokens for one in kept} == {8192}
+    assert max(one.micro_batch_tokens for one in kept) == 16384
+    assert all(8192 <= one.micro_batch_tokens <= 16384 for one in kept)
     assert (found[0].micro_batch_tokens, found[0].recomputed_blocks) == (768, 32)
 
 
@@ -427,7 +428,7 @@ def test_the_plan_of_a_card_that_is_not_here(printed) -> None:
     *parts, total = map(float, re.findall(r" (\d+\.\d\d)$", training, re.MULTILINE))
     # Each of 7 numbers is rounded to 0.01.
     assert sum(parts) == pytest.approx(total, abs=0.035) and 70 < total < 78.1
-    assert "plan: micro_batch_tokens" in text and "256 slots" in text
+    assert "plan: micro_batch_tokens" in text and "299 slots" in text
     assert "of the peak of H100" in text
 
 
@@ -490,7 +491,7 @@ def test_the_plan_counts_nothing_twice(printed) -> None:
     printed("--device_memory", "16")  # which may import
     with cProfile.Profile() as profile:
         printed("--device_memory", "16")
-    assert pstats.Stats(profile).total_calls < 800_000
+    assert pstats.Stats(profile).total_calls < 1_000_000
 
 
 # ---------------------------------------------------------------- documents

@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from engine.memory import CachePlan
     from engine.sampling import Choose
 
-# Up to this many rows, the time of a step is that of reading the weights, so when only a few
-# sequences are left, a smaller step saves the arithmetic and attention of the other rows.
+# The rows of steps, beside those of all slots. When only a few sequences are left, a smaller step
+# saves the arithmetic and attention of the other rows. Up to the fewest, the time of a step is that
+# of reading the weights.
 FEW_ROWS = 64
+ROWS = (FEW_ROWS, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Pass:
 class PipelinedModel:
     """As `engine.decoding.CachedModel`, but its methods return the tokens of the pass before."""
 
-    few_rows = FEW_ROWS
+    rows = ROWS
 
     def __init__(self, model: "Llama", plan: "CachePlan", choose: "Choose | None"):
         """``choose``: None for the most probable token."""
@@ -60,7 +62,7 @@ class PipelinedModel:
         self.cache = model.kernels.cache(model, plan.slots, plan.length, plan.regions)
         self.regions = self.cache.regions
         self._newest = to_device([0] * (plan.slots + 1), model.device)
-        sizes = {min(size, plan.slots) for size in (self.few_rows, plan.regions, plan.slots)}
+        sizes = {min(size, plan.slots) for size in (*self.rows, plan.regions, plan.slots)}
         self._sizes = sorted(sizes)
         self._steps: dict[int, Any] = {}  # by size, made when first needed
         is_cuda = model.device.type == "cuda"
