@@ -177,9 +177,12 @@ def measure(arguments: argparse.Namespace, results: Results) -> None:
     """The work of the step ``arguments.worker``."""
     from cuda_work import Work, compile_no_code
 
+    from engine.device import pick_device, prepare_process
+
     if arguments.dry:
         compile_no_code()
     work = Work(arguments.dry, results, arguments.output, arguments.scratch, arguments.smollm)
+    prepare_process(pick_device())
     module, function = STEPS[arguments.worker]
     getattr(import_module(module), function)(work)
 

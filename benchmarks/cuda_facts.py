@@ -44,7 +44,7 @@ def measure_facts(work: Work) -> None:
         transformers=transformers.__version__,
         gcc=shutil.which("gcc"),
         python_h=(include / "Python.h").exists(),
-        alloc_conf=os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
+        alloc_conf=os.environ.get("PYTORCH_ALLOC_CONF"),
         rows="GSM8K" if has_real_rows() else "random",
     )
     work.attempt("imports", import_the_product)

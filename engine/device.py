@@ -10,7 +10,7 @@ import torch
 
 from engine import attention
 from engine.cpu import activations, heap, kernels, onednn
-from engine.cuda import checks
+from engine.cuda import allocator, checks
 from engine.cuda.cache import StaticCache
 from engine.cuda.graph import StaticStep
 from engine.cuda.layers import DECODING, fused_weights
@@ -111,6 +111,7 @@ def prepare_process(
     if device.type == "cpu":
         heap.keep_freed_memory()
         return
+    allocator.let_segments_grow()
     machine = machine or checks.find_machine()
     checks.check_card(machine, dtype)
     if line := checks.unused_cards(machine):

@@ -15,7 +15,7 @@ import evaluate
 import perplexity
 import train
 from engine import loading, memory, optimizer
-from engine.cuda import checks
+from engine.cuda import allocator, checks
 from engine.cuda.checks import Card, Machine
 from engine.device import pick_device, prepare_process
 from engine.optimizer import build_optimizer, checkpoint_bytes, runs_triton
@@ -382,3 +382,13 @@ def test_each_process_of_torchrun_has_a_gpu_of_its_own() -> None:
         checks.check_card(replace(of_two, local_rank=1), torch.bfloat16)
     with pytest.raises(UserError, match=r"process 2 of this machine finds 2 GPUs: .* --nproc_per"):
         pick_device(replace(of_two, local_rank=2))
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_memory_grows_in_place_unless_the_user_has_decided(name: str) -> None:
+    environment: dict[str, str] = {}
+    allocator.let_segments_grow(environment)
+    assert environment == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    environment = {name: "backend:cudaMallocAsync"}
+    allocator.let_segments_grow(environment)
+    assert environment == {name: "backend:cudaMallocAsync"}

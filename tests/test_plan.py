@@ -428,7 +428,7 @@ def test_the_plan_of_a_card_that_is_not_here(printed) -> None:
     *parts, total = map(float, re.findall(r" (\d+\.\d\d)$", training, re.MULTILINE))
     # Each of 7 numbers is rounded to 0.01.
     assert sum(parts) == pytest.approx(total, abs=0.035) and 70 < total < 78.1
-    assert "plan: micro_batch_tokens" in text and "299 slots" in text
+    assert "plan: micro_batch_tokens" in text and "301 slots" in text
     assert "of the peak of H100" in text
 
 
