@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.cuda import layers
 from engine.cuda.cache import StaticCache
 from engine.cuda.graph import StaticStep
-from engine.cuda.pipeline import FEW_ROWS
+from engine.cuda.pipeline import FEW_ROWS, ROWS
 from engine.cuda.transfers import OWN, Row
 from engine.decoding import greedy_decode
 from engine.llama import Llama
@@ -36,20 +36,19 @@ def measure_decoding(work: Work) -> None:
     longest_prompt = max(map(len, prompts))
     pairs = zip(prompts, lengths, strict=True)
     longest = max(len(prompt) + length for prompt, length in pairs)
-    planned = {  # as evaluate.py plans them, and as it could if it knew the lengths
-        f"{name} slots": plan_slots(model, None, length, len(prompts))
-        for name, length in (("planned", longest_prompt + 512), ("fitting", longest))
-    }
+    plan = plan_slots(model, None, longest_prompt + 512, len(prompts))  # as evaluate.py plans
+    fitting = plan_slots(model, None, longest, len(prompts))  # as it could if it knew the lengths
     for rows in (4,) if work.is_dry else (FEW_ROWS, 256, 8192):
         work.attempt("small kernels", measure_small_kernels, rows)
     few = min(16, len(prompts))
     work.attempt("decoding", decode, model, "warm-up", prompts[:few], lengths[:few], few)
-    work.attempt("profile", profile_decoding, model, prompts[:64])
-    for name, plan in planned.items():
-        work.attempt("decoding", decode, model, name, prompts, lengths, plan.slots)
-        for rows in {plan.slots, min(FEW_ROWS, plan.slots), 1}:
-            for is_fused in (True, False):
-                work.attempt("decoding step", measure_decoding_step, model, plan, rows, is_fused)
+    work.attempt("decoding", decode, model, "planned slots", prompts, lengths, plan.slots)
+    work.attempt("profile", profile_decoding, model, prompts[: plan.slots])
+    for rows in sorted({min(rows, plan.slots) for rows in (1, *ROWS, plan.slots)}, reverse=True):
+        for is_fused in (True, False):
+            work.attempt("decoding step", measure_decoding_step, model, plan, rows, is_fused)
+    if fitting.slots > plan.slots:
+        work.attempt("decoding", decode, model, "fitting slots", prompts, lengths, fitting.slots)
     work.attempt("decoding again", decode_twice, model, prompts, 8 if work.is_dry else 512)
 
 

@@ -48,14 +48,7 @@ class Variant:
 
 
 AS_CHOSEN = Variant()
-VARIANTS = (
-    Variant(4096),
-    Variant(16384),
-    Variant(8192, 32, compiled=False, adds=False),
-    Variant(4096, 0, compiled=False, adds=False),
-    Variant(4096, 0, adds=False),
-    Variant(8192, 32),
-)
+VARIANTS = (Variant(8192), Variant(4096), Variant(8192, 32, compiled=False, adds=False))
 
 
 def measure_training(work: Work) -> None:
@@ -67,11 +60,11 @@ def measure_training(work: Work) -> None:
     for variant in VARIANTS[:1] if work.is_dry else VARIANTS:
         training.measure(variant)
     training.free()
+    work.attempt("lora", measure_adapters, model, "lora")
     has_torchao = find_spec("torchao") is not None
     for name in (ADAMW, ADAMW_8BIT) if has_torchao else (ADAMW,):
         work.attempt("optimizer", measure_optimizer, name)
-    for method in ("lora", "qlora"):
-        work.attempt(method, measure_adapters, model, method)
+    work.attempt("qlora", measure_adapters, model, "qlora")
 
 
 def measure_adapters(work: Work, model: Llama, method: str) -> None:
