@@ -132,14 +132,18 @@ class Work:
         self.results.write("profile", file=f"profile_{name}.txt", trace=f"trace_{name}.json.gz")
 
     def run_script(self, part: str, *command: str | Path) -> None:
-        """Run one of the repository's scripts; its exit code and last lines are the result."""
-        started = time.perf_counter()
-        process = subprocess.run(
-            [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True
-        )
+        """Run one of the repository's scripts; its exit code and last lines are the result.
+
+        All that it prints is kept, even if the step is stopped.
+        """
+        started, file = time.perf_counter(), self.output / f"{part.replace(' ', '_')}.txt"
+        with file.open("w") as printed:
+            process = subprocess.run(
+                [sys.executable, *map(str, command)], cwd=ROOT, stdout=printed, stderr=printed
+            )
         failure = {"failed": f"exit code {process.returncode}"} if process.returncode else {}
         seconds = round(time.perf_counter() - started, 1)
-        last_lines = (process.stdout + process.stderr).splitlines()[-30:]
+        last_lines = file.read_text().splitlines()[-30:]
         self.results.write(part, seconds=seconds, output=last_lines, **failure)
 
 
