@@ -95,7 +95,7 @@ def make_step(
     return result, recorder.gradients
 
 
-def measure_healing(work: Work, model: Llama, rows: list[Example]) -> None:
+def measure_healing(work: Work, model: Llama, rows: list[Example], how: str) -> None:
     """A step whose rows do not fit into memory together, but in several micro-batches.
 
     The steps with ample memory come first. They also load the kernels, which takes memory.
@@ -106,16 +106,8 @@ def measure_healing(work: Work, model: Llama, rows: list[Example]) -> None:
         make_step(work, model, rows, micro_batch_tokens)
         peaks.append(0 if work.is_dry else torch.cuda.max_memory_allocated())
     most = sum(peaks) // 2  # between what these two need
-    for how in ("injected",) if work.is_dry else ("limited", "filled"):
-        work.attempt("healing", measure_healed_step, model, rows, how, peaks, most)
-
-
-def measure_healed_step(
-    work: Work, model: Llama, rows: list[Example], how: str, peaks: list[int], most: int
-) -> None:
-    whole = tokens_of(rows)
     work.release()
-    with less_memory(how, model, most, whole * 3 // 4):
+    with less_memory("injected" if work.is_dry else how, model, most, whole * 3 // 4):
         healed, found = make_step(work, model, rows, whole)
     again = healed.micro_batch_tokens
     if again == whole:

@@ -59,12 +59,14 @@ def measure_small_model(work: Work) -> None:
     for dtype in dtypes:
         model = load_model(folder, dtype, work.device)
         work.attempt("completions", compare_completions, model, prompts, new_tokens, expected)
-    # What takes the device's memory comes last.
     rows = read_rows("train", 3 if work.is_dry else 128)
     prompts = prompts_of(read_rows("test", 6 if work.is_dry else 192))
+    for how in ("limited", "filled"):
+        for dtype in dtypes:
+            model = load_model(folder, dtype, work.device)
+            work.attempt("healing", measure_healing, model, rows, how)
     for dtype in dtypes:
         model = load_model(folder, dtype, work.device)
-        work.attempt("healing", measure_healing, model, rows)
         work.attempt("fewer slots", measure_fewer_slots, model, prompts, new_tokens)
 
 

@@ -26,6 +26,8 @@ def packed_attention(
         return FlashAttention.apply(query, key, value, borders, longest)
     if query.shape[1] != key.shape[1]:
         key, value = for_each_head(query, key, value)
+    if not dropout and is_for_efficient_attention(query):
+        return RepeatableAttention.apply(micro_batch.seqlens, query, key, value)
     return attention_of_each(micro_batch.seqlens, dropout, query, key, value)
 
 
@@ -85,6 +87,34 @@ class FlashAttention(torch.autograd.Function):
                 grad, *saved, *lengths, 0.0, True, seed, unused
             )
         return *grads, None, None
+
+
+def is_for_efficient_attention(query: Tensor) -> bool:
+    """Whether PyTorch computes it by memory-efficient attention, which sums in any order."""
+    return query.is_cuda and query.dtype == torch.float32 and query.shape[-1] % 4 == 0
+
+
+class RepeatableAttention(torch.autograd.Function):
+    """`attention_of_each` without dropout, with gradients that have the same bits each time.
+
+    Its operators decide in their backward pass whether they are deterministic, so this computes
+    them again there. Only float32 needs it, for which attention is a small part of a step.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, seqlens: tuple[int, ...], query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.seqlens = seqlens
+        return attention_of_each(seqlens, 0.0, query, key, value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        with torch.enable_grad(), deterministic_algorithms():
+            output = attention_of_each(ctx.seqlens, 0.0, *inputs)
+            return None, *torch.autograd.grad(output, inputs, grad)
 
 
 @contextmanager

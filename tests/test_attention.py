@@ -53,6 +53,36 @@ def test_kept_attention_equals_the_textbook_with_its_gradients(block: int, kv_he
     )
 
 
+def test_repeatable_attention_equals_the_textbook_and_asks_for_determinism(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Guards against other bits in a resumed run in float32 on a GPU, and other gradients."""
+    batch, modes = batch_of((9, 1, 16)), []
+    compute = attention.attention_of_each
+
+    def watched(*arguments: object) -> torch.Tensor:
+        modes.append(torch.are_deterministic_algorithms_enabled())
+        return compute(*arguments)
+
+    monkeypatch.setattr(attention, "attention_of_each", watched)
+    monkeypatch.setattr(attention, "is_for_efficient_attention", lambda query: True)
+    torch.manual_seed(0)
+    tensors = [torch.randn(64, 4, 6, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    upstream = torch.randn(64, 4, 6, dtype=torch.float64)
+    ours = attention.packed_attention(batch, 0.0, 0, *tensors)
+    theirs = textbook(*tensors, batch.seqlens)
+    torch.testing.assert_close(ours, theirs, **EXACT)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, tensors, upstream),
+        torch.autograd.grad(theirs, tensors, upstream),
+        **EXACT,
+    )
+    assert modes == [False, True]
+    assert not torch.are_deterministic_algorithms_enabled()
+    dropped = attention.packed_attention(batch, 0.5, 0, *tensors)
+    assert "Repeatable" not in dropped.grad_fn.name()  # which would drop others the second time
+
+
 def test_a_long_sequence_keeps_no_square() -> None:
     """Guards against memory that grows with the square of the length, where the length is large."""
     torch.manual_seed(0)
