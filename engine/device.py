@@ -15,8 +15,9 @@ from engine.cuda.cache import StaticCache
 from engine.cuda.graph import StaticStep
 from engine.cuda.layers import DECODING, fused_weights
 from engine.cuda.linear import replace_linear_layers
+from engine.cuda.norms import norm_gradients
 from engine.cuda.pipeline import PipelinedModel
-from engine.functions import LayerParts
+from engine.functions import LayerParts, NormGradients
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Kernels:
         slot_order: the order in which to compute the slots, given the length of each.
         packed_weights: a context for decoding, in which products of few rows are faster.
         replace_linear_layers: changes the linear layers of a newly loaded model, if necessary.
+        norm_gradients: (hidden size, dtype) to the backward pass of norms in compiled layers; None:
+            compile it. See `engine.functions.NormGradients`.
         compiles_layers: whether training compiles the layers unless it is told not to.
         packs_ahead: whether a step is packed while the device still works on the one before.
     """
@@ -74,6 +77,7 @@ class Kernels:
     slot_order: Callable[[Mapping[int, int]], list[int]]
     packed_weights: Callable[[torch.nn.Module, int], AbstractContextManager[None]]
     replace_linear_layers: Callable[[torch.nn.Module], None]
+    norm_gradients: Callable[[int, torch.dtype], NormGradients | None]
     compiles_layers: bool
     packs_ahead: bool
 
@@ -144,6 +148,7 @@ def cuda_kernels(device: torch.device) -> Kernels:
         slot_order=list,
         packed_weights=lambda model, free_bytes: fused_weights(model),
         replace_linear_layers=replace_linear_layers,
+        norm_gradients=partial(norm_gradients, device.type),
         compiles_layers=True,
         packs_ahead=True,
     )
@@ -173,6 +178,7 @@ def cpu_kernels(with_onednn: bool) -> Kernels:
         slot_order=kernels.slot_order,
         packed_weights=onednn.packed_weights,
         replace_linear_layers=onednn.replace_linear_layers if with_onednn else lambda model: None,
+        norm_gradients=lambda size, dtype: None,
         compiles_layers=False,
         packs_ahead=False,
     )

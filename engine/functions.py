@@ -9,6 +9,11 @@ import torch
 import torch.nn.functional as F
 
 Rope = tuple[torch.Tensor, torch.Tensor]
+# (grad_total, grad_normed, total, weight, scale, is_trained) to the gradients of total, which was
+# normed, and of the norm's weight (None unless it is trained). grad_total is the gradient by the
+# other use of total, or None. All are ``[N, hidden]`` but weight, ``[hidden]``, and scale, one
+# number per token, ``[N, 1]``.
+NormGradients = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.functions import Elementwise
+from engine.functions import Elementwise, NormGradients
 
 if TYPE_CHECKING:
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -46,16 +46,20 @@ class Norm(torch.autograd.Function):
     """`engine.llama.RMSNorm`; the second result is the factor of each token."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, gradients: NormGradients, hidden: Tensor, weight: Tensor, epsilon: float
+    ) -> tuple[Tensor, Tensor]:
         normed, scale = compiled(rms_norm)(*_plain(hidden, weight), epsilon)
+        ctx.gradients = gradients
         ctx.save_for_backward(hidden, weight, scale)
         ctx.mark_non_differentiable(scale)
         ctx.set_materialize_grads(False)
         return normed, scale
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, Tensor, None]:
-        return *compiled(rms_norm_backward)(*_plain(grad, *ctx.saved_tensors)), None
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        inputs = _plain(grad, *ctx.saved_tensors)
+        return None, *ctx.gradients(None, *inputs, ctx.needs_input_grad[2]), None
 
 
 class AddNorm(torch.autograd.Function):
@@ -63,10 +67,16 @@ class AddNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, update: Tensor, weight: Tensor, epsilon: float
+        ctx: Any,
+        gradients: NormGradients,
+        hidden: Tensor,
+        update: Tensor,
+        weight: Tensor,
+        epsilon: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         inputs = _plain(hidden, update, weight)
         total, normed, scale = compiled(add_rms_norm)(*inputs, epsilon)
+        ctx.gradients = gradients
         ctx.save_for_backward(total, weight, scale)
         ctx.mark_non_differentiable(scale)
         ctx.set_materialize_grads(False)
@@ -75,10 +85,10 @@ class AddNorm(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, grad_total: Tensor, grad_normed: Tensor, _: None
-    ) -> tuple[Tensor, Tensor, Tensor, None]:
+    ) -> tuple[Tensor | None, ...]:
         inputs = _plain(grad_total, grad_normed, *ctx.saved_tensors)
-        grad, grad_weight = compiled(add_rms_norm_backward)(*inputs)
-        return grad, grad, grad_weight, None
+        grad, grad_weight = ctx.gradients(*inputs, ctx.needs_input_grad[3])
+        return None, grad, grad, grad_weight, None
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -92,10 +102,10 @@ def scaled(hidden: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def rms_norm_backward(
-    grad: Tensor, hidden: Tensor, weight: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor, hidden: Tensor, weight: Tensor, scale: Tensor, is_trained: bool
+) -> tuple[Tensor, Tensor | None]:
     normed = hidden.to(scale.dtype) * scale
-    grad_weight = (grad * normed).sum(0).to(weight.dtype)
+    grad_weight = (grad * normed).sum(0).to(weight.dtype) if is_trained else None
     grad_normed = (grad * weight).to(scale.dtype)
     along = (grad_normed * normed).mean(-1, keepdim=True)
     return ((grad_normed - normed * along) * scale).to(hidden.dtype), grad_weight
@@ -109,21 +119,37 @@ def add_rms_norm(
 
 
 def add_rms_norm_backward(
-    grad_total: Tensor, grad_normed: Tensor, total: Tensor, weight: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    grad, grad_weight = rms_norm_backward(grad_normed, total, weight, scale)
+    grad_total: Tensor,
+    grad_normed: Tensor,
+    total: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    is_trained: bool,
+) -> tuple[Tensor, Tensor | None]:
+    grad, grad_weight = rms_norm_backward(grad_normed, total, weight, scale, is_trained)
     return grad_total + grad, grad_weight
 
 
-def norm_and_again(hidden: Tensor, norm: "LlamaRMSNorm") -> tuple[Tensor, Callable[[], Tensor]]:
-    normed, scale = Norm.apply(hidden, norm.weight, norm.variance_epsilon)
+def norm_gradients(
+    grad_total: Tensor | None, grad_normed: Tensor, *others: Any
+) -> tuple[Tensor, Tensor | None]:
+    if grad_total is None:
+        return compiled(rms_norm_backward)(grad_normed, *others)
+    return compiled(add_rms_norm_backward)(grad_total, grad_normed, *others)
+
+
+def norm_and_again(
+    gradients: NormGradients, hidden: Tensor, norm: "LlamaRMSNorm"
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    normed, scale = Norm.apply(gradients, hidden, norm.weight, norm.variance_epsilon)
     return normed, partial(compiled(scaled), *_plain(hidden, norm.weight, scale))
 
 
 def add_norm(
-    hidden: Tensor, update: Tensor, norm: "LlamaRMSNorm"
+    gradients: NormGradients, hidden: Tensor, update: Tensor, norm: "LlamaRMSNorm"
 ) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
-    total, normed, scale = AddNorm.apply(hidden, update, norm.weight, norm.variance_epsilon)
+    inputs = hidden, update, norm.weight, norm.variance_epsilon
+    total, normed, scale = AddNorm.apply(gradients, *inputs)
     return total, normed, partial(compiled(scaled), *_plain(total, norm.weight, scale))
 
 
@@ -186,4 +212,10 @@ def _plain(*tensors: Tensor) -> list[Tensor]:
     return [tensor.detach() for tensor in tensors]
 
 
-FUSED = Elementwise(norm_and_again, add_norm, RotateBoth.apply, SwiGLU.apply)
+def fused(gradients: NormGradients) -> Elementwise:
+    """The compiled operations, with ``gradients`` for the backward pass of norms."""
+    norms = partial(norm_and_again, gradients), partial(add_norm, gradients)
+    return Elementwise(*norms, RotateBoth.apply, SwiGLU.apply)
+
+
+FUSED = fused(norm_gradients)

@@ -326,6 +326,33 @@ def test_no_layer_or_shape_is_compiled_later(
             model(packing.collate([row], model.kernels)).backward()
 
 
+def test_a_gpus_kernels_are_compiled_for_many_tokens(
+    make_llama: Callable[..., Any], monkeypatch, fresh_compiler: None
+) -> None:
+    """Guards against sums that a few programs walk through, since they were compiled for a few.
+
+    An operation is compiled for the first number of tokens, and at the second one for any number.
+    """
+    sizes: dict[str, list[int]] = {}
+
+    def compiled(part: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+        met = sizes.setdefault(part.__name__, [])
+
+        def call(*inputs: Any) -> Any:
+            met.append(len(next(each for each in inputs if isinstance(each, torch.Tensor))))
+            return part(*inputs)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    kernels = replace(cpu_kernels(with_onednn=False), row_multiple=1, compiles_layers=True)
+    compile_layers(Llama(make_llama(50, num_hidden_layers=3), kernels))
+    assert len(sizes) >= 7
+    for name, met in sizes.items():
+        few, many, *_ = dict.fromkeys(met)
+        assert few < 20 and many > 1900, name
+
+
 def test_a_machine_that_cannot_compile_is_told_so(
     model: Llama, monkeypatch, fresh_compiler: None
 ) -> None:

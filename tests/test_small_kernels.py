@@ -5,7 +5,6 @@ installed, as beside PyTorch's builds for CPUs, those tests are skipped, and the
 compute what the kernels would.
 """
 
-import importlib.util
 import math
 import re
 import subprocess
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM
+from triton_kernels import compiled_for_h100, load
 
 from engine.cuda import layers
 from engine.cuda.layers import small_kernels, wrong_results
@@ -57,21 +57,11 @@ def gated(both: Tensor) -> Tensor:
 TEXTBOOK = SimpleNamespace(rotate_into=rotate_into, gated=gated)
 
 
-def load(monkeypatch: pytest.MonkeyPatch, is_interpreted: bool) -> ModuleType:
-    """The kernels, for the interpreter or for a compiler; skips the test if there is no Triton."""
-    pytest.importorskip("triton", reason="Triton comes with PyTorch's builds for GPUs")
-    monkeypatch.setenv("TRITON_INTERPRET", str(int(is_interpreted)))
-    spec = importlib.util.spec_from_file_location(f"kernels_{is_interpreted}", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(params=["textbook", "triton"])
 def kernels(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[SimpleNamespace | ModuleType]:
-    yield TEXTBOOK if request.param == "textbook" else load(monkeypatch, True)
+    yield TEXTBOOK if request.param == "textbook" else load(FILE, monkeypatch, True)
 
 
 # ---------------------------------------------------------------- what they compute
@@ -145,31 +135,6 @@ def generated(pretrained: LlamaForCausalLM, prompt: list[int]) -> list[int]:
 # ---------------------------------------------------------------- what they cost
 
 
-def compiled_for_h100(function: Any, constants: dict[str, Any], directory: Path) -> tuple[str, str]:
-    """PTX code for bfloat16 tensors at aligned addresses, and what ptxas says about it."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
-    from triton.compiler import ASTSource
-
-    numbers = {"query_stride": "i32", "key_stride": "i32", "value_stride": "i32", "columns": "i32"}
-    types = numbers | {"tokens": "*i64"} | dict.fromkeys(constants, "constexpr")
-    names = function.arg_names
-    others = [name for name in names if name not in constants]
-    source = ASTSource(
-        function,
-        {name: types.get(name, "*bf16") for name in names},
-        {(names.index(name),): value for name, value in constants.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in others},
-    )
-    options = {"enable_fp_fusion": False}
-    code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-    (directory / "kernel.ptx").write_text(code)
-    command = [get_ptxas(90).path, "-v", "-arch=sm_90a", "kernel.ptx", "-o", "kernel.cubin"]
-    process = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=True)
-    return code, process.stdout + process.stderr
-
-
 @pytest.mark.parametrize(("heads", "kv_heads"), [(32, 32), (32, 8)])
 def test_an_h100_reads_and_writes_each_number_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, heads: int, kv_heads: int
@@ -178,16 +143,18 @@ def test_an_h100_reads_and_writes_each_number_once(
 
     At Llama-2-7B's sizes. 128 threads of 16 bytes are 16 heads' halves, or half a block of columns.
     """
-    kernels = load(monkeypatch, False)
+    kernels = load(FILE, monkeypatch, False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     tl = kernels.tl
+    types = dict.fromkeys(("query_stride", "key_stride", "value_stride", "columns"), "i32")
+    types |= {"tokens": "*i64"}
     count = kernels.HEADS
     sizes = {"heads": heads, "kv_heads": kv_heads, "half": 64, "block_heads": count}
     sizes |= {"block_half": 64, "exact": tl.float32}
     sizes |= {"blocks": heads // count, "kv_blocks": math.ceil(kv_heads / count)}
-    rotation = compiled_for_h100(kernels._rotate_into, sizes, tmp_path)
+    rotation = compiled_for_h100(kernels._rotate_into, types, sizes, tmp_path)
     sizes = {"block": kernels.COLUMNS, "exact": tl.float32}
-    activation = compiled_for_h100(kernels._gated, sizes, tmp_path)
+    activation = compiled_for_h100(kernels._gated, types, sizes, tmp_path)
     # Query and key read cos and sin too, the value does not; one token number.
     expected = {rotation: (4 + 4 + 2, 2 + 2 + 2, 1), activation: (2, 1, 0)}
     for (code, report), (reads, writes, scalars) in expected.items():
