@@ -57,11 +57,23 @@ def gated(both: Tensor) -> Tensor:
 TEXTBOOK = SimpleNamespace(rotate_into=rotate_into, gated=gated)
 
 
-def load(monkeypatch: pytest.MonkeyPatch, is_interpreted: bool) -> ModuleType:
-    """The kernels, for the interpreter or for a compiler; skips the test if there is no Triton."""
-    pytest.importorskip("triton", reason="Triton comes with PyTorch's builds for GPUs")
+def load(monkeypatch: pytest.MonkeyPatch, is_interpreted: bool, file: Path = FILE) -> ModuleType:
+    """The kernels of ``file``, for the interpreter or for a compiler.
+
+    Skips the test if there is no Triton.
+    """
+    triton = pytest.importorskip("triton", reason="Triton comes with PyTorch's builds for GPUs")
     monkeypatch.setenv("TRITON_INTERPRET", str(int(is_interpreted)))
-    spec = importlib.util.spec_from_file_location(f"kernels_{is_interpreted}", FILE)
+    if is_interpreted:
+        language = triton.language
+        # So must be those functions of Triton's own that were imported to be compiled.
+        for name, function in list(vars(language).items()):
+            if isinstance(function, triton.JITFunction):
+                monkeypatch.setattr(language, name, triton.jit(function.fn))
+        # When these call others, the interpreter leaves its own operations behind.
+        for name, function in list(vars(language.core).items()):
+            monkeypatch.setattr(language.core, name, function)
+    spec = importlib.util.spec_from_file_location(f"{file.stem}_{is_interpreted}", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -145,7 +157,9 @@ def generated(pretrained: LlamaForCausalLM, prompt: list[int]) -> list[int]:
 # ---------------------------------------------------------------- what they cost
 
 
-def compiled_for_h100(function: Any, constants: dict[str, Any], directory: Path) -> tuple[str, str]:
+def compiled_for_h100(
+    function: Any, constants: dict[str, Any], directory: Path, **options: Any
+) -> tuple[str, str]:
     """PTX code for bfloat16 tensors at aligned addresses, and what ptxas says about it."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -153,16 +167,16 @@ def compiled_for_h100(function: Any, constants: dict[str, Any], directory: Path)
     from triton.compiler import ASTSource
 
     numbers = {"query_stride": "i32", "key_stride": "i32", "value_stride": "i32", "columns": "i32"}
-    types = numbers | {"tokens": "*i64"} | dict.fromkeys(constants, "constexpr")
+    types = numbers | {"tokens": "*i64", "starts": "*i32", "lengths": "*i32", "scale": "fp32"}
+    types |= dict.fromkeys(constants, "constexpr")
     names = function.arg_names
-    others = [name for name in names if name not in constants]
+    others = [name for name in names if types.get(name) not in ("constexpr", "fp32")]
     source = ASTSource(
         function,
         {name: types.get(name, "*bf16") for name in names},
         {(names.index(name),): value for name, value in constants.items()},
         {(names.index(name),): [["tt.divisibility", 16]] for name in others},
     )
-    options = {"enable_fp_fusion": False}
     code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
     (directory / "kernel.ptx").write_text(code)
     command = [get_ptxas(90).path, "-v", "-arch=sm_90a", "kernel.ptx", "-o", "kernel.cubin"]
@@ -185,9 +199,9 @@ def test_an_h100_reads_and_writes_each_number_once(
     sizes = {"heads": heads, "kv_heads": kv_heads, "half": 64, "block_heads": count}
     sizes |= {"block_half": 64, "exact": tl.float32}
     sizes |= {"blocks": heads // count, "kv_blocks": math.ceil(kv_heads / count)}
-    rotation = compiled_for_h100(kernels._rotate_into, sizes, tmp_path)
+    rotation = compiled_for_h100(kernels._rotate_into, sizes, tmp_path, **kernels.ROUNDED)
     sizes = {"block": kernels.COLUMNS, "exact": tl.float32}
-    activation = compiled_for_h100(kernels._gated, sizes, tmp_path)
+    activation = compiled_for_h100(kernels._gated, sizes, tmp_path, **kernels.ROUNDED)
     # Query and key read cos and sin too, the value does not; one token number.
     expected = {rotation: (4 + 4 + 2, 2 + 2 + 2, 1), activation: (2, 1, 0)}
     for (code, report), (reads, writes, scalars) in expected.items():

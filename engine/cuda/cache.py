@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.attention import attend_to_lengths, is_for_flash_attention, packed_attention
+from engine.cuda.decode_attention import decode_attention
 from engine.cuda.regions import Regions
 from engine.cuda.transfers import to_device
 
@@ -53,6 +54,10 @@ class StaticCache:
         config = model.config
         self.slots, self.length = slots, length
         self._is_flash = _is_for_flash_attention(model)
+        heads = config.num_attention_heads, config.num_key_value_heads, model.head_dim
+        self._kernel = (
+            decode_attention(model.device.type, model.dtype, *heads) if self._is_flash else None
+        )
         count = slots if regions is None else regions
         self.regions = Regions(count, length, slots if self._is_flash else min(slots, count))
         self.nobodys = count * length
@@ -179,6 +184,8 @@ class StaticCache:
         self, starts: Tensor, lengths: Tensor, query: Tensor, keys: Tensor, values: Tensor
     ) -> Tensor:
         """Reads only what there is of each sequence."""
+        if self._kernel:
+            return self._kernel.attend(query, keys, values, starts, lengths)
         new = self._new[: len(starts)]
         return attend_to_lengths(query, keys, values, new, starts, lengths, self.length)
 

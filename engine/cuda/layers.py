@@ -4,7 +4,7 @@ A step reads all weights for a few rows, so a product takes as long as reading i
 small products and kernels leave the memory idle between them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from types import ModuleType
@@ -175,8 +175,21 @@ def small_kernels(kind: str) -> ModuleType | None:
     """
     if kind != "cuda":
         return None
+    return usable(kind, _import_small_kernels, wrong_results)
+
+
+def usable(
+    kind: str,
+    load: Callable[[], ModuleType],
+    wrong_results: Callable[[ModuleType, torch.device], list[str]],
+) -> ModuleType | None:
+    """The kernels that ``load`` imports; None, and a line, if they do not run or are wrong.
+
+    Args:
+        wrong_results: finds what they compute otherwise than PyTorch's operators, by name.
+    """
     try:
-        kernels = _import_small_kernels()
+        kernels = load()
         wrong = wrong_results(kernels, torch.device(kind))
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
