@@ -5,6 +5,7 @@ See tests/test_small_kernels.py: Triton interprets it, or compiles it for a GPU 
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -16,13 +17,13 @@ from test_small_kernels import compiled_for_h100, generated, load
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from engine.cuda import decode_attention, layers
+from engine.cuda import layers
 from engine.decoding import greedy_decode
 from engine.device import cuda_kernels
 from engine.llama import Llama
 
 CPU = torch.device("cpu")
-FILE = Path(decode_attention.__file__).with_name("attention_kernel.py")
+FILE = Path(layers.__file__).with_name("attention_kernel.py")
 # The interpreter has no products of bfloat16. Those of float32 are exact, unlike a GPU's.
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 5e-4}
 LENGTHS = [33, 1, 64, 31, 70, 32]
@@ -142,9 +143,9 @@ def test_an_h100_copies_16_bytes_at_a_time_while_it_computes(
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Decoding with FlashAttention as on a GPU, but prefill is by the textbook."""
     monkeypatch.setattr("engine.cuda.cache.is_for_flash_attention", lambda query: True)
-    decode_attention._decode_attention.cache_clear()
+    layers._decode_attention.cache_clear()
     yield
-    decode_attention._decode_attention.cache_clear()
+    layers._decode_attention.cache_clear()
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_key_value_heads": 4}])
@@ -163,13 +164,12 @@ def test_completions_are_those_of_generate(
         calls.append(len(tensors[0]))
         return kernel.attend(*tensors)
 
-    monkeypatch.setattr(
-        "engine.cuda.cache.decode_attention", lambda *_: SimpleNamespace(attend=attend)
-    )
     prompts = [[1, 5, 9, 4], [1], [1, 7, 30], [1, 8], [1, 44, 3, 2, 6, 11, 23], [1, 12], [1, 13]]
     expected = [generated(pretrained, prompt) for prompt in prompts]
     limits = {"max_new_tokens": 5, "slots": 3, "eos_token_ids": frozenset()}
-    model = Llama(pretrained, cuda_kernels(CPU))
+    chosen = SimpleNamespace(attend=attend)
+    kernels = replace(cuda_kernels(CPU), decode_attention=lambda *_: chosen)
+    model = Llama(pretrained, kernels)
     found = greedy_decode(model, prompts, **limits)
     assert {one.index: one.token_ids for one in found} == dict(enumerate(expected))
     assert len(calls) >= 4 * len(model.blocks) and set(calls) <= {3}
@@ -199,14 +199,12 @@ def test_a_wrong_kernel_is_found_before_it_is_used(
     broken: Callable[..., Tensor] | None,
 ) -> None:
     """Guards against completions of another model, by a compiler's fault."""
-    check, kernel = decode_attention.wrong_attention, SimpleNamespace(attend=broken or textbook)
+    check, kernel = layers.wrong_attention, SimpleNamespace(attend=broken or textbook)
     monkeypatch.setattr(layers, "small_kernels", lambda kind: SimpleNamespace())
-    monkeypatch.setattr(decode_attention, "_import_kernel", lambda: kernel)
-    monkeypatch.setattr(
-        decode_attention, "wrong_attention", lambda *given: check(*given[:-1], device=CPU)
-    )
+    monkeypatch.setattr(layers, "_import_attention_kernel", lambda: kernel)
+    monkeypatch.setattr(layers, "wrong_attention", lambda *given: check(*given[:-1], device=CPU))
     for _ in range(2):
-        found = decode_attention.decode_attention("cuda", *sizes)
+        found = layers.decode_attention("cuda", *sizes)
         assert found is (None if broken else kernel)
     out = capsys.readouterr().out
     assert out.count("\n") == bool(broken)
@@ -223,19 +221,19 @@ def test_where_it_does_not_run_flash_attention_takes_its_place(
         raise faults[-1]
 
     faults: list[Exception] = [RuntimeError("Failed to find C compiler")]
-    monkeypatch.setattr(decode_attention, "_import_kernel", fail)
+    monkeypatch.setattr(layers, "_import_attention_kernel", fail)
     monkeypatch.setattr(layers, "small_kernels", lambda kind: None)
-    assert decode_attention.decode_attention("cuda", *sizes) is None
-    assert decode_attention.decode_attention("cpu", *sizes) is None
+    assert layers.decode_attention("cuda", *sizes) is None
+    assert layers.decode_attention("cpu", *sizes) is None
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(layers, "small_kernels", lambda kind: SimpleNamespace())
-    assert decode_attention.decode_attention("cpu", *sizes) is None
+    assert layers.decode_attention("cpu", *sizes) is None
     assert capsys.readouterr().out == ""
-    assert decode_attention.decode_attention("cuda", *sizes) is None
+    assert layers.decode_attention("cuda", *sizes) is None
     out = capsys.readouterr().out
     assert "Failed to find C compiler" in out and out.count("\n") == 1
     for fault in (torch.OutOfMemoryError, torch.AcceleratorError):
-        decode_attention._decode_attention.cache_clear()
+        layers._decode_attention.cache_clear()
         faults.append(fault("CUDA error: an illegal memory access was encountered"))
         with pytest.raises(fault):
-            decode_attention.decode_attention("cuda", *sizes)
+            layers.decode_attention("cuda", *sizes)

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.attention import attend_to_lengths, is_for_flash_attention, packed_attention
-from engine.cuda.decode_attention import decode_attention
 from engine.cuda.regions import Regions
 from engine.cuda.transfers import to_device
 
@@ -54,10 +53,9 @@ class StaticCache:
         config = model.config
         self.slots, self.length = slots, length
         self._is_flash = _is_for_flash_attention(model)
-        heads = config.num_attention_heads, config.num_key_value_heads, model.head_dim
-        self._kernel = (
-            decode_attention(model.device.type, model.dtype, *heads) if self._is_flash else None
-        )
+        sizes = config.num_attention_heads, config.num_key_value_heads, model.head_dim
+        choose = model.kernels.decode_attention if self._is_flash else None
+        self._kernel = choose(model.dtype, *sizes) if choose else None
         count = slots if regions is None else regions
         self.regions = Regions(count, length, slots if self._is_flash else min(slots, count))
         self.nobodys = count * length

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.cuda.attention_check import wrong_attention
 from engine.functions import LayerParts, Rope
 from run.errors import cause_of
 
@@ -175,10 +176,29 @@ def small_kernels(kind: str) -> ModuleType | None:
     """
     if kind != "cuda":
         return None
-    return usable(kind, _import_small_kernels, wrong_results)
+    return _usable(kind, _import_small_kernels, wrong_results)
 
 
-def usable(
+def decode_attention(
+    kind: str, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
+) -> ModuleType | None:
+    """`engine.cuda.attention_kernel`; None where `attend_to_lengths` computes the same.
+
+    That is so where there are no `small_kernels`, and where this one does not run or makes
+    mistakes, which a line says.
+    """
+    # A compiler that is missing has had its line.
+    return small_kernels(kind) and _decode_attention(kind, dtype, heads, kv_heads, head_dim)
+
+
+@cache
+def _decode_attention(kind: str, *sizes: Any) -> ModuleType | None:
+    if kind != "cuda":
+        return None
+    return _usable(kind, _import_attention_kernel, partial(wrong_attention, *sizes))
+
+
+def _usable(
     kind: str,
     load: Callable[[], ModuleType],
     wrong_results: Callable[[ModuleType, torch.device], list[str]],
@@ -219,6 +239,12 @@ def _import_small_kernels() -> ModuleType:
     from engine.cuda import small_kernels as kernels
 
     return kernels
+
+
+def _import_attention_kernel() -> ModuleType:
+    from engine.cuda import attention_kernel as kernel
+
+    return kernel
 
 
 def wrong_results(kernels: ModuleType, device: torch.device) -> list[str]:
