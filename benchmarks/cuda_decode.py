@@ -1,7 +1,6 @@
 """The step decode of cuda.py: completions of a random Llama-2-7B, single steps and kernels."""
 
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
@@ -11,7 +10,6 @@ import torch
 
 # This benchmark's neighbour, which also puts the repository on the path.
 from cuda_work import LLAMA_2_7B, Work, prompts_of, random_llama_2_7b, read_rows
-from torch import Tensor
 
 from engine.cuda import layers
 from engine.cuda.cache import StaticCache
@@ -141,7 +139,7 @@ def measure_small_kernels(work: Work, rows: int) -> None:
     }
     for name, (run, exact, numbers) in measured.items():
         error = ((run().double() - exact).norm() / exact.norm()).item()
-        milliseconds = milliseconds_in_graph(work, run)
+        milliseconds = work.milliseconds_in_graph(run)
         work.results.write(
             "small kernels",
             rows=rows,
@@ -150,15 +148,6 @@ def measure_small_kernels(work: Work, rows: int) -> None:
             us=milliseconds * 1e3,
             TB_per_s=2 * numbers / milliseconds / 1e9,
         )
-
-
-def milliseconds_in_graph(work: Work, run: Callable[[], Tensor], times: int = 32) -> float:
-    """The time of one ``run`` of several in a CUDA graph, where Python launches none of them."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(times):
-            run()
-    return work.milliseconds(graph.replay) / times
 
 
 @torch.inference_mode()
