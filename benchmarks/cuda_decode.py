@@ -7,6 +7,7 @@ from itertools import islice
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 
 # This benchmark's neighbour, which also puts the repository on the path.
 from cuda_work import LLAMA_2_7B, Work, prompts_of, random_llama_2_7b, read_rows
@@ -125,6 +126,8 @@ def measure_small_kernels(work: Work, rows: int) -> None:
     keys, values = torch.zeros(2, 2 * rows, heads, head_dim, **like)
     tokens = torch.randperm(2 * rows, device=work.device)[:rows]
     both = torch.randn(rows, 2 * columns, **like)
+    hidden, weight = torch.randn(rows + 1, heads * head_dim, **like).split([rows, 1])
+    weight = weight[0]
     measured = {
         "rotate_into": (
             partial(kernels.rotate_into, *rope, *states, tokens, keys, values),
@@ -137,6 +140,9 @@ def measure_small_kernels(work: Work, rows: int) -> None:
             3 * both.numel() // 2,
         ),
     }
+    for name, norm in (("rms_norm", kernels.rms_norm), ("PyTorch's rms_norm", torch_norm)):
+        run = partial(norm, hidden, weight, 1e-5)
+        measured[name] = run, torch_norm(hidden.double(), weight.double(), 1e-5), 2 * hidden.numel()
     for name, (run, exact, numbers) in measured.items():
         error = ((run().double() - exact).norm() / exact.norm()).item()
         milliseconds = work.milliseconds_in_graph(run)
@@ -148,6 +154,10 @@ def measure_small_kernels(work: Work, rows: int) -> None:
             us=milliseconds * 1e3,
             TB_per_s=2 * numbers / milliseconds / 1e9,
         )
+
+
+def torch_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    return F.rms_norm(hidden, weight.shape, weight, epsilon)
 
 
 @torch.inference_mode()

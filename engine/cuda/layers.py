@@ -115,6 +115,8 @@ def _plus_product(hidden: Tensor, linear: nn.Linear, other: Tensor) -> Tensor:
 
 
 def _norm(hidden: Tensor, norm: "LlamaRMSNorm") -> Tensor:
+    if fused := small_kernels(hidden.device.type):
+        return fused.rms_norm(hidden, norm.weight, norm.variance_epsilon)
     return F.rms_norm(hidden, (hidden.shape[-1],), norm.weight, norm.variance_epsilon)
 
 
@@ -258,11 +260,13 @@ def wrong_results(kernels: ModuleType, device: torch.device) -> list[str]:
     tokens, (keys, values) = torch.tensor([4, 0, 3], device=device), states.new_zeros(2, 6, 1, 8)
     query = kernels.rotate_into(cos, sin, *states.split([2, 1, 1], dim=1), tokens, keys, values)
     rotated, both = _rotated(states[:, :3], cos, sin), states.flatten(1)
+    weight = torch.linspace(-1, 1, 32, device=device)
     pairs = {
         "query": (query, rotated[:, :2]),
         "key": (keys[tokens], rotated[:, 2:]),
         "value": (values[tokens], states[:, 3:]),
         "activation": (kernels.gated(both), _gated(both)),
+        "norm": (kernels.rms_norm(both, weight, 0.1), F.rms_norm(both, (32,), weight, 0.1)),
     }
     rounding = {"rtol": 1e-4, "atol": 1e-5}
     return [name for name, pair in pairs.items() if not torch.allclose(*pair, **rounding)]
