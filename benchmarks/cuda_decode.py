@@ -1,17 +1,16 @@
 """The step decode of cuda.py: completions of a random Llama-2-7B, single steps and kernels."""
 
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 
 # This benchmark's neighbour, which also puts the repository on the path.
 from cuda_work import LLAMA_2_7B, Work, prompts_of, random_llama_2_7b, read_rows
-from torch import Tensor
 
 from engine.cuda import layers
 from engine.cuda.cache import StaticCache
@@ -126,6 +125,8 @@ def measure_small_kernels(work: Work, rows: int) -> None:
     keys, values = torch.zeros(2, 2 * rows, heads, head_dim, **like)
     tokens = torch.randperm(2 * rows, device=work.device)[:rows]
     both = torch.randn(rows, 2 * columns, **like)
+    hidden, weight = torch.randn(rows + 1, heads * head_dim, **like).split([rows, 1])
+    weight = weight[0]
     measured = {
         "rotate_into": (
             partial(kernels.rotate_into, *rope, *states, tokens, keys, values),
@@ -138,9 +139,12 @@ def measure_small_kernels(work: Work, rows: int) -> None:
             3 * both.numel() // 2,
         ),
     }
+    for name, norm in (("rms_norm", kernels.rms_norm), ("PyTorch's rms_norm", torch_norm)):
+        run = partial(norm, hidden, weight, 1e-5)
+        measured[name] = run, torch_norm(hidden.double(), weight.double(), 1e-5), 2 * hidden.numel()
     for name, (run, exact, numbers) in measured.items():
         error = ((run().double() - exact).norm() / exact.norm()).item()
-        milliseconds = milliseconds_in_graph(work, run)
+        milliseconds = work.milliseconds_in_graph(run)
         work.results.write(
             "small kernels",
             rows=rows,
@@ -151,13 +155,8 @@ def measure_small_kernels(work: Work, rows: int) -> None:
         )
 
 
-def milliseconds_in_graph(work: Work, run: Callable[[], Tensor], times: int = 32) -> float:
-    """The time of one ``run`` of several in a CUDA graph, where Python launches none of them."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(times):
-            run()
-    return work.milliseconds(graph.replay) / times
+def torch_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    return F.rms_norm(hidden, weight.shape, weight, epsilon)
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from engine.cpu import activations, heap, kernels, onednn
 from engine.cuda import allocator, checks
 from engine.cuda.cache import StaticCache
 from engine.cuda.graph import StaticStep
-from engine.cuda.layers import DECODING, fused_weights
+from engine.cuda.layers import DECODING, decode_attention, fused_weights
 from engine.cuda.linear import replace_linear_layers
 from engine.cuda.norms import norm_gradients
 from engine.cuda.pipeline import PipelinedModel
@@ -46,6 +46,8 @@ class Kernels:
         static_step: the class of its decoding steps of fixed shape, to be replayed; None: it has
             no such steps.
         decoding_parts: how layers compute in decoding; None: see `engine.llama`.
+        decode_attention: finds the attention kernel of the cache's steps, given a dtype, the
+            numbers of heads and of key heads, and their size; None: it needs none of its own.
         most_slots: with more, the time of a decoding step grows nearly in proportion to them.
         most_probable: the token with the largest logit in each row of ``[n, vocabulary]``.
         slot_order: the order in which to compute the slots, given the length of each.
@@ -72,6 +74,7 @@ class Kernels:
     cached_model: type[Any] | None
     static_step: type[Any] | None
     decoding_parts: LayerParts | None
+    decode_attention: Callable[[torch.dtype, int, int, int], Any] | None
     most_slots: int
     most_probable: Callable[[torch.Tensor], torch.Tensor]
     slot_order: Callable[[Mapping[int, int]], list[int]]
@@ -143,6 +146,7 @@ def cuda_kernels(device: torch.device) -> Kernels:
         cached_model=PipelinedModel,
         static_step=StaticStep,
         decoding_parts=DECODING,
+        decode_attention=partial(decode_attention, device.type),
         most_slots=512,
         most_probable=most_probable,
         slot_order=list,
@@ -173,6 +177,7 @@ def cpu_kernels(with_onednn: bool) -> Kernels:
         cached_model=None,
         static_step=None,
         decoding_parts=None,
+        decode_attention=None,
         most_slots=128,
         most_probable=kernels.most_probable,
         slot_order=kernels.slot_order,

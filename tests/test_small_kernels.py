@@ -54,7 +54,11 @@ def gated(both: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-TEXTBOOK = SimpleNamespace(rotate_into=rotate_into, gated=gated)
+def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return hidden * (hidden.square().mean(-1, keepdim=True) + epsilon).rsqrt() * weight
+
+
+TEXTBOOK = SimpleNamespace(rotate_into=rotate_into, gated=gated, rms_norm=rms_norm)
 
 
 @pytest.fixture(params=["textbook", "triton"])
@@ -68,13 +72,15 @@ def kernels(
 
 
 def computed(kernels: Any, inputs: list[Tensor], tokens: Tensor, kv_heads: int) -> list[Tensor]:
-    """Query, all keys, all values and activations."""
+    """Query, all keys, all values, activations and norms."""
     cos, sin, states = inputs
     sizes = [states.shape[1] - 2 * kv_heads, kv_heads, kv_heads]
     query, key, value = states.split(sizes, dim=1)
     keys, values = states.new_full((2, 30, kv_heads, states.shape[2]), 7)
     query = kernels.rotate_into(cos, sin, query, key, value, tokens, keys, values)
-    return [query, keys, values, kernels.gated(states.flatten(1))]
+    hidden = states.flatten(1)
+    norms = kernels.rms_norm(hidden, hidden[0].flip(0).contiguous(), 0.1)
+    return [query, keys, values, kernels.gated(hidden), norms]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -152,11 +158,14 @@ def test_an_h100_reads_and_writes_each_number_once(
     sizes = {"heads": heads, "kv_heads": kv_heads, "half": 64, "block_heads": count}
     sizes |= {"block_half": 64, "exact": tl.float32}
     sizes |= {"blocks": heads // count, "kv_blocks": math.ceil(kv_heads / count)}
-    rotation = compiled_for_h100(kernels._rotate_into, types, sizes, tmp_path)
+    rotation = compiled_for_h100(kernels._rotate_into, types, sizes, tmp_path, **kernels.ROUNDED)
     sizes = {"block": kernels.COLUMNS, "exact": tl.float32}
-    activation = compiled_for_h100(kernels._gated, types, sizes, tmp_path)
+    activation = compiled_for_h100(kernels._gated, types, sizes, tmp_path, **kernels.ROUNDED)
+    sizes = {"columns": 4096, "epsilon": 1e-5, "block": 4096, "exact": tl.float32}
+    options = {"num_warps": kernels.warps(4096)} | kernels.ROUNDED
+    norm = compiled_for_h100(kernels._rms_norm, types, sizes, tmp_path, **options)
     # Query and key read cos and sin too, the value does not; one token number.
-    expected = {rotation: (4 + 4 + 2, 2 + 2 + 2, 1), activation: (2, 1, 0)}
+    expected = {rotation: (4 + 4 + 2, 2 + 2 + 2, 1), activation: (2, 1, 0), norm: (4, 2, 0)}
     for (code, report), (reads, writes, scalars) in expected.items():
         assert "0 bytes spill stores, 0 bytes spill loads" in report, report
         assert len(re.findall(r"ld\.global\.v4\.b32", code)) == reads
@@ -231,6 +240,7 @@ def exchanged(cos, sin, query, key, value, tokens, keys, values) -> Tensor:
         ({"rotate_into": unrotated}, ["query"]),
         ({"rotate_into": exchanged}, ["key", "value"]),
         ({"gated": lambda both: both.chunk(2, dim=-1)[0]}, ["activation"]),
+        ({"rms_norm": lambda hidden, weight, _: rms_norm(hidden, weight, 0)}, ["norm"]),
     ],
 )
 def test_wrong_kernels_are_found_before_they_are_used(

@@ -10,14 +10,21 @@ import pytest
 
 
 def load(file: Path, monkeypatch: pytest.MonkeyPatch, is_interpreted: bool) -> ModuleType:
-    """The kernels, for the interpreter or for a compiler; skips the test if there is no Triton."""
-    pytest.importorskip("triton", reason="Triton comes with PyTorch's builds for GPUs")
-    import triton.language as tl
+    """The kernels of ``file``, for the interpreter or for a compiler.
 
+    Skips the test if there is no Triton.
+    """
+    triton = pytest.importorskip("triton", reason="Triton comes with PyTorch's builds for GPUs")
     monkeypatch.setenv("TRITON_INTERPRET", str(int(is_interpreted)))
-    if is_interpreted:  # this one is itself a kernel, which was made when Triton was imported
-        combine = tl.standard._sum_combine
-        monkeypatch.setattr(tl, "sum", lambda numbers: tl.reduce(numbers, 0, combine))
+    if is_interpreted:
+        language = triton.language
+        # So must be those functions of Triton's own that were imported to be compiled.
+        for name, function in list(vars(language).items()):
+            if isinstance(function, triton.JITFunction):
+                monkeypatch.setattr(language, name, triton.jit(function.fn))
+        # When these call others, the interpreter leaves its own operations behind.
+        for name, function in list(vars(language.core).items()):
+            monkeypatch.setattr(language.core, name, function)
     spec = importlib.util.spec_from_file_location(f"{file.stem}_{is_interpreted}", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -29,7 +36,7 @@ def compiled_for_h100(
     types: dict[str, str],
     constants: dict[str, Any],
     directory: Path,
-    num_warps: int = 4,
+    **options: Any,
 ) -> tuple[str, str]:
     """PTX code for tensors at aligned addresses, and what ptxas says about it.
 
@@ -43,14 +50,13 @@ def compiled_for_h100(
 
     types = types | dict.fromkeys(constants, "constexpr")
     names = function.arg_names
-    others = [name for name in names if name not in constants]
+    others = [name for name in names if types.get(name) not in ("constexpr", "fp32")]
     source = ASTSource(
         function,
         {name: types.get(name, "*bf16") for name in names},
         {(names.index(name),): value for name, value in constants.items()},
         {(names.index(name),): [["tt.divisibility", 16]] for name in others},
     )
-    options = {"enable_fp_fusion": False, "num_warps": num_warps}
     code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
     (directory / "kernel.ptx").write_text(code)
     command = [get_ptxas(90).path, "-v", "-arch=sm_90a", "kernel.ptx", "-o", "kernel.cubin"]

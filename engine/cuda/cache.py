@@ -53,6 +53,9 @@ class StaticCache:
         config = model.config
         self.slots, self.length = slots, length
         self._is_flash = _is_for_flash_attention(model)
+        sizes = config.num_attention_heads, config.num_key_value_heads, model.head_dim
+        choose = model.kernels.decode_attention if self._is_flash else None
+        self._kernel = choose(model.dtype, *sizes) if choose else None
         count = slots if regions is None else regions
         self.regions = Regions(count, length, slots if self._is_flash else min(slots, count))
         self.nobodys = count * length
@@ -179,6 +182,8 @@ class StaticCache:
         self, starts: Tensor, lengths: Tensor, query: Tensor, keys: Tensor, values: Tensor
     ) -> Tensor:
         """Reads only what there is of each sequence."""
+        if self._kernel:
+            return self._kernel.attend(query, keys, values, starts, lengths)
         new = self._new[: len(starts)]
         return attend_to_lengths(query, keys, values, new, starts, lengths, self.length)
 

@@ -4,7 +4,7 @@ A step reads all weights for a few rows, so a product takes as long as reading i
 small products and kernels leave the memory idle between them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from types import ModuleType
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.cuda.attention_check import wrong_attention
 from engine.functions import LayerParts, Rope
 from run.errors import cause_of
 
@@ -114,6 +115,8 @@ def _plus_product(hidden: Tensor, linear: nn.Linear, other: Tensor) -> Tensor:
 
 
 def _norm(hidden: Tensor, norm: "LlamaRMSNorm") -> Tensor:
+    if fused := small_kernels(hidden.device.type):
+        return fused.rms_norm(hidden, norm.weight, norm.variance_epsilon)
     return F.rms_norm(hidden, (hidden.shape[-1],), norm.weight, norm.variance_epsilon)
 
 
@@ -175,8 +178,40 @@ def small_kernels(kind: str) -> ModuleType | None:
     """
     if kind != "cuda":
         return None
+    return _usable(kind, _import_small_kernels, wrong_results)
+
+
+def decode_attention(
+    kind: str, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
+) -> ModuleType | None:
+    """`engine.cuda.attention_kernel`; None where `attend_to_lengths` computes the same.
+
+    That is so where there are no `small_kernels`, and where this one does not run or makes
+    mistakes, which a line says.
+    """
+    # A compiler that is missing has had its line.
+    return small_kernels(kind) and _decode_attention(kind, dtype, heads, kv_heads, head_dim)
+
+
+@cache
+def _decode_attention(kind: str, *sizes: Any) -> ModuleType | None:
+    if kind != "cuda":
+        return None
+    return _usable(kind, _import_attention_kernel, partial(wrong_attention, *sizes))
+
+
+def _usable(
+    kind: str,
+    load: Callable[[], ModuleType],
+    wrong_results: Callable[[ModuleType, torch.device], list[str]],
+) -> ModuleType | None:
+    """The kernels that ``load`` imports; None, and a line, if they do not run or are wrong.
+
+    Args:
+        wrong_results: finds what they compute otherwise than PyTorch's operators, by name.
+    """
     try:
-        kernels = _import_small_kernels()
+        kernels = load()
         wrong = wrong_results(kernels, torch.device(kind))
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
@@ -208,6 +243,12 @@ def _import_small_kernels() -> ModuleType:
     return kernels
 
 
+def _import_attention_kernel() -> ModuleType:
+    from engine.cuda import attention_kernel as kernel
+
+    return kernel
+
+
 def wrong_results(kernels: ModuleType, device: torch.device) -> list[str]:
     """What ``kernels`` compute otherwise than PyTorch's operators.
 
@@ -219,11 +260,13 @@ def wrong_results(kernels: ModuleType, device: torch.device) -> list[str]:
     tokens, (keys, values) = torch.tensor([4, 0, 3], device=device), states.new_zeros(2, 6, 1, 8)
     query = kernels.rotate_into(cos, sin, *states.split([2, 1, 1], dim=1), tokens, keys, values)
     rotated, both = _rotated(states[:, :3], cos, sin), states.flatten(1)
+    weight = torch.linspace(-1, 1, 32, device=device)
     pairs = {
         "query": (query, rotated[:, :2]),
         "key": (keys[tokens], rotated[:, 2:]),
         "value": (values[tokens], states[:, 3:]),
         "activation": (kernels.gated(both), _gated(both)),
+        "norm": (kernels.rms_norm(both, weight, 0.1), F.rms_norm(both, (32,), weight, 0.1)),
     }
     rounding = {"rtol": 1e-4, "atol": 1e-5}
     return [name for name, pair in pairs.items() if not torch.allclose(*pair, **rounding)]

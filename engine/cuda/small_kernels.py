@@ -59,6 +59,24 @@ def gated(both: Tensor) -> Tensor:
     return output
 
 
+def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """As `F.rms_norm` (arXiv:1910.07467) of ``[N, columns]``, adjacent; it rounds once."""
+    rows, columns = hidden.shape
+    output = hidden.new_empty(hidden.shape)
+    block = triton.next_power_of_2(columns)
+    _rms_norm[(rows,)](
+        *(hidden, weight, output, columns, epsilon, block, _exact(hidden)),
+        num_warps=warps(block),
+        **ROUNDED,
+    )
+    return output
+
+
+def warps(block: int) -> int:
+    """So that a thread has 16 numbers of a row; more in a very long one."""
+    return min(16, max(1, block // 512))
+
+
 def _exact(tensor: Tensor) -> tl.dtype:
     return tl.float64 if tensor.dtype == torch.float64 else tl.float32
 
@@ -141,3 +159,24 @@ def _gated(both, output, columns, block: tl.constexpr, exact: tl.constexpr):
     up = tl.load(both + at + columns, mask=is_there).to(exact)
     activated = (gate / (1 + tl.exp(-gate))).to(dtype).to(exact)
     tl.store(output + row * columns + column, (activated * up).to(dtype), mask=is_there)
+
+
+@triton.jit
+def _rms_norm(
+    hidden,
+    weight,
+    output,
+    columns: tl.constexpr,
+    epsilon: tl.constexpr,
+    block: tl.constexpr,
+    exact: tl.constexpr,
+):
+    """One row, read once."""
+    column = tl.arange(0, block)
+    is_there = column < columns
+    at = tl.program_id(0).to(tl.int64) * columns + column
+    row = tl.load(hidden + at, mask=is_there, other=0.0).to(exact)
+    scale = tl.load(weight + column, mask=is_there, other=0.0).to(exact)
+    mean = tl.sum(row * row, 0) / columns
+    normed = row * (1 / tl.sqrt(mean + epsilon)) * scale
+    tl.store(output + at, normed.to(output.dtype.element_ty), mask=is_there)
