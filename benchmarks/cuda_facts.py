@@ -5,10 +5,12 @@ import platform
 import random
 import shutil
 import sysconfig
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import torch
@@ -32,6 +34,8 @@ ROWS = (8192, 4096, 3072, 2048, 256, 144)
 # Of Llama-2-7B's layers, alone and fused: input and output features.
 FEATURES = ((4096, 4096), (4096, 11008), (11008, 4096), (4096, 12288), (4096, 22016))
 HEADS, HEAD_DIM = 32, 128
+# Of our own attention kernel in decoding: numbers of stages and warps; the first is as it is.
+VARIANTS = {"our own": (3, 1), "4 stages": (4, 1), "4 warps": (3, 4)}
 DECODED_LENGTH = 708  # the longest test prompt with 512 new tokens
 
 
@@ -174,22 +178,36 @@ def measure_attention_in_decoding(work: Work, slots: int) -> None:
     query = torch.randn(slots, heads, head_dim, dtype=torch.bfloat16, device=work.device)
     starts = torch.arange(slots, device=work.device) * DECODED_LENGTH
     size = 2 * 2 * heads * head_dim * int((positions + 1).sum())
-    for kernel in [cache._kernel, None] if cache._kernel else [None]:
+    measured = {"PyTorch's": None}
+    if cache._kernel:
+        measured |= {name: cache._kernel for name in VARIANTS}
+    for name, kernel in measured.items():
         cache._kernel = kernel
         _, attend = cache.step(positions, starts).args  # without the writing of new keys
-        output = attend(query, *both)
         one = slice(slots // 2, slots // 2 + 1)
         _, attend_alone = cache.step(positions[one], starts[one]).args
-        milliseconds = work.milliseconds_in_graph(partial(attend, query, *both))
+        with variant(kernel, name) if kernel else nullcontext():
+            output = attend(query, *both)
+            alone = attend_alone(query[one], *both)
+            milliseconds = work.milliseconds_in_graph(partial(attend, query, *both))
         work.results.write(
             "attention in decoding",
             slots=slots,
-            kernel="our own" if kernel else "PyTorch's",
+            kernel=name,
             worst_relative_error=error_in_decoding(cache, positions.tolist(), query, output),
-            same_bits_alone=torch.equal(attend_alone(query[one], *both), output[one]),
+            same_bits_alone=torch.equal(alone, output[one]),
             us=milliseconds * 1e3,
             TB_per_s=size / milliseconds / 1e9,
         )
+
+
+@contextmanager
+def variant(kernel: ModuleType, name: str) -> Iterator[None]:
+    """With other numbers of stages and warps than its own, for what these are worth."""
+    stages, warps = VARIANTS[name]
+    options = mock.patch.dict(kernel.OPTIONS, num_stages=stages)
+    with options, mock.patch.object(kernel, "warps", lambda block_dim: warps):
+        yield
 
 
 def error_in_decoding(
