@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 
 import data
 from engine import device as devices
+from engine import fused
 from engine.cpu import onednn
 from engine.cuda import linear
 from engine.device import cpu_kernels
@@ -277,6 +278,41 @@ def test_no_gradient_is_made_only_to_be_added_and_no_product_is_repeated(
     assert adding["addmm_"] - plain["addmm_"] == linears
     assert plain["mm"] - adding["mm"] == linears
     assert plain["add_"] - adding["add_"] == linears
+
+
+@pytest.mark.parametrize("recomputed", [0, 2])
+@pytest.mark.parametrize("frozen", ["", "k_proj", "proj", "norm"])
+def test_products_of_a_norm_add_to_one_gradient(
+    make_llama,
+    tokenizer,
+    batches: list[MicroBatch],
+    monkeypatch: pytest.MonkeyPatch,
+    recomputed: int,
+    frozen: str,
+) -> None:
+    """Guards against a product that is left out, or added again in the next micro-batch."""
+    monkeypatch.setattr(torch, "compile", lambda part, **_: part)
+    fused.compiled.cache_clear()
+    plain, adding = pair(make_llama(len(tokenizer)).double())
+    counts = []
+    for model in (plain, adding):
+        model.recomputed_blocks, model.elementwise = recomputed, fused.FUSED
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(not frozen or frozen not in name)
+        for batch in batches[:-1]:
+            model(batch).backward()
+        with CountOperators() as operators:
+            model(batches[-1]).backward()
+        counts.append(operators.calls)
+    fused.compiled.cache_clear()
+    found, expected = (dict(model.named_parameters()) for model in (adding, plain))
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name].grad, weight.grad, rtol=0, atol=1e-10)
+    of_weights = sum(weight.grad is not None and "proj" in name for name, weight in found.items())
+    of_norms = 3 * len(plain.blocks)  # all but the first product of three, and of two
+    assert counts[1]["addmm_"] - counts[0]["addmm_"] == of_weights + of_norms
+    added = [calls["add_"] + calls["add"] for calls in counts]
+    assert added[0] - added[1] == of_weights + of_norms
 
 
 def test_a_hook_sees_each_gradient(make_llama, tokenizer, batches: list[MicroBatch]) -> None:
