@@ -315,6 +315,29 @@ def test_products_of_a_norm_add_to_one_gradient(
     assert added[0] - added[1] == of_weights + of_norms
 
 
+@pytest.mark.parametrize("adds", [(True, True), (True, False), (False, True), (False, False)])
+def test_a_norms_gradient_is_whole_whoever_reads_it(
+    monkeypatch: pytest.MonkeyPatch, adds: tuple[bool, bool]
+) -> None:
+    """Guards against what other layers gave, and what an earlier backward pass has left."""
+    monkeypatch.setattr(torch, "compile", lambda part, **_: part)
+    fused.compiled.cache_clear()
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(8, 4).double() for _ in adds]
+    ours = [linear.Linear.like(one) if add else one for one, add in zip(layers, adds, strict=True)]
+    hidden, weight = torch.randn(9, 8).double().requires_grad_(), torch.ones(8).double()
+    normed = torch.nn.functional.rms_norm(hidden, [8], weight, 1e-6)
+    sum(layer(normed).square().sum() for layer in layers).backward()
+    expected, hidden.grad = hidden.grad, None
+    normed, _ = fused.Norm.apply(fused.norm_gradients, hidden, weight, 1e-6)
+    loss = sum(layer(normed).square().sum() for layer in ours)
+    for _ in range(2):
+        loss.backward(retain_graph=True)
+        torch.testing.assert_close(hidden.grad, expected, rtol=0, atol=1e-12)
+        hidden.grad = None
+    fused.compiled.cache_clear()
+
+
 def test_a_hook_sees_each_gradient(make_llama, tokenizer, batches: list[MicroBatch]) -> None:
     """Guards against hooks, as of sharding, that would see only the first micro-batch."""
     seen = []
