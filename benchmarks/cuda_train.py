@@ -139,6 +139,8 @@ class Training:
         whole, losses = zip(*(self._timed_step(packer, step, plan) for step in steps), strict=True)
         batches, seconds = self.batches[1:-1], whole[1:]
         tokens = sum(map(tokens_of, batches))
+        limit, kernels = plan.micro_batch_tokens, model.kernels
+        largest = max(one.num_tokens for each in self.batches for one in pack(each, limit, kernels))
         flop_per_s = sum(flops(model, batch) for batch in batches) / sum(seconds)
         shares = {"TFLOP_per_s": flop_per_s / 1e12, "share_of_peak": flop_per_s / PEAK_FLOPS}
         self.tokens_per_s = tokens / sum(seconds)
@@ -156,7 +158,8 @@ class Training:
             s_per_step=sum(seconds) / len(seconds),
             loss=sum(losses) / len(losses),
             **parts,
-            planned_GiB=self._planned_bytes(plan.micro_batch_tokens) / 2**30,
+            planned_GiB=self._counted_bytes(plan.micro_batch_tokens) / 2**30,
+            counted_GiB=self._counted_bytes(largest) / 2**30,
             **self.work.peak_gib(),
         )
 
@@ -164,7 +167,8 @@ class Training:
         here, wishes = Device("", self.free_memory), Wishes(variant.tokens)
         return choose(self.shape, self.recipe, self.model.kernels, self.rows, here, wishes)
 
-    def _planned_bytes(self, tokens: int) -> int:
+    def _counted_bytes(self, tokens: int) -> int:
+        """By the plan, for micro-batches of ``tokens``; those of a step are seldom full."""
         recomputation = Recomputation(self.model.recomputed_blocks, self.model.recomputes_parts)
         counted = min(tokens, most_in_a_step(self.rows, 1))
         shape, kernels = self.shape, self.model.kernels

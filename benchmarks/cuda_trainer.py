@@ -27,7 +27,7 @@ from engine import memory
 from engine.packing import Example
 from run.errors import one_line
 
-SECONDS = 30.0  # after which it gets no other setting
+SECONDS = 18.0  # after which it gets no other setting
 
 
 @dataclass(frozen=True)

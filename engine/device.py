@@ -95,6 +95,7 @@ def pick_device(machine: checks.Machine | None = None) -> torch.device:
         UserError: there is an NVIDIA GPU that this PyTorch can't use, or torchrun has started more
             processes than there are GPUs.
     """
+    allocator.let_segments_grow()  # before the GPU is asked for anything
     machine = machine or checks.find_machine()
     checks.check_usable(machine)
     if not machine.cards:
@@ -118,7 +119,6 @@ def prepare_process(
     if device.type == "cpu":
         heap.keep_freed_memory()
         return
-    allocator.let_segments_grow()
     machine = machine or checks.find_machine()
     checks.check_card(machine, dtype)
     if line := checks.unused_cards(machine):

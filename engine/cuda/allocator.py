@@ -8,7 +8,7 @@ NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def let_segments_grow(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Let blocks of memory grow instead of allocating others; before the first tensor on a GPU.
+    """Let blocks of memory grow instead of allocating others; before CUDA is initialised.
 
     Micro-batches differ in size from step to step, and each would leave gaps in which the next ones
     do not fit. What a user has set is left as it is.
