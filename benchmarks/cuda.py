@@ -45,7 +45,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from cuda_disk import scratch_parent  # this benchmark's neighbour
+
+from run.script import check_platform
 
 # In a benchmark, torch's `import cuda.bindings` finds this file first. This lets it find the rest.
 __path__ = pkgutil.extend_path([], "cuda")
@@ -175,6 +179,7 @@ def run_step(step: str, arguments: argparse.Namespace) -> bool:
 
 def measure(arguments: argparse.Namespace, results: Results) -> None:
     """The work of the step ``arguments.worker``."""
+    check_platform()  # before CUDA is initialised
     from cuda_work import Work, compile_no_code
 
     from engine.device import pick_device, prepare_process

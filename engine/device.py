@@ -10,7 +10,7 @@ import torch
 
 from engine import attention
 from engine.cpu import activations, heap, kernels, onednn
-from engine.cuda import allocator, checks
+from engine.cuda import checks
 from engine.cuda.cache import StaticCache
 from engine.cuda.graph import StaticStep
 from engine.cuda.layers import DECODING, decode_attention, fused_weights
@@ -95,7 +95,6 @@ def pick_device(machine: checks.Machine | None = None) -> torch.device:
         UserError: there is an NVIDIA GPU that this PyTorch can't use, or torchrun has started more
             processes than there are GPUs.
     """
-    allocator.let_segments_grow()  # before the GPU is asked for anything
     machine = machine or checks.find_machine()
     checks.check_usable(machine)
     if not machine.cards:

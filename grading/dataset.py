@@ -68,13 +68,7 @@ def load_problems(dataset: str, split: str) -> list[Problem]:
 
 
 def _download(dataset: str, split: str) -> list[Problem]:
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            f"dataset {dataset!r}: loading it from the hub needs the package datasets: install it "
-            f"(pip install datasets), or name a local folder: {_forms(split)}"
-        ) from None
+    import datasets
     import huggingface_hub
 
     # Suppress its messages about retries, which would precede our error message.

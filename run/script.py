@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import NoReturn
 
 from run import streams
@@ -15,12 +15,14 @@ from run.errors import STORAGE_FAULTS, NotFiniteError, Stopped, UserError, one_l
 from run.signals import StopSignal
 
 OLDEST_PYTHON = (3, 11)
-
+# PyTorch's settings of how it allocates GPU memory. It also reads the older name.
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 # Packages that the scripts require. Not wandb, since a run continues without it.
 PACKAGES = (
     "torch",
     "transformers",
+    "datasets",
     "pyarrow",
     "sentencepiece",
     "safetensors",
@@ -34,11 +36,23 @@ PACKAGES = (
 )
 
 
+def let_gpu_memory_grow(environment: MutableMapping[str, str]) -> None:
+    """Let PyTorch's blocks of GPU memory grow, unless the user has set how it allocates.
+
+    Micro-batches differ in size from step to step. Blocks of fixed sizes would have gaps in which
+    the next ones do not fit.
+    """
+    if not any(name in environment for name in ALLOCATOR):
+        environment[ALLOCATOR[0]] = "expandable_segments:True"
+
+
 def check_platform() -> None:
     """End with one line and exit code 2 if these scripts can't run here.
 
-    Must be called before the first import that would fail.
+    Must be called before the first import that would fail, or that would initialise CUDA, as those
+    of some packages do.
     """
+    let_gpu_memory_grow(os.environ)
     if sys.version_info < OLDEST_PYTHON:
         found = ".".join(map(str, sys.version_info[:3]))
         _refuse(

@@ -1,7 +1,10 @@
 """What a machine with a GPU lacks is said in one line, before anything is loaded or downloaded."""
 
+import ast
+import os
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +18,12 @@ import evaluate
 import perplexity
 import train
 from engine import loading, memory, optimizer
-from engine.cuda import allocator, checks
+from engine.cuda import checks
 from engine.cuda.checks import Card, Machine
 from engine.device import pick_device, prepare_process
 from engine.optimizer import build_optimizer, checkpoint_bytes, runs_triton
 from run.errors import UserError
+from run.script import let_gpu_memory_grow
 
 ROOT = Path(train.__file__).parent
 CUDA_13 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
@@ -384,11 +388,29 @@ def test_each_process_of_torchrun_has_a_gpu_of_its_own() -> None:
         pick_device(replace(of_two, local_rank=2))
 
 
+# ---------------------------------------------------------------- memory that grows
+
+
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
-def test_memory_grows_in_place_unless_the_user_has_decided(name: str) -> None:
+def test_gpu_memory_grows_in_place_unless_the_user_has_decided(name: str) -> None:
     environment: dict[str, str] = {}
-    allocator.let_segments_grow(environment)
+    let_gpu_memory_grow(environment)
     assert environment == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     environment = {name: "backend:cudaMallocAsync"}
-    allocator.let_segments_grow(environment)
+    let_gpu_memory_grow(environment)
     assert environment == {name: "backend:cudaMallocAsync"}
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "perplexity.py", "merge.py"])
+def test_it_does_so_before_any_package_can_initialise_cuda(script: str) -> None:
+    """Guards against a setting that comes too late: torchao's import asks the GPU what it is."""
+    body = ast.parse((ROOT / script).read_text(encoding="utf-8")).body
+    called = next(i for i, node in enumerate(body) if ast.unparse(node) == "check_platform()")
+    imports = [node for node in body[:called] if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {
+        name.split(".")[0]
+        for node in imports
+        for name in ([node.module] if isinstance(node, ast.ImportFrom) else [node.names[0].name])
+    }
+    assert names <= {"run", *sys.stdlib_module_names}
+    assert "PYTORCH_ALLOC_CONF" in os.environ or "PYTORCH_CUDA_ALLOC_CONF" in os.environ
