@@ -1,9 +1,10 @@
 """The plan of a run, from its settings: what fits, and what a run chooses for itself."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -30,11 +31,10 @@ from engine.sharding import check_divides
 from engine.usage import Usage, usage_of
 from run.config import Config
 from run.errors import UserError
+from run.looks import Look, PlanFor
 from run.method import check_packages
+from run.paths import local_path
 from run.training_json import read_description
-
-if TYPE_CHECKING:
-    from run.train_arguments import PlanFor
 
 # GSM8K's training rows with Llama-2's tokenizer, for a plan that reads no data: tokens on average
 # and at most, and the supervised share of them. Then the longest prompt of the test split.
@@ -42,6 +42,28 @@ ROW_TOKENS, LONGEST_ROW, SUPERVISED, LONGEST_PROMPT = 201.4, 577, 0.648, 196
 # Of a card that is not here: what its driver leaves of its memory, and what the CUDA context and
 # the libraries take. Of one that is here, the libraries alone are still to come.
 USABLE, CONTEXT, LIBRARIES = 0.985, int(0.7 * GIB), int(0.2 * GIB)
+
+
+# ---------------------------------------------------------------- before training is imported
+
+
+def look_early(config: Config, selftest: bool, wanted: PlanFor | Look | None) -> bool:
+    """Print the plan, if it is ``wanted``; otherwise see whether a new run can train here.
+
+    Neither needs what training imports, which takes seconds. A run that is there has trained.
+
+    Returns:
+        Whether there is nothing else to do.
+
+    Raises:
+        UserError: a package is missing, or training exceeds the memory of the device.
+    """
+    if isinstance(wanted, PlanFor):
+        print_plan(config, wanted)
+        return True
+    if not (local_path(config.output_dir) / config.run_name).exists():
+        check_trains(config, None, int(os.environ.get("WORLD_SIZE", "1")))
+    return False
 
 
 # ---------------------------------------------------------------- in a run

@@ -2,7 +2,6 @@
 
 python train.py --config demo.yaml
 python train.py --method lora --learning_rate 2e-4 --run_name lora
-python train.py --selftest
 python train.py --plan --device_memory 24 --devices 8
 python train.py --preflight
 torchrun --nproc_per_node 8 train.py
@@ -15,15 +14,16 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from run.script import check_platform, read_command_line, run_script
+from run.script import check_platform, ends_early, read_command_line, run_script
 from run.signals import StopSignal
 
 check_platform()  # before the imports that would fail
 
 from run.config import Config, settings_text
+from run.looks import Look, PlanFor
 from run.paths import local_path
 from run.places import anchored
-from run.train_arguments import Look, PlanFor, read_train_arguments
+from run.train_arguments import read_train_arguments
 
 read_arguments = partial(read_train_arguments, __doc__)
 
@@ -32,8 +32,8 @@ if __name__ == "__main__":
 
 import plan
 
-if __name__ == "__main__" and isinstance(command_line[-1], PlanFor):  # needs no other import
-    raise SystemExit(run_script(plan.print_plan, command_line[0], command_line[-1]))
+if __name__ == "__main__" and ends_early(plan.look_early, *command_line):
+    raise SystemExit
 
 import torch
 

@@ -148,6 +148,17 @@ def read_command_line(read_arguments: Callable[[list[str]], tuple]) -> tuple:
     return parsed[0]
 
 
+def ends_early(story: Callable[..., bool], *arguments: object) -> bool:
+    """Whether ``story``, called before a script's heavy imports, is all that there is to do.
+
+    What it raises ends the script as in `run_script`.
+    """
+    done: list[bool] = []
+    with streams.one_mouth():
+        _run(lambda: done.append(story(*arguments)))
+    return done[0]
+
+
 def _stop(number: int) -> None:
     raise Stopped(
         number,

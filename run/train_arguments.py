@@ -1,16 +1,15 @@
 """The command line of train.py: the settings, and what to do instead of training."""
 
 import argparse
-from dataclasses import dataclass
-from enum import Enum
 
 from run.arguments import ArgumentParser, parse_arguments, positive_float, positive_int
 from run.config import Config
 from run.errors import UserError
+from run.looks import Look, PlanFor
 from run.sweep import with_trial
 
 
-def read_train_arguments(doc: str, argv: list[str]) -> tuple[Config, bool, "PlanFor | Look | None"]:
+def read_train_arguments(doc: str, argv: list[str]) -> tuple[Config, bool, PlanFor | Look | None]:
     parser = ArgumentParser(doc)
     parser.add_argument(
         "--selftest",
@@ -30,25 +29,6 @@ def read_train_arguments(doc: str, argv: list[str]) -> tuple[Config, bool, "Plan
         arguments.config.report_changes(typed)
     wanted = plan_wanted(arguments)
     return config, arguments.selftest, Look.PREFLIGHT if arguments.preflight else wanted
-
-
-class Look(Enum):
-    """What to look at, instead of training."""
-
-    PREFLIGHT = "preflight"
-
-
-@dataclass(frozen=True)
-class PlanFor:
-    """What ``--plan`` is to plan for.
-
-    Attributes:
-        device_memory: of each device in GB, as GPUs are sold; None: the devices that are here.
-        devices: how many train together.
-    """
-
-    device_memory: float | None
-    devices: int
 
 
 def add_plan_arguments(parser: ArgumentParser) -> None:

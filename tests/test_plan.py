@@ -41,6 +41,7 @@ from engine.packing import Example
 from engine.plan import CLEARLY_FASTER, GIB, Device, Plan, Wishes, choose, saved_plan
 from engine.roofline import Card, card_named, expected_step
 from engine.shape import ModelShape
+from run.errors import UserError
 from run.manifest import BEST, LAST, PREVIOUS
 from run.training_json import read_description
 
@@ -465,22 +466,53 @@ def test_more_devices(printed) -> None:
     assert 4 <= paying < 32 and f"more than {paying:.0f} devices no longer pay" in text
 
 
-def test_the_plan_waits_for_nothing_that_only_training_needs(tmp_path: Path) -> None:
-    """Guards against the seconds that its imports take, such as those of Llama's layers."""
-    LLAMA_2_7B.config.save_pretrained(tmp_path)
-    words = ["train.py", "--plan", "--model", str(tmp_path), "--device_memory", "80"]
+def train_py(words: list[str], before: str = "", expected_code: int = 0) -> tuple[str, str]:
+    """What train.py prints, and that it has loaded nothing that only training needs."""
     code = (
-        f"import runpy, sys\nsys.argv = {words!r}\n"
+        f"import runpy, sys\nsys.argv = {['train.py', *words]!r}\nsys.path.insert(0, '.')\n"
+        f"{before}\n"
         "try:\n"
         "    runpy.run_path('train.py', run_name='__main__')\n"
         "except SystemExit as end:\n"
-        "    assert not end.code, end.code\n"
+        f"    assert (end.code or 0) == {expected_code}, end.code\n"
         "needless = {'data', 'engine.loading', 'transformers.modeling_utils', 'scipy'}\n"
         "assert not needless & set(sys.modules), needless & set(sys.modules)\n"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "plan: micro_batch_tokens 4352" in result.stdout and result.stderr == ""
+    return result.stdout, result.stderr
+
+
+def test_the_plan_waits_for_nothing_that_only_training_needs(tmp_path: Path) -> None:
+    """Guards against the seconds that its imports take, such as those of Llama's layers."""
+    LLAMA_2_7B.config.save_pretrained(tmp_path)
+    words = ["--plan", "--model", str(tmp_path), "--device_memory", "80"]
+    output, errors = train_py(words)
+    assert "plan: micro_batch_tokens 4352" in output and errors == ""
+
+
+def test_a_new_run_that_cannot_train_is_refused_as_early(tmp_path: Path) -> None:
+    """Guards against the same seconds, and against the folder of a run that never was."""
+    model, runs = tmp_path / "model", tmp_path / "runs"
+    LLAMA_2_7B.config.save_pretrained(model)
+    words = ["--model", str(model), "--dataset", str(tmp_path / "none"), "--output_dir", str(runs)]
+    small = "from engine import memory\nmemory.total_bytes = lambda device: 16 * 2**30"
+    _, errors = train_py(words, small, expected_code=2)
+    assert "takes 64.0 GiB" in errors and "over the 16.0 GiB" in errors and errors.count("\n") == 1
+    assert not runs.exists()
+
+
+def test_a_run_that_is_there_is_not_held_against_its_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a run that can't go on since its base, which it needs no more, has moved."""
+    monkeypatch.setattr(memory, "total_bytes", lambda device: 16 * GIB)
+    settings = {"model": str(tmp_path / "gone"), "output_dir": str(tmp_path), "run_name": "run"}
+    config = make_config(settings)
+    with pytest.raises(UserError, match="gone"):
+        plan.look_early(config, False, None)
+    (tmp_path / "run").mkdir()
+    assert not plan.look_early(config, False, None)
 
 
 def test_the_plan_counts_nothing_twice(printed) -> None:
