@@ -101,7 +101,7 @@ class Training:
 
     def __init__(self, work: Work, model: Llama, recipe: Recipe):
         self.work, self.model, self.recipe = work, model, recipe
-        batch_size, steps = (4, 3) if work.is_dry else (BATCH_SIZE, 4)
+        batch_size, steps = 4 if work.is_dry else BATCH_SIZE, 4
         rows = read_rows("train", batch_size * steps)
         starts = range(0, len(rows), batch_size)
         self.batches = [rows[start : start + batch_size] for start in starts]
@@ -155,7 +155,8 @@ class Training:
             adds_gradients=adds,
             tokens_per_s=self.tokens_per_s,
             **(shares if self.recipe.method == FULL else {}),
-            s_per_step=sum(seconds) / len(seconds),
+            steps=len(seconds),
+            seconds=sum(seconds),
             loss=sum(losses) / len(losses),
             **parts,
             planned_GiB=self._counted_bytes(plan.micro_batch_tokens) / 2**30,
