@@ -19,7 +19,7 @@ from engine.llama import Llama
 from engine.loading import load_model, load_tokenizer
 from engine.optimizer import build_optimizer, checkpoint_bytes
 from engine.packing import Example
-from engine.state import copied, copy_to_host, pack_state, unpack_state
+from engine.state import copied, copy_to_host, pack_state, save_from_device, unpack_state
 from run.checkpoint import newest_intact, save_checkpoint
 from run.folder import restore
 from run.manifest import LAST
@@ -64,7 +64,7 @@ class Training:
         self.log.write(self.progress.step, 0.0, {"train/loss": 1.0})
 
     def save(self, *arguments: Any, **removals: Any) -> None:
-        save_checkpoint(*arguments, **removals)
+        save_from_device(save_checkpoint, *arguments, **removals)
         self.ended.append(time.perf_counter())
 
     def start_save(self, saves: Saves) -> None:

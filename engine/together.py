@@ -14,6 +14,7 @@ from engine import memory
 from engine.llama import Llama
 from engine.sharding import whole
 from engine.slices import Slices
+from engine.state import save_from_device
 from run.errors import UserError, cause_of
 
 if TYPE_CHECKING:
@@ -26,14 +27,14 @@ Complete = Callable[..., list[tuple[str, str]]]
 def parts_of(
     ranks: "Ranks", save: Callable[..., None], complete: Complete
 ) -> dict[str, Callable[..., Any]]:
-    """How a model that is spread over ``ranks`` is saved and decoded; nothing for one process.
+    """How a model that is spread over ``ranks`` is saved and decoded; for one, how it is saved.
 
     Args:
         save: `run.checkpoint.save_checkpoint`.
         complete: `engine.strategy.complete`.
     """
     if ranks.size == 1:
-        return {}
+        return {"save": partial(save_from_device, save)}
     return {
         "ranks": ranks,
         "save": partial(save_together, save, ranks),

@@ -38,50 +38,61 @@ STATE_FILES = "state-*.safetensors"
 HASH = "xxh3_128"
 
 
+# How many files are read and hashed at a time. While one is hashed, others keep the disk busy.
+READERS = 4
+
+
 def hash_file(file: Path) -> str:
     """XXH3 (128 bits) of a file's content."""
-    digest = xxhash.xxh3_128()
+    # The buffer is used again, since fresh memory for each piece would double the time.
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(min(file.stat().st_size, 2**24) + 1))
     with file.open("rb", buffering=0) as stream:
-        while chunk := stream.read(2**24):
-            digest.update(chunk)
+        while count := stream.readinto(buffer):
+            digest.update(buffer[:count])
     return digest.hexdigest()
 
 
 class Seal:
     """Writes the manifest of a folder at the end of the context.
 
-    Until then, files that are complete are synced and hashed while others are being written.
+    Until then, files that are complete are synced and hashed while others are being written. Each
+    has a thread, so that the disk is not idle while a file is hashed.
     """
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._files: dict[str, Future[dict[str, Any]]] = {}
-        self._thread = ThreadPoolExecutor(1)
+        self._syncs: dict[str, Future[None]] = {}
+        self._hashes: dict[str, Future[str]] = {}
+        self._disk, self._processor = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def add_new_files(self) -> None:
         """Add every new file in the folder. All files in it must be complete."""
         for file in sorted(self._folder.rglob("*")):
             name = file.relative_to(self._folder).as_posix()
-            if file.is_file() and name not in self._files:
-                self._files[name] = self._thread.submit(_sync_and_hash, file)
+            if file.is_file() and name not in self._syncs:
+                self._syncs[name] = self._disk.submit(sync, file)
+                self._hashes[name] = self._processor.submit(hash_file, file)
 
     def __enter__(self) -> "Seal":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._thread.shutdown(cancel_futures=kind is not None)
+        for thread in (self._disk, self._processor):
+            thread.shutdown(cancel_futures=kind is not None)
         if kind is None:
-            files = {name: future.result() for name, future in self._files.items()}
+            files = {name: self._entry(name) for name in self._syncs}
             for folder in [path for path in self._folder.rglob("*") if path.is_dir()]:
                 sync(folder)
             replace_file(
                 self._folder / MANIFEST_FILE, json.dumps({"files": files}, indent=2) + "\n"
             )
 
-
-def _sync_and_hash(file: Path) -> dict[str, Any]:
-    sync(file)
-    return {"size": file.stat().st_size, HASH: hash_file(file)}
+    def _entry(self, name: str) -> dict[str, Any]:
+        self._syncs[name].result()
+        return {
+            "size": (self._folder / name).stat().st_size,
+            HASH: self._hashes[name].result(),
+        }
 
 
 def _expected_files(folder: Path) -> dict[str, tuple[int, str]]:
@@ -130,7 +141,7 @@ def fault_of(folder: Path, read: bool = True) -> str | None:
         return f"its {MANIFEST_FILE} can't be read: {one_line(error)[:120]}"
     if DESCRIPTION_FILE not in expected:
         return f"its {MANIFEST_FILE} does not name {DESCRIPTION_FILE}"
-    for name, (size, digest) in expected.items():
+    for name, (size, _) in expected.items():
         file = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
             return f"its {MANIFEST_FILE} names {name!r}, which is outside the folder"
@@ -139,10 +150,22 @@ def fault_of(folder: Path, read: bool = True) -> str | None:
                 return f"{name} is not a regular file"
             if file.stat().st_size != size:
                 return f"{name} has {file.stat().st_size} bytes, and {MANIFEST_FILE} says {size}"
-            if read and hash_file(file) != digest:
-                return f"the content of {name} is not what was saved"
         except (OSError, ValueError) as error:  # ValueError: no file can have this name
             return f"{name!r} can't be read: {one_line(error)}"
+    return _fault_of_contents(folder, expected) if read else None
+
+
+def _fault_of_contents(folder: Path, expected: dict[str, tuple[int, str]]) -> str | None:
+    with ThreadPoolExecutor(READERS) as threads:
+        hashes = {name: threads.submit(hash_file, folder / name) for name in expected}
+        try:
+            for name, (_, digest) in expected.items():
+                if hashes[name].result() != digest:
+                    return f"the content of {name} is not what was saved"
+        except OSError as error:
+            return f"{name!r} can't be read: {one_line(error)}"
+        finally:
+            threads.shutdown(cancel_futures=True)
     return None
 
 

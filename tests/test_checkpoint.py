@@ -9,6 +9,8 @@ import json
 import os
 import re
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -244,6 +246,80 @@ def test_large_states_are_written_in_parts_and_read_back(
     assert call(train, *flags(settings)).code == 0
     for file in (run_folder(whole) / LAST).glob("*.safetensors"):
         assert file.read_bytes() == (stopped / LAST / file.name).read_bytes()
+
+
+def test_a_file_is_hashed_while_the_disk_writes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a disk that waits for each hash, and against a manifest before all syncs."""
+    hashed, synced, hash_file = threading.Event(), [], manifest.hash_file
+    for name in ("model.safetensors", "training.json"):
+        (tmp_path / name).write_text(name)
+
+    def sync(path: Path) -> None:
+        if path.suffix == ".safetensors":
+            assert hashed.wait(10), "its hash has waited for this"
+            time.sleep(0.1)
+        assert not (tmp_path / manifest.MANIFEST_FILE).exists()
+        synced.append(path.name)
+
+    def hash_and_tell(file: Path) -> str:
+        hashed.set()
+        return hash_file(file)
+
+    monkeypatch.setattr(manifest, "sync", sync)
+    monkeypatch.setattr(manifest, "hash_file", hash_and_tell)
+    with manifest.Seal(tmp_path) as seal:
+        seal.add_new_files()
+    assert synced == ["model.safetensors", "training.json"]
+    assert manifest.fault_of(tmp_path) is None
+
+
+@pytest.mark.parametrize("step", ["sync", "hash_file"])
+def test_a_file_that_is_not_on_the_disk_is_in_no_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Guards against a thread whose error nobody asks for."""
+    for name in ("model.safetensors", "training.json"):
+        (tmp_path / name).write_text(name)
+    original = getattr(manifest, step)
+
+    def fail(path: Path) -> Any:
+        if path.suffix == ".safetensors":
+            raise OSError(errno.EIO, "Input/output error")
+        return original(path)
+
+    monkeypatch.setattr(manifest, step, fail)
+    with pytest.raises(OSError, match="Input/output error"), manifest.Seal(tmp_path) as seal:
+        seal.add_new_files()
+    assert not (tmp_path / manifest.MANIFEST_FILE).exists()
+
+
+def test_files_are_verified_beside_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a disk that waits for each hash, and a fault that differs from call to call.
+
+    As before, it is the first in the manifest's order.
+    """
+    names = ["a", "b", "c", "d", "training.json"]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    with manifest.Seal(tmp_path) as seal:
+        seal.add_new_files()
+    together, hash_file = threading.Barrier(2, timeout=10), manifest.hash_file
+
+    def hash_two(file: Path) -> str:
+        if file.name in "ab":
+            together.wait()
+        time.sleep(0.1 * (file.name == "b"))
+        return hash_file(file)
+
+    monkeypatch.setattr(manifest, "hash_file", hash_two)
+    assert manifest.fault_of(tmp_path) is None
+    for name in "dcb":
+        (tmp_path / name).write_text("x")
+        assert manifest.fault_of(tmp_path) == f"the content of {name} is not what was saved"
 
 
 def test_everything_is_on_the_disk_before_it_is_renamed_into_place(

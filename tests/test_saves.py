@@ -20,6 +20,8 @@ from safetensors import safe_open
 
 import train
 from engine import memory, state
+from engine.ranks import ALONE
+from engine.together import parts_of
 from run import manifest, selftest, training_json
 from run.checkpoint import save_checkpoint
 from run.files import forget_what_was_said
@@ -153,6 +155,59 @@ def test_copies_are_written_as_the_same_files(
     assert len(files) > 1
     names = {name for file in files for name in safe_open(file, "pt").keys()}  # noqa: SIM118
     assert ("lm_head.weight" in names) != is_tied
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says it is on a GPU, and can only be copied from it in small pieces."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda")
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *arguments: Any) -> Any:
+        assert function is not torch.Tensor.to, "copied into ordinary memory as a whole"
+        return super().__torch_function__(function, *arguments)
+
+
+def test_what_is_written_from_a_gpu_passes_through_page_locked_memory(
+    make_llama, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against saves that are slower than the disk, wherever there is no room for a copy.
+
+    And against other bytes than those of the same tensors on a CPU.
+    """
+    model = make_llama(420).to(torch.bfloat16)
+    tensors = {"step": torch.tensor(3.0), "moment": torch.randn(420, 32)}
+    rest = tokenizer, {"step": 1}
+    save_checkpoint(tmp_path / "cpu", model, *rest, tensors, part_bytes=40_000)
+    of_gpu = {name: each.as_subclass(OnGpu) for name, each in tensors.items()}
+    weights = {name: each.as_subclass(OnGpu) for name, each in model.state_dict().items()}
+    arguments = tmp_path / "gpu", Snapshot(model, 1, weights), *rest, of_gpu
+    monkeypatch.setattr(state, "PIECE_BYTES", 1000)
+    save = parts_of(ALONE, save_checkpoint, train.complete)["save"]
+    save(*arguments, part_bytes=40_000)
+    assert tree(tmp_path / "gpu") == tree(tmp_path / "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("has_huge_pages", [True, False])
+def test_large_copies_are_equal_and_apart(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, has_huge_pages: bool
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    if not has_huge_pages:
+        monkeypatch.setattr(state.mmap, "mmap", refuse)
+    weight = torch.randn(1100, 1001).to(dtype)  # not a whole number of pages
+    tensors = {"weight": weight, "moment": weight + 1, "turned": weight.T, "row": weight[3]}
+    expected = {name: tensor.clone() for name, tensor in tensors.items()}
+    copies = state.copied(tensors)
+    weight.zero_()
+    tensors["moment"].zero_()
+    for name, copy in copies.items():
+        assert torch.equal(copy, expected[name]) and copy.is_contiguous()
 
 
 def test_there_is_a_copy_where_memory_allows(
