@@ -93,7 +93,8 @@ def measure_source(
     check_ids(model, (example.input_ids for example in examples), source.path)
     longest = max(len(example.input_ids) for example in examples)
     check_positions(model, longest, "the longest row", "set a smaller max_length")
-    # Nothing is kept for a backward pass, so that even large micro-batches need little memory.
+    # Nothing is kept for a backward pass, so that even large micro-batches need little memory. More
+    # tokens than a CPU takes would be as fast.
     budget = config.micro_batch_tokens or MOST_TOKENS
     here.check_same(
         {"weights": weights, "data_sha256": data_sha256, "rows": len(examples), "budget": budget}

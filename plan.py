@@ -1,6 +1,5 @@
 """The plan of a run, from its settings: what fits, and what a run chooses for itself."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from run.errors import UserError
 from run.looks import Look, PlanFor
 from run.method import check_packages
 from run.paths import local_path
+from run.streams import is_one_of_several
 from run.training_json import read_description
 
 # GSM8K's training rows with Llama-2's tokenizer, for a plan that reads no data: tokens on average
@@ -47,10 +47,11 @@ USABLE, CONTEXT, LIBRARIES = 0.985, int(0.7 * GIB), int(0.2 * GIB)
 # ---------------------------------------------------------------- before training is imported
 
 
-def look_early(config: Config, selftest: bool, wanted: PlanFor | Look | None) -> bool:
+def look_early(config: Config, wanted: PlanFor | Look | None) -> bool:
     """Print the plan, if it is ``wanted``; otherwise see whether a new run can train here.
 
-    Neither needs what training imports, which takes seconds. A run that is there has trained.
+    Neither needs what training imports, which takes seconds. A run that is there has trained. Of
+    several processes, each says later what only it can see, such as a GPU that it lacks.
 
     Returns:
         Whether there is nothing else to do.
@@ -61,8 +62,9 @@ def look_early(config: Config, selftest: bool, wanted: PlanFor | Look | None) ->
     if isinstance(wanted, PlanFor):
         print_plan(config, wanted)
         return True
-    if not (local_path(config.output_dir) / config.run_name).exists():
-        check_trains(config, None, int(os.environ.get("WORLD_SIZE", "1")))
+    is_new = not (local_path(config.output_dir) / config.run_name).exists()
+    if is_new and not is_one_of_several():
+        check_trains(config, None)
     return False
 
 
@@ -212,7 +214,7 @@ def job_of(config: Config, shape: ModelShape, kernels: Kernels, devices: int) ->
     return Job(shape, recipe, kernels, rows, wishes_of(config), sequence)
 
 
-def print_plan(config: Config, wanted: "PlanFor") -> None:
+def print_plan(config: Config, wanted: PlanFor) -> None:
     """Print what ``train.py --plan`` shows. Nothing is downloaded but config.json."""
     check_spreads(config, wanted.devices)
     shape = read_shape(fetch(config.model, ["config.json"]), getattr(torch, config.dtype))
@@ -220,7 +222,7 @@ def print_plan(config: Config, wanted: "PlanFor") -> None:
         print(line)
 
 
-def report(config: Config, shape: ModelShape, wanted: "PlanFor") -> list[str]:
+def report(config: Config, shape: ModelShape, wanted: PlanFor) -> list[str]:
     here, card, kernels, found = find_devices(wanted)
     job = job_of(config, shape, kernels, here.count)
     dtype = str(shape.dtype).removeprefix("torch.")
@@ -248,7 +250,7 @@ def report(config: Config, shape: ModelShape, wanted: "PlanFor") -> list[str]:
     return lines
 
 
-def find_devices(wanted: "PlanFor") -> tuple[Device, Card, Kernels, list[str]]:
+def find_devices(wanted: PlanFor) -> tuple[Device, Card, Kernels, list[str]]:
     """The devices to plan for, by which card's data sheet, with what kernels; lines about them."""
     if wanted.device_memory is not None:
         free = max(0, int(wanted.device_memory * USABLE * GIB) - CONTEXT)

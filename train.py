@@ -32,7 +32,7 @@ if __name__ == "__main__":
 
 import plan
 
-if __name__ == "__main__" and ends_early(plan.look_early, *command_line):
+if __name__ == "__main__" and ends_early(plan.look_early, command_line[0], command_line[-1]):
     raise SystemExit
 
 import torch

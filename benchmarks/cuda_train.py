@@ -59,32 +59,31 @@ def measure_training(work: Work) -> None:
     work.attempt("profile", Work.profile, "train", training.profiled_step)
     for variant in VARIANTS[:1] if work.is_dry else VARIANTS:
         training.measure(variant)
-    training.free()
-    work.attempt("lora", measure_adapters, model, "lora")
+    del model, training  # each method has a model of its own
+    work.attempt("lora", measure_adapters, "lora")
     has_torchao = find_spec("torchao") is not None
     for name in (ADAMW, ADAMW_8BIT) if has_torchao else (ADAMW,):
         work.attempt("optimizer", measure_optimizer, name)
-    work.attempt("qlora", measure_adapters, model, "qlora")
+    work.attempt("qlora", measure_adapters, "qlora")
 
 
-def measure_adapters(work: Work, model: Llama, method: str) -> None:
-    """A step of adapters beside ``model``, whose layers are first converted to 4 bits for qlora."""
+def measure_adapters(work: Work, method: str) -> None:
+    """A step of adapters; for qlora, the layers are first converted to 4 bits."""
     from engine.lora import add_adapters
 
-    if method == "qlora":
-        if find_spec("bitsandbytes") is None:
-            work.results.write(method, skipped="bitsandbytes is not installed")
-            return
+    is_quantised = method == "qlora"
+    if is_quantised and find_spec("bitsandbytes") is None:
+        work.results.write(method, skipped="bitsandbytes is not installed")
+        return
+    model = random_llama_2_7b(work).train()
+    if is_quantised:
         from engine.nf4 import quantise
 
-        model = random_llama_2_7b(work).train()
         quantise(model.pretrained, Path("random"), model.device)
-    is_quantised = method == "qlora"
     add_adapters(model, Adapter("", "bfloat16", is_quantised, RANK, 16, False, 0.0, 0, None))
     training = Training(work, model, Recipe(method, RANK))
     training.measure(AS_CHOSEN)
     work.attempt("profile", Work.profile, method, training.profiled_step)
-    training.free()
 
 
 class Training:
@@ -112,11 +111,6 @@ class Training:
         self.free_memory += sum(weight.nbytes for weight in model.pretrained.parameters())
         self.optimizer = build_optimizer(model.trained, 0.0, (0.9, 0.999), 1e-8, 0.0)
         make_state(self.optimizer)
-
-    def free(self) -> None:
-        """Free what the model does not need."""
-        self.model.zero_grad()
-        self.optimizer.state.clear()
 
     def measure(self, variant: Variant) -> None:
         self.work.attempt("training", self._measure, variant)

@@ -245,6 +245,8 @@ def flops(model: Llama, batch: Sequence[Example]) -> float:
     """What an optimizer step needs: 6 for each token and weight, and causal attention.
 
     The embedding's weights do not count. Attention is 6 * layers * hidden * length for each token.
+    Each token of a row counts, and the head for each of them; `engine.roofline`, which also says
+    what train.py logs, counts those that are read, and the head for the supervised ones.
     """
     embedding = model.pretrained.get_input_embeddings().weight.numel()
     weights = sum(weight.numel() for weight in model.parameters()) - embedding

@@ -45,7 +45,7 @@ def kept_bytes_of_each(heads: int, head_dim: int, dtype: torch.dtype) -> int:
     """The same for `attention_of_each`.
 
     Query, key and value, repeated for each head, the output of each sequence, all outputs together,
-    and a float32 logarithm per head.
+    and a float32 logarithm per head. (`RepeatableAttention` keeps a fifth less.)
     """
     return heads * (5 * head_dim * dtype.itemsize + 4)
 
@@ -98,7 +98,8 @@ class RepeatableAttention(torch.autograd.Function):
     """`attention_of_each` without dropout, with gradients that have the same bits each time.
 
     Its operators decide in their backward pass whether they are deterministic, so this computes
-    them again there. Only float32 needs it, for which attention is a small part of a step.
+    them again there. That is for float32, in which attention is a small part of a step. Heads that
+    FlashAttention does not take, and dropout, have other operators.
     """
 
     @staticmethod
@@ -122,9 +123,10 @@ def deterministic_algorithms() -> Iterator[None]:
     """Inside this context, operators compute the same bits each time.
 
     FlashAttention's gradient of the query is otherwise summed in whatever order its blocks finish,
-    and a run that resumes would not repeat the losses of one that was never stopped. The rest of a
-    step is deterministic by itself. Asked for everywhere, other operators would become slower or
-    refuse. Unlike `torch.use_deterministic_algorithms`, this leaves torch.compile's settings alone.
+    and a run that resumes would not repeat the losses of one that was never stopped. All of a step
+    but attention is deterministic by itself. Asked for everywhere, other operators would become
+    slower or refuse. Unlike `torch.use_deterministic_algorithms`, this leaves torch.compile's
+    settings alone.
     """
     deterministic = torch.utils.deterministic
     mode, fills = torch.get_deterministic_debug_mode(), deterministic.fill_uninitialized_memory

@@ -1,8 +1,9 @@
 """The elementwise operations of a block in training, compiled.
 
-Each operation becomes one kernel, and so does its backward pass. Both are compiled as plain
-functions of tensors, without autograd: what is saved for the backward pass is said here. The
-products between them stay outside, where gradients are added in place (`engine.cuda.linear`).
+Each operation becomes one kernel, and so does its backward pass; that of norms has one by hand on
+a GPU (`engine.cuda.norm_kernel`). Both are compiled as plain functions of tensors, without
+autograd: what is saved for the backward pass is said here. The products between them stay outside,
+where gradients are added in place (`engine.cuda.linear`).
 """
 
 from collections.abc import Callable

@@ -510,9 +510,12 @@ def test_a_run_that_is_there_is_not_held_against_its_base(
     settings = {"model": str(tmp_path / "gone"), "output_dir": str(tmp_path), "run_name": "run"}
     config = make_config(settings)
     with pytest.raises(UserError, match="gone"):
-        plan.look_early(config, False, None)
+        plan.look_early(config, None)
+    with monkeypatch.context() as several:  # whose faults differ, and only one would be heard
+        several.setenv("WORLD_SIZE", "2")
+        assert not plan.look_early(config, None)
     (tmp_path / "run").mkdir()
-    assert not plan.look_early(config, False, None)
+    assert not plan.look_early(config, None)
 
 
 def test_the_plan_counts_nothing_twice(printed) -> None:

@@ -175,7 +175,7 @@ def completions(
     return sorted(found, key=lambda completion: completion.index)
 
 
-def with_regions(plain: Llama, count: int, few_rows: int) -> tuple[Llama, dict[str, int]]:
+def with_regions(plain: Llama, count: int, small: int) -> tuple[Llama, dict[str, int]]:
     """The model with a cache of ``count`` regions, and what happened in it."""
     seen = {"moves": 0, "pauses": 0, "sizes": set()}
 
@@ -196,7 +196,7 @@ def with_regions(plain: Llama, count: int, few_rows: int) -> tuple[Llama, dict[s
 
     class Tight(PipelinedModel):
         def __init__(self, model: Llama, plan: CachePlan, choose: Choose | None):
-            self.rows = few_rows, 2 * few_rows
+            self.rows = small, 2 * small
             super().__init__(model, replace(plan, regions=min(plan.regions, count)), choose)
 
     kernels = replace(
@@ -212,7 +212,7 @@ def with_regions(plain: Llama, count: int, few_rows: int) -> tuple[Llama, dict[s
     limits=st.lists(st.integers(1, NEW_TOKENS), min_size=9, max_size=9),
     slots=st.integers(1, 9),
     count=st.integers(1, 5),
-    few_rows=st.integers(1, 4),
+    small=st.integers(1, 4),
     forced=st.integers(0, 3),
     is_sampled=st.booleans(),
 )
@@ -223,7 +223,7 @@ def test_a_completion_is_that_of_its_prompt_alone(
     limits: list[int],
     slots: int,
     count: int,
-    few_rows: int,
+    small: int,
     forced: int,
     is_sampled: bool,
 ) -> None:
@@ -243,7 +243,7 @@ def test_a_completion_is_that_of_its_prompt_alone(
         )[0]
         for index in range(len(prompts))
     ]
-    model, _ = with_regions(plain, count, few_rows)
+    model, _ = with_regions(plain, count, small)
     settings = {"max_new_tokens": limits, "slots": slots, "calculator": calculator}
     with flash_attention() if is_flash else nullcontext():
         found = completions(model, prompts, seeds, **settings)

@@ -31,9 +31,9 @@ class StaticCache:
     A step has a number of rows, each of which writes one token of one slot's sequence. A row that
     is left over writes to a token of the cache that belongs to nobody.
 
-    FlashAttention reads a sequence wherever it lies, so two short ones can share a region. What
-    computes attention otherwise, such as in float32, needs one sequence in each to read the cache
-    without a copy.
+    FlashAttention, like our own kernel, reads a sequence wherever it lies, so two short ones can
+    share a region. What computes attention otherwise, such as in float32, needs one sequence in
+    each to read the cache without a copy.
 
     The attention of `prefill` and of `step` takes query, key and value. It also takes what rotates
     them first and writes them, if that has not been done.
@@ -72,7 +72,7 @@ class StaticCache:
             device=model.device,
         )
         self.keys, self.values = ([layer[which] for layer in self._all] for which in range(2))
-        # For attend_to_lengths: one new token in each row.
+        # For attend_to_lengths, where there is no kernel: one new token in each row.
         self._new = torch.arange(slots + 1, device=model.device, dtype=torch.int32)
 
     @staticmethod
