@@ -19,10 +19,12 @@ from engine import fused
 from engine.cpu import onednn
 from engine.cuda import linear
 from engine.device import cpu_kernels
-from engine.llama import Llama
+from engine.llama import EAGER, Llama
 from engine.loading import load_model
+from engine.lora import add_adapters
 from engine.packing import MicroBatch, collate, pack
 from grading import dataset
+from run.method import Adapter
 
 CPU = torch.device("cpu")
 
@@ -313,6 +315,34 @@ def test_products_of_a_norm_add_to_one_gradient(
     assert counts[1]["addmm_"] - counts[0]["addmm_"] == of_weights + of_norms
     added = [calls["add_"] + calls["add"] for calls in counts]
     assert added[0] - added[1] == of_weights + of_norms
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])  # with it, they read what autograd derives
+@pytest.mark.parametrize("recomputed", [0, 2])
+def test_adapters_read_the_same_norms(
+    make_llama, tokenizer, batches: list[MicroBatch], monkeypatch, recomputed: int, dropout: float
+) -> None:
+    """Guards against an adapter's share of a norm's gradient that is lost, or added twice."""
+    pytest.importorskip("peft")
+    monkeypatch.setattr(torch, "compile", lambda part, **_: part)
+    fused.compiled.cache_clear()
+    gradients = []
+    for adding, elementwise in ((False, EAGER), (True, fused.FUSED)):
+        model = Llama(make_llama(len(tokenizer)).double(), cpu_kernels(with_onednn=False)).train()
+        add_adapters(model, Adapter("", "float64", False, 4, 8, False, dropout, 0, None))
+        if adding:
+            linear.replace_linear_layers(model.pretrained)
+        torch.manual_seed(0)
+        for weight in model.trained:  # or nothing would reach the norms through the adapters
+            torch.nn.init.normal_(weight, std=0.05)
+        model.recomputed_blocks, model.elementwise = recomputed, elementwise
+        torch.manual_seed(1)  # for the same dropout
+        for batch in batches:
+            model(batch).backward()
+        gradients.append([weight.grad for weight in model.trained])
+    fused.compiled.cache_clear()
+    for expected, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("adds", [(True, True), (True, False), (False, True), (False, False)])
