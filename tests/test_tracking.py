@@ -415,9 +415,13 @@ def bad_server() -> Iterator[Callable[[int | None], int]]:
 def train_to_the_end(environment: dict[str, str], out: Path, *argv: str) -> None:
     """In a process of its own: what it does between the story and its end counts, too."""
     os.environ |= environment
+    from wandb.analytics.opentelemetry import opentelemetry_proxy
+
     with out.open("w") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
+    # W&B's telemetry, too, asks a server that does not answer: twice, each time for 10 seconds.
+    opentelemetry_proxy._HTTP_CLIENT_TIMEOUT_SECONDS = 1
     train.main(*train.read_arguments([*argv]), report=lambda folder: None)
     atexit._run_exitfuncs()  # W&B's, which a forked process would leave out
 
