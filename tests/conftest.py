@@ -54,7 +54,23 @@ PROMPT = "Question: {question}\nAnswer:"
 # Processes that a test starts or kills: forked, each in the state of a new one, from a process that
 # has only done the slow imports. Use its Process, or start_method="forkserver" with torch.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["train", "evaluate", "jinja2", "matplotlib.backends.backend_svg"])
+processes.set_forkserver_preload(
+    [
+        "train",
+        "evaluate",
+        "engine.sharding",
+        "conftest",  # once PYTHONPATH has it
+        # What these import only when they use it.
+        "jinja2",
+        "matplotlib.backends.backend_svg",
+        "matplotlib.pyplot",
+        "engine.lora",
+        "peft.tuners.lora",
+        "sentencepiece",
+        "transformers.models.auto.tokenization_auto",
+        "transformers.models.llama.tokenization_llama",
+    ]
+)
 
 # What GSM8K holds beside plain ASCII, and what has broken other projects.
 PECULIAR = [

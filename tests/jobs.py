@@ -3,7 +3,6 @@
 A server that has imported everything once forks each process, since the imports take seconds.
 """
 
-import multiprocessing
 import os
 import sys
 import time
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conftest import processes
 from torch import distributed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,11 +42,9 @@ class Job:
             "MASTER_PORT": str(self._store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["train", "evaluate", "engine.sharding", "conftest"])
         os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
         self.processes = [
-            context.Process(
+            processes.Process(
                 target=_be_rank,
                 args=(rank, environment, folder / str(rank), function, arguments),
             )

@@ -49,8 +49,42 @@ def test_a_kill_waits_for_something_to_resume_from(tmp_path: Path) -> None:
     assert not selftest.is_time_to_kill(tmp_path, 4)
 
 
-def test_the_self_test_passes(call, settings: dict[str, str]) -> None:
+class Forked:
+    """A stand-in for `subprocess.Popen` of train.py that need not import everything again."""
+
+    def __init__(self, command: Sequence[str], *, stdout: int, stderr: IO[bytes]):
+        self.process = processes.Process(
+            target=as_a_process, args=["train", stderr.name, *command[2:]]
+        )
+        self.process.start()
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self) -> int | None:
+        self.process.join()
+        return self.returncode
+
+    def kill(self) -> None:
+        self.process.kill()
+
+
+def test_the_self_test_passes(
+    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In processes of its own, one of which it kills; and nothing of it is left."""
+    started = []
+
+    def start(*arguments: Any, **keywords: Any) -> subprocess.Popen[bytes] | Forked:
+        started.append(popen if not started else Forked)  # the first one as the user has it
+        return started[-1](*arguments, **keywords)
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", start)
     outcome = call(train, "--selftest", *flags(settings))
     assert outcome.code == 0, outcome.out + outcome.err
     for fragment in (
@@ -64,6 +98,7 @@ def test_the_self_test_passes(call, settings: dict[str, str]) -> None:
     ):
         assert fragment in outcome.out, outcome.out
     assert list(Path(settings["output_dir"]).iterdir()) == []
+    assert len(started) >= 3
 
 
 EXPECTED = selftest.Results(
@@ -105,7 +140,10 @@ def test_the_self_test_sees_what_is_not_identical(
     selftest.check_identical(EXPECTED, replace(EXPECTED))
 
 
-def test_the_self_test_says_why_training_fails(call, settings: dict[str, str]) -> None:
+def test_the_self_test_says_why_training_fails(
+    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subprocess, "Popen", Forked)
     outcome = call(train, *flags(settings | {"model": "nowhere"}), "--selftest")
     outcome.assert_user_error("selftest: training does not work here: error: model 'nowhere'")
     file = Path(settings["output_dir"]) / "file"
@@ -127,30 +165,6 @@ def test_the_self_test_takes_one_row_of_each_question(tmp_path: Path) -> None:
     selftest.write_data(rows, 16, tmp_path / "data")
     rows = load_problems(str(tmp_path / "data"), "train")
     assert len(rows) == len({row.question for row in rows}) == 2 * 16 + selftest.VALIDATION_ROWS
-
-
-class Forked:
-    """A stand-in for `subprocess.Popen` of train.py that need not import everything again."""
-
-    def __init__(self, command: Sequence[str], *, stdout: int, stderr: IO[bytes]):
-        self.process = processes.Process(
-            target=as_a_process, args=["train", stderr.name, *command[2:]]
-        )
-        self.process.start()
-
-    @property
-    def returncode(self) -> int | None:
-        return self.process.exitcode
-
-    def poll(self) -> int | None:
-        return self.returncode
-
-    def wait(self) -> int | None:
-        self.process.join()
-        return self.returncode
-
-    def kill(self) -> None:
-        self.process.kill()
 
 
 def test_a_kill_that_comes_too_late_is_tried_again_earlier(
