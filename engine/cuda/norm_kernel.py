@@ -76,7 +76,7 @@ def _norm_backward(
     for number in range(tokens):
         row = program * tokens + number
         at = row * columns + column
-        is_there = (column < columns) & (row < rows)
+        is_there = column < tl.where(row < rows, columns, 0)
         # All is read before the sum below, for which the program's threads wait for each other.
         s = tl.load(scale + row, mask=row < rows, other=0)
         g = tl.load(grad + at, mask=is_there, other=0).to(exact)
