@@ -323,7 +323,6 @@ def test_adapters_read_the_same_norms(
     make_llama, tokenizer, batches: list[MicroBatch], monkeypatch, recomputed: int, dropout: float
 ) -> None:
     """Guards against an adapter's share of a norm's gradient that is lost, or added twice."""
-    pytest.importorskip("peft")
     monkeypatch.setattr(torch, "compile", lambda part, **_: part)
     fused.compiled.cache_clear()
     gradients = []
