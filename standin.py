@@ -7,6 +7,7 @@ random weights.
 import io
 import json
 import random
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,25 @@ BOXES = ("boxes", "bags", "jars", "crates")
 
 
 def make_problems(count: int, seed: int) -> list[dict[str, str]]:
-    """``count`` distinct one- and two-step word problems, in GSM8K's format."""
+    """``count`` distinct one- and two-step word problems, in GSM8K's format.
+
+    As with many authors, some answers say ``3 + 4`` where others say ``4 + 3``, so that samples of
+    a model that learns from them can differ from the written answer.
+    """
     rng = random.Random(seed)
     problems: dict[str, str] = {}
     while len(problems) < count:
         question, answer = rng.choice(TEMPLATES)(rng)
-        problems.setdefault(question, answer)
+        problems.setdefault(question, swap_operands(answer, random.Random(question)))
     return [{"question": question, "answer": answer} for question, answer in problems.items()]
+
+
+def swap_operands(answer: str, rng: random.Random) -> str:
+    """``answer`` with about half of its sums and products in the other order."""
+    orders = (r"\g<0>", r"\3 \2 \1 = <<\3\2\1=")
+    return re.sub(
+        r"(\d+) ([+*]) (\d+) = <<\1\2\3=", lambda step: step.expand(rng.choice(orders)), answer
+    )
 
 
 def _people(rng: random.Random) -> tuple[str, str, str]:

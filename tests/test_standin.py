@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,24 @@ def test_problems_are_right_distinct_and_reproducible() -> None:
                 >= 0
             )
         assert rules.gold_answer(problem["answer"]) == steps[-1][3]
+
+
+def test_answers_differ_in_the_order_of_operands() -> None:
+    """Without another valid solution to find, rejection sampling would add nothing."""
+    swapped = Counter(
+        (sign, (first, second) != (left, right))
+        for problem in standin.make_problems(2000, seed=0)
+        for kind, numbers in [
+            ("+", r"has (\d+) \w+\. \w+ buys (\d+)"),
+            ("*", r"fills (\d+) \w+ with (\d+)"),
+        ]
+        for left, right in re.findall(numbers, problem["question"])
+        for first, sign, second in re.findall(r"(\d+) (.) (\d+) = <<\1\2\3=", problem["answer"])
+        if sign == kind and left != right
+    )
+    for sign in "+*":
+        total = swapped[sign, True] + swapped[sign, False]
+        assert total > 300 and 0.4 < swapped[sign, True] / total < 0.6
 
 
 def test_stand_in_model_is_a_hugging_face_llama_of_about_a_million(tmp_path: Path) -> None:
