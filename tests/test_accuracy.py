@@ -210,7 +210,9 @@ def test_work_is_done_once_in_the_order_it_needs(
     ]  # fmt: skip
     by_name = {flag(words, "--run_name"): words for script, *words in commands}
     epochs = {name: flag(words, "--epochs") for name, words in by_name.items()}
-    assert epochs["plain"] == epochs["rft-2"] == "4" and epochs["mft"] == epochs["mft-rft-8"] == "12"
+    assert (
+        epochs["plain"] == epochs["rft-2"] == "4" and epochs["mft"] == epochs["mft-rft-8"] == "12"
+    )
     assert epochs["plain-long"] == "9"  # 10 steps each; rft-8 took 90
     rates = {name: flag(words, "--mask_rate") for name, words in by_name.items()}
     assert [name for name, rate in rates.items() if rate != "-"] == ["mft", "mft-rft-8"]
