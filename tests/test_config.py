@@ -1,7 +1,8 @@
 """Settings: all faults at once, by name; nothing guessed."""
 
 import json
-from dataclasses import fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from conftest import flags, seal
 import evaluate
 import perplexity
 import train
-from run import config, files, model_source
+from run import config, files, folder, model_source
 from run.errors import UserError
 
 ROOT = Path(config.__file__).parents[1]
@@ -422,3 +423,44 @@ def test_a_setting_newer_than_the_checkpoint_is_taken_from_the_files(
     found = config.read_files(overlay(tmp_path, "max_new_tokens: 11\nepochs: 9\n"))
     resolved = model_source.resolve_source(str(best), found, {"seed": "4"}).config
     assert (resolved.max_new_tokens, resolved.epochs, resolved.seed) == (11, 1, 4)
+
+
+# ---------------------------------------------------------------- settings without effect
+
+
+IDLE = [
+    (
+        {"method": "full"},
+        {"lora_rank": "8", "lora_alpha": "32", "lora_dropout": "0.1", "lora_rslora": "true"},
+        {"method": "lora"},
+    ),
+    ({"mask_rate": "0"}, {"mask_warmup_ratio": "0.5", "mask_token": "<unk>"}, {"mask_rate": "0.4"}),
+    ({"lr_schedule": "constant"}, {"min_lr_ratio": "0.1"}, {"lr_schedule": "cosine"}),
+]
+
+
+@pytest.mark.parametrize(("idling", "changes", "working"), IDLE)
+def test_what_has_no_effect_may_change(
+    tmp_path: Path, idling: Mapping[str, str], changes: Mapping[str, str], working: Mapping
+) -> None:
+    """Guards against a full run that can't be resumed for the rank of adapters that it lacks."""
+
+    def resume(with_what: Mapping[str, str]) -> None:
+        before, now = (
+            asdict(config.merge({"shipped": shipped, "a file": with_what | more}))
+            for more in ({}, changes)
+        )
+        content = {"step": 1, "epoch": 0.5, "wandb_run_id": "a", "data": {"train_sha256": "b"}}
+        (tmp_path / "training.json").write_text(json.dumps(content | {"settings": before}))
+        folder.check_same_run(tmp_path, now, "b")
+
+    shipped, _ = config.read_settings(config.CONFIG_FILE)
+    resume(idling)
+    with pytest.raises(UserError, match="cannot resume with these changes") as refused:
+        resume(working)
+    for key, value in changes.items():
+        assert f"{key} was " in str(refused.value)
+        ((other, idle),) = idling.items()
+        with pytest.raises(UserError) as typed:
+            config.merge({"shipped": shipped | idling, config.COMMAND_LINE: {key: value}})
+        assert f"command line: {key}: has no effect with {other} {idle}: " in str(typed.value)
