@@ -29,7 +29,7 @@ from run.paths import local_path
 from run.places import anchored, has_moved, is_same_folder
 from run.progress import Progress
 from run.retention import cure_without_best
-from run.setting_types import PLACES
+from run.setting_types import PLACES, quoted
 from run.training_json import is_of_an_older_version, read_description, saved_settings
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def check_same_run(folder: Path, settings: Mapping[str, Any], data_sha256: str) 
         free |= {"model"}
     is_older = is_of_an_older_version(description)
     differences = {
-        key: f"{key} was {before[key]!r} and is {settings[key]!r}"
+        key: f"{key} was {quoted(before[key])} and is {quoted(settings[key])}"
         for key in KEYS
         if key in before  # a newer setting did not exist when the checkpoint was saved
         and before[key] != settings[key]

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import flags, seal
@@ -11,7 +12,7 @@ from conftest import flags, seal
 import evaluate
 import perplexity
 import train
-from run import config, files, folder, model_source
+from run import config, files, folder, model_source, setting_types
 from run.errors import UserError
 
 ROOT = Path(config.__file__).parents[1]
@@ -425,6 +426,56 @@ def test_a_setting_newer_than_the_checkpoint_is_taken_from_the_files(
     assert (resolved.max_new_tokens, resolved.epochs, resolved.seed) == (11, 1, 4)
 
 
+# ---------------------------------------------------------------- values as they are shown
+
+
+@pytest.mark.parametrize(
+    ("value", "shown", "in_a_sentence"),
+    [
+        (None, "null", "null"),
+        (False, "false", "false"),
+        (1e-5, "1e-5", "1e-5"),
+        (0.667, "0.667", "0.667"),
+        (1.5e-10, "1.5e-10", "1.5e-10"),
+        (128, "128", "128"),
+        ("~/base", "~/base", "'~/base'"),
+        ("Q: {question} #A", '"Q: {question} #A"', "'Q: {question} #A'"),
+        ("Question: {question}\nAnswer:",) + ('"Question: {question}\\nAnswer:"',) * 2,
+    ],
+)
+def test_values_are_shown_as_users_write_them(
+    tmp_path: Path, value: object, shown: str, in_a_sentence: str
+) -> None:
+    """Guards against Python's False and 1e-05, and against text that YAML reads as another."""
+    assert (setting_types.in_yaml(value), setting_types.quoted(value)) == (shown, in_a_sentence)
+    file = tmp_path / "settings.yaml"
+    for text in (shown, in_a_sentence):
+        file.write_text(f"key: {text}  # comment\n")
+        read = config.read_settings(file)[0]["key"]
+        assert read == "null" if value is None else setting_types.parse(type(value), read) == value
+
+
+def resume(tmp_path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Go on with the settings ``now`` with a run of the settings ``before``."""
+    shipped, _ = config.read_settings(config.CONFIG_FILE)
+    old, new = (asdict(config.merge({"shipped": shipped, "file": one})) for one in (before, now))
+    content = {"step": 1, "epoch": 0.5, "wandb_run_id": "a", "data": {"train_sha256": "b"}}
+    (tmp_path / "training.json").write_text(json.dumps(content | {"settings": old}))
+    folder.check_same_run(tmp_path, new, "b")
+
+
+def test_changed_settings_are_shown_as_users_write_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resume(tmp_path, {}, {"compile": "true", "keep_state": "false"})
+    changes = "compile was null and is true; keep_state was true and is false"
+    assert capsys.readouterr().out == f"resuming: {changes}\n"
+    with pytest.raises(UserError, match="learning_rate was 2e-5 and is 1e-5"):
+        resume(tmp_path, {}, {"learning_rate": "1e-5"})
+    with pytest.raises(UserError, match="method: false must be 'full', 'lora' or 'qlora'"):
+        resume(tmp_path, {}, {"method": False})
+
+
 # ---------------------------------------------------------------- settings without effect
 
 
@@ -445,19 +496,10 @@ def test_what_has_no_effect_may_change(
 ) -> None:
     """Guards against a full run that can't be resumed for the rank of adapters that it lacks."""
 
-    def resume(with_what: Mapping[str, str]) -> None:
-        before, now = (
-            asdict(config.merge({"shipped": shipped, "a file": with_what | more}))
-            for more in ({}, changes)
-        )
-        content = {"step": 1, "epoch": 0.5, "wandb_run_id": "a", "data": {"train_sha256": "b"}}
-        (tmp_path / "training.json").write_text(json.dumps(content | {"settings": before}))
-        folder.check_same_run(tmp_path, now, "b")
-
-    shipped, _ = config.read_settings(config.CONFIG_FILE)
-    resume(idling)
+    resume(tmp_path, idling, idling | changes)
     with pytest.raises(UserError, match="cannot resume with these changes") as refused:
-        resume(working)
+        resume(tmp_path, working, working | changes)
+    shipped, _ = config.read_settings(config.CONFIG_FILE)
     for key, value in changes.items():
         assert f"{key} was " in str(refused.value)
         ((other, idle),) = idling.items()

@@ -269,6 +269,7 @@ def test_a_look_without_a_terminal_is_plain_and_writes_nothing(
         "only there      117 of 117 rows",
         "0 with more than 256 tokens",
         "micro_batch_tokens 512",
+        "learning_rate 0.003, dtype float32, gradient_checkpointing false, max_new_tokens 8",
         "tokens a second",
     ):
         assert shown in " ".join(outcome.out.split()) or shown in outcome.out, shown
