@@ -53,6 +53,11 @@ def _escaped(byte: int) -> str:
     return chr(byte) if 32 <= byte < 127 and byte not in b"\\'" else f"\\x{byte:02x}"
 
 
+def path_word(path: Path) -> str:
+    """``path`` as a word of its own, which no script takes for a flag."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
+
+
 def evaluation_command(checkpoint: Path, *flags: str) -> str:
     """The command that evaluates ``checkpoint``, ready to be pasted into a shell."""
     folder = str(checkpoint)
