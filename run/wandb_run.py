@@ -77,6 +77,8 @@ def start_tracker(
     if mode == "disabled" or _is_disabled():
         return NoTracker()
     _drop_refused_run_id()
+    # Where its server does not answer, W&B's reports of its own errors hold up the end by 20 s.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     try:
         import wandb
 

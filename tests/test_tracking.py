@@ -364,6 +364,20 @@ def test_wandb_disabled_is_heeded(
     assert not off or said[0].startswith(f"W&B: off, because WANDB_DISABLED={value.strip()};")
 
 
+@pytest.mark.parametrize("asked", [None, "true"])
+def test_wandb_reports_its_own_errors_only_if_asked_to(
+    tmp_path: Path, monkeypatch, fake, asked: str | None
+) -> None:
+    """Guards against the 20 seconds that these reports take where the server does not answer."""
+    from wandb.env import error_reporting_enabled
+
+    monkeypatch.delenv("WANDB_ERROR_REPORTING", raising=False)
+    if asked:
+        monkeypatch.setenv("WANDB_ERROR_REPORTING", asked)
+    start(tmp_path, wandb_run.RunPath("ours", "mine"))
+    assert error_reporting_enabled() == (asked == "true")
+
+
 # ---------------------------------------------------------------- a W&B that fails
 
 
@@ -414,14 +428,15 @@ def bad_server() -> Iterator[Callable[[int | None], int]]:
 
 def train_to_the_end(environment: dict[str, str], out: Path, *argv: str) -> None:
     """In a process of its own: what it does between the story and its end counts, too."""
+    os.environ.pop("WANDB_ERROR_REPORTING", None)  # of another test
     os.environ |= environment
     from wandb.analytics.opentelemetry import opentelemetry_proxy
 
     with out.open("w") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
-    # W&B's telemetry, too, asks a server that does not answer: twice, each time for 10 seconds.
-    opentelemetry_proxy._HTTP_CLIENT_TIMEOUT_SECONDS = 1
+    # W&B's telemetry would wait for a server that does not answer, twice for 10 seconds.
+    opentelemetry_proxy.OpenTelemetryProxy._server_supported = lambda _: os._exit(3)
     train.main(*train.read_arguments([*argv]), report=lambda folder: None)
     atexit._run_exitfuncs()  # W&B's, which a forked process would leave out
 
