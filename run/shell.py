@@ -11,8 +11,13 @@ from pathlib import Path
 
 def command_line(*words: str) -> str:
     """A command that runs Python with ``words``, in the syntax of the user's shell (bash, zsh)."""
+    return joined(_this_python(), *words)
+
+
+def joined(*words: str) -> str:
+    """``words`` as one line that the user's shell (bash, zsh) reads as these words."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return " ".join(_quoted(word, encoding) for word in (_this_python(), *words))
+    return " ".join(_quoted(word, encoding) for word in words)
 
 
 def _this_python() -> str:
