@@ -41,6 +41,7 @@ from engine import memory
 from engine.device import pick_device, prepare_process
 from engine.hub import fetch
 from engine.loading import check_fits, load_model, load_tokenizer
+from engine.state import save_from_device
 from run.checkpoint import save_checkpoint
 from run.model_source import Source, resolve_source
 from run.paths import hide_home, local_path
@@ -71,7 +72,8 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
 
     from engine.lora import merge_adapters  # which imports PEFT
 
-    save_checkpoint(output, merge_adapters(model, dtype), tokenizer, description(source, weights))
+    merged = merge_adapters(model, dtype)
+    save_from_device(save_checkpoint, output, merged, tokenizer, description(source, weights))
     print(f"merged: {output}; next: {evaluation_command(output)}")
 
 

@@ -27,6 +27,7 @@ from run.errors import UserError, one_line
 from run.model_source import find_start
 from run.paths import local_path
 from run.retention import disk_space
+from run.setting_types import in_yaml
 from run.terminal import (
     draw_curve,
     draw_histogram,
@@ -157,7 +158,7 @@ def show_run(console: Console, run: Prospect) -> None:
         step = read_description(run.resume_from)["step"]
         state = f"has a checkpoint of step {step}, from which training would go on"
     values, usual = asdict(run.config), asdict(load_config(CONFIG_FILE, {}))
-    others = [f"{key} {value}" for key, value in values.items() if value != usual[key]]
+    others = [f"{key} {in_yaml(value)}" for key, value in values.items() if value != usual[key]]
     title(console, "Run")
     facts(
         console,

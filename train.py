@@ -58,17 +58,17 @@ from grading.dataset import Problem, load_problems
 from grading.score import share_correct
 from page.write import report_if_possible
 from run.checkpoint import save_checkpoint, set_damaged_aside
-from run.closing import finish
+from run.closing import finish, finish_late
 from run.files import replace_file
 from run.folder import check_same_run, claimed_by_all, find_opening, is_finished, restore
 from run.manifest import BEST, LAST
 from run.model_source import Start, find_start
 from run.progress import Progress
-from run.retention import check_disk_space, remove_state
+from run.retention import check_disk_space
 from run.run_log import open_log, wandb_path
 from run.saves import Saves
 from run.selftest import run_selftest
-from run.training_json import read_description, tokenizer_record
+from run.training_json import tokenizer_record
 
 # ---------------------------------------------------------------- the story
 
@@ -84,8 +84,8 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
     steps = config.epochs * batches.per_epoch
     if resume_from is not None:
         check_same_run(resume_from, asdict(config), problems.sha256["train_sha256"])
-        if is_finished(resume_from, steps) and not config.keep_state:
-            return parts.ranks.once(remove_state, folder, read_description(resume_from))
+        if is_finished(resume_from, steps) and (config.wandb_artifact or not config.keep_state):
+            return parts.ranks.once(finish_late, folder, resume_from, asdict(config))
 
     # What learns
     ranks, max_norm = parts.ranks, config.max_grad_norm

@@ -5,7 +5,7 @@ computes again, and when several devices sum their gradients. The choice depends
 before anything is loaded.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -133,8 +133,15 @@ def saved_plan(record: Any, recipe: Recipe, device: Device, wishes: Wishes) -> P
         each = None if wishes.reduces_each is None else plan.reduces_each
         wished = wished | {"reduces_each": each}
     recipe = replace(recipe, reduces_each=plan.reduces_each)  # which is chosen or wished
-    made_for = plan.device, plan.recipe, wished
-    return plan if made_for == (device.name, asdict(recipe), asdict(wishes)) else None
+    made_for = plan.device, _counted(plan.recipe), wished
+    wanted_for = device.name, _counted(asdict(recipe)), asdict(wishes)
+    return plan if made_for == wanted_for else None
+
+
+def _counted(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What has an effect: not the rank of adapters that there are not, say."""
+    idle = ("rank", "has_dropout") if recipe.get("method") == "full" else ()
+    return {name: value for name, value in recipe.items() if name not in idle}
 
 
 def choose(

@@ -7,7 +7,7 @@ from typing import Any
 
 from grading.results import IDENTITY_FILE, PREDICTIONS_FILE, SAMPLES, SCORES_FILE
 from run.errors import one_line
-from run.shell import evaluation_command, script_command
+from run.shell import evaluation_command, path_word, script_command
 
 NUM_SAMPLES = 8  # of each problem
 RUNS_OWN = "eval"  # the folder of a run's evaluations
@@ -32,7 +32,7 @@ def next_steps(
         command = _augmentation(output, flags)
         lines += ["next, add what is right and new to the rows:", f"  {command}"]
     if other := _newest_other(output):
-        files = [str(folder / PREDICTIONS_FILE) for folder in (other, output)]
+        files = [path_word(folder / PREDICTIONS_FILE) for folder in (other, output)]
         lines.append(f"next, test the difference from {one_line(other)}:")
         lines.append(f"  {script_command('evaluate.py', '--compare', *files)}")
     return lines
@@ -44,7 +44,7 @@ def _augmentation(output: Path, flags: Mapping[str, Any]) -> str:
     run = where.parent.parent if where.parent.name == RUNS_OWN else where
     name = f"rft-{run.name}-{_recorded(folder, 'num_samples')}"  # more samples make another one
     config = [f"--config={flags['config']}"] if flags["config"] else []
-    paths = ["--samples", str(folder / PREDICTIONS_FILE), "--output", f"./data/{name}"]
+    paths = ["--samples", path_word(folder / PREDICTIONS_FILE), "--output", f"./data/{name}"]
     return script_command("augment.py", *config, *paths)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from run.errors import UserError, one_line
+from run.setting_types import quoted
 
 PREDICTIONS_FILE, SCORES_FILE, IDENTITY_FILE = "predictions.jsonl", "scores.json", "evaluation.json"
 
@@ -134,7 +135,7 @@ def previous_timing(folder: Path) -> dict[str, Any]:
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """How two evaluations differ, apart from their size and the path of the checkpoint."""
     return [
-        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        f"{key} was {quoted(before.get(key))} and is {quoted(now.get(key))}"
         for key in (before | now)
         if key not in ("num_problems", "num_samples", *PATHS, "timing")
         and before.get(key) != now.get(key)

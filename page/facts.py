@@ -7,6 +7,7 @@ from typing import Any
 
 from page.curves import in_words, is_number, series_of
 from run.paths import hide_home
+from run.setting_types import in_yaml
 
 Metrics = Sequence[Mapping[str, Any]]
 
@@ -117,12 +118,7 @@ def settings_of(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str],
 
 
 def _values(runs: Sequence[Mapping[str, Any]], name: str) -> list[str]:
-    return [
-        ("null" if settings[name] is None else hide_home(str(settings[name])))
-        if name in settings
-        else "–"
-        for settings in runs
-    ]
+    return [hide_home(in_yaml(settings[name])) if name in settings else "–" for settings in runs]
 
 
 def _four_digits(value: object) -> str:

@@ -1,13 +1,15 @@
-"""What training says at its end: where its results are, and what to run next."""
+"""The end of training: what it says, removes and uploads, also if a kill came before."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from run.errors import UserError, one_line
-from run.manifest import BEST, FITTING_FILE, LAST, METRICS_FILE
-from run.retention import remove_state
+from run.manifest import BEST, FITTING_FILE, LAST, METRICS_FILE, fault_of
+from run.retention import cure_without_best, remove_state
 from run.shell import evaluation_command
 from run.training_json import read_description
+from run.wandb_run import saved_run, start_tracker
 
 
 def finish(
@@ -29,3 +31,38 @@ def finish(
     print(f"  every number:    {one_line(folder / METRICS_FILE)}")
     report(folder)
     print(f"next: {evaluation_command(folder / BEST)}")
+
+
+def finish_late(folder: Path, checkpoint: Path, settings: Mapping[str, Any]) -> None:
+    """Complete the end of a run that may have been killed after its last save.
+
+    This can be repeated: W&B does nothing if it has the artifact already.
+
+    Args:
+        checkpoint: the last one.
+
+    Raises:
+        UserError: ``best`` is not intact, so nothing was uploaded or removed.
+    """
+    description = read_description(checkpoint)
+    if settings["wandb_artifact"]:
+        upload_late(folder, description, settings)
+    if not settings["keep_state"]:
+        return remove_state(folder, description)
+    print(f"{one_line(folder)}: this run is finished; next: {evaluation_command(folder / BEST)}")
+
+
+def upload_late(folder: Path, description: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Upload ``best`` in the run's name, as training does at its end."""
+    best = folder / BEST
+    if fault := fault_of(best):
+        raise UserError(
+            f"{best}: is damaged or gone ({fault}), so it is not uploaded (wandb_artifact true): "
+            f"{cure_without_best(folder)}"
+        )
+    project = settings["wandb_project"]
+    run = saved_run(description, project, description["settings"].get("wandb_project"))
+    name, mode = settings["run_name"], settings["wandb_mode"]
+    tracker = start_tracker(mode, run=run, name=name, folder=folder, settings={}, uploads=True)
+    tracker.upload(best)
+    tracker.finish()

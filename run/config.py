@@ -94,7 +94,12 @@ _TYPES = get_type_hints(Config, include_extras=True)
 _PATHS = ("model", "dataset", "output_dir")
 COMMAND_LINE = "command line"  # the name of the layer on top of all files
 ADAPTER_SETTINGS = tuple(key for key in KEYS if key.startswith("lora_"))
-MASK_SETTINGS = ("mask_warmup_ratio", "mask_token")  # of no effect where mask_rate is 0
+# What has no effect where another setting has this value, and how to give it one.
+_IDLE = {
+    "method": ("full", ADAPTER_SETTINGS, "set method lora or qlora"),
+    "mask_rate": (0, ("mask_warmup_ratio", "mask_token"), "set mask_rate too"),
+    "lr_schedule": ("constant", ("min_lr_ratio",), "set lr_schedule cosine or linear"),
+}
 
 
 def make_config(values: Mapping[str, Any], source: str) -> Config:
@@ -143,15 +148,21 @@ def _parse(
             f"micro_batch_tokens: {budget} must be at least max_length ({longest}), "
             "or a row of that length would fit no micro-batch"
         )
+    idle = idle_settings(parsed)
     for key in layers.get(COMMAND_LINE, {}):
-        if parsed.get("method") == "full" and key in ADAPTER_SETTINGS:
-            cure = "with method full: set method lora or qlora"
-        elif parsed.get("mask_rate") == 0 and key in MASK_SETTINGS:
-            cure = "with mask_rate 0: set mask_rate too"
-        else:
-            continue
-        problems[COMMAND_LINE].append(f"{key}: has no effect {cure}")
+        if key in idle:
+            problems[COMMAND_LINE].append(f"{key}: has no effect with {idle[key]}")
     return parsed, problems
+
+
+def idle_settings(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The settings that have no effect with the others; for each, with which, and the cure."""
+    return {
+        key: f"{other} {value}: {cure}"
+        for other, (value, keys, cure) in _IDLE.items()
+        if settings.get(other) == value
+        for key in keys
+    }
 
 
 def _check_none(problems: Mapping[str, list[str]]) -> None:

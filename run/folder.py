@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from run.checkpoint import newest_intact
-from run.config import KEYS, MASK_SETTINGS, Config
+from run.config import KEYS, Config, idle_settings
 from run.errors import OutOfMemory, UserError, one_line
 from run.files import replace_file
 from run.locks import locked
@@ -29,7 +29,7 @@ from run.paths import local_path
 from run.places import anchored, has_moved, is_same_folder
 from run.progress import Progress
 from run.retention import cure_without_best
-from run.setting_types import PLACES
+from run.setting_types import PLACES, quoted
 from run.training_json import is_of_an_older_version, read_description, saved_settings
 
 if TYPE_CHECKING:
@@ -199,18 +199,17 @@ def check_same_run(folder: Path, settings: Mapping[str, Any], data_sha256: str) 
     """
     description = read_description(folder)
     before = OLDER | description["settings"] | saved_settings(folder, description)
-    free = FREE_SETTINGS | {"dataset"}  # which is identified by the hash of its rows
+    # The data set is identified by the hash of its rows.
+    free = FREE_SETTINGS | {"dataset"} | idle_settings(settings).keys()
     warmups = settings["warmup_ratio"], settings["mask_rate"] * settings["mask_warmup_ratio"]
     if settings["lr_schedule"] == "constant" and not any(warmups):
         free |= {"epochs"}  # since no rate depends on the number of steps
-    if settings["mask_rate"] == 0:
-        free |= {*MASK_SETTINGS}  # which have no effect
     # The weights of an adapter's base were compared already (`run.model_source.find_start`).
     if "base" in description or has_moved(str(before.get("model")), settings["model"]):
         free |= {"model"}
     is_older = is_of_an_older_version(description)
     differences = {
-        key: f"{key} was {before[key]!r} and is {settings[key]!r}"
+        key: f"{key} was {quoted(before[key])} and is {quoted(settings[key])}"
         for key in KEYS
         if key in before  # a newer setting did not exist when the checkpoint was saved
         and before[key] != settings[key]

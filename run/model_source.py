@@ -25,7 +25,7 @@ from run.manifest import (
 )
 from run.method import FULL, Adapter, adapter_of
 from run.paths import is_hub_id, local_path
-from run.setting_types import PLACES
+from run.setting_types import PLACES, in_yaml
 from run.sweep import with_trial
 from run.training_json import read_description, saved_settings
 
@@ -158,7 +158,7 @@ def resolve_source(ckpt: str | None, files: SettingsFiles, typed: Mapping[str, s
         if key in typed and getattr(config, key) != known.get(key):
             raise UserError(
                 f"command line: --{key} {typed[key]}: {folder} was trained with {key} "
-                f"{known.get(key)}: leave it out"
+                f"{in_yaml(known.get(key))}: leave it out"
             )
     print(
         f"settings: from {folder / DESCRIPTION_FILE}"

@@ -10,6 +10,7 @@ from run.checkpoint import remove_remains, take_away
 from run.errors import UserError, one_line
 from run.files import replace_file, sync
 from run.manifest import BEST, FINISHED_FILE, LAST, PREVIOUS, fault_of
+from run.shell import evaluation_command
 
 
 def remove_state(run_folder: Path, description: Mapping[str, Any]) -> None:
@@ -48,7 +49,7 @@ def remove_state(run_folder: Path, description: Mapping[str, Any]) -> None:
 def cure_without_best(run_folder: Path) -> str:
     """What the user can do about a finished run whose ``best`` is not intact."""
     other = (
-        f"evaluate.py --ckpt {run_folder / LAST}"
+        evaluation_command(run_folder / LAST)
         if (run_folder / LAST).exists()
         else "train under a new --run_name"
     )

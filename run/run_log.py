@@ -65,6 +65,7 @@ def open_log(
         name=settings["run_name"],
         folder=folder,
         settings={**settings, "plan": saves.plan, "data": saves.data_hashes},
+        uploads=settings.get("wandb_artifact", False),
     )
     progress.run = tracker.run or progress.run
     best = folder / BEST if settings.get("wandb_artifact") else None
@@ -131,8 +132,7 @@ class RunLog:
 
     def _upload_best(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._best is not None and kind is None:
-            # W&B's names have at most 128 characters.
-            self._tracker.upload(self._best, f"{self._best.parent.name[:123]}-best")
+            self._tracker.upload(self._best)
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)

@@ -1,5 +1,6 @@
-"""The types of settings: how values are parsed, their limits, and words for error messages."""
+"""The types of settings: how values are parsed and shown, their limits, and words for errors."""
 
+import json
 import re
 from functools import cache
 from types import NoneType, UnionType
@@ -90,13 +91,30 @@ def parse(kind: Any, value: Any) -> Any:
         raise ValueError(f"{_show(value)} {reason}") from None
 
 
+def in_yaml(value: Any) -> str:
+    """A setting's value as in a settings file."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, float):
+        return re.sub(r"e([+-])0", r"e\1", repr(value))  # 2e-5 for 2e-05
+    if isinstance(value, str) and not re.fullmatch(r"[\w./~<>-]+", value):
+        return json.dumps(value, ensure_ascii=False)
+    return str(value)
+
+
+def quoted(value: Any) -> str:
+    """`in_yaml` with quotes around all text, for a sentence."""
+    is_one_line = isinstance(value, str) and "\n" not in value
+    return repr(value) if is_one_line else in_yaml(value)
+
+
 @cache
 def _adapter(kind: Any) -> TypeAdapter:
     return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
 
 
 def _show(value: Any) -> str:
-    shown = "null" if value is None else repr(value)
+    shown = quoted(value)
     return shown if len(shown) <= 100 else f"{shown[:90]}... ({len(shown)} characters)"
 
 

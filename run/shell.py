@@ -11,8 +11,13 @@ from pathlib import Path
 
 def command_line(*words: str) -> str:
     """A command that runs Python with ``words``, in the syntax of the user's shell (bash, zsh)."""
+    return joined(_this_python(), *words)
+
+
+def joined(*words: str) -> str:
+    """``words`` as one line that the user's shell (bash, zsh) reads as these words."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return " ".join(_quoted(word, encoding) for word in (_this_python(), *words))
+    return " ".join(_quoted(word, encoding) for word in words)
 
 
 def _this_python() -> str:
@@ -51,6 +56,11 @@ def _quoted(word: str, encoding: str) -> str:
 
 def _escaped(byte: int) -> str:
     return chr(byte) if 32 <= byte < 127 and byte not in b"\\'" else f"\\x{byte:02x}"
+
+
+def path_word(path: Path) -> str:
+    """``path`` as a word of its own, which no script takes for a flag."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
 
 
 def evaluation_command(checkpoint: Path, *flags: str) -> str:

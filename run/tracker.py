@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from run.errors import one_line
+from run.shell import joined, path_word
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Tracker(Protocol):
     def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Log ``rows``, which all have the same keys, as a table."""
 
-    def upload(self, folder: Path, name: str) -> None:
-        """Keep a copy of a checkpoint's ``folder``, as the artifact ``name``."""
+    def upload(self, folder: Path) -> None:
+        """Keep a copy of a checkpoint's ``folder`` as an artifact, unless W&B has it already."""
 
     def finish(self) -> None: ...
 
@@ -57,7 +58,7 @@ class NoTracker:
     def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         pass
 
-    def upload(self, folder: Path, name: str) -> None:
+    def upload(self, folder: Path) -> None:
         pass
 
     def finish(self) -> None:
@@ -72,6 +73,14 @@ def summary_of(name: str) -> str | None:
     # With a higher share, both ends of its interval are higher, too.
     is_share = room == "eval" and "errors_" not in kind
     return "max" if is_share or name == "val/exact_match" else None
+
+
+def upload_command(place: str, folder: Path) -> str:
+    """The command that does what `WandbTracker.upload` does, ready to be pasted into a shell."""
+    # Otherwise W&B would copy the folder twice before it uploads it.
+    how = "--policy", "immutable", "--skip_cache"
+    what = "--type", "model", "--alias", "best", "--name", place, path_word(folder)
+    return joined("wandb", "artifact", "put", *how, *what)
 
 
 class WandbTracker:
@@ -134,9 +143,12 @@ class WandbTracker:
         except Exception as error:  # as in `log`
             print(f"W&B: the table {name} was not logged ({one_line(error)[:120]})")
 
-    def upload(self, folder: Path, name: str) -> None:
+    def upload(self, folder: Path) -> None:
+        name = f"{folder.parent.name[:123]}-{folder.name}"  # W&B's have at most 128 characters
+        place = "/".join(filter(None, (self.run.entity, self.run.project, name)))
+        later = upload_command(place, folder)
         if not self.online:
-            print(f"W&B: offline, so {folder} stays here; 'wandb artifact put' uploads it later")
+            print(f"W&B: offline, so {one_line(folder)} stays here; to upload it later: {later}")
             return
         try:
             import wandb
@@ -153,7 +165,8 @@ class WandbTracker:
                 artifact.add_file(relative, inside, policy="immutable", skip_cache=True)
             self._run.log_artifact(artifact, aliases=["best"])
         except Exception as error:  # as in `log`
-            print(f"W&B: {folder} was not uploaded ({one_line(error)[:120]})")
+            fault = f"{one_line(folder)} was not uploaded ({one_line(error)[:120]})"
+            print(f"W&B: {fault}; to upload it later: {later}")
 
     def finish(self) -> None:
         try:

@@ -64,7 +64,13 @@ def saved_run(description: Mapping[str, Any], project: str, project_before: str 
 
 
 def start_tracker(
-    mode: str | None, *, run: RunPath, name: str, folder: Path, settings: Mapping[str, Any]
+    mode: str | None,
+    *,
+    run: RunPath,
+    name: str,
+    folder: Path,
+    settings: Mapping[str, Any],
+    uploads: bool = False,
 ) -> Tracker:
     """Open a W&B run, new or continued.
 
@@ -73,10 +79,13 @@ def start_tracker(
             if the user is logged in and offline if not.
         run: where to log, unless a sweep's agent or W&B chooses another run for this process.
         folder: where W&B keeps its own files.
+        uploads: whether a checkpoint is to be uploaded, for which the end waits longer.
     """
     if mode == "disabled" or _is_disabled():
         return NoTracker()
     _drop_refused_run_id()
+    # Where its server does not answer, W&B's reports of its own errors hold up the end by 20 s.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     try:
         import wandb
 
@@ -84,7 +93,7 @@ def start_tracker(
         if resolved == "disabled":
             return NoTracker()
         try:
-            opened = _init(wandb, resolved, run, name, folder, settings)
+            opened = _init(wandb, resolved, run, name, folder, settings, uploads)
         except Exception as error:  # refused, unreachable, too slow
             if resolved == "offline":
                 raise
@@ -93,7 +102,7 @@ def start_tracker(
                 "'wandb sync' uploads it later"
             )
             wandb.teardown()  # otherwise the failed attempt would keep the id in use
-            opened = _init(wandb, "offline", run, name, folder, settings)
+            opened = _init(wandb, "offline", run, name, folder, settings, uploads)
         if not opened.offline:
             print(f"W&B: {opened.url}")
         tracker = WandbTracker(opened)
@@ -156,7 +165,13 @@ def _resolve_mode(wandb: Any, asked: str | None) -> str | None:
 
 
 def _init(
-    wandb: Any, mode: str | None, run: RunPath, name: str, folder: Path, settings: Mapping[str, Any]
+    wandb: Any,
+    mode: str | None,
+    run: RunPath,
+    name: str,
+    folder: Path,
+    settings: Mapping[str, Any],
+    uploads: bool,
 ) -> Any:
     logging.getLogger("wandb").addFilter(_hide_home)
     return wandb.init(
@@ -166,13 +181,13 @@ def _init(
         id=run.run_id,
         dir=str(folder.absolute()),
         mode=mode,
-        # An evaluation has no settings of its own, and leaves the run those of its training.
+        # Whatever opens a run later has no settings, and leaves it those of its training.
         config={**settings, "commit": code_commit()} if settings else None,
         # Offline runs can't be resumed, but 'wandb sync' joins them by their id.
         resume=None if mode == "offline" else "allow",
         settings=wandb.Settings(
             init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT") or INIT_SECONDS),
-            finish_timeout=FINISH_SECONDS + UPLOAD_SECONDS * bool(settings.get("wandb_artifact")),
+            finish_timeout=FINISH_SECONDS + UPLOAD_SECONDS * uploads,
             silent=True,
             console="off",
             disable_git=True,

@@ -650,7 +650,12 @@ def knowing(problems: Sequence[Problem]) -> Callable[..., Iterator[Completion]]:
 
 @pytest.mark.parametrize(
     ("output", "name"),
-    [("runs/a/eval/train", "rft-a-16"), ("it's 0.7", "rft-it's 0.7-16"), (".", "rft-here-16")],
+    [
+        ("runs/a/eval/train", "rft-a-16"),
+        ("it's 0.7", "rft-it's 0.7-16"),
+        (".", "rft-here-16"),
+        ("-odd", "rft--odd-16"),
+    ],
 )
 def test_the_command_after_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, name: str
@@ -661,9 +666,11 @@ def test_the_command_after_samples(
     monkeypatch.chdir(here)
     known = {"split": "train", "limit": None, "config": "my recipe.yaml"}
     line = next_steps("best", Path(output), known, is_sampled=True)[-1]
-    file = str(Path(output) / "samples" / "predictions.jsonl")
-    paths = ["--samples", file, "--output", f"./data/{name}"]
-    assert shlex.split(line)[2:] == ["--config=my recipe.yaml", *paths]
+    config, *paths = shlex.split(line)[2:]
+    assert config == "--config=my recipe.yaml"
+    arguments, _ = augment.read_arguments(paths)
+    assert arguments.samples == [Path(output) / "samples" / "predictions.jsonl"]
+    assert arguments.output == f"./data/{name}"
 
 
 def test_the_whole_way(

@@ -1,8 +1,10 @@
 """Settings: all faults at once, by name; nothing guessed."""
 
 import json
-from dataclasses import fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import flags, seal
@@ -10,7 +12,7 @@ from conftest import flags, seal
 import evaluate
 import perplexity
 import train
-from run import config, files, model_source
+from run import config, files, folder, model_source, setting_types
 from run.errors import UserError
 
 ROOT = Path(config.__file__).parents[1]
@@ -422,3 +424,85 @@ def test_a_setting_newer_than_the_checkpoint_is_taken_from_the_files(
     found = config.read_files(overlay(tmp_path, "max_new_tokens: 11\nepochs: 9\n"))
     resolved = model_source.resolve_source(str(best), found, {"seed": "4"}).config
     assert (resolved.max_new_tokens, resolved.epochs, resolved.seed) == (11, 1, 4)
+
+
+# ---------------------------------------------------------------- values as they are shown
+
+
+@pytest.mark.parametrize(
+    ("value", "shown", "in_a_sentence"),
+    [
+        (None, "null", "null"),
+        (False, "false", "false"),
+        (1e-5, "1e-5", "1e-5"),
+        (0.667, "0.667", "0.667"),
+        (1.5e-10, "1.5e-10", "1.5e-10"),
+        (128, "128", "128"),
+        ("~/base", "~/base", "'~/base'"),
+        ("Q: {question} #A", '"Q: {question} #A"', "'Q: {question} #A'"),
+        ("Question: {question}\nAnswer:",) + ('"Question: {question}\\nAnswer:"',) * 2,
+    ],
+)
+def test_values_are_shown_as_users_write_them(
+    tmp_path: Path, value: object, shown: str, in_a_sentence: str
+) -> None:
+    """Guards against Python's False and 1e-05, and against text that YAML reads as another."""
+    assert (setting_types.in_yaml(value), setting_types.quoted(value)) == (shown, in_a_sentence)
+    file = tmp_path / "settings.yaml"
+    for text in (shown, in_a_sentence):
+        file.write_text(f"key: {text}  # comment\n")
+        read = config.read_settings(file)[0]["key"]
+        assert read == "null" if value is None else setting_types.parse(type(value), read) == value
+
+
+def resume(tmp_path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Go on with the settings ``now`` with a run of the settings ``before``."""
+    shipped, _ = config.read_settings(config.CONFIG_FILE)
+    old, new = (asdict(config.merge({"shipped": shipped, "file": one})) for one in (before, now))
+    content = {"step": 1, "epoch": 0.5, "wandb_run_id": "a", "data": {"train_sha256": "b"}}
+    (tmp_path / "training.json").write_text(json.dumps(content | {"settings": old}))
+    folder.check_same_run(tmp_path, new, "b")
+
+
+def test_changed_settings_are_shown_as_users_write_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resume(tmp_path, {}, {"compile": "true", "keep_state": "false"})
+    changes = "compile was null and is true; keep_state was true and is false"
+    assert capsys.readouterr().out == f"resuming: {changes}\n"
+    with pytest.raises(UserError, match="learning_rate was 2e-5 and is 1e-5"):
+        resume(tmp_path, {}, {"learning_rate": "1e-5"})
+    with pytest.raises(UserError, match="method: false must be 'full', 'lora' or 'qlora'"):
+        resume(tmp_path, {}, {"method": False})
+
+
+# ---------------------------------------------------------------- settings without effect
+
+
+IDLE = [
+    (
+        {"method": "full"},
+        {"lora_rank": "8", "lora_alpha": "32", "lora_dropout": "0.1", "lora_rslora": "true"},
+        {"method": "lora"},
+    ),
+    ({"mask_rate": "0"}, {"mask_warmup_ratio": "0.5", "mask_token": "<unk>"}, {"mask_rate": "0.4"}),
+    ({"lr_schedule": "constant"}, {"min_lr_ratio": "0.1"}, {"lr_schedule": "cosine"}),
+]
+
+
+@pytest.mark.parametrize(("idling", "changes", "working"), IDLE)
+def test_what_has_no_effect_may_change(
+    tmp_path: Path, idling: Mapping[str, str], changes: Mapping[str, str], working: Mapping
+) -> None:
+    """Guards against a full run that can't be resumed for the rank of adapters that it lacks."""
+
+    resume(tmp_path, idling, idling | changes)
+    with pytest.raises(UserError, match="cannot resume with these changes") as refused:
+        resume(tmp_path, working, working | changes)
+    shipped, _ = config.read_settings(config.CONFIG_FILE)
+    for key, value in changes.items():
+        assert f"{key} was " in str(refused.value)
+        ((other, idle),) = idling.items()
+        with pytest.raises(UserError) as typed:
+            config.merge({"shipped": shipped | idling, config.COMMAND_LINE: {key: value}})
+        assert f"command line: {key}: has no effect with {other} {idle}: " in str(typed.value)

@@ -462,7 +462,7 @@ def test_the_score_with_a_calculator_stands_beside_the_one_without(
         word.replace(str(tmp_path / "out"), str(tmp_path / "out" / "calculator"))
         for word in arguments
     ]
-    call(evaluate, *elsewhere).assert_user_error("with_calculator was True and is None")
+    call(evaluate, *elsewhere).assert_user_error("with_calculator was true and is null")
     files = [str(tmp_path / "out" / name / "predictions.jsonl") for name in (".", "calculator")]
     assert "won 3: ids 2, 6, 10" in call(evaluate, "--compare", *files).out
 
@@ -525,7 +525,7 @@ def test_samples(call, settings: dict[str, str], tmp_path: Path) -> None:
     outcome = call(evaluate, *arguments, "--samples", "4", "--seed", "1")
     outcome.assert_user_error("seed was 0 and is 1")
     outcome = call(evaluate, *arguments, "--samples", "4", "--calculator", "true")
-    outcome.assert_user_error("with_calculator was False and is True")
+    outcome.assert_user_error("with_calculator was false and is true")
     assert not (tmp_path / "a" / "calculator").exists()  # refused before any decoding
     scores = read(tmp_path / "a")[1]
     for folder in (tmp_path / "a", tmp_path / "a" / "samples"):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import PROMPT, Killed, flags, kill, make_config, run_folder, seal, step_that, tree
 from safetensors.torch import load_file
-from torch import nn
+from torch import nn, overrides
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import data
@@ -44,9 +44,10 @@ from engine.lora import TARGETS, AdaptedLinear, _merged, merge_adapters
 from engine.nf4 import dequantised
 from engine.optimizer import checkpoint_bytes
 from engine.shape import read_shape
-from engine.state import copied
+from engine.state import ThroughPageLocked, copied
 from engine.tokenizer import Tokenizer
 from grading.dataset import Problem
+from run.checkpoint import save_checkpoint
 from run.errors import UserError
 from run.manifest import BEST, LAST
 from run.method import Adapter
@@ -398,11 +399,27 @@ def predictions(folder: Path) -> list[tuple[int, str]]:
 
 
 def test_merged_and_unmerged_write_the_same_completions(
-    call, best: Path, tmp_path: Path, runs: dict[str, dict[str, str]], how: str
+    call,
+    best: Path,
+    tmp_path: Path,
+    runs: dict[str, dict[str, str]],
+    how: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Guards against a merge into other weights, with another scale, or rounded on the way."""
+    """Guards against a merge into other weights, with another scale, or rounded on the way.
+
+    And against one that a GPU saves slowly.
+    """
+
+    def save(*arguments: Any) -> None:
+        modes.extend(map(type, overrides._get_current_function_mode_stack()))
+        save_checkpoint(*arguments)
+
+    modes: list[type] = []
+    monkeypatch.setattr(merge, "save_checkpoint", save)
     output = tmp_path / "merged"
     outcome = call(merge, "--ckpt", str(best), "--output", str(output))
+    assert ThroughPageLocked in modes
     assert outcome.code == 0 and not [n for n in tree(output) if n.startswith("adapter")]
     found = {}
     for name, folder in (("unmerged", best), ("merged", output)):

@@ -264,6 +264,20 @@ def test_a_saved_plan_is_only_for_its_device_and_wishes() -> None:
     assert saved_plan({"other": 1}, recipe, device, wishes) is None
 
 
+@pytest.mark.parametrize(("method", "is_kept"), [("full", True), ("lora", False)])
+def test_a_saved_plan_does_not_depend_on_adapters_that_there_are_not(
+    method: str, is_kept: bool
+) -> None:
+    """Guards against a full run whose bits change on resuming with another lora_rank."""
+    device, recipe = Device("NVIDIA H100", 80 * GIB), Recipe(method, rank=64)
+    made = choose(LLAMA_2_7B, recipe, GPU, ROWS, device, Wishes())
+    record = json.loads(json.dumps(asdict(made)))
+    assert (saved_plan(record, recipe, device, Wishes())) == made
+    for change in ({"rank": 8}, {"has_dropout": True}):
+        found = saved_plan(record, replace(recipe, **change), device, Wishes())
+        assert found == (made if is_kept else None)
+
+
 @pytest.mark.parametrize("before", [False, True])
 def test_a_plan_from_before_there_was_a_choice_of_when_to_sum_is_kept(before: bool) -> None:
     """Its setting still stands, or nothing is asked for any more: guards against other bits."""

@@ -387,7 +387,7 @@ def test_two_runs_show_what_was_won_and_lost(run: Path, other: Path) -> None:
     assert (other / "report-against-first.html").is_file() and not (other / "report.html").exists()
     assert f"Won {len(expected.won)} , lost {len(expected.lost)}" in page.text
     assert f"(McNemar) {expected.p_value:.3g}: chance may well" in page.text
-    assert "learning_rate 2e-05 1e-05" in page.text and "settings, 1 of which differ" in page.text
+    assert "learning_rate 2e-5 1e-5" in page.text and "settings, 1 of which differ" in page.text
 
 
 def test_two_runs_show_an_evaluation_that_both_have(run: Path, other: Path) -> None:

@@ -269,6 +269,7 @@ def test_a_look_without_a_terminal_is_plain_and_writes_nothing(
         "only there      117 of 117 rows",
         "0 with more than 256 tokens",
         "micro_batch_tokens 512",
+        "learning_rate 0.003, dtype float32, gradient_checkpointing false, max_new_tokens 8",
         "tokens a second",
     ):
         assert shown in " ".join(outcome.out.split()) or shown in outcome.out, shown
@@ -510,6 +511,25 @@ def test_a_picture_shows_what_is_left_on_the_terminal(picture_terminal: ModuleTy
     texts = {(element.text or "").replace("\xa0", " ") for element in ET.fromstring(svg).iter()}
     assert {"bold", "done", "next", "<script>", "python train.py"} <= texts
     assert "@font-face" not in svg and "<script>" not in svg and "url(http" not in svg
+
+
+def test_the_commands_for_a_folder_that_looks_like_a_flag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = [Path("-runs") / run / "eval" / "test" for run in ("other", "mine")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "scores.json").write_text("{}")
+        (folder / "evaluation.json").write_text('{"data_sha256": "0"}')
+    given = {"split": None, "output": folders[1], "config": "-x.yaml"}
+    found = next_steps("-runs/mine/best", folders[1], given, is_sampled=False)
+    sampling, comparison = (shlex.split(line)[2:] for line in found[1::2])
+    Path("-x.yaml").write_text("epochs: 1\n")
+    arguments, _ = evaluate.read_arguments(sampling)
+    assert (arguments.ckpt, arguments.output) == ("-runs/mine/best", folders[1])
+    arguments, _ = evaluate.read_arguments(comparison)
+    assert arguments.compare == [folder / "predictions.jsonl" for folder in folders]
 
 
 def test_nothing_is_compared_with_evaluations_of_no_run(tmp_path: Path) -> None:

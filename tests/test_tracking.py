@@ -4,6 +4,8 @@ import atexit
 import json
 import math
 import os
+import re
+import shlex
 import socket
 import threading
 import time
@@ -12,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Killed, flags, kill, processes, step_that
+from conftest import Killed, flags, flip_a_byte, kill, processes, step_that
 
 import evaluate
 import train
 from engine.measure import Measurement
 from run import metrics_log, wandb_run
+from run.run_log import RunLog
 
 AGENTS = {
     "WANDB_SWEEP_ID": "s1",
@@ -364,6 +367,20 @@ def test_wandb_disabled_is_heeded(
     assert not off or said[0].startswith(f"W&B: off, because WANDB_DISABLED={value.strip()};")
 
 
+@pytest.mark.parametrize("asked", [None, "true"])
+def test_wandb_reports_its_own_errors_only_if_asked_to(
+    tmp_path: Path, monkeypatch, fake, asked: str | None
+) -> None:
+    """Guards against the 20 seconds that these reports take where the server does not answer."""
+    from wandb.env import error_reporting_enabled
+
+    monkeypatch.delenv("WANDB_ERROR_REPORTING", raising=False)
+    if asked:
+        monkeypatch.setenv("WANDB_ERROR_REPORTING", asked)
+    start(tmp_path, wandb_run.RunPath("ours", "mine"))
+    assert error_reporting_enabled() == (asked == "true")
+
+
 # ---------------------------------------------------------------- a W&B that fails
 
 
@@ -414,14 +431,15 @@ def bad_server() -> Iterator[Callable[[int | None], int]]:
 
 def train_to_the_end(environment: dict[str, str], out: Path, *argv: str) -> None:
     """In a process of its own: what it does between the story and its end counts, too."""
+    os.environ.pop("WANDB_ERROR_REPORTING", None)  # of another test
     os.environ |= environment
     from wandb.analytics.opentelemetry import opentelemetry_proxy
 
     with out.open("w") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
-    # W&B's telemetry, too, asks a server that does not answer: twice, each time for 10 seconds.
-    opentelemetry_proxy._HTTP_CLIENT_TIMEOUT_SECONDS = 1
+    # W&B's telemetry would wait for a server that does not answer, twice for 10 seconds.
+    opentelemetry_proxy.OpenTelemetryProxy._server_supported = lambda _: os._exit(3)
     train.main(*train.read_arguments([*argv]), report=lambda folder: None)
     atexit._run_exitfuncs()  # W&B's, which a forked process would leave out
 
@@ -582,6 +600,10 @@ def test_best_is_an_artifact_if_asked_for(
         assert outcome.code == 0 and "done: " in outcome.out
         assert ("was not uploaded (division by zero)" in outcome.out) == (how == "refused")
         assert ("W&B: offline, so " in outcome.out) == (how == "offline")
+        commands = re.findall("to upload it later: (.*)", outcome.out)
+        assert len(commands) == (how in ("refused", "offline"))
+        for command in commands:
+            assert_uploads(command, folder_of(settings) / "best")
     [(arguments, run)] = fake
     waits = wandb_run.FINISH_SECONDS + wandb_run.UPLOAD_SECONDS * (how != "false")
     assert arguments["settings"].finish_timeout == waits and run.finished
@@ -595,6 +617,47 @@ def test_best_is_an_artifact_if_asked_for(
             # The checkpoint itself, not a copy, by a path that names no home.
             assert not Path(entry.local_path).is_absolute()
             assert Path(entry.local_path).resolve() == (best / name).resolve()
+
+
+def assert_uploads(command: str, best: Path) -> None:
+    """By W&B's own reader of the command line."""
+    from wandb.cli.cli import artifact
+
+    program, group, name, *words = shlex.split(command)
+    assert (program, group) == ("wandb", "artifact")
+    given = artifact.commands[name].make_context(name, words).params
+    assert given["name"] == "me/llama-2-gsm8k/test-best" and given["path"] == str(best)
+    assert (given["type"], given["alias"], given["run_id"]) == ("model", ("best",), None)
+    assert (given["policy"], given["skip_cache"]) == ("immutable", True)
+
+
+def test_an_upload_that_a_kill_came_before_is_made_by_the_same_command(
+    call, settings: dict[str, str], fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against an artifact that never comes, since there is nothing left to train."""
+    settings |= {"wandb_mode": "online", "wandb_artifact": "true", "epochs": "1"}
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "_upload_best", lambda *_: kill())
+        with pytest.raises(Killed):
+            call(train, *flags(settings))
+    for keep_state, said in (("true", "this run is finished; next: "), ("false", "removed: ")):
+        outcome = call(train, *flags(settings), "--keep_state", keep_state)
+        assert outcome.code == 0 and said in outcome.out, outcome.err
+        (first, _), *_, (arguments, run) = fake
+        assert [artifact.name for artifact, _ in run.artifacts] == ["test-best"] and run.finished
+        assert arguments["id"] == first["id"] and arguments["config"] is None
+        assert arguments["settings"].finish_timeout == first["settings"].finish_timeout
+    assert len(fake) == 3
+
+
+def test_a_damaged_best_is_not_uploaded_later(call, settings: dict[str, str], fake) -> None:
+    settings |= {"wandb_mode": "disabled", "wandb_artifact": "true", "epochs": "1"}
+    assert call(train, *flags(settings)).code == 0
+    flip_a_byte(folder_of(settings) / "best" / "model.safetensors")
+    call(train, *flags(settings | {"wandb_mode": "online"})).assert_user_error(
+        "best: is damaged or gone", "so it is not uploaded (wandb_artifact true)"
+    )
+    assert fake == []
 
 
 def test_an_artifact_that_can_not_be_uploaded_is_said_at_the_start(
