@@ -15,6 +15,7 @@ from conftest import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARK = ROOT / "benchmarks" / "cuda.py"
+COMPARED = ("attention", "attention in decoding")  # with float64
 
 
 def run(*options: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -113,8 +114,9 @@ def test_each_result_is_a_line_as_soon_as_it_is_known(
     assert not any("failed" in line for line in facts), process.stdout
     times = [line["at"] for line in results(process)]
     assert times == sorted(times) and times[0] > 0
-    errors = [line.get("worst_relative_error", line.get("relative_error")) for line in facts]
-    assert all(0 < error < 0.01 for error in errors if error is not None)
+    errors = [each["worst_relative_error"] for each in facts if each["part"] in COMPARED]
+    # In bfloat16, which rounds by up to 2**-8: what goes into a product, and what comes out.
+    assert len(errors) >= len(COMPARED) and all(0 < error < 2**-7 for error in errors)
 
 
 def test_a_step_that_fails_is_a_result_and_the_next_one_runs(
@@ -225,7 +227,8 @@ def test_each_group_takes_at_most_330_seconds() -> None:
     process = subprocess.run(
         [sys.executable, "-c", code], cwd=BENCHMARK.parent, capture_output=True, text=True
     )
-    assert all(0 < int(seconds) <= 330 for seconds in process.stdout.split()), process.stderr
+    groups = [int(seconds) for seconds in process.stdout.split()]
+    assert groups and all(0 < seconds <= 330 for seconds in groups), (groups, process.stderr)
 
 
 def test_the_benchmark_does_not_hide_the_package_of_its_name(tmp_path: Path) -> None:
