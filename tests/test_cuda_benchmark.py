@@ -180,8 +180,11 @@ def test_the_step_contenders_compares_equal_work(tmp_path: Path) -> None:
     settings = [(line["batch"], line["flattened"], line["recomputed"]) for line in trainers]
     assert settings == [(8, False, False), (8, True, False), (16, False, True)]
     (ours,) = [line for line in lines if line["part"] == "training"]
-    # Over the same rows, but which of them make up a step differs.
-    assert [line["loss"] for line in trainers] == pytest.approx([ours["loss"]] * 3, abs=0.003)
+    # Over the same rows. Flattened, they come in our order. Sorted, others make up a step, so the
+    # mean over steps differs. bfloat16 adds up to 2**-8 of a logit, and hardly any on average.
+    losses = [line["loss"] for line in trainers]
+    assert [losses[1], losses[2]] == pytest.approx([ours["loss"], losses[0]], abs=2e-4)
+    assert losses[0] == pytest.approx(ours["loss"], abs=0.003)
     assert trainers[0]["padding"] == trainers[1]["padding"] == 0 < trainers[2]["padding"]
     assert [line["steps"] for line in (ours, *trainers)] == [2] * 4
     tokens = [line["tokens_per_s"] * line["seconds"] for line in (ours, *trainers)]
