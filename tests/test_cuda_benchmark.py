@@ -115,8 +115,8 @@ def test_each_result_is_a_line_as_soon_as_it_is_known(
     times = [line["at"] for line in results(process)]
     assert times == sorted(times) and times[0] > 0
     errors = [each["worst_relative_error"] for each in facts if each["part"] in COMPARED]
-    # In bfloat16, which rounds by up to 2**-8: what goes into a product, and what comes out.
-    assert len(errors) >= len(COMPARED) and all(0 < error < 2**-7 for error in errors)
+    # In bfloat16, which rounds by up to 2**-8: what products read, what they give, and gradients.
+    assert len(errors) >= len(COMPARED) and all(0 < error < 0.01 for error in errors)
 
 
 def test_a_step_that_fails_is_a_result_and_the_next_one_runs(
