@@ -15,6 +15,7 @@ from conftest import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARK = ROOT / "benchmarks" / "cuda.py"
+COMPARED = ("attention", "attention in decoding")  # with float64
 
 
 def run(*options: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -113,8 +114,9 @@ def test_each_result_is_a_line_as_soon_as_it_is_known(
     assert not any("failed" in line for line in facts), process.stdout
     times = [line["at"] for line in results(process)]
     assert times == sorted(times) and times[0] > 0
-    errors = [line.get("worst_relative_error", line.get("relative_error")) for line in facts]
-    assert all(0 < error < 0.01 for error in errors if error is not None)
+    errors = [each["worst_relative_error"] for each in facts if each["part"] in COMPARED]
+    # In bfloat16, which rounds by up to 2**-8: what products read, what they give, and gradients.
+    assert len(errors) >= len(COMPARED) and all(0 < error < 0.01 for error in errors)
 
 
 def test_a_step_that_fails_is_a_result_and_the_next_one_runs(
@@ -178,8 +180,11 @@ def test_the_step_contenders_compares_equal_work(tmp_path: Path) -> None:
     settings = [(line["batch"], line["flattened"], line["recomputed"]) for line in trainers]
     assert settings == [(8, False, False), (8, True, False), (16, False, True)]
     (ours,) = [line for line in lines if line["part"] == "training"]
-    # Over the same rows, but which of them make up a step differs.
-    assert [line["loss"] for line in trainers] == pytest.approx([ours["loss"]] * 3, abs=0.003)
+    # Over the same rows. Flattened, they come in our order. Sorted, others make up a step, so the
+    # mean over steps differs. bfloat16 adds up to 2**-8 of a logit, and hardly any on average.
+    losses = [line["loss"] for line in trainers]
+    assert [losses[1], losses[2]] == pytest.approx([ours["loss"], losses[0]], abs=2e-4)
+    assert losses[0] == pytest.approx(ours["loss"], abs=0.003)
     assert trainers[0]["padding"] == trainers[1]["padding"] == 0 < trainers[2]["padding"]
     assert [line["steps"] for line in (ours, *trainers)] == [2] * 4
     tokens = [line["tokens_per_s"] * line["seconds"] for line in (ours, *trainers)]
@@ -225,7 +230,8 @@ def test_each_group_takes_at_most_330_seconds() -> None:
     process = subprocess.run(
         [sys.executable, "-c", code], cwd=BENCHMARK.parent, capture_output=True, text=True
     )
-    assert all(0 < int(seconds) <= 330 for seconds in process.stdout.split()), process.stderr
+    groups = [int(seconds) for seconds in process.stdout.split()]
+    assert groups and all(0 < seconds <= 330 for seconds in groups), (groups, process.stderr)
 
 
 def test_the_benchmark_does_not_hide_the_package_of_its_name(tmp_path: Path) -> None:

@@ -103,6 +103,13 @@ def test_commands_were_found() -> None:
         assert any(command.startswith(start) for command in found), start
 
 
+def test_names_in_documents_were_found() -> None:
+    """The tests below look at each of them, and would all pass if none were found."""
+    texts = [document.read_text(encoding="utf-8") for document in DOCUMENTS]
+    assert min(len(code_spans(text)) for text in (README, RELIABILITY, REFERENCE)) > 50
+    assert sum(len(POINTER.findall(text)) for text in texts) > 5
+
+
 def test_every_setting_has_a_one_line_comment() -> None:
     """Guards against a setting without a meaning: config.yaml is the only list of them."""
     lines = [line for line in CONFIG.splitlines() if line and not line.startswith("#")]

@@ -213,6 +213,7 @@ def test_one_new_token(sharp, references, prompts: list[list[int]]) -> None:
     """Guards against a decoding step too many: the first token comes from the prefill."""
     eos, expected = references
     found = list(greedy_decode(sharp, prompts[:5], max_new_tokens=1, eos_token_ids=eos, slots=2))
+    assert sorted(one.index for one in found) == [*range(5)]
     for one in found:
         assert one.token_ids == expected[one.index].token_ids[:1]
         assert one.stop == ("eos" if not expected[one.index].token_ids else "length")

@@ -159,11 +159,11 @@ def test_mean_of_micro_batch_means_fails_the_same_comparison(
     window = packing.pack(examples, 333, KERNELS)
     assert len({batch.num_labels for batch in window}) > 1
     mean_of_means(ours, window)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="are not close"):
         torch.testing.assert_close(gradients(ours), gradients(big), rtol=0, atol=1e-6)
     step(big)
     step(ours)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="are not close"):
         torch.testing.assert_close(
             list(ours.parameters()), list(big.parameters()), rtol=0, atol=1e-6
         )

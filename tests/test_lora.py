@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import peft
 import pytest
 import torch
@@ -221,8 +222,8 @@ def test_a_base_in_4_bits_computes_with_what_it_dequantises_to(
         packed = layer.base_layer.weight
         assert packed.dtype == torch.uint8 and packed.numel() == other.base_layer.weight.numel() / 2
         dequantised = merged_weight(layer) - layer.scale * layer.up.weight @ layer.down.weight
-        difference = (dequantised - other.base_layer.weight).abs().max()
-        assert 0 < difference < 0.15 * other.base_layer.weight.abs().max()
+        errors = (dequantised - other.base_layer.weight).abs()
+        assert errors.max() > 0 and (errors <= largest_errors(other.base_layer.weight)).all()
         other.base_layer.weight.data.copy_(dequantised)
     micro_batch = packing.collate(examples, KERNELS)
     with torch.no_grad():
@@ -230,6 +231,18 @@ def test_a_base_in_4_bits_computes_with_what_it_dequantises_to(
     found, expected = gradients(model, examples), gradients(plain, examples)
     assert found.keys() == expected.keys()
     torch.testing.assert_close(list(found.values()), list(expected.values()), rtol=1e-5, atol=1e-6)
+
+
+def largest_errors(weight: torch.Tensor) -> torch.Tensor:
+    """Of each number in NF4 with scales in 8 bits (arXiv:2305.14314), if the nearest is chosen."""
+    blocks = weight.detach().view(-1, 64)
+    scales = blocks.abs().amax(1, keepdim=True)
+    levels = bitsandbytes.functional.get_4bit_type("nf4", device="cpu")
+    of_levels = (blocks / scales).unsqueeze(-1).sub(levels).abs().amin(-1) * scales
+    # The 8 bits have what a scale differs from their mean by, in steps of at most 0.0141 of the
+    # largest difference. 1e-6: the adapter was added to the weight and is subtracted from it.
+    of_scales = 0.0141 / 2 * (scales - scales.mean()).abs().max()
+    return (of_levels + of_scales + 1e-6).view_as(weight)
 
 
 def merged_weight(layer: AdaptedLinear, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -184,7 +184,7 @@ def test_schedule() -> None:
     assert rates("constant")[-1] == 2.0
     assert rates("linear")[50] == pytest.approx(2 * (1 - 47 / 97))
     assert rates("cosine")[50] == pytest.approx(1 + math.cos(math.pi * 47 / 97))
-    assert 0 < rates("cosine")[-1] < 0.001
+    assert rates("cosine")[-1] == pytest.approx(1 + math.cos(math.pi * 96 / 97))
     assert rates("cosine", 0.1)[-1] == pytest.approx(0.2 + 0.9 * (1 + math.cos(math.pi * 96 / 97)))
     assert rates("cosine") == sorted(rates("cosine")[:3]) + sorted(
         rates("cosine")[3:], reverse=True

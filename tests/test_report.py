@@ -426,7 +426,9 @@ def test_each_badge_says_whose_it_is(run: Path, other: Path) -> None:
 def test_filters_count_what_they_find() -> None:
     rows = made_up.rows_of(KINDS), made_up.rows_of([*OTHER_KINDS, "cut"])
     entries = entries_of(rows)
-    for _, options in choices_of(entries, ("one", "two")):
+    choices = choices_of(entries, ("one", "two"))
+    assert [title for title, options in choices if options] == ["Both runs", "one", "two"]
+    for _, options in choices:
         for tag, _, count in options:
             assert sum(tag in entry.tags for entry in entries) == count > 0
     assert entries[8].answers[0] is None and entries[8].change is None
@@ -540,5 +542,5 @@ def test_a_report_is_written_where_it_is_asked_for(call: Any, run: Path, tmp_pat
 def test_a_fault_of_ours_is_not_hidden(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against `report.py` that blames a package for any missing module."""
     monkeypatch.setattr(write, "render", lambda _: __import__("no_such_module"))
-    with pytest.raises(ModuleNotFoundError):
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         write.write_report([run])

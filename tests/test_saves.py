@@ -206,6 +206,7 @@ def test_large_copies_are_equal_and_apart(
     copies = state.copied(tensors)
     weight.zero_()
     tensors["moment"].zero_()
+    assert copies.keys() == expected.keys()
     for name, copy in copies.items():
         assert torch.equal(copy, expected[name]) and copy.is_contiguous()
 

@@ -39,6 +39,7 @@ from run.shell import evaluation_command
 from run.time_left import TimeLeft, count_saves
 from run.train_arguments import Look
 
+TRAIN_STEP = train.train_step
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # colours, and nothing that moves the cursor
 
 
@@ -470,19 +471,39 @@ def row(length: int) -> Any:
 def test_a_disk_is_measured_before_the_folder_exists(tmp_path: Path) -> None:
     there, missing = tmp_path, tmp_path / "not" / "yet"
     assert disk_space(missing, 5, 7)[0] == 5 + 3 * 12
+    # Others write to the disk meanwhile.
     assert disk_space(missing, 5, 7)[1] == pytest.approx(disk_space(there, 5, 7)[1], rel=0.01)
     assert not missing.exists()
 
 
+def step_of_both(
+    model: Any, optimizer: Any, batch: Any, rate: float, budget: int, norm: Any, packer: Any
+) -> Any:
+    """A step of which each of two processes has its part, and says how many micro-batches."""
+    mine = packer.pack(batch, budget, model.kernels)
+    print(f"packed {sum(not each.is_filler for each in mine)}")
+    result = TRAIN_STEP(model, optimizer, batch, rate, budget, norm, packer)
+    labels = sum(len(row.labels) - row.labels.count(IGNORE) for row in batch)
+    assert model.ranks.size == 2 and result.num_labels == labels
+    return result
+
+
 def look_together(settings: dict[str, str]) -> None:
+    train.train_step = step_of_both
     train.run_script(train.main, make_config(settings), False, Look.PREFLIGHT)
 
 
 def test_of_several_processes_one_shows_what_all_measure(
     settings: dict[str, str], tmp_path: Path
 ) -> None:
+    """Guards against each measuring all rows, or one alone, and a count of what one would pack."""
+    settings["batch_size"] = "50"  # two steps an epoch, which are those that are tried
     first, second = jobs.run(2, tmp_path / "printed", look_together, settings)
-    assert "on each of 2 devices" in first.out and "then " in first.out
+    counts = [int(count) for count in re.findall(r"packed (\d+)", first.out)]
+    number = " to ".join(str(count) for count in sorted({*counts}))
+    shown = f"in a step {number} on each of 2 devices, {sum(counts)} in the first epoch"
+    assert len(counts) == 2 and shown in " ".join(first.out.split()), first.out
+    assert re.search(r"then\s+[\d,]+\s+tokens\s+a\s+second", first.out)
     assert second.out == first.err == second.err == ""
 
 

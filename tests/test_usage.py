@@ -58,7 +58,7 @@ def test_mfu_counts_what_a_step_multiplies(
     found = usage_of(shape, recipe, Rows(length, length + 1, 1.0, 8), CPU)
     # Half a step of such a row a second, whose tokens are counted with the last, a label only.
     share = found.at((length + 1) / 2)["train/mfu"]
-    assert share == pytest.approx(per_step / 2 / (4 * 989e12), rel=1e-3)
+    assert share == pytest.approx(per_step / 2 / (4 * 989e12), rel=1e-12, abs=0)
 
 
 def test_an_unknown_peak_has_no_share(model_folder: Path) -> None:
