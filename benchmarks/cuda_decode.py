@@ -2,6 +2,7 @@
 
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from unittest import mock
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 # This benchmark's neighbour, which also puts the repository on the path.
 from cuda_work import LLAMA_2_7B, Work, prompts_of, random_llama_2_7b, read_rows
 
-from engine.cuda import layers
+from engine.cuda import kernels, layers
 from engine.cuda.cache import StaticCache
 from engine.cuda.graph import StaticStep
 from engine.cuda.pipeline import FEW_ROWS, ROWS
@@ -111,8 +112,8 @@ def measure_small_kernels(work: Work, rows: int) -> None:
 
     In a dry run there are none.
     """
-    kernels = layers.small_kernels(work.device.type)
-    if kernels is None:
+    small = kernels.small_kernels(work.device.type)
+    if small is None:
         work.results.write("small kernels", rows=rows, kernel=None)
         return
     heads, columns = LLAMA_2_7B["num_attention_heads"], LLAMA_2_7B["intermediate_size"]
@@ -129,17 +130,17 @@ def measure_small_kernels(work: Work, rows: int) -> None:
     weight = weight[0]
     measured = {
         "rotate_into": (
-            partial(kernels.rotate_into, *rope, *states, tokens, keys, values),
+            partial(small.rotate_into, *rope, *states, tokens, keys, values),
             layers._rotated(*(each.double() for each in (states[0], *rope))),
             2 * 3 * states[0].numel(),
         ),
         "gated": (
-            partial(kernels.gated, both),
+            partial(small.gated, both),
             layers._gated(both.double()),
             3 * both.numel() // 2,
         ),
     }
-    for name, norm in (("rms_norm", kernels.rms_norm), ("PyTorch's rms_norm", torch_norm)):
+    for name, norm in (("rms_norm", small.rms_norm), ("PyTorch's rms_norm", torch_norm)):
         run = partial(norm, hidden, weight, 1e-5)
         measured[name] = run, torch_norm(hidden.double(), weight.double(), 1e-5), 2 * hidden.numel()
     for name, (run, exact, numbers) in measured.items():
@@ -169,7 +170,8 @@ def measure_decoding_step(
         is_fused: whether small operations are fused; not so, for what that saves.
     """
     position = plan.length // 4
-    unfused = mock.patch.object(layers, "small_kernels", lambda kind: None)
+    parts = layers.decoding_parts(lambda: None)
+    unfused = mock.patch.object(model, "kernels", replace(model.kernels, decoding_parts=parts))
     with nullcontext() if is_fused else unfused:
         milliseconds = milliseconds_of_step(work, model, plan, rows, position)
     weights = sum(weight.nbytes for weight in model.parameters())
@@ -181,7 +183,7 @@ def measure_decoding_step(
         regions=plan.regions,
         rows=rows,
         position=position,
-        fused=is_fused and layers.small_kernels(work.device.type) is not None,
+        fused=is_fused and kernels.small_kernels(work.device.type) is not None,
         ms=milliseconds,
         tokens_per_s=rows / milliseconds * 1e3,
         TB_per_s=(weights + read) / milliseconds / 1e9,

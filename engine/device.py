@@ -13,9 +13,9 @@ from engine.cpu import activations, heap, kernels, onednn
 from engine.cuda import checks
 from engine.cuda.cache import StaticCache
 from engine.cuda.graph import StaticStep
-from engine.cuda.layers import DECODING, decode_attention, fused_weights
+from engine.cuda.kernels import decode_attention, norm_gradients, small_kernels
+from engine.cuda.layers import decoding_parts, fused_weights
 from engine.cuda.linear import replace_linear_layers
-from engine.cuda.norms import norm_gradients
 from engine.cuda.pipeline import PipelinedModel
 from engine.functions import LayerParts, NormGradients
 
@@ -144,7 +144,7 @@ def cuda_kernels(device: torch.device) -> Kernels:
         sequences_in=StaticCache.sequences_in,
         cached_model=PipelinedModel,
         static_step=StaticStep,
-        decoding_parts=DECODING,
+        decoding_parts=decoding_parts(partial(small_kernels, device.type)),
         decode_attention=partial(decode_attention, device.type),
         most_slots=512,
         most_probable=most_probable,

@@ -16,30 +16,6 @@ Rope = tuple[torch.Tensor, torch.Tensor]
 NormGradients = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
-class Summed:
-    """A gradient that layers sum themselves, so that autograd need not.
-
-    Attributes:
-        output: of which of an operation's outputs.
-        grad: what they have added so far; None: nothing.
-    """
-
-    def __init__(self, output: int):
-        self.output = output
-        self.grad: torch.Tensor | None = None
-
-    def with_others(self, grad: torch.Tensor | None) -> torch.Tensor:
-        """The gradient, with what autograd has summed; for one backward pass."""
-        total, self.grad = self.grad, None
-        return grad if total is None else total if grad is None else total.add_(grad)
-
-
-def sum_for(tensor: torch.Tensor) -> Summed | None:
-    """Where to add to the gradient of ``tensor``, if the operation that made it offers that."""
-    summed = getattr(tensor.grad_fn, "summed", None)
-    return summed if summed and summed.output == tensor.output_nr else None
-
-
 @dataclass(frozen=True)
 class LayerParts:
     """How a block computes everything but its attention.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.functions import Elementwise, NormGradients, Summed
+from engine.functions import Elementwise, NormGradients
 
 if TYPE_CHECKING:
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -51,15 +51,15 @@ class Norm(torch.autograd.Function):
         ctx: Any, gradients: NormGradients, hidden: Tensor, weight: Tensor, epsilon: float
     ) -> tuple[Tensor, Tensor]:
         normed, scale = compiled(rms_norm)(*_plain(hidden, weight), epsilon)
-        ctx.gradients, ctx.summed = gradients, Summed(output=0)
+        ctx.gradients = gradients
         ctx.save_for_backward(hidden, weight, scale)
         ctx.mark_non_differentiable(scale)
         ctx.set_materialize_grads(False)
         return normed, scale
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        inputs = _plain(ctx.summed.with_others(grad), *ctx.saved_tensors)
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        inputs = _plain(grad, *ctx.saved_tensors)
         return None, *ctx.gradients(None, *inputs, ctx.needs_input_grad[2]), None
 
 
@@ -77,7 +77,7 @@ class AddNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         inputs = _plain(hidden, update, weight)
         total, normed, scale = compiled(add_rms_norm)(*inputs, epsilon)
-        ctx.gradients, ctx.summed = gradients, Summed(output=1)
+        ctx.gradients = gradients
         ctx.save_for_backward(total, weight, scale)
         ctx.mark_non_differentiable(scale)
         ctx.set_materialize_grads(False)
@@ -85,9 +85,9 @@ class AddNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: Any, grad_total: Tensor, grad_normed: Tensor | None, _: None
+        ctx: Any, grad_total: Tensor, grad_normed: Tensor, _: None
     ) -> tuple[Tensor | None, ...]:
-        inputs = _plain(grad_total, ctx.summed.with_others(grad_normed), *ctx.saved_tensors)
+        inputs = _plain(grad_total, grad_normed, *ctx.saved_tensors)
         grad, grad_weight = ctx.gradients(*inputs, ctx.needs_input_grad[3])
         return None, grad, grad, grad_weight, None
 

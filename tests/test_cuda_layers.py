@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from engine import llama
-from engine.cuda.layers import DECODING, fused_weights
+from engine.cuda.layers import fused_weights
 from engine.decoding import greedy_decode
 from engine.device import cuda_kernels
 from engine.functions import LayerParts
@@ -17,6 +17,7 @@ from engine.llama import Llama
 from engine.packing import IGNORE, Example, collate
 
 CPU = torch.device("cpu")
+DECODING = cuda_kernels(CPU).decoding_parts
 SHAPES = [
     {},
     {"num_key_value_heads": 4},

@@ -210,9 +210,9 @@ def test_a_layer_of_a_decoding_step_is_few_kernels(
     """Guards against kernels of microseconds that add up to more than the products."""
     counts = []
     for layers in (1, 2):
-        model = llama(make_llama, torch.bfloat16, num_hidden_layers=layers)
         small = SmallKernels() if is_fused else None
-        monkeypatch.setattr("engine.cuda.layers.small_kernels", lambda kind, small=small: small)
+        monkeypatch.setattr("engine.device.small_kernels", {GPU.type: small}.get)
+        model = llama(make_llama, torch.bfloat16, num_hidden_layers=layers)
         with torch.inference_mode(), fused_weights(model):
             cached = PipelinedModel(model, CachePlan(4, 40, 3), None)
             step = cached._step(4)

@@ -16,15 +16,17 @@ import torch.nn.functional as F
 from test_small_kernels import generated
 from torch import Tensor
 from transformers import LlamaForCausalLM
-from triton_kernels import compiled_for_h100, load
+from triton_kernels import check_on_cpu, compiled_for_h100, load
 
-from engine.cuda import layers
+from engine import cuda
+from engine.cuda.kernel_checks import wrong_attention
+from engine.cuda.kernels import _decode_attention, decode_attention
 from engine.decoding import greedy_decode
 from engine.device import cuda_kernels
 from engine.llama import Llama
 
 CPU = torch.device("cpu")
-FILE = Path(layers.__file__).with_name("attention_kernel.py")
+FILE = Path(cuda.__file__).with_name("attention_kernel.py")
 # The interpreter has no products of bfloat16. Those of float32 are exact, unlike a GPU's.
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 5e-4}
 LENGTHS = [33, 1, 64, 31, 70, 32]
@@ -145,9 +147,9 @@ def test_an_h100_copies_16_bytes_at_a_time_while_it_computes(
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Decoding with FlashAttention as on a GPU, but prefill is by the textbook."""
     monkeypatch.setattr("engine.cuda.cache.is_for_flash_attention", lambda query: True)
-    layers._decode_attention.cache_clear()
+    _decode_attention.cache_clear()
     yield
-    layers._decode_attention.cache_clear()
+    _decode_attention.cache_clear()
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_key_value_heads": 4}])
@@ -201,12 +203,12 @@ def test_a_wrong_kernel_is_found_before_it_is_used(
     broken: Callable[..., Tensor] | None,
 ) -> None:
     """Guards against completions of another model, by a compiler's fault."""
-    check, kernel = layers.wrong_attention, SimpleNamespace(attend=broken or textbook)
-    monkeypatch.setattr(layers, "small_kernels", lambda kind: SimpleNamespace())
-    monkeypatch.setattr(layers, "_import_attention_kernel", lambda: kernel)
-    monkeypatch.setattr(layers, "wrong_attention", lambda *given: check(*given[:-1], device=CPU))
+    kernel = SimpleNamespace(attend=broken or textbook)
+    monkeypatch.setattr("engine.cuda.kernels.small_kernels", lambda kind: SimpleNamespace())
+    monkeypatch.setattr("engine.cuda.kernels._import_attention_kernel", lambda: kernel)
+    check_on_cpu(monkeypatch, wrong_attention)
     for _ in range(2):
-        found = layers.decode_attention("cuda", *sizes)
+        found = decode_attention("cuda", *sizes)
         assert found is (None if broken else kernel)
     out = capsys.readouterr().out
     assert out.count("\n") == bool(broken)
@@ -223,19 +225,20 @@ def test_where_it_does_not_run_flash_attention_takes_its_place(
         raise faults[-1]
 
     faults: list[Exception] = [RuntimeError("Failed to find C compiler")]
-    monkeypatch.setattr(layers, "_import_attention_kernel", fail)
-    monkeypatch.setattr(layers, "small_kernels", lambda kind: None)
-    assert layers.decode_attention("cuda", *sizes) is None
-    assert layers.decode_attention("cpu", *sizes) is None
+    monkeypatch.setattr("engine.cuda.kernels._import_attention_kernel", fail)
+    monkeypatch.setattr("engine.cuda.kernels.small_kernels", lambda kind: None)
+    assert decode_attention("cuda", *sizes) is None
+    assert decode_attention("cpu", *sizes) is None
     assert capsys.readouterr().out == ""
-    monkeypatch.setattr(layers, "small_kernels", lambda kind: SimpleNamespace())
-    assert layers.decode_attention("cpu", *sizes) is None
+    some = {"cuda": SimpleNamespace()}
+    monkeypatch.setattr("engine.cuda.kernels.small_kernels", some.get)
+    assert decode_attention("cpu", *sizes) is None
     assert capsys.readouterr().out == ""
-    assert layers.decode_attention("cuda", *sizes) is None
+    assert decode_attention("cuda", *sizes) is None
     out = capsys.readouterr().out
     assert "Failed to find C compiler" in out and out.count("\n") == 1
     for fault in (torch.OutOfMemoryError, torch.AcceleratorError):
-        layers._decode_attention.cache_clear()
+        _decode_attention.cache_clear()
         faults.append(fault("CUDA error: an illegal memory access was encountered"))
         with pytest.raises(fault):
-            layers.decode_attention("cuda", *sizes)
+            decode_attention("cuda", *sizes)

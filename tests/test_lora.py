@@ -27,7 +27,7 @@ import perplexity
 import train
 from engine import llama, loading, memory, packing
 from engine.compiling import compile_layers
-from engine.cuda.layers import DECODING, fused_weights
+from engine.cuda.layers import fused_weights
 from engine.decoding import greedy_decode
 from engine.device import cpu_kernels, cuda_kernels
 from engine.footprint import (
@@ -627,7 +627,7 @@ def test_a_run_from_before_there_were_methods_trains_all_weights(
 # ---------------------------------------------------------------- decoding on a GPU
 
 
-@pytest.mark.parametrize("parts", [None, DECODING])
+@pytest.mark.parametrize("parts", [None, cuda_kernels(CPU).decoding_parts])
 def test_decoding_sees_the_adapters(
     wide_folder: Path, how: str, parts: Any, examples: list[packing.Example]
 ) -> None:

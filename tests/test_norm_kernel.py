@@ -13,18 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM
-from triton_kernels import compiled_for_h100, load
+from triton_kernels import check_on_cpu, compiled_for_h100, load
 
-from engine import fused
+from engine import cuda, fused
 from engine.compiling import compile_layers
-from engine.cuda import norms
-from engine.cuda.norms import norm_gradients, wrong_results
+from engine.cuda.kernel_checks import wrong_norm_gradients
+from engine.cuda.kernels import norm_gradients
 from engine.device import cpu_kernels
 from engine.llama import Llama
 from engine.packing import Example, collate
 
-CPU = torch.device("cpu")
-FILE = Path(norms.__file__).with_name("norm_kernel.py")
+FILE = Path(cuda.__file__).with_name("norm_kernel.py")
 TOLERANCES = {
     torch.float64: 1e-13,
     torch.float32: 1e-6,
@@ -161,11 +160,12 @@ def test_where_it_does_not_run_a_compiled_one_takes_its_place(
     def fail() -> None:
         raise ModuleNotFoundError("No module named 'triton'")
 
-    monkeypatch.setattr(norms, "_import_kernel", fail)
+    monkeypatch.setattr("engine.cuda.kernels._import_norm_kernel", fail)
     assert asked("cpu") is None and capsys.readouterr().out == ""
     assert asked("cuda") is None and asked("cuda") is None
     out = capsys.readouterr().out
-    assert "No module named 'triton'" in out and out.count("\n") == 1
+    assert "No module named 'triton'" in out and "install a C compiler" in out
+    assert out.count("\n") == 1
 
 
 @pytest.mark.parametrize("fault", [torch.OutOfMemoryError, torch.AcceleratorError])
@@ -175,7 +175,7 @@ def test_a_failing_device_is_not_taken_for_a_missing_kernel(
     def fail() -> None:
         raise fault("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(norms, "_import_kernel", fail)
+    monkeypatch.setattr("engine.cuda.kernels._import_norm_kernel", fail)
     with pytest.raises(fault):
         asked("cuda")
 
@@ -202,8 +202,10 @@ def test_a_wrong_kernel_is_found_before_it_is_used(
     wrong: list[str],
 ) -> None:
     """Guards against a run that trains on the gradients of a compiler's fault."""
-    monkeypatch.setattr(norms, "_import_kernel", lambda: SimpleNamespace(norm_gradients=kernel))
-    monkeypatch.setattr(norms, "wrong_results", lambda *kind: wrong_results(*kind[:-1], CPU))
+    module = SimpleNamespace(norm_gradients=kernel)
+    monkeypatch.setattr("engine.cuda.kernels._import_norm_kernel", lambda: module)
+    check_on_cpu(monkeypatch, wrong_norm_gradients)
     assert asked("cuda") is (None if wrong else kernel)
     out = capsys.readouterr().out
     assert out.count("\n") == bool(wrong) and ", ".join(wrong) in out
+    assert not wrong or f"install another torch than {torch.__version__}" in out

@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM
-from triton_kernels import compiled_for_h100, load
+from triton_kernels import check_on_cpu, compiled_for_h100, load
 
 from engine.cuda import layers
-from engine.cuda.layers import small_kernels, wrong_results
+from engine.cuda.kernel_checks import wrong_small_kernels
+from engine.cuda.kernels import small_kernels
 from engine.decoding import greedy_decode
 from engine.device import cuda_kernels
 from engine.llama import Llama
@@ -129,7 +130,7 @@ def test_completions_are_those_of_generate(
     prompts = [[1, 5, 9, 4], [1], [1, 7, 30], [1, 8], [1, 44, 3, 2, 6, 11, 23], [1, 12], [1, 13]]
     prompts.append([1, 40, 41])  # eight, for which weights are fused
     expected = [generated(pretrained, prompt) for prompt in prompts]
-    monkeypatch.setattr(layers, "small_kernels", lambda kind: kernels)
+    monkeypatch.setattr("engine.device.small_kernels", lambda kind: {"cpu": kernels}[kind])
     stops, limits = frozenset(), {"max_new_tokens": 5, "slots": 3}
     model = Llama(pretrained, cuda_kernels(CPU))
     found = greedy_decode(model, prompts, eos_token_ids=stops, **limits)
@@ -211,7 +212,7 @@ def test_where_they_do_not_run_pytorchs_operators_take_their_place(
     def fail() -> None:
         raise fault
 
-    monkeypatch.setattr(layers, "_import_small_kernels", fail)
+    monkeypatch.setattr("engine.cuda.kernels._import_small_kernels", fail)
     assert small_kernels("cpu") is None and capsys.readouterr().out == ""
     assert small_kernels("cuda") is None and small_kernels("cuda") is None
     out = capsys.readouterr().out
@@ -225,7 +226,7 @@ def test_a_failing_device_is_not_taken_for_missing_kernels(
     def fail() -> None:
         raise fault("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(layers, "_import_small_kernels", fail)
+    monkeypatch.setattr("engine.cuda.kernels._import_small_kernels", fail)
     with pytest.raises(fault):
         small_kernels("cuda")
 
@@ -258,9 +259,9 @@ def test_wrong_kernels_are_found_before_they_are_used(
 ) -> None:
     """Guards against completions of another model, by a compiler's fault."""
     kernels = SimpleNamespace(**(vars(TEXTBOOK) | broken))
-    assert wrong_results(kernels, CPU) == wrong
-    monkeypatch.setattr(layers, "_import_small_kernels", lambda: kernels)
-    monkeypatch.setattr(layers, "wrong_results", lambda kernels, _: wrong_results(kernels, CPU))
+    assert wrong_small_kernels(kernels, CPU) == wrong
+    monkeypatch.setattr("engine.cuda.kernels._import_small_kernels", lambda: kernels)
+    check_on_cpu(monkeypatch, wrong_small_kernels)
     assert small_kernels("cuda") is (None if wrong else kernels)
     out = capsys.readouterr().out
     assert out.count("\n") == bool(wrong) and ", ".join(wrong) in out

@@ -2,11 +2,13 @@
 
 import importlib.util
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 
 def load(file: Path, monkeypatch: pytest.MonkeyPatch, is_interpreted: bool) -> ModuleType:
@@ -29,6 +31,15 @@ def load(file: Path, monkeypatch: pytest.MonkeyPatch, is_interpreted: bool) -> M
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def check_on_cpu(monkeypatch: pytest.MonkeyPatch, check: Callable[..., list[str]]) -> None:
+    """Let ``check``, of `engine.cuda.kernel_checks`, be made on the CPU and not on a GPU."""
+
+    def on_cpu(*given: Any) -> list[str]:
+        return check(*given[:-1], torch.device("cpu"))
+
+    monkeypatch.setattr(f"engine.cuda.kernels.{check.__name__}", on_cpu)
 
 
 def compiled_for_h100(

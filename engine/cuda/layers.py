@@ -6,7 +6,7 @@ small products and kernels leave the memory idle between them.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.cuda.attention_check import wrong_attention
 from engine.functions import LayerParts, Rope
-from run.errors import cause_of
 
 if TYPE_CHECKING:
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 FUSED = "fused"  # where attention and MLP keep the tensors of their fused layers
+# Finds `engine.cuda.small_kernels`; None where PyTorch's operators are to compute the same.
+SmallKernels = Callable[[], ModuleType | None]
 
 
 @contextmanager
@@ -114,8 +114,8 @@ def _plus_product(hidden: Tensor, linear: nn.Linear, other: Tensor) -> Tensor:
     return hidden if linear.bias is None else hidden.add_(linear.bias)
 
 
-def _norm(hidden: Tensor, norm: "LlamaRMSNorm") -> Tensor:
-    if fused := small_kernels(hidden.device.type):
+def _norm(fused: ModuleType | None, hidden: Tensor, norm: "LlamaRMSNorm") -> Tensor:
+    if fused:
         return fused.rms_norm(hidden, norm.weight, norm.variance_epsilon)
     return F.rms_norm(hidden, (hidden.shape[-1],), norm.weight, norm.variance_epsilon)
 
@@ -136,137 +136,42 @@ def _gated(both: Tensor) -> Tensor:
 
 
 def _before_attention(
-    layer: "LlamaDecoderLayer", hidden: Tensor, cos: Tensor, sin: Tensor
+    small_kernels: SmallKernels,
+    layer: "LlamaDecoderLayer",
+    hidden: Tensor,
+    cos: Tensor,
+    sin: Tensor,
 ) -> tuple[Any, ...]:
     """Query, key and value; not yet rotated if there is a fourth part, which does that."""
-    attention = layer.self_attn
-    states = _products(attention, _norm(hidden, layer.input_layernorm))
+    attention, fused = layer.self_attn, small_kernels()
+    states = _products(attention, _norm(fused, hidden, layer.input_layernorm))
     states = states.unflatten(-1, (-1, attention.head_dim))
     queries, keys = (
         linear.out_features // attention.head_dim for linear in _linears(attention)[:2]
     )
-    fused = small_kernels(hidden.device.type)
     rotated = states[:, : queries + keys]
     rotated = rotated if fused else _rotated(rotated, cos, sin)
     parts = rotated[:, :queries], rotated[:, queries:], states[:, queries + keys :]
     return (*parts, partial(fused.rotate_into, cos, sin)) if fused else parts
 
 
-def _after_attention(layer: "LlamaDecoderLayer", hidden: Tensor, attended: Tensor) -> Tensor:
-    mlp = layer.mlp
+def _after_attention(
+    small_kernels: SmallKernels, layer: "LlamaDecoderLayer", hidden: Tensor, attended: Tensor
+) -> Tensor:
+    mlp, fused = layer.mlp, small_kernels()
     # The products add the residual connection, so a norm need not: fewer passes over memory, and as
     # many kernels.
     hidden = _plus_product(hidden, layer.self_attn.o_proj, attended.flatten(-2))
-    both = _products(mlp, _norm(hidden, layer.post_attention_layernorm))
-    fused = small_kernels(hidden.device.type)
+    both = _products(mlp, _norm(fused, hidden, layer.post_attention_layernorm))
     activated = fused.gated(both) if fused else _gated(both)
     return _plus_product(hidden, mlp.down_proj, activated)
 
 
-DECODING = LayerParts(_rope, _before_attention, _after_attention)
-
-
-# ---------------------------------------------------------------- the fused kernels
-
-
-@cache
-def small_kernels(kind: str) -> ModuleType | None:
-    """`engine.cuda.small_kernels`; None where PyTorch's operators compute the same.
-
-    That is so on other kinds of device, and on a GPU where these kernels do not run or make
-    mistakes, which a line says.
-    """
-    if kind != "cuda":
-        return None
-    return _usable(kind, _import_small_kernels, wrong_results)
-
-
-def decode_attention(
-    kind: str, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
-) -> ModuleType | None:
-    """`engine.cuda.attention_kernel`; None where `attend_to_lengths` computes the same.
-
-    That is so where there are no `small_kernels`, and where this one does not run or makes
-    mistakes, which a line says.
-    """
-    # A compiler that is missing has had its line.
-    return small_kernels(kind) and _decode_attention(kind, dtype, heads, kv_heads, head_dim)
-
-
-@cache
-def _decode_attention(kind: str, *sizes: Any) -> ModuleType | None:
-    if kind != "cuda":
-        return None
-    return _usable(kind, _import_attention_kernel, partial(wrong_attention, *sizes))
-
-
-def _usable(
-    kind: str,
-    load: Callable[[], ModuleType],
-    wrong_results: Callable[[ModuleType, torch.device], list[str]],
-) -> ModuleType | None:
-    """The kernels that ``load`` imports; None, and a line, if they do not run or are wrong.
+def decoding_parts(small_kernels: SmallKernels) -> LayerParts:
+    """How a layer computes in decoding.
 
     Args:
-        wrong_results: finds what they compute otherwise than PyTorch's operators, by name.
+        small_kernels: called when a layer is computed, since finding them compiles them.
     """
-    try:
-        kernels = load()
-        wrong = wrong_results(kernels, torch.device(kind))
-    except (torch.OutOfMemoryError, torch.AcceleratorError):
-        raise
-    except Exception as error:  # Triton and its compilers raise many types
-        _say_slower(
-            f"do not run here ({cause_of(error)})",
-            "install a C compiler and Python's headers (Debian, Ubuntu: apt install gcc "
-            "python3-dev)",
-        )
-        return None
-    if wrong:
-        _say_slower(
-            f"compute another {', '.join(wrong)} than PyTorch",
-            f"install another torch than {torch.__version__}",
-        )
-    return None if wrong else kernels
-
-
-def _say_slower(fault: str, cure: str) -> None:
-    print(
-        f"decoding: its fused kernels {fault}; using PyTorch's operations, which are slower: {cure}"
-    )
-
-
-def _import_small_kernels() -> ModuleType:
-    """Raises ImportError where there is no Triton."""
-    from engine.cuda import small_kernels as kernels
-
-    return kernels
-
-
-def _import_attention_kernel() -> ModuleType:
-    from engine.cuda import attention_kernel as kernel
-
-    return kernel
-
-
-def wrong_results(kernels: ModuleType, device: torch.device) -> list[str]:
-    """What ``kernels`` compute otherwise than PyTorch's operators.
-
-    Compilers have made wrong kernels without a word (pytorch #180642).
-    """
-    half = torch.linspace(-1, 2, 12, device=device).view(3, 1, 4)
-    cos, sin = _rope(half.repeat(1, 1, 2), half.flip(0).repeat(1, 1, 2))
-    states = torch.linspace(-3, 3, 3 * 4 * 8, device=device).view(3, 4, 8)
-    tokens, (keys, values) = torch.tensor([4, 0, 3], device=device), states.new_zeros(2, 6, 1, 8)
-    query = kernels.rotate_into(cos, sin, *states.split([2, 1, 1], dim=1), tokens, keys, values)
-    rotated, both = _rotated(states[:, :3], cos, sin), states.flatten(1)
-    weight = torch.linspace(-1, 1, 32, device=device)
-    pairs = {
-        "query": (query, rotated[:, :2]),
-        "key": (keys[tokens], rotated[:, 2:]),
-        "value": (values[tokens], states[:, 3:]),
-        "activation": (kernels.gated(both), _gated(both)),
-        "norm": (kernels.rms_norm(both, weight, 0.1), F.rms_norm(both, (32,), weight, 0.1)),
-    }
-    rounding = {"rtol": 1e-4, "atol": 1e-5}
-    return [name for name, pair in pairs.items() if not torch.allclose(*pair, **rounding)]
+    before = partial(_before_attention, small_kernels)
+    return LayerParts(_rope, before, partial(_after_attention, small_kernels))

@@ -6,15 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.functions import Summed, sum_for
-
 
 class Linear(torch.nn.Linear):
     """A linear layer whose backward pass adds to ``weight.grad`` by the product itself.
 
     Autograd would write each micro-batch's gradient of a weight to memory, and then read it and the
-    sum so far to add them: four passes over memory instead of two, and one more rounding. The same
-    holds for the gradient of a norm that several layers read: see `engine.functions.Summed`.
+    sum so far to add them: four passes over memory instead of two, and one more rounding.
 
     For ``backward()`` only: ``torch.autograd.grad`` misses the weights that have a ``grad``.
     """
@@ -31,7 +28,7 @@ class Linear(torch.nn.Linear):
         if not (torch.is_grad_enabled() and hidden.requires_grad and hidden.dim() == 2):
             return F.linear(hidden, self.weight, self.bias)
         kept = _Keep.apply(hidden)
-        return _Product.apply(kept, self.weight, self.bias, kept.grad_fn, sum_for(hidden))
+        return _Product.apply(kept, self.weight, self.bias, kept.grad_fn)
 
 
 class _Keep(torch.autograd.Function):
@@ -44,11 +41,10 @@ class _Keep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor) -> Tensor:
         ctx.save_for_backward(hidden)
-        ctx.set_materialize_grads(False)
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
 
 
@@ -56,22 +52,15 @@ class _Product(torch.autograd.Function):
     """``hidden @ weight.T + bias``."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        kept: Any,
-        total: Summed | None,
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, kept: Any) -> Tensor:
         # Hooks on saved tensors, as in `recomputed`, would replace the parameter by another tensor.
-        ctx.weight, ctx.kept, ctx.total = weight, kept, total
+        ctx.weight, ctx.kept = weight, kept
         return F.linear(hidden, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight = ctx.weight
-        needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
         grad_weight = None
         if needs_weight:
             [hidden] = ctx.kept.saved_tensors
@@ -79,19 +68,8 @@ class _Product(torch.autograd.Function):
                 grad_weight = grad.T @ hidden
             else:
                 weight.grad.addmm_(grad.T, hidden)
-        grad_hidden = _grad_hidden(grad, weight, ctx.total) if needs_hidden else None
-        return grad_hidden, grad_weight, grad.sum(0) if needs_bias else None, None, None
-
-
-def _grad_hidden(grad: Tensor, weight: Tensor, total: Summed | None) -> Tensor | None:
-    """None if it was added to ``total``."""
-    if total is None:
-        return grad @ weight
-    if total.grad is None:
-        total.grad = grad @ weight
-    else:
-        total.grad.addmm_(grad, weight)
-    return None
+        grad_hidden = grad @ weight if needs_hidden else None
+        return grad_hidden, grad_weight, grad.sum(0) if needs_bias else None, None
 
 
 def replace_linear_layers(model: torch.nn.Module) -> None:
