@@ -109,7 +109,10 @@ def read_result(output: Path, method: Method, seed: int) -> Result | None:
 
 
 def report(output: Path, ladder: Sequence[Method], seeds: Sequence[int]) -> str:
-    """A table of all runs and one of their means, over the seeds that are finished."""
+    """A table of all runs and one of their means, over the seeds that are finished.
+
+    ``s`` is the mean time of training.
+    """
     before = read_scores(output / BEFORE / SCORES_FILE)
     by_seed = [[read_result(output, method, seed) for method in ladder] for seed in seeds]
     finished = [results for results in by_seed if None not in results]
@@ -133,10 +136,10 @@ def about_samples(output: Path, ladder: Sequence[Method], seeds: Sequence[int]) 
 
 def table_of_runs(before: Mapping[str, Any], by_seed: Sequence[Sequence[Result]]) -> list[str]:
     lines = [
-        "| method | seed | rows | steps | train, s | exact match, % | 95 % interval "
-        "| against plain | won, lost | p | maj@k | pass@k |",
-        "|" + " --- |" * 12,
-        f"| {BEFORE} | - | - | 0 | - | {_match(before)} | - | - | - | {_votes(before)} |",
+        "| method | seed | rows | steps | exact match, % | vs plain | won, lost | p "
+        "| maj@k | pass@k |",
+        "|" + " --- |" * 10,
+        f"| {BEFORE} | - | - | 0 | {_match(before)} | - | - | - | {_votes(before)} |",
     ]
     for result in (result for results in by_seed for result in results):
         against, changed = "- | - | -", result.against
@@ -145,16 +148,15 @@ def table_of_runs(before: Mapping[str, Any], by_seed: Sequence[Sequence[Result]]
             against = f"{100 * changed.difference:+.1f} | {counts} | {changed.p_value:.2g}"
         lines.append(
             f"| {result.method} | {result.seed} | {result.rows} | {result.steps} "
-            f"| {result.seconds:.0f} | {_match(result.scores)} | {against} "
-            f"| {_votes(result.scores)} |"
+            f"| {_match(result.scores)} | {against} | {_votes(result.scores)} |"
         )
     return lines
 
 
 def table_of_means(by_seed: Sequence[Sequence[Result]]) -> list[str]:
     lines = [
-        "| mean of the seeds | exact match, % | against plain | least to most "
-        "| p < 0.05: better, worse | maj@k | pass@k | train, s |",
+        "| mean of the seeds | exact match, % | vs plain | least to most | p < 0.05 "
+        "| maj@k | pass@k | s |",
         "|" + " --- |" * 8,
     ]
     for results in zip(*by_seed, strict=True):
@@ -164,7 +166,7 @@ def table_of_means(by_seed: Sequence[Sequence[Result]]) -> list[str]:
             clear = [one.difference for one in changed if one.p_value < 0.05]
             better, worse = sum(gain > 0 for gain in clear), sum(gain < 0 for gain in clear)
             against = f"{mean(gains):+.1f} | {min(gains):+.1f} to {max(gains):+.1f} "
-            against += f"| {better}, {worse} of {len(gains)}"
+            against += f"| {better} better, {worse} worse of {len(gains)}"
         match = mean(result.scores["exact_match"] for result in results)
         votes = zip(*(_at_k(result.scores) for result in results), strict=True)
         at_k = " | ".join(f"{100 * mean(shares):.1f}" for shares in votes)
@@ -177,7 +179,7 @@ def table_of_means(by_seed: Sequence[Sequence[Result]]) -> list[str]:
 
 def _match(scores: Mapping[str, Any]) -> str:
     low, high = scores["ci95"]
-    return f"{100 * scores['exact_match']:.1f} | {100 * low:.1f} to {100 * high:.1f}"
+    return f"{100 * scores['exact_match']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def _votes(scores: Mapping[str, Any]) -> str:

@@ -146,12 +146,12 @@ def test_tables_pair_runs_by_seed_and_show_losses(tmp_path: Path) -> None:
     assert [line[:2] for line in lines] == [
         ["before", "-"], ["plain", "0"], ["rft-4", "0"], ["plain", "1"], ["rft-4", "1"],
     ]  # fmt: skip
-    assert lines[1][2:9] == ["30", "12", "100", "50.0", "29.9 to 70.1", "-", "-"]
+    assert lines[1][2:7] == ["30", "12", "50.0 (29.9 to 70.1)", "-", "-"]
     # Won 6 and lost none: p = 2 / 2^6. Lost 8 and won none: p = 2 / 2^8.
     assert lines[2][2:] == [
-        "34", "12", "100", "80.0", "58.4 to 91.9", "+30.0", "6, 0", "0.031", "80.0", "80.0",
+        "34", "12", "80.0 (58.4 to 91.9)", "+30.0", "6, 0", "0.031", "80.0", "80.0",
     ]  # fmt: skip
-    assert lines[4][5:10] == ["30.0", "14.5 to 51.9", "-40.0", "0, 8", "0.0078"]
+    assert lines[4][4:8] == ["30.0 (14.5 to 51.9)", "-40.0", "0, 8", "0.0078"]
 
     means, samples = means.split("\n\n")
     assert samples.splitlines()[0] == (
@@ -160,7 +160,7 @@ def test_tables_pair_runs_by_seed_and_show_losses(tmp_path: Path) -> None:
     lines = [cells(line) for line in means.splitlines()[2:]]
     assert lines[0] == ["plain", "60.0", "-", "-", "-", "60.0", "60.0", "100"]
     assert lines[1] == [
-        "rft-4", "55.0", "-5.0", "-40.0 to +30.0", "1, 1 of 2", "55.0", "55.0", "100",
+        "rft-4", "55.0", "-5.0", "-40.0 to +30.0", "1 better, 1 worse of 2", "55.0", "55.0", "100",
     ]  # fmt: skip
 
 
