@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 from conftest import real_folder
+from scipy.stats import multinomial
 
 import evaluate
 from grading import compare, dataset, mistakes, report, rules
+from grading.score import wilson_interval
 from run.errors import UserError
 
 
@@ -131,27 +133,23 @@ def runs(
     ]
 
 
+Z_SQUARED = 3.841458820694124  # of the 95 % quantile of a normal distribution
+
+
 @pytest.mark.parametrize(
-    ("lost", "won", "p_value", "low", "high"),
+    ("lost", "won", "p_value"),
     [
-        (0, 0, 1.0, 0.0, 0.0),
-        (3, 3, 1.0, None, None),
-        (1, 7, 2 * (1 + 8) / 2**8, None, None),
-        (7, 1, 2 * (1 + 8) / 2**8, None, None),
-        (2, 8, 2 * (1 + 10 + 45) / 2**10, None, None),
-        (
-            0,
-            6,
-            2 / 2**6,
-            6 * (2 * 0.025 ** (1 / 6) - 1),
-            6,
-        ),  # Clopper and Pearson's bound for all of n
-        (6, 0, 2 / 2**6, -6, -6 * (2 * 0.025 ** (1 / 6) - 1)),
+        (0, 0, 1.0),
+        (3, 3, 1.0),
+        (1, 7, 2 * (1 + 8) / 2**8),
+        (7, 1, 2 * (1 + 8) / 2**8),
+        (2, 8, 2 * (1 + 10 + 45) / 2**10),
+        (0, 5, 2 / 2**5),
+        (0, 6, 2 / 2**6),
+        (6, 0, 2 / 2**6),
     ],
 )
-def test_comparison_by_hand(
-    lost: int, won: int, p_value: float, low: float | None, high: float | None
-) -> None:
+def test_comparison_by_hand(lost: int, won: int, p_value: float) -> None:
     first, second = runs(20, lost, won, 14)
     result = compare.compare(first, second[::-1], ("a", "b"))
     total = 34 + lost + won
@@ -159,11 +157,35 @@ def test_comparison_by_hand(
     assert (len(result.lost), len(result.won)) == (lost, won)
     assert result.p_value == pytest.approx(p_value, rel=1e-12)
     assert result.difference == pytest.approx((won - lost) / total)
-    assert (result.interval[0] > 0 or result.interval[1] < 0) == (p_value < 0.05)
-    if low is not None:
-        assert result.interval == pytest.approx((low / total, high / total), rel=1e-6)
-    else:
-        assert result.interval[0] < result.difference < result.interval[1]
+    low, high = result.interval
+    assert low < result.difference < high
+    assert (low > 0 or high < 0) == (p_value < 0.05)
+
+
+@pytest.mark.parametrize("won", [0, 6, 34])
+def test_the_interval_of_a_difference_by_hand(won: int) -> None:
+    """Tango's equation has simple solutions if nothing is lost. One limit is Wilson's."""
+    one, other = runs(0, 0, won, 40 - won)
+    low, high = compare.compare(one, other, ("a", "b")).interval
+    assert low == pytest.approx((won - Z_SQUARED) / (40 + Z_SQUARED), abs=1e-7)
+    assert high == pytest.approx(wilson_interval(won, 40)[1], abs=1e-7)
+    mirrored = compare.compare(other, one, ("b", "a")).interval
+    assert mirrored == pytest.approx((-high, -low), abs=1e-7)
+
+
+@pytest.mark.parametrize(("lost", "won"), [(0.02, 0.1), (0.0, 0.3), (0.1, 0.1), (0.6, 0.02)])
+def test_the_interval_of_a_difference_holds_the_true_one(lost: float, won: float) -> None:
+    """In 95 % of all pairs of runs, however many problems are won or lost in each."""
+    total, held = 50, 0.0
+    for num_lost in range(total + 1):
+        for num_won in range(total + 1 - num_lost):
+            counts = num_lost, num_won, total - num_lost - num_won
+            chance = multinomial.pmf(counts, total, (lost, won, 1 - lost - won))
+            if chance > 1e-9:
+                first, second = runs(counts[2], num_lost, num_won, 0)
+                low, high = compare.compare(first, second, ("a", "b")).interval
+                held += chance * (low <= won - lost <= high)
+    assert 0.94 < held < 0.99
 
 
 def test_only_common_problems_are_compared() -> None:
