@@ -133,6 +133,8 @@ def saved_plan(record: Any, recipe: Recipe, device: Device, wishes: Wishes) -> P
         each = None if wishes.reduces_each is None else plan.reduces_each
         wished = wished | {"reduces_each": each}
     recipe = replace(recipe, reduces_each=plan.reduces_each)  # which is chosen or wished
+    if not isinstance(plan.recipe, Mapping):
+        return None
     made_for = plan.device, _counted(plan.recipe), wished
     wanted_for = device.name, _counted(asdict(recipe)), asdict(wishes)
     return plan if made_for == wanted_for else None

@@ -94,11 +94,12 @@ _TYPES = get_type_hints(Config, include_extras=True)
 _PATHS = ("model", "dataset", "output_dir")
 COMMAND_LINE = "command line"  # the name of the layer on top of all files
 ADAPTER_SETTINGS = tuple(key for key in KEYS if key.startswith("lora_"))
-# What has no effect where another setting has this value, and how to give it one.
+# What has no effect where another setting has this value, and how to give it one. Without a cure,
+# it may be typed all the same: a sweep over schedules types one ratio for all of them.
 _IDLE = {
     "method": ("full", ADAPTER_SETTINGS, "set method lora or qlora"),
     "mask_rate": (0, ("mask_warmup_ratio", "mask_token"), "set mask_rate too"),
-    "lr_schedule": ("constant", ("min_lr_ratio",), "set lr_schedule cosine or linear"),
+    "lr_schedule": ("constant", ("min_lr_ratio",), None),
 }
 
 
@@ -150,15 +151,18 @@ def _parse(
         )
     idle = idle_settings(parsed)
     for key in layers.get(COMMAND_LINE, {}):
-        if key in idle:
-            problems[COMMAND_LINE].append(f"{key}: has no effect with {idle[key]}")
+        if cure := idle.get(key):
+            problems[COMMAND_LINE].append(f"{key}: has no effect {cure}")
     return parsed, problems
 
 
-def idle_settings(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The settings that have no effect with the others; for each, with which, and the cure."""
+def idle_settings(settings: Mapping[str, Any]) -> dict[str, str | None]:
+    """The settings that have no effect with the others; for each, with which, and the cure.
+
+    None where it is no error to type one.
+    """
     return {
-        key: f"{other} {value}: {cure}"
+        key: cure and f"with {other} {value}: leave it out, or {cure}"
         for other, (value, keys, cure) in _IDLE.items()
         if settings.get(other) == value
         for key in keys

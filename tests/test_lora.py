@@ -596,7 +596,7 @@ def test_settings_that_do_nothing_are_refused(
     call, settings: dict[str, str], runs: dict[str, dict[str, str]]
 ) -> None:
     call(train, *flags(settings), "--lora_rank", "8").assert_user_error(
-        "lora_rank: has no effect with method full: set method lora or qlora"
+        "lora_rank: has no effect with method full: leave it out, or set method lora or qlora"
     )
     best = str(run_folder(runs["lora"]) / BEST)
     call(evaluate, "--ckpt", best, "--lora_rank", "8").assert_user_error(

@@ -168,7 +168,8 @@ def test_what_has_no_effect_is_refused(call, settings: dict[str, str], setting: 
     """Guards against a user who names the token and believes that something is masked."""
     typed = [f"--{setting}", {"mask_token": "<unk>", "mask_warmup_ratio": "0.5"}[setting]]
     call(train, *flags(settings), *typed).assert_user_error(
-        f"command line: {setting}: has no effect with mask_rate 0: set mask_rate too"
+        f"command line: {setting}: has no effect with mask_rate 0: leave it out, or set mask_rate "
+        "too"
     )
     config, *_ = train.read_arguments([*flags(settings), *typed, "--mask_rate", "0.4"])
     assert str(getattr(config, setting)) == typed[1]
