@@ -64,5 +64,7 @@ def upload_late(folder: Path, description: Mapping[str, Any], settings: Mapping[
     run = saved_run(description, project, description["settings"].get("wandb_project"))
     name, mode = settings["run_name"], settings["wandb_mode"]
     tracker = start_tracker(mode, run=run, name=name, folder=folder, settings={}, uploads=True)
+    if tracker.run is None:
+        print("wandb_artifact: best is not uploaded, since W&B is off")
     tracker.upload(best)
     tracker.finish()

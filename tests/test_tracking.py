@@ -663,12 +663,15 @@ def test_a_damaged_best_is_not_uploaded_later(call, settings: dict[str, str], fa
 def test_an_artifact_that_can_not_be_uploaded_is_said_at_the_start(
     call, settings: dict[str, str]
 ) -> None:
-    """Guards against a setting that does nothing."""
+    """Guards against a setting that does nothing, also when the finished run is started again."""
     settings |= {"wandb_mode": "disabled", "wandb_artifact": "true", "epochs": "1"}
     out = call(train, *flags(settings)).out
     assert out.index("wandb_artifact: best will not be uploaded, since W&B is off") < out.index(
         "training: "
     )
+    again = call(train, *flags(settings))
+    assert again.code == 0
+    assert "wandb_artifact: best is not uploaded, since W&B is off" in again.out
 
 
 def test_the_name_of_an_artifact_fits(call, settings: dict[str, str], fake) -> None:
