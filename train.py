@@ -60,7 +60,7 @@ from page.write import report_if_possible
 from run.checkpoint import save_checkpoint, set_damaged_aside
 from run.closing import finish, finish_late
 from run.files import replace_file
-from run.folder import check_same_run, claimed_by_all, find_opening, is_finished, restore
+from run.folder import check_same_run, claimed_by_all, find_opening, late_ends, restore
 from run.manifest import BEST, LAST
 from run.model_source import Start, find_start
 from run.progress import Progress
@@ -84,8 +84,8 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
     steps = config.epochs * batches.per_epoch
     if resume_from is not None:
         check_same_run(resume_from, asdict(config), problems.sha256["train_sha256"])
-        if is_finished(resume_from, steps) and (config.wandb_artifact or not config.keep_state):
-            return parts.ranks.once(finish_late, folder, resume_from, asdict(config))
+        if late_ends(resume_from, steps, asdict(config)):
+            return parts.ranks.once(finish_late, folder, resume_from, asdict(config), parts.report)
 
     # What learns
     ranks, max_norm = parts.ranks, config.max_grad_norm

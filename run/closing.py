@@ -8,6 +8,7 @@ from run.errors import UserError, one_line
 from run.manifest import BEST, FITTING_FILE, LAST, METRICS_FILE, fault_of
 from run.retention import cure_without_best, remove_state
 from run.shell import evaluation_command
+from run.tracker import upload_command
 from run.training_json import read_description
 from run.wandb_run import saved_run, start_tracker
 
@@ -33,13 +34,16 @@ def finish(
     print(f"next: {evaluation_command(folder / BEST)}")
 
 
-def finish_late(folder: Path, checkpoint: Path, settings: Mapping[str, Any]) -> None:
+def finish_late(
+    folder: Path, checkpoint: Path, settings: Mapping[str, Any], report: Callable[[Path], None]
+) -> None:
     """Complete the end of a run that may have been killed after its last save.
 
     This can be repeated: W&B does nothing if it has the artifact already.
 
     Args:
         checkpoint: the last one.
+        report: as in `finish`.
 
     Raises:
         UserError: ``best`` is not intact, so nothing was uploaded or removed.
@@ -47,8 +51,10 @@ def finish_late(folder: Path, checkpoint: Path, settings: Mapping[str, Any]) -> 
     description = read_description(checkpoint)
     if settings["wandb_artifact"]:
         upload_late(folder, description, settings)
+    (folder / FITTING_FILE).unlink(missing_ok=True)
     if not settings["keep_state"]:
-        return remove_state(folder, description)
+        remove_state(folder, description)
+    report(folder)
     print(f"{one_line(folder)}: this run is finished; next: {evaluation_command(folder / BEST)}")
 
 
@@ -63,8 +69,11 @@ def upload_late(folder: Path, description: Mapping[str, Any], settings: Mapping[
     project = settings["wandb_project"]
     run = saved_run(description, project, description["settings"].get("wandb_project"))
     name, mode = settings["run_name"], settings["wandb_mode"]
-    tracker = start_tracker(mode, run=run, name=name, folder=folder, settings={}, uploads=True)
+    tracker = start_tracker(mode, run=run, name=name, folder=folder, settings={})
     if tracker.run is None:
-        print("wandb_artifact: best is not uploaded, since W&B is off")
+        print(
+            "wandb_artifact: best is not uploaded, since W&B is off; to upload it later: "
+            f"{upload_command(run, best)}"
+        )
     tracker.upload(best)
     tracker.finish()

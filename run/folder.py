@@ -27,7 +27,7 @@ from run.manifest import (
 from run.method import FULL
 from run.paths import local_path
 from run.places import anchored, has_moved, is_same_folder
-from run.progress import Progress
+from run.progress import Progress, fitting_budget
 from run.retention import cure_without_best
 from run.setting_types import PLACES, quoted
 from run.training_json import is_of_an_older_version, read_description, saved_settings
@@ -124,24 +124,6 @@ def claimed_by_all(
             content = {"micro_batch_tokens": micro_batch_tokens, "fitting": error.fitting}
             replace_file(folder / FITTING_FILE, json.dumps(content) + "\n")
             raise
-
-
-def fitting_budget(
-    folder: Path, setting: int | None, planned: int, saved: tuple[int, int] | None
-) -> tuple[int, int] | None:
-    """`Progress.fitting`: what is ``saved``, or less if a job has run out of memory since.
-
-    Args:
-        setting: micro_batch_tokens.
-        planned: what the setting stands for.
-    """
-    known = saved[1] if saved and saved[0] == planned else planned
-    try:
-        content = json.loads((folder / FITTING_FILE).read_bytes())
-        is_smaller = content["micro_batch_tokens"] == setting and int(content["fitting"]) < known
-        return (planned, int(content["fitting"])) if is_smaller else saved
-    except (OSError, ValueError, KeyError, TypeError):  # there is none
-        return saved
 
 
 def _not_writable(folder: Path, error: OSError) -> UserError:
@@ -256,13 +238,24 @@ def find_opening(config: Config, data_sha256: str, steps: int) -> Path | None:
     if place != folder or (resume_from := start_in(folder, config.resume)) is None:
         return None
     check_same_run(resume_from, asdict(anchored(config, resume_from)), data_sha256)
+    if ends := late_ends(resume_from, steps, asdict(config)):
+        raise UserError(
+            f"{folder}: this run is finished ({steps} steps): the same without --preflight only "
+            f"{' and '.join(ends)}"
+        )
     check_unfinished(read_description(resume_from)["step"], steps, folder)
     return resume_from
 
 
-def is_finished(checkpoint: Path, steps: int) -> bool:
-    """Whether ``checkpoint`` was saved at the end of a run of ``steps`` steps."""
-    return read_description(checkpoint)["step"] >= steps
+def late_ends(checkpoint: Path, steps: int, settings: Mapping[str, Any]) -> list[str]:
+    """What training does with the run of ``checkpoint`` if its ``steps`` are done already."""
+    if read_description(checkpoint)["step"] < steps:
+        return []
+    ends = {
+        f"uploads its {BEST} (wandb_artifact true)": settings["wandb_artifact"],
+        f"removes its {LAST} and {PREVIOUS} (keep_state false)": not settings["keep_state"],
+    }
+    return [end for end, is_wanted in ends.items() if is_wanted]
 
 
 def restore(
@@ -276,7 +269,7 @@ def restore(
 
     Args:
         unpack: `engine.state.unpack_state` for the optimizer.
-        setting, planned: see `fitting_budget`.
+        setting, planned: see `run.progress.fitting_budget`.
 
     Raises:
         UserError: the state is damaged, or does not fit into memory, the device failed, or the

@@ -1,11 +1,13 @@
 """The progress and the speed of a training run."""
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from run.manifest import FITTING_FILE
 from run.tracker import RunPath
 
 
@@ -98,6 +100,24 @@ class Progress:
         if self.best_loss is not None and not folder.exists():
             self.best_loss = self.best_exact_match = None
             print(f"{folder}: missing; the best will be chosen among the remaining epochs")
+
+
+def fitting_budget(
+    folder: Path, setting: int | None, planned: int, saved: tuple[int, int] | None
+) -> tuple[int, int] | None:
+    """`Progress.fitting`: what is ``saved``, or less if a job has run out of memory since.
+
+    Args:
+        setting: micro_batch_tokens.
+        planned: what the setting stands for.
+    """
+    known = saved[1] if saved and saved[0] == planned else planned
+    try:
+        content = json.loads((folder / FITTING_FILE).read_bytes())
+        is_smaller = content["micro_batch_tokens"] == setting and int(content["fitting"]) < known
+        return (planned, int(content["fitting"])) if is_smaller else saved
+    except (OSError, ValueError, KeyError, TypeError):  # there is none
+        return saved
 
 
 class Speed:

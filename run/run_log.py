@@ -65,7 +65,6 @@ def open_log(
         name=settings["run_name"],
         folder=folder,
         settings={**settings, "plan": saves.plan, "data": saves.data_hashes},
-        uploads=settings.get("wandb_artifact", False),
     )
     progress.run = tracker.run or progress.run
     best = folder / BEST if settings.get("wandb_artifact") else None

@@ -18,9 +18,6 @@ from run.tracker import NoTracker, RunPath, Tracker, WandbTracker
 # How many seconds a run waits for W&B when it starts, unless W&B's own WANDB_INIT_TIMEOUT is set.
 INIT_SECONDS = 15
 FINISH_SECONDS = 60  # how long a run waits at its end for the last numbers to be uploaded
-# And for its best checkpoint, if it is to be an artifact: 13 GB at 11 MB/s. Less than the half hour
-# for which the other processes of a job wait.
-UPLOAD_SECONDS = 20 * 60
 
 
 def new_run(project: str) -> RunPath:
@@ -70,7 +67,6 @@ def start_tracker(
     name: str,
     folder: Path,
     settings: Mapping[str, Any],
-    uploads: bool = False,
 ) -> Tracker:
     """Open a W&B run, new or continued.
 
@@ -79,7 +75,6 @@ def start_tracker(
             if the user is logged in and offline if not.
         run: where to log, unless a sweep's agent or W&B chooses another run for this process.
         folder: where W&B keeps its own files.
-        uploads: whether a checkpoint is to be uploaded, for which the end waits longer.
     """
     if mode == "disabled" or _is_disabled():
         return NoTracker()
@@ -93,7 +88,7 @@ def start_tracker(
         if resolved == "disabled":
             return NoTracker()
         try:
-            opened = _init(wandb, resolved, run, name, folder, settings, uploads)
+            opened = _init(wandb, resolved, run, name, folder, settings)
         except Exception as error:  # refused, unreachable, too slow
             if resolved == "offline":
                 raise
@@ -102,7 +97,7 @@ def start_tracker(
                 "'wandb sync' uploads it later"
             )
             wandb.teardown()  # otherwise the failed attempt would keep the id in use
-            opened = _init(wandb, "offline", run, name, folder, settings, uploads)
+            opened = _init(wandb, "offline", run, name, folder, settings)
         if not opened.offline:
             print(f"W&B: {opened.url}")
         tracker = WandbTracker(opened)
@@ -171,7 +166,6 @@ def _init(
     name: str,
     folder: Path,
     settings: Mapping[str, Any],
-    uploads: bool,
 ) -> Any:
     logging.getLogger("wandb").addFilter(_hide_home)
     return wandb.init(
@@ -187,7 +181,7 @@ def _init(
         resume=None if mode == "offline" else "allow",
         settings=wandb.Settings(
             init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT") or INIT_SECONDS),
-            finish_timeout=FINISH_SECONDS + UPLOAD_SECONDS * uploads,
+            finish_timeout=FINISH_SECONDS,
             silent=True,
             console="off",
             disable_git=True,

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM
 
 import train
 from engine import memory
-from run.folder import FITTING_FILE, fitting_budget
-from run.manifest import BEST, LAST, PREVIOUS, fault_of
+from run.manifest import BEST, FITTING_FILE, LAST, PREVIOUS, fault_of
+from run.progress import fitting_budget
 from run.script import run_script
 from run.training_json import read_description
 

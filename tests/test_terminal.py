@@ -361,7 +361,12 @@ def test_a_look_at_a_finished_run_or_a_foreign_folder(
 ) -> None:
     assert call(train, *flags(settings | {"epochs": "1"})).code == 0
     outcome = look(epochs="1")
-    outcome.assert_user_error("this run is finished (7 steps)")
+    outcome.assert_user_error("this run is finished (7 steps): evaluate it")
+    for changes, end in (
+        ({"keep_state": "false"}, "removes its last and previous (keep_state false)"),
+        ({"wandb_artifact": "true"}, "uploads its best (wandb_artifact true)"),
+    ):
+        look(epochs="1", **changes).assert_user_error(f"the same without --preflight only {end}")
     (tmp_path / "mine" / "test").mkdir(parents=True)
     (tmp_path / "mine" / "test" / "thesis.txt").touch()
     look(output_dir=str(tmp_path / "mine")).assert_user_error("is in use (thesis.txt)")

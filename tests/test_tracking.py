@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ from conftest import Killed, flags, flip_a_byte, kill, processes, step_that
 import evaluate
 import train
 from engine.measure import Measurement
-from run import metrics_log, wandb_run
+from run import metrics_log, tracker, wandb_run
+from run.manifest import FITTING_FILE
 from run.run_log import RunLog
 
 AGENTS = {
@@ -43,6 +45,7 @@ class FakeRun:
         self.id, self.project, self.entity = run_id, project, entity
         self.tables: list[tuple[int, str, list[str], list[list[Any]]]] = []
         self.artifacts: list[tuple[Any, list[str]]] = []
+        self.waits: list[float] = []
         self.summary: dict[str, Any] = {}
         self.step = 0
 
@@ -61,10 +64,15 @@ class FakeRun:
             return
         self.lines.append(line)
 
-    def log_artifact(self, artifact: Any, aliases: list[str]) -> None:
+    def log_artifact(self, artifact: Any, aliases: list[str]) -> SimpleNamespace:
         if self.fail:
             raise ConnectionError("gone")
         self.artifacts.append((artifact, aliases))
+        return SimpleNamespace(wait=self.wait)
+
+    def wait(self, seconds: float) -> None:
+        """W&B uploads in another process, which alone knows whether that succeeds."""
+        self.waits.append(seconds)
 
     def finish(self) -> None:
         if self.fail:
@@ -584,7 +592,7 @@ def test_metrics_of_a_killed_run_are_cut_at_the_resumed_step(tmp_path: Path) -> 
 # ---------------------------------------------------------------- the best checkpoint
 
 
-@pytest.mark.parametrize("how", ["true", "false", "offline", "refused", "stopped"])
+@pytest.mark.parametrize("how", ["true", "false", "offline", "refused", "failed", "stopped"])
 def test_best_is_an_artifact_if_asked_for(
     call, settings: dict[str, str], fake, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
@@ -593,21 +601,24 @@ def test_best_is_an_artifact_if_asked_for(
     monkeypatch.setattr(FakeRun, "offline", how == "offline")
     if how == "refused":
         monkeypatch.setattr(FakeRun, "log_artifact", lambda *_, **__: 1 / 0)
+    if how == "failed":
+        monkeypatch.setattr(FakeRun, "wait", lambda *_: 1 / 0)
     if how == "stopped":
         stop_in_epoch_2(call, settings)
     else:
         outcome = call(train, *flags(settings))
         assert outcome.code == 0 and "done: " in outcome.out
-        assert ("was not uploaded (division by zero)" in outcome.out) == (how == "refused")
+        is_fault = how in ("refused", "failed")
+        assert ("was not uploaded (ZeroDivisionError: division by zero)" in outcome.out) == is_fault
         assert ("W&B: offline, so " in outcome.out) == (how == "offline")
         commands = re.findall("to upload it later: (.*)", outcome.out)
-        assert len(commands) == (how in ("refused", "offline"))
+        assert len(commands) == (is_fault or how == "offline")
         for command in commands:
             assert_uploads(command, folder_of(settings) / "best")
     [(arguments, run)] = fake
-    waits = wandb_run.FINISH_SECONDS + wandb_run.UPLOAD_SECONDS * (how != "false")
-    assert arguments["settings"].finish_timeout == waits and run.finished
-    assert len(run.artifacts) == (how == "true")
+    assert arguments["settings"].finish_timeout == wandb_run.FINISH_SECONDS and run.finished
+    assert len(run.artifacts) == (how in ("true", "failed"))
+    assert run.waits == [tracker.UPLOAD_SECONDS] * (how == "true")
     for artifact, aliases in run.artifacts:
         assert (artifact.name, artifact.type, aliases) == ("test-best", "model", ["best"])
         best = folder_of(settings) / "best"
@@ -619,14 +630,16 @@ def test_best_is_an_artifact_if_asked_for(
             assert Path(entry.local_path).resolve() == (best / name).resolve()
 
 
-def assert_uploads(command: str, best: Path) -> None:
+def assert_uploads(command: str, best: Path, place: str = "me/llama-2-gsm8k/test-best") -> None:
     """By W&B's own reader of the command line."""
     from wandb.cli.cli import artifact
 
-    program, group, name, *words = shlex.split(command)
-    assert (program, group) == ("wandb", "artifact")
+    _, module, program, group, name, *words = shlex.split(command)
+    assert (module, program, group) == ("-m", "wandb", "artifact")
     given = artifact.commands[name].make_context(name, words).params
-    assert given["name"] == "me/llama-2-gsm8k/test-best" and given["path"] == str(best)
+    assert given["name"] == place
+    # W&B shows the path as it is given, in which no home is to be named.
+    assert not Path(given["path"]).is_absolute() and Path(given["path"]).samefile(best)
     assert (given["type"], given["alias"], given["run_id"]) == ("model", ("best",), None)
     assert (given["policy"], given["skip_cache"]) == ("immutable", True)
 
@@ -640,13 +653,16 @@ def test_an_upload_that_a_kill_came_before_is_made_by_the_same_command(
         patch.setattr(RunLog, "_upload_best", lambda *_: kill())
         with pytest.raises(Killed):
             call(train, *flags(settings))
-    for keep_state, said in (("true", "this run is finished; next: "), ("false", "removed: ")):
+    for keep_state, said in (("true", ""), ("false", "removed: ")):
+        (folder_of(settings) / FITTING_FILE).touch()
         outcome = call(train, *flags(settings), "--keep_state", keep_state)
         assert outcome.code == 0 and said in outcome.out, outcome.err
+        assert "this run is finished; next: python evaluate.py --ckpt " in outcome.out
+        assert "report: left out in tests" in outcome.out
+        assert not (folder_of(settings) / FITTING_FILE).exists()
         (first, _), *_, (arguments, run) = fake
         assert [artifact.name for artifact, _ in run.artifacts] == ["test-best"] and run.finished
         assert arguments["id"] == first["id"] and arguments["config"] is None
-        assert arguments["settings"].finish_timeout == first["settings"].finish_timeout
     assert len(fake) == 3
 
 
@@ -672,6 +688,8 @@ def test_an_artifact_that_can_not_be_uploaded_is_said_at_the_start(
     again = call(train, *flags(settings))
     assert again.code == 0
     assert "wandb_artifact: best is not uploaded, since W&B is off" in again.out
+    [command] = re.findall("to upload it later: (.*)", again.out)
+    assert_uploads(command, folder_of(settings) / "best", "llama-2-gsm8k/test-best")
 
 
 def test_the_name_of_an_artifact_fits(call, settings: dict[str, str], fake) -> None:
