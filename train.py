@@ -39,7 +39,7 @@ import torch
 
 import data
 import preflight
-from engine import faults, gradients, loading, memory
+from engine import device_errors, faults, gradients, loading, memory
 from engine.compiling import prepare
 from engine.device import pick_device, prepare_process
 from engine.hub import fetch
@@ -198,7 +198,7 @@ def train_step(
             sums = accumulate_gradients(model, micro_batches, max_grad_norm, packer)
             break
         except Exception as error:
-            if not memory.is_out_of_memory(error):
+            if not device_errors.is_out_of_memory(error):
                 raise
             if faults.is_each_alone(batch, micro_batch_tokens):
                 raise faults.does_not_fit(batch) from None

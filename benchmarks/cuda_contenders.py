@@ -28,7 +28,7 @@ from cuda_train import AS_CHOSEN, BATCH_SIZE, Training
 from cuda_work import Work, prompts_of, random_llama_2_7b, read_rows
 from transformers import LlamaForCausalLM
 
-from engine import memory
+from engine import device_errors, memory
 from engine.footprint import Recipe
 from engine.llama import Llama
 from engine.packing import IGNORE, Example
@@ -115,7 +115,7 @@ def try_size(
         try:
             return measure_generate(work, pretrained, batches, ends, speeds)
         except Exception as error:
-            if not memory.is_out_of_memory(error):
+            if not device_errors.is_out_of_memory(error):
                 raise
             why = one_line(error)[:200]
     work.results.write("generate", batch=size, out_of_memory=why)

@@ -23,7 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from engine import memory
+from engine import device_errors, memory
 from engine.packing import Example
 from run.errors import one_line
 
@@ -88,7 +88,7 @@ def try_setting(
     try:
         return measure_trainer(work, pretrained, batches, setting, speeds)
     except Exception as error:
-        if not memory.is_out_of_memory(error):
+        if not device_errors.is_out_of_memory(error):
             raise
         why = one_line(error)[:200]
     # Here the traceback holds no tensors any more.

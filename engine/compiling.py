@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from engine import memory
+from engine.device_errors import is_of_a_kernel
 from engine.footprint import Recomputation
 from engine.fused import FUSED, fused
 from engine.llama import EAGER, Llama
@@ -74,8 +74,7 @@ def compile_layers(model: Llama) -> None:
             check_gradients(gradients(model, lengths), expected)
     except Exception as error:  # the compiler's layers raise many types
         model.elementwise = EAGER
-        is_ours = isinstance(error, UserError)
-        if is_ours or memory.is_out_of_memory(error) or memory.is_device_fault(error):
+        if isinstance(error, UserError) or not is_of_a_kernel(error):
             raise
         raise UserError(
             f"compile: torch.compile fails here ({cause_of(error)}): install a C++ compiler, or "

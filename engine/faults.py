@@ -3,9 +3,9 @@
 import math
 from collections.abc import Sequence
 
+from engine.device_errors import is_out_of_memory
 from engine.gradients import gradient_norm
 from engine.llama import Llama
-from engine.memory import is_out_of_memory
 from engine.packing import Example, pack
 from run.errors import OutOfMemory, UserError, cause_of
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from engine import memory, packing
+from engine import device_errors, memory, packing
 from engine.device import Kernels, kernels_for, pick_device
 from engine.footprint import Recipe, weight_bytes
 from engine.hub import fetch
@@ -144,7 +144,7 @@ def load_model(
     except UserError:
         raise
     except Exception as error:  # Transformers, safetensors and torch raise many types
-        if memory.is_out_of_memory(error):
+        if device_errors.is_out_of_memory(error):
             raise
         raise damaged(folder, "weights", error) from None
     check_names(folder, report["missing_keys"], report["unexpected_keys"])

@@ -1,4 +1,4 @@
-"""Measures free memory, plans decoding slots within it, and recognises out-of-memory errors."""
+"""Measures free memory, plans decoding slots within it, and reports where it ran out."""
 
 import gc
 import os
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from engine.device_errors import is_device_fault, is_out_of_memory
 from run.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -27,36 +28,9 @@ VERSION_1 = (
 )
 # The share of free memory that the cache may take. The rest is for the prompts' forward pass.
 CACHE_SHARE = 0.8
-# How a RuntimeError says that memory ran out: the CPU's allocator, the compiler around PyTorch's
-# allocator, the CUDA runtime, Triton, and the libraries, which allocate their own workspaces.
-OUT_OF_MEMORY = (
-    "can't allocate memory",
-    "CUDA out of memory",
-    "CUDA error: out of memory",
-    "Triton Error [CUDA]: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-)
-# How it says that the device failed.
-DEVICE_FAULTS = ("CUDA error:", "Triton Error [CUDA]:", "CUBLAS_STATUS_", "CUDNN_STATUS_")
 # What to do if even the weights or the optimizer's state do not fit.
 LARGER = "take a device with more memory"
 LARGER_DEVICE = f"{LARGER}, or end what else is using this one"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that a tensor did not fit, on a device or in main memory."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or _says(error, OUT_OF_MEMORY)
-
-
-def is_device_fault(error: BaseException) -> bool:
-    """Whether ``error`` says that the device failed otherwise, such as by a fault in its memory."""
-    is_one = isinstance(error, torch.AcceleratorError) or _says(error, DEVICE_FAULTS)
-    return is_one and not is_out_of_memory(error)
-
-
-def _says(error: BaseException, phrases: tuple[str, ...]) -> bool:
-    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
 
 
 @contextmanager

@@ -9,8 +9,9 @@ import optimi
 import torch
 
 from engine import adamw_8bit, memory
+from engine.device_errors import cure_for_kernels, is_of_a_kernel
 from engine.sharding import is_spread
-from run.errors import cause_of
+from run.errors import cause_of, root_cause
 
 ADAMW, ADAMW_8BIT = "adamw", "adamw_8bit"  # the names that the setting optimizer allows
 
@@ -77,21 +78,17 @@ def has_triton_step(parameter: torch.nn.Parameter) -> bool:
 def runs_triton(device: torch.device, step: Callable[[torch.device], None] | None = None) -> bool:
     """Whether a fused kernel runs on ``device``; prints a line if it does not.
 
-    Triton compiles a part of each kernel with the machine's C compiler and Python.h, and needs a
-    folder that can be written. Containers may lack any of these, and Triton itself.
-
     Args:
         step: makes a step with the kernel; None for a step of one weight with optimi's.
     """
     try:
         (step or step_with_triton)(device)
     except Exception as error:  # Triton, its compilers and optimi raise many types
-        if memory.is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
+        if not is_of_a_kernel(error):
             raise
         print(
             f"AdamW: its fused kernel does not run here ({cause_of(error)}); using PyTorch's "
-            "operations, which are slower: install a C compiler and Python's headers (Debian, "
-            "Ubuntu: apt install gcc python3-dev)"
+            f"operations, which are slower: {cure_for_kernels(root_cause(error))}"
         )
         return False
     return True

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from engine import memory
+from engine import device_errors, memory
 from engine.optimizer import make_state
 from engine.sharding import is_spread
 from engine.slices import has_slices, read_slices
@@ -105,7 +105,7 @@ def copy_to_host(
     try:
         return copied(tensors)
     except Exception as error:
-        if not memory.is_out_of_memory(error):
+        if not device_errors.is_out_of_memory(error):
             raise
         return None
 

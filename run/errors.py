@@ -56,10 +56,16 @@ def one_line(text: object) -> str:
 
 
 def cause_of(error: BaseException) -> str:
-    """Type and message of the error at the beginning of ``error``'s chain, on one line."""
+    """Type and message of `root_cause`, on one line."""
+    root = root_cause(error)
+    return f"{type(root).__name__}: {one_line(root)[:160]}"
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The error at the beginning of ``error``'s chain."""
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
-    return f"{type(error).__name__}: {one_line(error)[:160]}"
+    return error
 
 
 def _numbers(names: str) -> set[int]:

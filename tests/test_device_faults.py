@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 import evaluate
 import perplexity
 import train
-from engine import loading, measure, memory, optimizer, state
+from engine import device_errors, loading, measure, memory, optimizer, state
 from engine.device import kernels_for
 from engine.strategy import decode
 from run.errors import UserError
@@ -51,8 +51,8 @@ def raising(error: Exception) -> Callable[..., Any]:
 @pytest.mark.parametrize("error", OUT_OF_MEMORY + DEVICE_FAULTS + BUGS, ids=str)
 def test_out_of_memory_a_failing_device_and_a_bug_are_told_apart(error: Exception) -> None:
     """Guards against a step that is repeated on a broken device, and a bug that looks like one."""
-    assert memory.is_out_of_memory(error) is (error in OUT_OF_MEMORY)
-    assert memory.is_device_fault(error) is (error in DEVICE_FAULTS)
+    assert device_errors.is_out_of_memory(error) is (error in OUT_OF_MEMORY)
+    assert device_errors.is_device_fault(error) is (error in DEVICE_FAULTS)
     expected = type(error) if error in BUGS else UserError
     with pytest.raises(expected) as raised, memory.reported("testing", "a cure"):
         raise error

@@ -193,12 +193,18 @@ def undecided() -> Iterator[None]:
     small_kernels.cache_clear()
 
 
+COMPILER = "install a C compiler"
+
+
 @pytest.mark.parametrize(
-    "fault",
+    ("fault", "cure"),
     [
-        ModuleNotFoundError("No module named 'triton'"),
-        RuntimeError("Failed to find C compiler. Please specify via CC"),
-        subprocess.CalledProcessError(1, ["gcc", "main.c"]),
+        (ModuleNotFoundError("No module named 'triton'"), "pip install -r requirements.txt"),
+        (RuntimeError("Failed to find C compiler. Please specify via CC"), COMPILER),
+        (subprocess.CalledProcessError(1, ["gcc", "main.c"]), COMPILER),
+        (FileNotFoundError(2, "No such file or directory: 'gcc'"), COMPILER),
+        (PermissionError(13, "Permission denied: '/root/.triton'"), "set TRITON_CACHE_DIR to"),
+        (RuntimeError("Triton Error [CUDA]: device kernel image is invalid"), "update the GPU's"),
     ],
 )
 def test_where_they_do_not_run_pytorchs_operators_take_their_place(
@@ -206,6 +212,7 @@ def test_where_they_do_not_run_pytorchs_operators_take_their_place(
     monkeypatch: pytest.MonkeyPatch,
     undecided: None,
     fault: Exception,
+    cure: str,
 ) -> None:
     """Guards against a run that ends at the first validation, and one that is slow in silence."""
 
@@ -216,18 +223,26 @@ def test_where_they_do_not_run_pytorchs_operators_take_their_place(
     assert small_kernels("cpu") is None and capsys.readouterr().out == ""
     assert small_kernels("cuda") is None and small_kernels("cuda") is None
     out = capsys.readouterr().out
-    assert type(fault).__name__ in out and "install a C compiler" in out and out.count("\n") == 1
+    assert type(fault).__name__ in out and f": {cure}" in out and out.count("\n") == 1
 
 
-@pytest.mark.parametrize("fault", [torch.OutOfMemoryError, torch.AcceleratorError])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.AcceleratorError("CUDA error: no kernel image is available"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+    ],
+)
 def test_a_failing_device_is_not_taken_for_missing_kernels(
-    monkeypatch: pytest.MonkeyPatch, undecided: None, fault: type[Exception]
+    monkeypatch: pytest.MonkeyPatch, undecided: None, fault: Exception
 ) -> None:
     def fail() -> None:
-        raise fault("CUDA error: an illegal memory access was encountered")
+        raise fault
 
     monkeypatch.setattr("engine.cuda.kernels._import_small_kernels", fail)
-    with pytest.raises(fault):
+    with pytest.raises(type(fault), match=re.escape(str(fault))):
         small_kernels("cuda")
 
 

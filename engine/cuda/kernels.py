@@ -11,8 +11,9 @@ from types import ModuleType
 import torch
 
 from engine.cuda.kernel_checks import wrong_attention, wrong_norm_gradients, wrong_small_kernels
+from engine.device_errors import cure_for_kernels, is_of_a_kernel
 from engine.functions import NormGradients
-from run.errors import cause_of
+from run.errors import cause_of, root_cause
 
 DECODING = "decoding: its fused kernels", "using PyTorch's operations, which are slower"
 TRAINING = "training: the norms' fused kernels", "torch.compile makes slower ones instead"
@@ -73,17 +74,16 @@ def _usable(
     try:
         kernels = load()
         wrong = wrong_results(kernels, torch.device("cuda"))
-    except (torch.OutOfMemoryError, torch.AcceleratorError):
-        raise
     except Exception as error:  # Triton and its compilers raise many types
-        fault = f"do not run here ({cause_of(error)})"
-        cure = "a C compiler and Python's headers (Debian, Ubuntu: apt install gcc python3-dev)"
+        if not is_of_a_kernel(error):
+            raise
+        fault, cure = f"do not run here ({cause_of(error)})", cure_for_kernels(root_cause(error))
     else:
         if not wrong:
             return kernels
         fault = f"compute another {', '.join(wrong)} than PyTorch"
-        cure = f"another torch than {torch.__version__}"
-    print(f"{whose} {fault}; {instead}: install {cure}")
+        cure = f"install another torch than {torch.__version__}"
+    print(f"{whose} {fault}; {instead}: {cure}")
     return None
 
 
