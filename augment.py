@@ -50,12 +50,14 @@ from typing import Any
 
 import data
 from grading.dataset import Problem, load_problems
+from grading.next_steps import RUNS_OWN
 from grading.report import augmentation_table
 from grading.results import IDENTITY_FILE
-from grading.samples import EVALUATE, SampleFile, by_question, read_files
+from grading.samples import EVALUATE, SampleFile, by_question, read_samples
 from grading.selection import STAGES, Selection, select
-from run.config import COMMAND_LINE, Config, SettingsFiles, merge
+from run.config import COMMAND_LINE, CONFIG_FILE, Config, SettingsFiles, merge, read_files
 from run.errors import UserError
+from run.manifest import METRICS_FILE
 from run.new_folder import write_folder
 from run.paths import hide_home, local_path
 from run.setting_types import TRAIN_ROWS
@@ -69,8 +71,9 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
     if is_one_of_several():
         raise UserError("augment.py: works in one process: type it without torchrun")
     output = Path(os.path.abspath(local_path(arguments.output)))
-    files = read_files(arguments.samples)
+    files = read_samples(arguments.samples)
     config = settings_for(files, arguments.config, typed)
+    next_command = training_command(output, config, arguments.config, files)
 
     # The rows, of which those to validate and to test on must not be trained on
     rows, test = (load_problems(config.dataset, split) for split in ("train", "test"))
@@ -103,7 +106,7 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
             f"temperature into another folder ({EVALUATE} --temperature T --output DIR)"
         )
     done = "data set" if is_new else "unchanged since it was last written"
-    print(f"{done}: {output}; next: {training_command(output, config, arguments.config)}")
+    print(f"{done}: {output}; next: {next_command}")
 
 
 def settings_for(
@@ -125,16 +128,37 @@ def settings_for(
     return config
 
 
-def training_command(output: Path, config: Config, settings: SettingsFiles) -> str:
-    """The command that trains a run of its own on ``output``, with the same validation rows."""
-    _, *files = settings.layers
+def training_command(
+    output: Path, config: Config, settings: SettingsFiles, files: Sequence[SampleFile]
+) -> str:
+    """The command that trains a run of its own on ``output``, with the same validation rows.
+
+    All else is as in ``settings`` if a settings file was named, or else as in the run whose model
+    the samples are from.
+    """
+    runs = [found for one in files if (found := settings_of_run(one))]
+    if len(settings.layers) == 1 and runs:
+        settings = read_files(runs[0])
+    _, *names = settings.layers
     run_name = re.sub(r"[^A-Za-z0-9._-]+", "-", output.name).lstrip("._-")[:128] or "augmented"
-    flags = {"config": files[0]} if files else {}
+    flags = {"config": names[0]} if names else {}
     flags |= {"dataset": output, "run_name": run_name}
     for key in ("validation_size", "seed"):
         if settings.values.get(key) != str(getattr(config, key)):
             flags[key] = getattr(config, key)
     return script_command("train.py", *(f"--{key}={value}" for key, value in flags.items()))
+
+
+def settings_of_run(samples: SampleFile) -> Path | None:
+    """The settings, as its training resolved them, of the run whose model ``samples`` are from."""
+    above = list(Path(os.path.abspath(samples.file)).parents)[2:4]
+    places = above[1:] if above[:1] and above[0].name == RUNS_OWN else []
+    if checkpoint := samples.identity.get("checkpoint"):
+        places.append(local_path(str(checkpoint)).parent)
+    for place in places:
+        if (place / METRICS_FILE).is_file() and (place / CONFIG_FILE.name).is_file():
+            return Path(os.path.relpath(place / CONFIG_FILE.name))
+    return None
 
 
 def describe(

@@ -58,6 +58,7 @@ import standin
 from grading.dataset import load_problems
 from grading.results import PREDICTIONS_FILE
 from run.arguments import ArgumentParser, not_negative_int, positive_float, positive_int
+from run.config import CONFIG_FILE, load_config
 from run.errors import Stopped, UserError
 from run.files import replace_file
 from run.manifest import BEST, FINISHED_FILE
@@ -163,8 +164,11 @@ class Work:
                 demo.make_stand_in(start)
             self.train(self.base, start / "model", start / "data", DEMO_CONFIG)
         results = self.output / BEFORE
-        flags = ("--dataset", str(self.data), "--output", str(results))
-        self.score(self.model, results, *flags, *from_config(self.arguments.config))
+        # Of the demo's model it would be that of the demo, whose answers are shorter.
+        longest = load_config(self.arguments.config or CONFIG_FILE, {}).max_new_tokens
+        flags = ("--dataset", str(self.data), "--max_new_tokens", str(longest))
+        flags += ("--output", str(results), *from_config(self.arguments.config))
+        self.score(self.model, results, *flags)
 
     def climb(self, method: Method, seed: int) -> None:
         """Make the rows of ``method``, train on them, and score the model."""

@@ -23,7 +23,8 @@ class Method:
 
     Attributes:
         k: how many samples of each row go into its data; 0: none.
-        epochs: None: so many that it takes as many optimizer steps as the longest of the others.
+        epochs: None: so many that it takes at least as many optimizer steps as masked thought, and
+            as the most samples.
     """
 
     name: str

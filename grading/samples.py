@@ -42,7 +42,7 @@ class SampleFile:
     rows: Sequence[Mapping[str, Any]]
 
 
-def read_files(files: Sequence[Path]) -> list[SampleFile]:
+def read_samples(files: Sequence[Path]) -> list[SampleFile]:
     """Read files of samples, those of this program with what is recorded next to them.
 
     Raises:

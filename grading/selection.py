@@ -5,7 +5,7 @@ A sample of a train row is kept if
 1. its answer is right, by the headline rule;
 2. it can be written like an answer of the data set, whose last line is ``#### NUMBER``;
 3. it contains equations;
-4. each of its equations is true;
+4. each of its equations is true, and so is each number that is written behind an annotation;
 5. no earlier sample of the problem has the same list of equations;
 6. nor has the row itself.
 
@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from grading.arithmetic import equations, first_false_equation, is_true
+from grading.arithmetic import ANNOTATION, NUMBER, equations, first_false_equation, is_true
 from grading.dataset import Problem
 from grading.rules import OPENAI_ANSWER, correct_openai, cut_at_stop
 
@@ -32,6 +32,9 @@ STAGES = ("drawn", "right", "well_formed", "with_equations", "true", "distinct",
 # Control characters other than tabs and line breaks, half characters, and what stands for bytes
 # that are no character. No answer of the data set contains them.
 NOT_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffd]")
+
+# In "<<70+2=72>>71": "72" and "71". But 3/4 is not a 3.
+_WRITTEN_BEHIND = re.compile(rf"{ANNOTATION.pattern}\$?((?>-?{NUMBER}%?))(?!/)")
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,15 @@ def judge(completion: str, gold: str) -> tuple[str, str]:
     if not found:
         return "well_formed", answer
     is_sound = all(is_true(*equation) for equation in found) and not first_false_equation(answer)
-    return ("true" if is_sound else "with_equations"), answer
+    return ("true" if is_sound and is_well_annotated(answer) else "with_equations"), answer
+
+
+def is_well_annotated(answer: str) -> bool:
+    """Whether each ``<<`` begins an annotation, and a number behind one is its result."""
+    if "<<" in ANNOTATION.sub("", answer):
+        return False
+    numbers = ((match[2], match[3]) for match in _WRITTEN_BEHIND.finditer(answer))
+    return all(is_true(result, written) is not False for result, written in numbers)
 
 
 def as_answer(completion: str, gold: str) -> str | None:

@@ -167,8 +167,9 @@ def test_tables_pair_runs_by_seed_and_show_losses(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- the work
 
 
+@pytest.mark.parametrize(("mft", "rft", "longest"), [(80, 91, "10"), (121, 91, "13")])
 def test_work_is_done_once_in_the_order_it_needs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mft: int, rft: int, longest: str
 ) -> None:
     """Guards against a run that starts anew after a stop, or trains on rows not yet made."""
     commands: list[tuple[str, ...]] = []
@@ -177,7 +178,7 @@ def test_work_is_done_once_in_the_order_it_needs(
         commands.append((script, *flags))
         result.mkdir(parents=True, exist_ok=True)
         if script == "train.py":
-            steps = {"plain": 40, "mft": 80, "rft-8": 90}.get(result.name, 1)
+            steps = {"plain": 40, "mft": mft, "rft-8": rft}.get(result.name, 1)
             (result / "finished.json").write_text(json.dumps({"step": steps}))
         elif script == "evaluate.py":
             write_scores(result, set(range(5)))
@@ -213,7 +214,8 @@ def test_work_is_done_once_in_the_order_it_needs(
     assert (
         epochs["plain"] == epochs["rft-2"] == "4" and epochs["mft"] == epochs["mft-rft-8"] == "12"
     )
-    assert epochs["plain-long"] == "9"  # 10 steps each; rft-8 took 90
+    assert epochs["plain-long"] == longest  # of 10 steps each
+    assert flag(commands[0], "--max_new_tokens") == "512"  # as after training
     rates = {name: flag(words, "--mask_rate") for name, words in by_name.items()}
     assert [name for name, rate in rates.items() if rate != "-"] == ["mft", "mft-rft-8"]
     for name, words in by_name.items():

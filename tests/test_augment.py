@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Killed, flags, kill, make_config, run_folder, seal, step_that, tree
+from conftest import (
+    Killed,
+    flags,
+    kill,
+    make_config,
+    real_folder,
+    run_folder,
+    seal,
+    step_that,
+    tree,
+)
 from safetensors.torch import load_file, save_file
 
 import augment
@@ -23,7 +33,16 @@ from engine.loading import load_tokenizer
 from grading.dataset import Problem, load_problems
 from grading.next_steps import next_steps
 from grading.rules import gold_answer
-from grading.selection import STAGES, Sample, equation_list, judge, select
+from grading.selection import (
+    STAGES,
+    Sample,
+    equation_list,
+    is_well_annotated,
+    judge,
+    select,
+)
+from run import training_json
+from run.config import Config
 
 ROW = Problem(
     "How many clips?",
@@ -67,6 +86,12 @@ TRUE = "May: <<48/2=24>>24.\nAll: <<24+48=72>>72.\n#### 72"
         ("<<=>><<24+48=72>>72.\n#### 72", "with_equations"),
         ("<<1/0=72>>72.\n#### 72", "with_equations"),
         ("It is 24 + 48 = 72, 24 + 48 = 71.\n#### 72", "with_equations"),
+        ("May: <<48*2>>24.\nAll: <<24+48=72>>72.\n#### 72", "with_equations"),
+        ("May: <<48/2=24.\nAll: <<24+48=72>>72.\n#### 72", "with_equations"),
+        ("May: <<48/2=24>>25.\nAll: <<24+48=72>>72.\n#### 72", "with_equations"),
+        ("All: <<24+48=72>>$71.\n#### 72", "with_equations"),
+        ("May: <<48/2=24>>24.0 clips.\nAll: <<24+48=72>>$72.\n#### 72", "true"),
+        ("A part: <<18/24=3/4>>3/4. All: <<24+48=72>>72 in 24 days.\n#### 72", "true"),
     ],
 )
 def test_how_far_a_sample_gets(completion: str, stage: str) -> None:
@@ -76,6 +101,12 @@ def test_how_far_a_sample_gets(completion: str, stage: str) -> None:
     if answer:
         assert gold_answer(answer) == "72" and answer.endswith("\n#### 72")
         answer.encode()
+
+
+def test_the_answers_of_gsm8k_are_well_annotated() -> None:
+    """Guards against right samples that are left out for a notation that the data set has."""
+    rows = load_problems(str(real_folder("GSM8K_DIR")), "train")
+    assert [row.line for row in rows if not is_well_annotated(row.answer)] == []
 
 
 @pytest.mark.parametrize(("written", "gold"), [("1450000", "1,450,000"), ("-1,0", "-10")])
@@ -696,6 +727,11 @@ def test_the_whole_way(
     outcome, output = call(augment, *words[2:]), tmp_path / "data" / "rft-test-4"
     assert outcome.code == 0, outcome.err
     assert "settings: dataset, validation_size, seed from" in outcome.out
+    # As the sampled run was trained, of which nothing is typed here, but on the new rows.
+    words = shlex.split(outcome.out.rpartition("next: ")[2])
+    planned, *_ = train.read_arguments(words[2:])
+    trained = training_json.read_description(stopped / "best")["settings"]
+    assert planned == Config(**trained | {"dataset": str(output), "run_name": "rft-test-4"})
 
     losses = {
         dataset: call(

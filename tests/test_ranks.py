@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -221,7 +221,9 @@ def exactly(weight: torch.Tensor, optimizer: torch.optim.Optimizer) -> torch.Ten
 
 @pytest.fixture(scope="module")
 def rows(tokenizer: Tokenizer, problems: list[Problem]) -> list[Example]:
-    return data.encode(tokenizer, [*problems[:20], *problems[-9:]], PROMPT)
+    chosen = enumerate([*problems[:20], *problems[-9:]], start=1)
+    # Each draws its own masks, which depend on the line.
+    return data.encode(tokenizer, [replace(row, line=line) for line, row in chosen], PROMPT)
 
 
 @pytest.fixture(scope="module")
