@@ -97,15 +97,16 @@ def in_yaml(value: Any) -> str:
         return json.dumps(value)
     if isinstance(value, float):
         return re.sub(r"e([+-])0", r"e\1", repr(value))  # 2e-5 for 2e-05
-    if isinstance(value, str) and not re.fullmatch(r"[\w./~<>-]+", value):
-        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str) and not re.fullmatch(r"[\w./~<][\w./~<>-]*", value):
+        shown = json.dumps(value, ensure_ascii=False)
+        return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in shown)
     return str(value)
 
 
 def quoted(value: Any) -> str:
     """`in_yaml` with quotes around all text, for a sentence."""
-    is_one_line = isinstance(value, str) and "\n" not in value
-    return repr(value) if is_one_line else in_yaml(value)
+    is_plain = isinstance(value, str) and value.isprintable()
+    return repr(value) if is_plain else in_yaml(value)
 
 
 @cache

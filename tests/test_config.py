@@ -274,9 +274,8 @@ def test_what_the_locale_cannot_read_says_what_helps(key: str) -> None:
     """As a path in other letters under LC_ALL=C; pydantic's words name no cure."""
     with pytest.raises(UserError) as error:
         config.load_config(config.CONFIG_FILE, {key: "caf\udcc3\udca9{question}"})
-    assert f"{key}: 'caf\\udcc3\\udca9{{question}}' must be valid UTF-8, in a locale" in str(
-        error.value
-    )
+    shown = f'{key}: "caf\\udcc3\\udca9{{question}}"'
+    assert f"{shown} must be valid UTF-8, in a locale" in str(error.value)
     assert "LC_ALL=C.UTF-8" in str(error.value) and "parse raw data" not in str(error.value)
 
 
@@ -440,6 +439,10 @@ def test_a_setting_newer_than_the_checkpoint_is_taken_from_the_files(
         (128, "128", "128"),
         ("~/base", "~/base", "'~/base'"),
         ("Q: {question} #A", '"Q: {question} #A"', "'Q: {question} #A'"),
+        ("<unk>", "<unk>", "'<unk>'"),
+        (">", '">"', "'>'"),
+        ("-", '"-"', "'-'"),
+        ("a  b\u202e\U000e0001",) + ('"a  b\\u202e\\U000e0001"',) * 2,
         ("Question: {question}\nAnswer:",) + ('"Question: {question}\\nAnswer:"',) * 2,
     ],
 )
