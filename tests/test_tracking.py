@@ -23,6 +23,7 @@ from engine.measure import Measurement
 from run import metrics_log, tracker, wandb_run
 from run.manifest import FITTING_FILE
 from run.run_log import RunLog
+from run.shell import evaluation_command
 
 AGENTS = {
     "WANDB_SWEEP_ID": "s1",
@@ -657,7 +658,8 @@ def test_an_upload_that_a_kill_came_before_is_made_by_the_same_command(
         (folder_of(settings) / FITTING_FILE).touch()
         outcome = call(train, *flags(settings), "--keep_state", keep_state)
         assert outcome.code == 0 and said in outcome.out, outcome.err
-        assert "this run is finished; next: python evaluate.py --ckpt " in outcome.out
+        command = evaluation_command(folder_of(settings) / "best")
+        assert f"this run is finished; next: {command}\n" in outcome.out
         assert "report: left out in tests" in outcome.out
         assert not (folder_of(settings) / FITTING_FILE).exists()
         (first, _), *_, (arguments, run) = fake
