@@ -761,7 +761,11 @@ def test_the_whole_way(
     assert "300 rows of 100 questions, each of which is asked once" in outcome.out, outcome.err
     again = file.parents[4] / "new" / "eval" / "train" / "samples" / "predictions.jsonl"
     assert len(lines_of(again.parent)) == 400
-    outcome = call(augment, "--samples", str(file), str(again), "--output", str(tmp_path / "both"))
+    (tmp_path / "mine.yaml").write_text("epochs: 9\n")
+    both = ["--output", str(tmp_path / "both"), "--config", str(tmp_path / "mine.yaml")]
+    outcome = call(augment, "--samples", str(file), str(again), *both)
     assert outcome.code == 0, outcome.err
+    words = shlex.split(outcome.out.rpartition("next: ")[2])
+    assert train.read_arguments(words[2:])[0].epochs == 9  # the file that is named, not the run's
     written = [(folder / "train.jsonl").read_bytes() for folder in (output, tmp_path / "both")]
     assert written[0] == written[1]  # the second run knows nothing new

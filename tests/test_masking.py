@@ -105,6 +105,11 @@ def test_each_epoch_row_and_seed_draws_anew(rows: list[Example]) -> None:
     batches = data.Batches(rows[:3], 3, 0, method)
     epochs = [sorted(batches[step], key=lambda row: row.line) for step in range(3)]
     assert epochs[0] != epochs[1] != epochs[2]
+    twice = [replace(rows[0], line=line) for line in (1, 2)]
+    one, other = data.Batches(twice, 2, 0, method)[0]
+    assert one.input_ids != other.input_ids
+    [[one], [other]] = (data.Batches(rows[:1], 1, seed, method)[0] for seed in (0, 1))
+    assert one.input_ids != other.input_ids
 
 
 def test_draws_do_not_depend_on_batch_size_or_the_order_of_calls(rows: list[Example]) -> None:
