@@ -203,7 +203,7 @@ COMPILER = "install a C compiler"
         (RuntimeError("Failed to find C compiler. Please specify via CC"), COMPILER),
         (subprocess.CalledProcessError(1, ["gcc", "main.c"]), COMPILER),
         (FileNotFoundError(2, "No such file or directory: 'gcc'"), COMPILER),
-        (PermissionError(13, "Permission denied: '/root/.triton'"), "set TRITON_CACHE_DIR to"),
+        (PermissionError(13, "Permission denied: 'cache'"), "set TRITON_CACHE_DIR to"),
         (RuntimeError("Triton Error [CUDA]: device kernel image is invalid"), "update the GPU's"),
     ],
 )
