@@ -9,7 +9,7 @@ import torch
 
 from engine import memory
 from engine.device import Kernels, cuda_kernels, kernels_for, pick_device
-from engine.footprint import Recipe, Recomputation, Rows, footprint
+from engine.footprint import footprint
 from engine.hub import fetch
 from engine.optimizer import check_optimizer
 from engine.packing import IGNORE, Example
@@ -24,6 +24,7 @@ from engine.plan_report import (
     speed_line,
 )
 from engine.ranks import ALONE, Ranks
+from engine.recipe import Recipe, Recomputation, Rows
 from engine.roofline import CPU, Card, card_named, card_of_size
 from engine.shape import ModelShape, read_shape
 from engine.sharding import check_divides
@@ -78,6 +79,7 @@ def recipe_of(settings: Mapping[str, Any], devices: int = 1) -> Recipe:
         rank=settings["lora_rank"],
         has_dropout=settings["lora_dropout"] > 0,
         optimizer=settings["optimizer"],
+        fp8=settings["fp8"],
         shard_over=settings["shard_over"],
         reshards=settings["reshard_after_forward"],
         devices=devices,
@@ -224,12 +226,16 @@ def print_plan(config: Config, wanted: PlanFor) -> None:
 
 def report(config: Config, shape: ModelShape, wanted: PlanFor) -> list[str]:
     here, card, kernels, found = find_devices(wanted)
+    if config.fp8 and card is not CPU and not card.fp8_flops:
+        raise UserError(
+            f"fp8 true: {card.name} has no products in 8-bit floats, which came with H100 and RTX "
+            "4090: set fp8 false"
+        )
     job = job_of(config, shape, kernels, here.count)
-    dtype = str(shape.dtype).removeprefix("torch.")
     lines = [
         *found,
         f"model: {shape.parameters / 1e9:.2f} billion parameters, method {job.recipe.method}, "
-        f"{job.recipe.optimizer} in {dtype}",
+        f"{job.recipe.optimizer} in {config.arithmetic}",
         f"rows: as in GSM8K, {ROW_TOKENS:.0f} tokens on average, {job.rows.longest} at most, "
         f"{job.rows.batch_size} in a step",
     ]

@@ -12,13 +12,13 @@ import torch
 from rich.console import Console
 
 import data
-from engine.footprint import Recipe, gradient_bytes, state_bytes
 from engine.hub import fetch
 from engine.measure import StepResult
 from engine.optimizer import Schedule
 from engine.packing import IGNORE, Example
 from engine.plan import Plan
 from engine.ranks import Ranks
+from engine.recipe import Recipe, gradient_bytes, state_bytes
 from engine.shape import read_shape
 from engine.tokenizer_files import FILES
 from engine.trial import filled, time_facts, try_steps

@@ -119,7 +119,7 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
     # Where it reports
     parts.ranks.once(replace_file, folder / "config.yaml", settings_text(config))
     log = open_log(saves, progress, batches, steps, plan.usage(config, start.weights, rows, ranks))
-    log.start(len(rows), len(held_out), config.batch_size, model.device.type, config.dtype)
+    log.start(len(rows), len(held_out), config.batch_size, model.device.type, config.arithmetic)
 
     with log, parts.ranks.agreed(StopSignal()) as stop, saves:
         while progress.step < steps:
@@ -167,7 +167,7 @@ def build(
     model = loading.load_model(start.weights, dtype, adapter=start.adapter, ranks=ranks)
     loading.check_data(model, rows, prompts, config.max_new_tokens, config.model)
     shard(model, config.shard_over, config.reshard_after_forward, planned.reduces_each)
-    prepare(model, planned.recomputation, config.compile)
+    prepare(model, planned.recomputation, config.compile, config.fp8)
     adam = config.learning_rate, (config.adam_beta1, config.adam_beta2), config.adam_epsilon
     return model, build_optimizer(model.trained, *adam, config.weight_decay, config.optimizer)
 
@@ -281,7 +281,7 @@ def main(
     device, dtype = pick_device(), getattr(torch, config.dtype)
     cure = f"set a smaller micro_batch_tokens, or {memory.LARGER}"
     with job(device) as ranks, memory.reported("training", cure):
-        prepare_process(device, dtype)
+        prepare_process(device, dtype, fp8=config.fp8)
         if selftest:
             return run_selftest(config, partial(load_problems, config.dataset))
         if wanted is Look.PREFLIGHT:

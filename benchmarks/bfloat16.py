@@ -1,6 +1,7 @@
 """Compares the loss curves of bfloat16 training, with several kinds of updates, to float32.
 
 python benchmarks/bfloat16.py
+python benchmarks/bfloat16.py --updates float32 kahan fp8
 python benchmarks/bfloat16.py --steps 400 --updates float32 kahan adamw_8bit nearest
 
 A Llama of 0.9 M parameters is trained on generated word problems (standin.py) in float32, at a
@@ -10,6 +11,7 @@ at a constant fine-tuning rate, with train.py's own gradient accumulation:
 - float32: AdamW, 16 bytes per parameter including its gradient.
 - kahan: bfloat16. The rounding error is kept and added to the next update, as in train.py. 10
   bytes.
+- fp8: the same, with the layers' products in 8-bit floats, as in train.py. 10 bytes.
 - adamw_8bit: bfloat16, moments of 8 bits, weights rounded up or down at random, as in train.py.
   6 bytes.
 - adamw_8bit_float32: float32, moments of 8 bits, as in train.py. 10 bytes.
@@ -120,6 +122,7 @@ def _masters(parameters: "list[torch.nn.Parameter]", rate: float) -> Callable[[]
 UPDATES: dict[str, tuple[str, int, Callable[..., Callable[[], None]]]] = {
     "float32": ("float32", 16, _ours),
     "kahan": ("bfloat16", 10, _ours),
+    "fp8": ("bfloat16", 10, _ours),
     "adamw_8bit": ("bfloat16", 6, _ours_8bit),
     "adamw_8bit_float32": ("float32", 10, _ours_8bit),
     "masters": ("bfloat16", 16, _masters),
@@ -180,6 +183,8 @@ def main(arguments: argparse.Namespace) -> None:
         dtype, _, make_step = UPDATES[name]
         torch.manual_seed(0)
         model = copy.deepcopy(base).to(getattr(torch, dtype))
+        if name == "fp8":
+            model.kernels.use_fp8(model)
         step = make_step(list(model.parameters()), arguments.learning_rate)
         curves[name] = [measure(model, validation, MICRO_BATCH_TOKENS).loss]
         for point in range(arguments.points):

@@ -29,9 +29,9 @@ from cuda_work import Work, prompts_of, random_llama_2_7b, read_rows
 from transformers import LlamaForCausalLM
 
 from engine import device_errors, memory
-from engine.footprint import Recipe
 from engine.llama import Llama
 from engine.packing import IGNORE, Example
+from engine.recipe import Recipe
 from run.errors import one_line
 
 STEPS = 3  # the first one is not timed; as many as a `Training` makes

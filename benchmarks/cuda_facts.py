@@ -16,7 +16,8 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-# This benchmark's neighbour, which also puts the repository on the path, and quiets Transformers.
+# This benchmark's neighbours, which also put the repository on the path, and quiet Transformers.
+from cuda_fp8 import measure_fp8_products
 from cuda_work import Work, has_real_rows, random_llama, relative_error
 
 # isort: split
@@ -55,6 +56,9 @@ def measure_facts(work: Work) -> None:
     work.attempt("device", describe_device)
     work.attempt("copy", measure_copy)
     work.attempt("product", measure_products)
+    for rows in (64,) if work.is_dry else ROWS[:2]:
+        for features in ((64, 64),) if work.is_dry else FEATURES[:3]:
+            work.attempt("fp8 product", measure_fp8_products, rows, *features)
     work.attempt("attention", measure_attention)
     for slots in (4,) if work.is_dry else (1, 64, 256):
         work.attempt("attention in decoding", measure_attention_in_decoding, slots)

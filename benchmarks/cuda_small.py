@@ -51,7 +51,13 @@ def measure_small_model(work: Work) -> None:
             model = load_model(folder, dtype, work.device).train()
             work.attempt("gradients", compare_gradients, model, name, prepare, rows, exact)
         model = load_model(folder, dtype, work.device).train()
-        work.attempt("accumulation", compare_accumulation, model, rows, exact)
+        work.attempt("accumulation", compare_accumulation, model, "plain", rows, exact)
+    for name, prepare in {"fp8": use_fp8, "fp8, compiled": use_fp8_and_compile}.items():
+        model = load_model(folder, torch.bfloat16, work.device).train()
+        work.attempt("gradients", compare_gradients, model, name, prepare, rows, exact)
+    model = load_model(folder, torch.bfloat16, work.device).train()
+    use_fp8(model)
+    work.attempt("accumulation", compare_accumulation, model, "fp8", rows, exact)
     prompts = prompts_of(read_rows("test", 6 if work.is_dry else 40))
     new_tokens = 4 if work.is_dry else 24
     model = load_model(folder, torch.float32, cpu)
@@ -72,6 +78,15 @@ def measure_small_model(work: Work) -> None:
 
 def recompute_activations(model: Llama) -> None:
     model.recomputed_blocks = len(model.blocks)
+
+
+def use_fp8(model: Llama) -> None:
+    model.kernels.use_fp8(model)
+
+
+def use_fp8_and_compile(model: Llama) -> None:
+    use_fp8(model)
+    compile_layers(model)
 
 
 # ---------------------------------------------------------------- gradients
@@ -109,7 +124,7 @@ def compare_gradients(
 
 
 def compare_accumulation(
-    work: Work, model: Llama, rows: list[Example], exact: tuple[float, dict[str, Tensor]]
+    work: Work, model: Llama, how: str, rows: list[Example], exact: tuple[float, dict[str, Tensor]]
 ) -> None:
     """A batch in one micro-batch, and each of its rows in one of its own."""
     counts, losses, found = [], [], []
@@ -124,6 +139,7 @@ def compare_accumulation(
     work.results.write(
         "accumulation",
         dtype=model.dtype,
+        how=how,
         micro_batches=counts,
         losses=losses,
         exact_loss=exact[0],

@@ -1,7 +1,7 @@
 """The step train of cuda.py: optimizer steps of a random Llama-2-7B, and where their time goes."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -13,13 +13,15 @@ from cuda_work import Work, flops, random_llama_2_7b, read_rows, tokens_of
 
 import train
 from engine.compiling import compile_layers
+from engine.cuda.fp8 import Fp8Linear
 from engine.cuda.linear import Linear
-from engine.footprint import Recipe, Recomputation, footprint, most_in_a_step
+from engine.footprint import footprint, most_in_a_step
 from engine.llama import EAGER, Llama
 from engine.memory import free_bytes
 from engine.optimizer import ADAMW, ADAMW_8BIT, build_optimizer, make_state, training_bytes
 from engine.packing import Example, Packer, pack
 from engine.plan import Device, Plan, Wishes, choose
+from engine.recipe import Recipe, Recomputation
 from engine.shape import ModelShape
 from plan import rows_of
 from run.method import FULL, Adapter
@@ -39,16 +41,18 @@ class Variant:
         recomputed: how many layers are recomputed; None: as train.py chooses.
         compiled: whether the operations between products are compiled.
         adds: whether products add to the gradients themselves.
+        fp8: whether they are computed in 8-bit floats.
     """
 
     tokens: int | None = None
     recomputed: int | None = None
     compiled: bool = True
     adds: bool = True
+    fp8: bool = False
 
 
-AS_CHOSEN = Variant()
-VARIANTS = (Variant(8192), Variant(4096), Variant(8192, 32, compiled=False, adds=False))
+AS_CHOSEN, IN_FP8 = Variant(), Variant(fp8=True)
+VARIANTS = (IN_FP8, Variant(8192), Variant(4096), Variant(8192, 32, compiled=False, adds=False))
 
 
 def measure_training(work: Work) -> None:
@@ -83,6 +87,8 @@ def measure_adapters(work: Work, method: str) -> None:
     add_adapters(model, Adapter("", "bfloat16", is_quantised, RANK, 16, False, 0.0, 0, None))
     training = Training(work, model, Recipe(method, RANK))
     training.measure(AS_CHOSEN)
+    if not is_quantised:
+        training.measure(IN_FP8)
     work.attempt("profile", Work.profile, method, training.profiled_step)
 
 
@@ -123,6 +129,8 @@ class Training:
         model.recomputes_parts = plan.recomputes_parts if recomputed is None else True
         model.elementwise = EAGER
         use_linear_layers(model, Linear if adds else torch.nn.Linear)
+        if variant.fp8:
+            model.kernels.use_fp8(model)
         started = time.perf_counter()
         if compiled:
             compile_layers(model)
@@ -147,27 +155,29 @@ class Training:
             compiled=compiled,
             s_compiling=compiling,
             adds_gradients=adds,
+            fp8=variant.fp8,
             tokens_per_s=self.tokens_per_s,
             **(shares if self.recipe.method == FULL else {}),
             steps=len(seconds),
             seconds=sum(seconds),
             loss=sum(losses) / len(losses),
             **parts,
-            planned_GiB=self._counted_bytes(plan.micro_batch_tokens) / 2**30,
-            counted_GiB=self._counted_bytes(largest) / 2**30,
+            planned_GiB=self._counted_bytes(plan, plan.micro_batch_tokens) / 2**30,
+            counted_GiB=self._counted_bytes(plan, largest) / 2**30,
             **self.work.peak_gib(),
         )
 
     def _plan(self, variant: Variant) -> Plan:
         here, wishes = Device("", self.free_memory), Wishes(variant.tokens)
-        return choose(self.shape, self.recipe, self.model.kernels, self.rows, here, wishes)
+        recipe = replace(self.recipe, fp8=variant.fp8)
+        return choose(self.shape, recipe, self.model.kernels, self.rows, here, wishes)
 
-    def _counted_bytes(self, tokens: int) -> int:
+    def _counted_bytes(self, plan: Plan, tokens: int) -> int:
         """By the plan, for micro-batches of ``tokens``; those of a step are seldom full."""
         recomputation = Recomputation(self.model.recomputed_blocks, self.model.recomputes_parts)
         counted = min(tokens, most_in_a_step(self.rows, 1))
-        shape, kernels = self.shape, self.model.kernels
-        return footprint(shape, self.recipe, kernels, self.rows, counted, recomputation).total
+        shape, recipe, kernels = self.shape, Recipe(**plan.recipe), self.model.kernels
+        return footprint(shape, recipe, kernels, self.rows, counted, recomputation).total
 
     def _timed_parts(self, batch: list[Example], plan: Plan) -> dict[str, object]:
         """A step with a pause after each of its parts."""
@@ -203,7 +213,7 @@ class Training:
 
 def use_linear_layers(model: Llama, kind: type[torch.nn.Linear]) -> None:
     for layer in model.modules():
-        if type(layer) in (torch.nn.Linear, Linear):
+        if type(layer) in (torch.nn.Linear, Linear, Fp8Linear):
             layer.__class__ = kind
 
 

@@ -122,9 +122,10 @@ def measure(folder: Path, setting: Setting) -> tuple[int, int]:
 
     from engine.compiling import prepare
     from engine.device import kernels_for, pick_device, prepare_process
-    from engine.footprint import Recipe, Recomputation, footprint
+    from engine.footprint import footprint
     from engine.llama import Llama
     from engine.loading import load_model
+    from engine.recipe import Recipe, Recomputation
     from engine.shape import read_shape
     from plan import rows_of
     from run.method import Adapter

@@ -19,7 +19,7 @@ import engine  # noqa: F401  (before Transformers, which it keeps quiet)
 import torch
 from transformers import LlamaConfig
 
-from engine.footprint import Recipe
+from engine.recipe import Recipe
 from engine.shape import ModelShape
 from plan import find_devices, job_of
 from run.config import CONFIG_FILE, load_config

@@ -1,4 +1,4 @@
-"""Prepares a model for training: sets what is recomputed, and compiles the operations."""
+"""Prepares a model for training: sets how it computes, and compiles the operations."""
 
 import math
 import warnings
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from engine.device_errors import is_of_a_kernel
-from engine.footprint import Recomputation
 from engine.fused import FUSED, fused
 from engine.llama import EAGER, Llama
 from engine.packing import IGNORE, Example, collate
+from engine.recipe import Recomputation
 from engine.sharding import is_spread, norm_over_slices, slice_of
 from engine.state import get_random_state, set_random_state
 from run.errors import UserError, cause_of
@@ -28,15 +28,21 @@ FEW, MORE = (3,) * 5, (21, 140)
 MANY = (21, *[140] * 28)
 
 
-def prepare(model: Llama, recomputation: Recomputation, wants_compiled: bool | None) -> None:
-    """Set what is recomputed, and compile the layers.
+def prepare(
+    model: Llama, recomputation: Recomputation, wants_compiled: bool | None, fp8: bool = False
+) -> None:
+    """Set what is recomputed and whether in 8-bit floats, and compile the layers.
 
     Args:
         wants_compiled: None: if compiled layers are faster on this device, and work here.
+        fp8: compute the blocks' products in 8-bit floats (`engine.cuda.fp8`).
 
     Raises:
-        UserError: torch.compile fails here, although ``wants_compiled``.
+        UserError: torch.compile fails here, although ``wants_compiled``; or products in 8-bit
+            floats do.
     """
+    if fp8:
+        model.kernels.use_fp8(model)
     model.recomputed_blocks = recomputation.blocks
     model.recomputes_parts = recomputation.parts
     if wants_compiled or (wants_compiled is None and model.kernels.compiles_layers):

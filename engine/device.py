@@ -12,8 +12,9 @@ from engine import attention
 from engine.cpu import activations, heap, kernels, onednn
 from engine.cuda import checks
 from engine.cuda.cache import StaticCache
+from engine.cuda.fp8 import use_fp8
 from engine.cuda.graph import StaticStep
-from engine.cuda.kernels import decode_attention, norm_gradients, small_kernels
+from engine.cuda.kernels import decode_attention, fp8_kernels, norm_gradients, small_kernels
 from engine.cuda.layers import decoding_parts, fused_weights
 from engine.cuda.linear import replace_linear_layers
 from engine.cuda.pipeline import PipelinedModel
@@ -53,6 +54,7 @@ class Kernels:
         slot_order: the order in which to compute the slots, given the length of each.
         packed_weights: a context for decoding, in which products of few rows are faster.
         replace_linear_layers: changes the linear layers of a newly loaded model, if necessary.
+        use_fp8: lets a model's linear layers train with products in 8-bit floats.
         norm_gradients: (hidden size, dtype) to the backward pass of norms in compiled layers; None:
             compile it. See `engine.functions.NormGradients`.
         compiles_layers: whether training compiles the layers unless it is told not to.
@@ -80,6 +82,7 @@ class Kernels:
     slot_order: Callable[[Mapping[int, int]], list[int]]
     packed_weights: Callable[[torch.nn.Module, int], AbstractContextManager[None]]
     replace_linear_layers: Callable[[torch.nn.Module], None]
+    use_fp8: Callable[[Any], None]
     norm_gradients: Callable[[int, torch.dtype], NormGradients | None]
     compiles_layers: bool
     packs_ahead: bool
@@ -109,17 +112,18 @@ def prepare_process(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     machine: checks.Machine | None = None,
+    fp8: bool = False,
 ) -> None:
     """Set up the process; called once by a script, before it loads a model.
 
     Raises:
-        UserError: the device can't compute in ``dtype``.
+        UserError: the device can't compute in ``dtype``, or products in 8-bit floats if ``fp8``.
     """
     if device.type == "cpu":
         heap.keep_freed_memory()
         return
     machine = machine or checks.find_machine()
-    checks.check_card(machine, dtype)
+    checks.check_card(machine, dtype, fp8)
     if line := checks.unused_cards(machine):
         print(line)
 
@@ -151,6 +155,7 @@ def cuda_kernels(device: torch.device) -> Kernels:
         slot_order=list,
         packed_weights=lambda model, free_bytes: fused_weights(model),
         replace_linear_layers=replace_linear_layers,
+        use_fp8=partial(use_fp8, partial(fp8_kernels, device.type)),
         norm_gradients=partial(norm_gradients, device.type),
         compiles_layers=True,
         packs_ahead=True,
@@ -182,6 +187,7 @@ def cpu_kernels(with_onednn: bool) -> Kernels:
         slot_order=kernels.slot_order,
         packed_weights=onednn.packed_weights,
         replace_linear_layers=onednn.replace_linear_layers if with_onednn else lambda model: None,
+        use_fp8=partial(use_fp8, lambda: None),
         norm_gradients=lambda size, dtype: None,
         compiles_layers=False,
         packs_ahead=False,

@@ -6,83 +6,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from engine.recipe import (
+    Recipe,
+    Recomputation,
+    Rows,
+    adapter_parameters,
+    gradient_bytes,
+    state_bytes,
+    trained_parameters,
+    weight_bytes,
+)
+
 if TYPE_CHECKING:
     from engine.device import Kernels
     from engine.shape import ModelShape
-
-# Of a frozen weight in NF4: half a byte, an 8-bit scale for 64 weights, and a float32 scale for 256
-# of those (double quantisation, arXiv:2305.14314).
-NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
-# Of two moments in 8 bits, with a float32 scale for 256 values of each.
-STATE_BYTES_8BIT = 2 * (1 + 4 / 256)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What is trained, and how.
-
-    Attributes:
-        method: ``full``, ``lora`` or ``qlora``.
-        rank: of an adapter to every linear layer of the blocks.
-        has_dropout: whether some of the adapters' inputs are dropped.
-        optimizer: ``adamw`` or ``adamw_8bit``.
-        devices: how many compute the rows of a step.
-        shard_over: how many of them share one copy of weights, gradients and optimizer states
-            (FSDP); None: all.
-        reshards: whether a block's gathered weights are freed until its backward pass.
-        reduces_each: whether gradients are summed over the devices after each micro-batch, instead
-            of once after the last one, until when each device has all of them.
-    """
-
-    method: str = "full"
-    rank: int = 0
-    has_dropout: bool = False
-    optimizer: str = "adamw"
-    devices: int = 1
-    shard_over: int | None = None
-    reshards: bool = True
-    reduces_each: bool = False
-
-    @property
-    def shards(self) -> int:
-        return self.shard_over or self.devices
-
-    @property
-    def spreads(self) -> bool:
-        """Whether several devices can share the weights and the optimizer's state."""
-        return self.method != "qlora" and self.optimizer != "adamw_8bit"
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The training rows, as far as memory and speed depend on them.
-
-    Attributes:
-        tokens: of a row, on average.
-        longest: tokens of the longest row.
-        supervised: the share of tokens that are.
-        batch_size: rows in an optimizer step.
-        lengths: how many different lengths they have; None: as many as tokens in the longest.
-    """
-
-    tokens: float
-    longest: int
-    supervised: float
-    batch_size: int
-    lengths: int | None = None
-
-
-@dataclass(frozen=True)
-class Recomputation:
-    """What the backward pass computes again, instead of keeping it.
-
-    Attributes:
-        blocks: how many blocks compute everything again.
-        parts: whether the others compute their norms and SwiGLU again.
-    """
-
-    blocks: int
-    parts: bool
 
 
 @dataclass(frozen=True)
@@ -108,41 +45,6 @@ class Footprint:
     @property
     def total(self) -> int:
         return sum(getattr(self, field.name) for field in fields(self))
-
-
-# ---------------------------------------------------------------- weights, gradients, states
-
-
-def adapter_parameters(shape: "ModelShape", rank: int) -> int:
-    """Two matrices for each linear layer of the blocks (LoRA, arXiv:2106.09685)."""
-    return shape.layers * rank * sum(a + b for a, b in shape.products.values())
-
-
-def trained_parameters(shape: "ModelShape", recipe: Recipe) -> int:
-    full = recipe.method == "full"
-    return shape.parameters if full else adapter_parameters(shape, recipe.rank)
-
-
-def weight_bytes(shape: "ModelShape", recipe: Recipe) -> int:
-    """All weights, frozen and trained, on all devices together."""
-    each = shape.dtype.itemsize
-    if recipe.method == "full":
-        return shape.parameters * each
-    adapter = adapter_parameters(shape, recipe.rank) * each
-    quantised = shape.layers * shape.block_products if recipe.method == "qlora" else 0
-    return (shape.parameters - quantised) * each + math.ceil(quantised * NF4_BYTES) + adapter
-
-
-def gradient_bytes(shape: "ModelShape", recipe: Recipe) -> int:
-    return trained_parameters(shape, recipe) * shape.dtype.itemsize
-
-
-def state_bytes(shape: "ModelShape", recipe: Recipe) -> int:
-    """Two moments; in bfloat16 and 32-bit AdamW also the rounding error of each weight."""
-    trained, each = trained_parameters(shape, recipe), shape.dtype.itemsize
-    if recipe.optimizer == "adamw_8bit":
-        return math.ceil(trained * STATE_BYTES_8BIT)
-    return trained * each * (3 if shape.dtype == torch.bfloat16 else 2)
 
 
 def gathered_bytes(shape: "ModelShape", recipe: Recipe, *, accumulates: bool) -> int:
@@ -250,9 +152,22 @@ def activation_bytes(
     if recomputed:
         alone = (recomputed - 1) * hidden + whole + 2 * intermediate + hidden
         backward = max(backward, tokens * alone - kept)
+    if recipe.fp8:
+        backward = max(backward, _fp8_bytes(shape, wanted))
     if recipe.method == "qlora":  # the weight of one product at a time
         backward += shape.hidden * intermediate
     return kept, loss, backward
+
+
+def _fp8_bytes(shape: "ModelShape", tokens: int) -> int:
+    """What the backward pass of a block's first product in FP8 needs of its MLP.
+
+    The gradients of gate and up; one of these and a weight, both in 8 bits; the gradient of their
+    input, before and after; and the residual's.
+    """
+    each, hidden, intermediate = shape.dtype.itemsize, shape.hidden, shape.intermediate
+    kept = tokens * (2 * intermediate + 3 * hidden) * each
+    return kept + tokens * intermediate + hidden * intermediate
 
 
 def most_in_a_step(rows: Rows, devices: int) -> int:

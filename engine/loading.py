@@ -11,10 +11,10 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from engine import device_errors, memory, packing
 from engine.device import Kernels, kernels_for, pick_device
-from engine.footprint import Recipe, weight_bytes
 from engine.hub import fetch
 from engine.llama import Llama
 from engine.ranks import ALONE, Ranks
+from engine.recipe import Recipe, weight_bytes
 from engine.refusals import (
     Shape,
     check_folder,

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from engine.footprint import Recipe, Recomputation, Rows, footprint, most_in_a_step
+from engine.footprint import footprint, most_in_a_step
+from engine.recipe import Recipe, Recomputation, Rows
 from engine.roofline import CPU, Card, expected_step
 
 if TYPE_CHECKING:
@@ -142,7 +143,8 @@ def saved_plan(record: Any, recipe: Recipe, device: Device, wishes: Wishes) -> P
 
 def _counted(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What has an effect: not the rank of adapters that there are not, say."""
-    idle = ("rank", "has_dropout") if recipe.get("method") == "full" else ()
+    idle = {"rank", "has_dropout"} if recipe.get("method") == "full" else set()
+    idle |= set() if recipe.get("fp8") else {"fp8"}  # which older plans do not have
     return {name: value for name, value in recipe.items() if name not in idle}
 
 

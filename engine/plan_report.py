@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from engine.footprint import Recipe, Rows, footprint, most_in_a_step, weight_bytes
+from engine.footprint import footprint, most_in_a_step
 from engine.memory import CACHE_SHARE
 from engine.plan import FRAGMENTED_SHARE, GIB, Device, Plan, Wishes, choose
+from engine.recipe import Recipe, Rows, weight_bytes
 from engine.roofline import CPU, GPUS_IN_A_NODE, Card, Step, expected_step
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from engine.footprint import (
+from engine.recipe import (
     Recipe,
     Recomputation,
     Rows,
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from engine.shape import ModelShape
 
 PRODUCTS, PASSES, LINKS = 0.70, 0.78, 0.80  # attained shares of what a data sheet says
+FP8_PRODUCTS = 0.60  # likewise: they soon reach the limit of a card's power
 GPUS_IN_A_NODE = 8
 NETWORK = 50e9  # bytes a second into each GPU from other nodes: 400 Gb/s
 LAUNCHES = 2.5e-3  # seconds that the host takes for a block, forward and backward
@@ -45,6 +46,7 @@ class Card:
         name: as in the name that PyTorch gives it.
         memory: in GB, as it is sold.
         flops: dense products of bfloat16 with sums in float32, a second.
+        fp8_flops: the same of 8-bit floats; 0 if it has none.
         bandwidth: of its memory, in bytes a second.
         link: bytes a second into it from the other GPUs of its node.
     """
@@ -52,24 +54,25 @@ class Card:
     name: str
     memory: int
     flops: float
+    fp8_flops: float
     bandwidth: float
     link: float
 
 
 CARDS = (
-    Card("4080", 16, 97e12, 0.72e12, 25e9),
-    Card("4090", 24, 165e12, 1.01e12, 25e9),
-    Card("A10", 24, 125e12, 0.60e12, 25e9),
-    Card("5090", 32, 210e12, 1.79e12, 50e9),
-    Card("L40S", 48, 362e12, 0.86e12, 25e9),
-    Card("A6000", 48, 155e12, 0.77e12, 25e9),
-    Card("H100", 80, 989e12, 3.35e12, 450e9),
-    Card("A100", 80, 312e12, 2.04e12, 300e9),
-    Card("H200", 141, 989e12, 4.80e12, 450e9),
-    Card("B200", 180, 2250e12, 7.70e12, 900e9),
+    Card("4080", 16, 97e12, 195e12, 0.72e12, 25e9),
+    Card("4090", 24, 165e12, 330e12, 1.01e12, 25e9),
+    Card("A10", 24, 125e12, 0, 0.60e12, 25e9),
+    Card("5090", 32, 210e12, 419e12, 1.79e12, 50e9),
+    Card("L40S", 48, 362e12, 733e12, 0.86e12, 25e9),
+    Card("A6000", 48, 155e12, 0, 0.77e12, 25e9),
+    Card("H100", 80, 989e12, 1979e12, 3.35e12, 450e9),
+    Card("A100", 80, 312e12, 0, 2.04e12, 300e9),
+    Card("H200", 141, 989e12, 1979e12, 4.80e12, 450e9),
+    Card("B200", 180, 2250e12, 4500e12, 7.70e12, 900e9),
 )
 # A core pair of a desktop, to rank settings by; its figures are not shown.
-CPU = Card("CPU", 0, 100e9, 20e9, 5e9)
+CPU = Card("CPU", 0, 100e9, 0, 20e9, 5e9)
 
 
 def card_named(name: str) -> Card | None:
@@ -129,8 +132,12 @@ def expected_step(
     useful, done = _flops_per_token(shape, recipe, rows, recomputation)
     is_slow = shape.dtype == torch.float32 and card is not CPU  # about an eighth of bfloat16's
     products = own * done / (card.flops * PRODUCTS) * (8 if is_slow else 1)
+    if recipe.fp8 and card.fp8_flops:
+        faster = 1 - card.flops * PRODUCTS / (card.fp8_flops * FP8_PRODUCTS)
+        share = _fp8_flops_per_token(shape, recomputation) / done
+        products *= 1 - share * faster
     passes = own * _pass_bytes_per_token(shape, recipe, recomputation, compiles)
-    passes += micro_batches * _micro_batch_bytes(shape, recipe)
+    passes += micro_batches * _micro_batch_bytes(shape, recipe, recomputation)
     passes += _optimizer_bytes(shape, recipe) / recipe.shards
     computing = products + passes / (card.bandwidth * PASSES)
     launched = shape.layers * LAUNCHES * micro_batches * (0 if card is CPU else 1)
@@ -185,6 +192,12 @@ def _flops_per_token(
     return useful, done + recomputation.blocks * (block - 2 * shape.hidden * shape.intermediate)
 
 
+def _fp8_flops_per_token(shape: "ModelShape", recomputation: Recomputation) -> int:
+    """Of the products that `engine.cuda.fp8` computes: those forward, and half of those back."""
+    again = recomputation.blocks * (shape.block_products - shape.hidden * shape.intermediate)
+    return 2 * (2 * shape.layers * shape.block_products + again)
+
+
 def _pass_bytes_per_token(
     shape: "ModelShape", recipe: Recipe, recomputation: Recomputation, compiles: bool
 ) -> float:
@@ -195,14 +208,24 @@ def _pass_bytes_per_token(
     states = sum(count * size for pair in counts for count, size in zip(pair, sizes, strict=True))
     if recipe.method != "full":  # each adapter reads its input and adds to its output
         states += shape.layers * 6 * sum(a + b for a, b in shape.products.values()) / 4
-    return states * shape.dtype.itemsize * (1 if compiles else 2)
+    # Inputs, and gradients of outputs, are read and written in 8 bits.
+    sides = shape.products.values()
+    inputs, outputs = (sum(side) for side in zip(*sides, strict=True))
+    rounded = (shape.layers + again) * inputs + shape.layers * outputs if recipe.fp8 else 0
+    rounding = rounded * (shape.dtype.itemsize + 1)
+    return states * shape.dtype.itemsize * (1 if compiles else 2) + rounding
 
 
-def _micro_batch_bytes(shape: "ModelShape", recipe: Recipe) -> float:
-    """Gradients are read and written by each micro-batch; NF4 weights are made bfloat16 twice."""
+def _micro_batch_bytes(shape: "ModelShape", recipe: Recipe, recomputation: Recomputation) -> float:
+    """Each micro-batch reads and writes the gradients, and converts weights.
+
+    Those in NF4 become bfloat16 twice. For products in FP8, all are rounded for each pass.
+    """
     gradients = 2 * gradient_bytes(shape, recipe)
     quantised = shape.layers * shape.block_products if recipe.method == "qlora" else 0
-    return gradients + 2 * quantised * (0.5 + 2 + 2)
+    passes = 2 * shape.layers + recomputation.blocks if recipe.fp8 else 0
+    rounding = passes * shape.block_products * (shape.dtype.itemsize + 1)
+    return gradients + 2 * quantised * (0.5 + 2 + 2) + rounding
 
 
 def _optimizer_bytes(shape: "ModelShape", recipe: Recipe) -> float:

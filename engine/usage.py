@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from engine.footprint import Recipe, Rows
 from engine.memory import kind
 from engine.plan import GIB
+from engine.recipe import Recipe, Rows
 from engine.roofline import card_named, useful_flops
 from engine.shape import ModelShape
 

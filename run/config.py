@@ -71,6 +71,7 @@ class Config:
     adam_epsilon: Positive
     max_grad_norm: Positive | None
     dtype: Literal["bfloat16", "float32"]
+    fp8: bool
     gradient_checkpointing: bool | None
     compile: bool | None
     shard_over: Count | None
@@ -87,6 +88,10 @@ class Config:
     wandb_project: Name
     wandb_mode: Literal["online", "offline", "disabled"] | None
     wandb_artifact: bool
+
+    @property
+    def arithmetic(self) -> str:
+        return f"{self.dtype} with products in FP8" if self.fp8 else self.dtype
 
 
 KEYS = tuple(field.name for field in fields(Config))
@@ -149,6 +154,12 @@ def _parse(
             f"micro_batch_tokens: {budget} must be at least max_length ({longest}), "
             "or a row of that length would fit no micro-batch"
         )
+    if parsed.get("fp8"):
+        for key, value in (("dtype", "float32"), ("method", "qlora")):
+            if parsed.get(key) == value:
+                problems[origin["fp8"]].append(
+                    f"fp8: true is not for {key} {value}: set fp8 false, or another {key}"
+                )
     idle = idle_settings(parsed)
     for key in layers.get(COMMAND_LINE, {}):
         if cure := idle.get(key):

@@ -58,7 +58,7 @@ FREE_SETTINGS = frozenset(
 )
 
 # What was so before there was a setting for it.
-OLDER = {"method": FULL, "optimizer": "adamw", "mask_rate": 0.0}
+OLDER = {"method": FULL, "optimizer": "adamw", "mask_rate": 0.0, "fp8": False}
 
 LOCK_SECONDS = 1.0  # how long to wait for the lock, since an evaluation holds it only briefly
 

@@ -115,11 +115,11 @@ class RunLog:
         self._speed = Speed()
         self._left = left
 
-    def start(self, rows: int, held_out: int, batch_size: int, device: str, dtype: str) -> None:
+    def start(self, rows: int, held_out: int, batch_size: int, device: str, how: str) -> None:
         """Print a summary of the run before it starts."""
         print(
             f"training: {rows} rows, {self._steps} steps of {batch_size} sequences in "
-            f"{self._epochs} epochs, on {device} in {dtype}; validation: {held_out} rows"
+            f"{self._epochs} epochs, on {device} in {how}; validation: {held_out} rows"
         )
 
     def __enter__(self) -> "RunLog":

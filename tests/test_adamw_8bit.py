@@ -21,8 +21,8 @@ import plan
 import train
 from engine import adamw_8bit, loading, memory, packing
 from engine.device import kernels_for
-from engine.footprint import Recipe, state_bytes
 from engine.optimizer import build_optimizer, checkpoint_bytes, make_state, training_bytes
+from engine.recipe import Recipe, state_bytes
 from engine.shape import read_shape
 from engine.state import pack_state, unpack_state
 from engine.tokenizer import Tokenizer

@@ -30,20 +30,13 @@ from engine.compiling import compile_layers
 from engine.cuda.layers import fused_weights
 from engine.decoding import greedy_decode
 from engine.device import cpu_kernels, cuda_kernels
-from engine.footprint import (
-    Recipe,
-    Recomputation,
-    Rows,
-    activation_bytes,
-    gradient_bytes,
-    state_bytes,
-    weight_bytes,
-)
+from engine.footprint import activation_bytes
 from engine.llama import Llama
 from engine.loading import check_fits, load_model
 from engine.lora import TARGETS, AdaptedLinear, _merged, merge_adapters
 from engine.nf4 import dequantised
 from engine.optimizer import checkpoint_bytes
+from engine.recipe import Recipe, Recomputation, Rows, gradient_bytes, state_bytes, weight_bytes
 from engine.shape import read_shape
 from engine.state import ThroughPageLocked, copied
 from engine.tokenizer import Tokenizer

@@ -26,19 +26,11 @@ import plan
 import train
 from engine import memory
 from engine.device import Kernels, cpu_kernels, cuda_kernels
-from engine.footprint import (
-    Recipe,
-    Recomputation,
-    Rows,
-    footprint,
-    gradient_bytes,
-    products_of_shapes,
-    state_bytes,
-    weight_bytes,
-)
+from engine.footprint import footprint, products_of_shapes
 from engine.optimizer import build_optimizer, make_state
 from engine.packing import Example
 from engine.plan import CLEARLY_FASTER, GIB, Device, Plan, Wishes, choose, saved_plan
+from engine.recipe import Recipe, Recomputation, Rows, gradient_bytes, state_bytes, weight_bytes
 from engine.roofline import Card, card_named, expected_step
 from engine.shape import ModelShape
 from run.errors import UserError

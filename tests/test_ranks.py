@@ -14,13 +14,14 @@ from conftest import PROMPT
 
 import data
 import train
-from engine.footprint import Recipe, gathered_bytes
+from engine.footprint import gathered_bytes
 from engine.loading import load_model
 from engine.masking import Masking
 from engine.measure import measure
 from engine.optimizer import build_optimizer
 from engine.packing import Example, Packer
 from engine.ranks import ALONE, Ranks, job
+from engine.recipe import Recipe
 from engine.shape import ModelShape
 from engine.sharding import shard, slice_of, whole
 from engine.together import gathered_model

@@ -20,8 +20,9 @@ import data
 import train
 from engine import packing
 from engine.device import cpu_kernels, cuda_kernels
-from engine.footprint import Recipe, Recomputation, Rows, activation_bytes, block_bytes
+from engine.footprint import activation_bytes, block_bytes
 from engine.llama import Llama
+from engine.recipe import Recipe, Recomputation, Rows
 from engine.shape import ModelShape
 from engine.tokenizer import Tokenizer
 from grading import dataset

@@ -25,10 +25,10 @@ import evaluate
 import plan
 import train
 from engine import compiling, faults, fused, optimizer
-from engine.footprint import Recomputation
 from engine.hub import fetch
 from engine.packing import Example
 from engine.plan import GIB
+from engine.recipe import Recomputation
 from grading.dataset import load_problems
 from run import folder as folders
 from run.config import CONFIG_FILE, load_config

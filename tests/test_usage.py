@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
 from engine import usage
-from engine.footprint import Recipe, Rows
+from engine.recipe import Recipe, Rows
 from engine.roofline import card_named
 from engine.shape import read_shape
 from engine.usage import memory_bytes, usage_of

@@ -165,8 +165,8 @@ def check_enough(machine: Machine) -> None:
         )
 
 
-def check_card(machine: Machine, dtype: torch.dtype) -> None:
-    """Raises UserError if this process's card can't compute in ``dtype``."""
+def check_card(machine: Machine, dtype: torch.dtype, fp8: bool = False) -> None:
+    """Raises UserError if this process's card can't compute in ``dtype``, or in ``fp8`` too."""
     card = machine.cards[machine.local_rank]
     number = ".".join(map(str, card.capability))
     if machine.cuda and not has_kernels(machine.architectures, card.capability):
@@ -186,6 +186,11 @@ def check_card(machine: Machine, dtype: torch.dtype) -> None:
         raise UserError(
             f"dtype bfloat16: {card.name} has compute capability {number}, and bfloat16 needs 8.0 "
             f"or higher: set dtype float32, or {ANOTHER_GPU}"
+        )
+    if fp8 and card.capability < (8, 9):
+        raise UserError(
+            f"fp8 true: {card.name} has compute capability {number}, and products in 8-bit floats "
+            f"need 8.9 or higher: set fp8 false, or {ANOTHER_GPU}"
         )
 
 

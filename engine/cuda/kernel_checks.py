@@ -97,6 +97,25 @@ def wrong_norm_gradients(
     return [name for name, pair in pairs.items() if not _error(*pair) <= most]
 
 
+def wrong_rounding(kernels: ModuleType, device: torch.device) -> list[str]:
+    """Of `engine.cuda.fp8_kernels`: more rows and columns than a program has, and not as many."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(150, 304, generator=generator).to(device, torch.bfloat16)
+    numbers[7] = 0
+    factors = torch.rand(304, generator=generator).to(device)
+    plain, scales = kernels.quantised(numbers)
+    multiplied = kernels.quantised(numbers, factors)
+    turned = kernels.transposed(numbers, scales.flatten())
+    pairs = {
+        "rounding": (plain.float() * scales, numbers.float()),
+        "rounding of products": (multiplied[0].float() * multiplied[1], numbers * factors),
+        "transpose": (turned.float().T * scales, numbers.float()),
+    }
+    # Half a step of a mantissa of 3 bits, and of the smallest numbers. Cutting off takes a step.
+    most = {"rtol": 2**-3, "atol": 2**-9 * scales.max().item()}
+    return [name for name, pair in pairs.items() if not torch.allclose(*pair, **most)]
+
+
 def _error(found: Tensor, expected: Tensor) -> float:
     """The norm of their difference, relative to ``expected``'s."""
     return ((found - expected).norm() / expected.norm()).item()

@@ -10,13 +10,19 @@ from types import ModuleType
 
 import torch
 
-from engine.cuda.kernel_checks import wrong_attention, wrong_norm_gradients, wrong_small_kernels
+from engine.cuda.kernel_checks import (
+    wrong_attention,
+    wrong_norm_gradients,
+    wrong_rounding,
+    wrong_small_kernels,
+)
 from engine.device_errors import cure_for_kernels, is_of_a_kernel
 from engine.functions import NormGradients
 from run.errors import cause_of, root_cause
 
 DECODING = "decoding: its fused kernels", "using PyTorch's operations, which are slower"
 TRAINING = "training: the norms' fused kernels", "torch.compile makes slower ones instead"
+ROUNDING = "fp8: the kernels that round", "using PyTorch's operations, which are slower"
 
 
 @cache
@@ -57,6 +63,12 @@ def norm_gradients(kind: str, hidden_size: int, dtype: torch.dtype) -> NormGradi
     check = partial(wrong_norm_gradients, hidden_size, dtype)
     kernel = _usable(_import_norm_kernel, check, *TRAINING)
     return kernel and kernel.norm_gradients
+
+
+@cache
+def fp8_kernels(kind: str) -> ModuleType | None:
+    """`engine.cuda.fp8_kernels`; None where PyTorch's operators are to round."""
+    return _usable(_import_fp8_kernels, wrong_rounding, *ROUNDING) if kind == "cuda" else None
 
 
 def _usable(
@@ -106,3 +118,9 @@ def _import_norm_kernel() -> ModuleType:
     from engine.cuda import norm_kernel as kernel
 
     return kernel
+
+
+def _import_fp8_kernels() -> ModuleType:
+    from engine.cuda import fp8_kernels as kernels
+
+    return kernels
