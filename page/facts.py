@@ -70,6 +70,8 @@ def facts_of(
         )
         if key in settings
     ]
+    if settings.get("fp8") is True:
+        recipe.append("products in FP8")
     if recipe:
         about.append(("Recipe", ", ".join(recipe)))
     speeds = [value for _, value in series_of(metrics, "train/tokens_per_second")]

@@ -250,8 +250,11 @@ def test_layers_of_a_gpu_are_replaced_and_compiled_ones_agree(
     assert largest_error(found, gradients(llama, examples)) > 0.01
 
 
-def test_adapters_train_beside_a_base_in_fp8(model_folder: Path, examples: list[Example]) -> None:
-    """Guards against adapters that are rounded, a base that is not, and a base that learns."""
+def test_adapters_train_beside_a_base_in_fp8(
+    model_folder: Path, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against adapters that are rounded, a base that is not, and gradients of the base."""
+    monkeypatch.setattr(fp8, "add_gradient_of_weight", lambda *_: pytest.fail("nobody wants it"))
     adapter = Adapter("base", "bfloat16", False, 16, 32, False, 0.0, 0, None)
     model = load_model(model_folder, torch.bfloat16, CPU, KERNELS, adapter).train()
     for layer in model.stored.layers:
@@ -449,6 +452,19 @@ def test_products_that_fail_or_are_wrong_are_refused_before_training(
 
     monkeypatch.setattr(F, "scaled_mm", scaled_mm)
     with pytest.raises(UserError, match=fragment):
+        check_product(16, 32, CPU)
+
+
+def test_gradients_that_are_wrong_are_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a check of the forward pass alone."""
+    calls, multiply = [], F.scaled_mm
+
+    def scaled_mm(*inputs: Any) -> Tensor:
+        calls.append(inputs)
+        return multiply(*inputs) * len(calls)
+
+    monkeypatch.setattr(F, "scaled_mm", scaled_mm)
+    with pytest.raises(UserError, match=r"differs by 10[0-9]%"):
         check_product(16, 32, CPU)
 
 

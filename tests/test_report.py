@@ -295,6 +295,15 @@ def test_a_damaged_number_costs_only_itself(run: Path, damaged: Any) -> None:
     assert "exact match, test 37.5%" in page.text and "training" in page.ids()
 
 
+@pytest.mark.parametrize("fp8", [True, False, None])
+def test_the_recipe_says_in_what_a_run_computes(run: Path, fp8: bool | None) -> None:
+    """Guards against runs in FP8 that look like others, and a word for each run that has none."""
+    file = run / "best" / "training.json"
+    training = json.loads(file.read_text())
+    file.write_text(json.dumps(training | {"settings": {"dtype": "bfloat16", "fp8": fp8}}))
+    assert ("Recipe bfloat16, products in FP8" in page_of(run).text) is (fp8 is True)
+
+
 def test_an_evaluation_that_goes_on_is_shown_so_far(run: Path) -> None:
     file = run / "eval" / "test" / "predictions.jsonl"
     lines = file.read_text().splitlines(keepends=True)

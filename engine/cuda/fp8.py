@@ -161,7 +161,7 @@ def check_product(
     hidden, weight = drawn.to(device, torch.bfloat16).split([MULTIPLE, outputs])
     expected = F.linear(hidden, weight)
     layer = Fp8Linear(inputs, outputs, bias=False, device="meta")
-    layer.weight, layer.rounding = nn.Parameter(weight), rounding
+    layer.weight, layer.rounding = nn.Parameter(weight, requires_grad=False), rounding
     try:
         found = layer(hidden.requires_grad_())
         found.backward(expected)
