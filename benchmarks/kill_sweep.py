@@ -16,11 +16,12 @@ outside, at any moment of a run. After each kill
 - metrics.jsonl has every step exactly once, with the losses of that run;
 - no half-written file or folder is left.
 
-Processes are forked from one that has loaded PyTorch, which only saves the time for imports. The
-kills are real.
+Processes are forked from one that has done the imports, which only saves their time. The kills are
+real.
 """
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -33,6 +34,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import safetensors.torch
 import torch
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import train
 from engine.state import copied
@@ -53,6 +56,11 @@ from standin import make_model, make_problems, make_tokenizer, write_jsonl
 WATCHED = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 KEPT = {"best", "last", "previous", "config.yaml", "metrics.jsonl"}
 STEPS = 6
+LATER = (  # what a run imports only when it uses it
+    "sentencepiece.sentencepiece_model_pb2",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.tokenization_llama",
+)
 POINT_SECONDS = 1e-3  # a pause at each point of a save, so that some steps fit beside it
 
 
@@ -316,10 +324,21 @@ def sweep_moments(
     return killed
 
 
+def make_forks_fast() -> None:
+    """Do here, once, what each process would do again before its first step."""
+    for name in LATER:
+        import_module(name)
+    get_checkpoint_conversion_mapping("llama")  # compiles a thousand patterns, and keeps them
+    gc.collect()
+    gc.freeze()  # what is here is not looked through, and so not copied, in each process
+
+
 def main(arguments: argparse.Namespace, folder: Path) -> None:
     prepare(folder)
-    began = time.perf_counter()
+    make_forks_fast()
     points = list_points(settings(folder, "whole"), folder)
+    began = time.perf_counter()
+    end_of(start(settings(folder, "timed"), folder / "log"))  # without the pauses at each point
     seconds = time.perf_counter() - began
     expected = outcome(folder / "runs" / "whole")
     logged = [line["step"] for line in expected["metrics"] if "train/loss" in line]

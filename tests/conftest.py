@@ -52,25 +52,10 @@ ROOT = Path(train.__file__).parent
 PROMPT = "Question: {question}\nAnswer:"
 
 # Processes that a test starts or kills: forked, each in the state of a new one, from a process that
-# has only done the slow imports. Use its Process, or start_method="forkserver" with torch.
+# has only done the slow imports (`forking`). Use its Process, or start_method="forkserver" with
+# torch.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(
-    [
-        "train",
-        "evaluate",
-        "engine.sharding",
-        "conftest",  # once PYTHONPATH has it
-        # What these import only when they use it.
-        "jinja2",
-        "matplotlib.backends.backend_svg",
-        "matplotlib.pyplot",
-        "engine.lora",
-        "peft.tuners.lora",
-        "sentencepiece",
-        "transformers.models.auto.tokenization_auto",
-        "transformers.models.llama.tokenization_llama",
-    ]
-)
+processes.set_forkserver_preload(["tests.forking"])
 
 # What GSM8K holds beside plain ASCII, and what has broken other projects.
 PECULIAR = [

@@ -42,7 +42,6 @@ class Job:
             "MASTER_PORT": str(self._store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
-        os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
         self.processes = [
             processes.Process(
                 target=_be_rank,
