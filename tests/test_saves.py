@@ -417,8 +417,11 @@ def test_a_stop_whose_save_fails_is_not_called_saved(
 
 
 def slowly(folder: Path, held: list[bool]) -> Save:
-    """Saves beside training take long, and the run's folder is locked until each is done."""
-    return Save(before=lambda *_: time.sleep(0.3), after=lambda *_: held.append(is_locked(folder)))
+    """From step 8 on, saves take long, and the run's folder is locked until each is done."""
+    return Save(
+        before=lambda _, step: time.sleep(0.3 if step >= 8 else 0),
+        after=lambda *_: held.append(is_locked(folder)),
+    )
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
@@ -480,7 +483,7 @@ def test_a_loss_that_is_not_finite_refers_to_what_is_on_the_disk(
             named(model, "embedding").register_forward_hook(lambda *given: given[2] * torch.nan)
         return train.train_step(model, *rest)
 
-    save = Save(before=lambda *_: time.sleep(0.3))
+    save = Save(before=lambda _, step: time.sleep(0.3 if step == 8 else 0))
     outcome = call(train, *flags(every_4), copy=copy, save=save, step=step)
     assert outcome.code == 3 and f"the weights in {run_folder(every_4) / LAST}" in outcome.err
     assert save.done[-1] == (LAST, 8) and step_of(run_folder(every_4) / LAST) == 8
