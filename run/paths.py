@@ -43,7 +43,9 @@ def with_tilde(path: str) -> str:
 
 def _homes() -> set[str]:
     home = os.path.expanduser("~").rstrip("/")
-    return {home, os.path.realpath(home)} - {"", "/", "~"}
+    if home in ("", "~"):  # "/", as of a container's user without a name, or unknown
+        return set()
+    return {home, os.path.realpath(home)} - {"/"}
 
 
 def hide_home(text: str) -> str:
