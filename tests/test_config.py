@@ -184,6 +184,15 @@ def test_null_is_the_empty_value(tmp_path: Path) -> None:
         config.load_config(file, {})
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\x85", "\u2028", "\u2029"])
+def test_lines_end_where_yaml_ends_them(tmp_path: Path, end: str) -> None:
+    """Guards against a comment that is sought in a line that the file seems not to have."""
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"epochs: 2{end}{end}seed: 4  # a seed", encoding="utf-8", newline="")
+    values = {"epochs": "2", "seed": "4"}
+    assert config.read_settings(file) == (values, {"epochs": "", "seed": "a seed"})
+
+
 def test_the_flag_beats_the_file(tmp_path: Path) -> None:
     file = edited(tmp_path, ("epochs: 3", "epochs: 5"))
     assert train.read_arguments(["--config", str(file)])[0].epochs == 5
