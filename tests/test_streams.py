@@ -706,6 +706,8 @@ def test_the_packages_are_those_of_requirements_and_imported() -> None:
             "sys.version_info = (3, 10, 4, 'final', 0)",
             ["Python 3.10.4 is too old, 3.11 or newer is needed"],
         ),
+        ("import os; os.environ['WORLD_SIZE'] = ''", ["WORLD_SIZE is ''", "unset it"]),
+        ("import os; os.environ['LOCAL_RANK'] = '-1'", ["LOCAL_RANK is '-1'", "torchrun"]),
     ],
 )
 def test_an_unsupported_platform_is_one_line(
