@@ -167,10 +167,8 @@ def ends_early(story: Callable[..., bool], *arguments: object) -> bool:
 
 
 def _stop(number: int) -> None:
-    raise Stopped(
-        number,
-        f"{_name(number)}; what was finished is saved, and the same command resumes from there",
-    )
+    # True of any script: some save as they go, and others have nothing to save.
+    raise Stopped(number, f"{_name(number)}; what is saved is kept: type the same command again")
 
 
 def _leave(number: int) -> None:

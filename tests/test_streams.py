@@ -333,7 +333,8 @@ def test_signals_outside_of_training(number: int) -> None:
         f"import os, signal, time\nfrom run import script\n{story}script.run_script(story)\n"
     )
     assert result.returncode == 128 + number and result.stdout == "clean\n", result
-    assert result.stderr.startswith(f"stopped: {name};") and result.stderr.count("\n") == 1
+    said = f"stopped: {name}; what is saved is kept: type the same command again"
+    assert result.stderr.startswith(said) and result.stderr.count("\n") == 1
     result = python(
         f"import os, time\nfrom run import script\nscript.run_script(int)\n{kill}\ntime.sleep(9)\n"
     )
