@@ -27,6 +27,7 @@ from run.errors import UserError, one_line
 from run.model_source import find_start
 from run.paths import local_path
 from run.retention import disk_space
+from run.script import check_printed
 from run.setting_types import in_yaml
 from run.terminal import (
     draw_curve,
@@ -94,7 +95,7 @@ def look(config: Config, ranks: Ranks, tools: Tools) -> None:
     """Print what a run with ``config`` would be, and time two of its steps. Nothing is written.
 
     Raises:
-        UserError: training would be refused.
+        UserError: training would be refused, or this can't be printed.
     """
     console = open_console()
     run = heard(console, prospect, config, ranks, tools)
@@ -107,6 +108,7 @@ def look(config: Config, ranks: Ranks, tools: Tools) -> None:
     show_disk(console, run)
     show_time(console, run, tools)
     title(console, "Nothing was written. To train, type the same without --preflight.")
+    check_printed()
 
 
 def prospect(config: Config, ranks: Ranks, tools: Tools) -> Prospect:

@@ -200,7 +200,7 @@ def job(device: torch.device) -> Iterator[Ranks]:
             _leave(getattr(ending, "exit_code", 1))
         if ending is not error:
             raise ending from None
-        if not hasattr(error, "exit_code") and not isinstance(error, OSError):
+        if not hasattr(error, "exit_code") and not isinstance(error, OSError | SystemExit):
             traceback.print_exception(error)
             _leave(1)
         raise

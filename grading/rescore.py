@@ -30,7 +30,7 @@ from run.errors import UserError
 
 def rescore(file: Path, output: Path | None) -> None:
     """Score predictions again, into a ``scores.json`` next to them or in ``output``."""
-    if not os.access(file, os.R_OK):  # raise the error before a folder is made
+    if file.is_dir() or not os.access(file, os.R_OK):  # raise the error before a folder is made
         read_predictions(file)
     folder = output or file.parent
     with writing_into(folder):

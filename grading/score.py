@@ -46,7 +46,7 @@ def score(
             Raising beats reporting a wrong score.
     """
     _check_complete([row["id"] for row in predictions], num_problems, source, can_resume)
-    _check_golds(predictions, source)
+    check_golds(predictions, source)
     verdicts = [grade_row(row) for row in predictions]
     num_correct = sum(verdict.correct for verdict in verdicts)
     return {
@@ -112,7 +112,7 @@ def score_samples(
             + (RESUME if can_resume else "remove or add rows until it has")
         )
     _check_complete(list(by_problem), num_problems, source, can_resume)
-    _check_golds(samples, source)
+    check_golds(samples, source)
     counts = sorted({*(2**power for power in range(num_samples.bit_length())), num_samples})
     voted, passed, total = dict.fromkeys(counts, 0), dict.fromkeys(counts, 0.0), 0
     for rows in by_problem.values():
@@ -158,7 +158,8 @@ def pass_at(k: int, num_samples: int, num_correct: int) -> float:
     return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
-def _check_golds(predictions: Sequence[Mapping[str, Any]], source: str) -> None:
+def check_golds(predictions: Sequence[Mapping[str, Any]], source: str) -> None:
+    """Raises UserError unless each gold answer is a number."""
     for row in predictions:
         try:
             check_gold(row["gold"])
@@ -171,6 +172,8 @@ def _check_golds(predictions: Sequence[Mapping[str, Any]], source: str) -> None:
 
 def _check_complete(ids: Sequence[int], num_problems: int, source: str, can_resume: bool) -> None:
     """Raises UserError unless ``ids`` contains each of 0 .. num_problems - 1 exactly once."""
+    if num_problems < 1:
+        raise UserError(f"{source}: contains no problems: name a file with predictions")
     counted = f"{source}: contains {len(ids)} predictions for {num_problems} problems"
     if num_problems > 2 * len(ids) + 1000:  # too many are missing to list them
         raise UserError(f"{counted}: {RESUME if can_resume else 'add the missing ones'}")
@@ -182,8 +185,6 @@ def _check_complete(ids: Sequence[int], num_problems: int, source: str, can_resu
         "unknown ids": unknown,
     }
     faults = [f"{kind} {first_few(found)}" for kind, found in kinds.items() if found]
-    if num_problems < 1:
-        faults = ["no problems"]
     if not faults:
         return
     if sorted(ids) == list(range(1, num_problems + 1)):

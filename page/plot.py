@@ -1,6 +1,7 @@
 """Draws a chart as an SVG whose colours the page's style sheet decides, in light and dark."""
 
 import io
+import os
 import re
 
 from markupsafe import Markup
@@ -44,6 +45,7 @@ def draw(chart: Chart, name: str) -> Markup:
     Args:
         name: unique in the page. It begins the ids inside the element.
     """
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, which this environment may lack
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure

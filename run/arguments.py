@@ -2,6 +2,9 @@
 
 import argparse
 import math
+import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from run.config import CONFIG_FILE, KEYS, SettingsFiles, read_files
@@ -9,19 +12,37 @@ from run.errors import UserError
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Reports a mistake as a UserError, and accepts no abbreviated flags."""
+    """Reports a mistake as a UserError, and accepts no flag that is abbreviated or repeated."""
 
-    def __init__(self, doc: str):
-        summary, _, commands = doc.partition("\n\n")
+    def __init__(self, doc: str | None):
+        summary, _, commands = (doc or "").partition("\n\n")  # None in python -OO
         super().__init__(
             description=summary,
             epilog=commands,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        self.register("type", Path, named_path)
+
+    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:
+        """Read ``args``, in which argparse would take the last of several values silently."""
+        words = sys.argv[1:] if args is None else args
+        for flag, count in Counter(word.partition("=")[0] for word in words).items():
+            action = self._option_string_actions.get(flag)
+            if count > 1 and action:
+                cure = "keep one, with all values behind it" if action.nargs else "keep one"
+                raise UserError(f"command line: {flag} is given twice: {cure}")
+        return super().parse_args(words)
 
     def error(self, message: str) -> None:
         raise UserError(f"command line: {message}; --help lists all arguments")
+
+
+def named_path(text: str) -> Path:
+    """What argparse calls for the type Path, which is the working folder if ``text`` is empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' must name a file or folder")
+    return Path(text)
 
 
 def positive_int(text: str) -> int:
@@ -71,10 +92,6 @@ def parse_arguments(
         group.add_argument(
             f"--{key}", metavar="VALUE", help=shown.replace("%", "%%"), default=argparse.SUPPRESS
         )
-    for flag in (*KEYS, "config"):
-        given = [word for word in argv if word == f"--{flag}" or word.startswith(f"--{flag}=")]
-        if len(given) > 1:
-            raise UserError(f"command line: --{flag} is given twice: keep one")
     arguments = vars(parser.parse_args(argv)) | {"config": files}
     typed = {key: arguments.pop(key) for key in KEYS if key in arguments}
     return argparse.Namespace(**arguments), typed

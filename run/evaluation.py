@@ -39,9 +39,10 @@ def evaluation_folder(model: str, run_folder: Path | None, output_dir: str, spli
     if run_folder is not None:
         for folder in (run_folder, run_folder / "eval"):
             check_no_links(folder)
-        checkpoint = Path(model).name
+        checkpoint = local_path(model).resolve().name  # of ".", and of a link to best
         return run_folder / "eval" / (split if checkpoint == BEST else f"{checkpoint}-{split}")
-    name = Path(model).resolve().name if Path(model).exists() else model.replace("/", "--")
+    place = local_path(model)
+    name = place.resolve().name if place.exists() else model.replace("/", "--")
     return local_path(output_dir) / name / "eval" / split
 
 

@@ -11,12 +11,17 @@ def local_path(text: str) -> Path:
     """The path that a user typed, with ``~`` expanded.
 
     Raises:
-        UserError: no file can have this path (an unknown ``~user``, a name that is too long).
+        UserError: no file can have this path (an unknown ``~user``, a name that is too long), or
+            this user may not see what is there.
     """
     try:
         path = Path(text).expanduser()
         path.exists()
         return path
+    except PermissionError as error:
+        raise UserError(
+            f"{text[:80]!r}: {error.strerror}: check your permissions there, or name another"
+        ) from None
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(
             f"{text[:80]!r}: is not a usable path ({one_line(error)[:120]}): check its spelling"
@@ -43,7 +48,9 @@ def with_tilde(path: str) -> str:
 
 def _homes() -> set[str]:
     home = os.path.expanduser("~").rstrip("/")
-    return {home, os.path.realpath(home)} - {"", "/", "~"}
+    if home in ("", "~"):  # "/", as of a container's user without a name, or unknown
+        return set()
+    return {home, os.path.realpath(home)} - {"/"}
 
 
 def hide_home(text: str) -> str:

@@ -11,6 +11,7 @@ from run.errors import UserError, one_line
 from run.files import replace_file, sync
 from run.manifest import BEST, FINISHED_FILE, LAST, PREVIOUS, fault_of
 from run.shell import evaluation_command
+from run.terminal import gigabytes
 
 
 def remove_state(run_folder: Path, description: Mapping[str, Any]) -> None:
@@ -80,7 +81,7 @@ def check_disk_space(run_folder: Path, weights: int, state: int) -> None:
     needed, available = disk_space(run_folder, weights, state)
     if needed > available:
         raise UserError(
-            f"{run_folder}: its checkpoints need {needed / 1e9:.1f} GB (best, last, previous, and "
-            f"one being written), and {available / 1e9:.1f} GB are available: "
+            f"{run_folder}: its checkpoints need {gigabytes(needed)} (best, last, previous, and "
+            f"one being written), and {gigabytes(available)} are available: "
             "make room, or start in another --output_dir"
         )

@@ -59,6 +59,13 @@ def check_platform() -> None:
             f"Python {found} is too old, 3.11 or newer is needed: start this with a newer one, "
             "such as python3.11"
         )
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK"):
+        value = os.environ.get(name, "0")
+        if not (value.isascii() and value.isdecimal()):
+            _refuse(
+                f"the environment variable {name} is {value!r}: torchrun sets it to a number: "
+                "unset it, or start this with torchrun"
+            )
     try:
         import fcntl  # noqa: F401
     except ImportError:
@@ -160,10 +167,8 @@ def ends_early(story: Callable[..., bool], *arguments: object) -> bool:
 
 
 def _stop(number: int) -> None:
-    raise Stopped(
-        number,
-        f"{_name(number)}; what was finished is saved, and the same command resumes from there",
-    )
+    # True of any script: some save as they go, and others have nothing to save.
+    raise Stopped(number, f"{_name(number)}; what is saved is kept: type the same command again")
 
 
 def _leave(number: int) -> None:

@@ -1,11 +1,15 @@
 """Reads a settings file as text: one ``key: value`` per line, each with its comment."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 from run.errors import UserError
+
+# Where YAML 1.1, and so a node's mark, begins a new line. Reading has turned "\r" into "\n".
+YAML_LINE_END = "[\n\x85\u2028\u2029]"
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ def read_settings_file(file: Path) -> SettingsFile:
         ) from None
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{file}: contains no settings; write one 'key: value' per line")
-    lines = text.split("\n")
+    lines = re.split(YAML_LINE_END, text)
     content = SettingsFile({}, {}, [])
     for key_node, value_node in root.value:
         key, line = key_node.value, key_node.start_mark.line + 1

@@ -8,7 +8,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-WIDTH = 80
+WIDTH, NARROWEST = 80, 40  # on a terminal with fewer columns, lines wrap
 LABEL = 18  # columns before the value of a fact, with the margin
 MARGIN = "  "
 BLOCKS, ASCII_BLOCKS = " ▁▂▃▄▅▆▇█", "    #####"
@@ -26,7 +26,7 @@ def open_console() -> Console:
         markup=False,
         emoji=False,
     )
-    console.width = WIDTH if is_plain else min(WIDTH, console.width)
+    console.width = WIDTH if is_plain else max(NARROWEST, min(WIDTH, console.width))
     return console
 
 

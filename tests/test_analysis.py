@@ -233,6 +233,7 @@ def test_only_common_problems_are_compared() -> None:
             f"'{'a' * 20}' in the other",
         ),
         ([row(0, True), row(0, False)], [row(0, True)], "a: duplicate ids 0"),
+        ([row(0, True)], [row(0, True) | {"gold": "1.0"}], "id 0 has the gold '1' in one and"),
         ([], [], "no problem in common"),
     ],
 )
@@ -241,6 +242,27 @@ def test_what_can_not_be_compared(first: list[dict], second: list[dict], fragmen
     with pytest.raises(UserError) as error:
         compare.compare(first, second, ("a", "b"))
     assert fragment in str(error.value)
+
+
+def test_golds_that_differ_in_commas_are_of_the_same_problem() -> None:
+    """As the rule counts them, and as other programs write them."""
+    first, second = [row(0, True) | {"gold": "1,450"}], [row(0, True) | {"gold": "1450"}]
+    assert compare.compare(first, second, ("a", "b")).num_problems == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "fault"),
+    [
+        ([row(0, True) | {"gold": "one"}], "problem 0: the gold answer 'one' is not a number"),
+        ([row(0, True) | {"sample": n} for n in range(2)], "contains several samples of each"),
+    ],
+)
+def test_what_has_no_score_is_not_compared(
+    call, tmp_path: Path, rows: list[dict[str, Any]], fault: str
+) -> None:
+    (tmp_path / "a").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    outcome = call(evaluate, "--compare", *[str(tmp_path / "a")] * 2)
+    outcome.assert_user_error(f"a: {fault}")
 
 
 def test_compare_from_the_command_line(call, tmp_path: Path) -> None:

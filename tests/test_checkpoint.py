@@ -450,7 +450,7 @@ def test_space_for_all_checkpoints_is_checked_before_training(
         return call(train, *flags(settings), **parts)
 
     with_free(0.5 * needed).assert_user_error(
-        "test: its checkpoints need 0.0 GB", "are available", "--output_dir"
+        f"test: its checkpoints need {needed / 1e6:.1f} MB", "are available", "--output_dir"
     )
     assert not (run_folder(settings) / LAST).exists()
     with pytest.raises(Killed):

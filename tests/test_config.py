@@ -1,6 +1,8 @@
 """Settings: all faults at once, by name; nothing guessed."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -9,8 +11,10 @@ from typing import Any
 import pytest
 from conftest import flags, seal
 
+import augment
 import evaluate
 import perplexity
+import report
 import train
 from run import config, files, folder, model_source, setting_types
 from run.errors import UserError
@@ -184,6 +188,15 @@ def test_null_is_the_empty_value(tmp_path: Path) -> None:
         config.load_config(file, {})
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\x85", "\u2028", "\u2029"])
+def test_lines_end_where_yaml_ends_them(tmp_path: Path, end: str) -> None:
+    """Guards against a comment that is sought in a line that the file seems not to have."""
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"epochs: 2{end}{end}seed: 4  # a seed", encoding="utf-8", newline="")
+    values = {"epochs": "2", "seed": "4"}
+    assert config.read_settings(file) == (values, {"epochs": "", "seed": "a seed"})
+
+
 def test_the_flag_beats_the_file(tmp_path: Path) -> None:
     file = edited(tmp_path, ("epochs: 3", "epochs: 5"))
     assert train.read_arguments(["--config", str(file)])[0].epochs == 5
@@ -194,6 +207,36 @@ def test_the_flag_beats_the_file(tmp_path: Path) -> None:
 def test_a_flag_given_twice_is_refused(call) -> None:
     """Guards against the second of two values that wins silently, as in the file."""
     call(train, "--epochs", "2", "--epochs=9").assert_user_error("--epochs is given twice")
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "fault"),
+    [
+        (evaluate, "--limit 5 --limit=7", "--limit is given twice: keep one"),
+        (perplexity, "--ckpt a --ckpt b", "--ckpt is given twice: keep one"),
+        (
+            augment,
+            "--samples a --samples b --output c",
+            "--samples is given twice: keep one, with all values behind it",
+        ),
+        (report, "--run a --run b", "--run is given twice: keep one, with all values behind it"),
+        (evaluate, "--output=", "argument --output: '' must name a file or folder"),
+        (report, "--run=", "argument --run: '' must name a file or folder"),
+    ],
+)
+def test_a_flag_of_one_script_is_given_once_and_not_empty(
+    call, script, words: str, fault: str
+) -> None:
+    """Guards against samples that are left out silently, and an output that goes anywhere."""
+    call(script, *words.split()).assert_user_error(f"command line: {fault}")
+
+
+def test_docstrings_need_not_be_there() -> None:
+    """Guards against a command line that only Python with docstrings can read (python -OO)."""
+    here = Path(evaluate.__file__).parent
+    command = [sys.executable, "-OO", "report.py", "--run", "nothing-here"]
+    end = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    assert (end.returncode, end.stderr.splitlines()[0][:20]) == (2, "error: nothing-here:")
 
 
 def test_a_flag_repairs_the_file(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a user may get wrong: one clear line, exit code 2, no traceback, nothing written over."""
 
+import errno
 import http.server
 import json
 import os
@@ -267,6 +268,19 @@ def test_models_that_are_none(call, settings: dict[str, str], tmp_path: Path) ->
 @pytest.mark.parametrize("path", ["~nobody-of-this-name/x", "x" * 300])
 def test_paths_that_no_file_can_have(call, settings: dict[str, str], key: str, path: str) -> None:
     call(train, *flags(settings | {key: path})).assert_user_error("is not a usable path")
+
+
+def test_a_folder_that_may_not_be_entered(
+    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against the advice to check how its path is spelt."""
+
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    outcome = call(evaluate, "--ckpt", "locked/best", *flags(settings))
+    outcome.assert_user_error("'locked/best': Permission denied: check your permissions there")
 
 
 def test_code_that_comes_with_a_model_is_never_run(

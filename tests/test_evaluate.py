@@ -385,6 +385,17 @@ def test_last_has_a_folder_of_its_own(call, run_folder: Path) -> None:
     assert {path.name for path in (run_folder / "eval").iterdir()} == {"test", "last-test"}
 
 
+@pytest.mark.parametrize("spelling", [".", "../best/.", "../../link"])
+def test_best_has_one_folder_however_it_is_named(
+    call, run_folder: Path, monkeypatch: pytest.MonkeyPatch, spelling: str
+) -> None:
+    """Guards against a folder -test, and against a link to best that is not best."""
+    (run_folder.parent / "link").symlink_to(run_folder / "best")
+    monkeypatch.chdir(run_folder / "best")
+    assert call(evaluate, "--ckpt", spelling, "--limit", "2").code == 0
+    assert [path.name for path in (run_folder / "eval").iterdir()] == ["test"]
+
+
 def test_a_plain_model_folder(call, settings: dict[str, str]) -> None:
     """A base model takes the settings of the file. Nothing is written into its folder."""
     before = sorted(Path(settings["model"]).iterdir())

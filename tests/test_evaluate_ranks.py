@@ -197,7 +197,7 @@ def test_a_kill_loses_nothing_that_any_rank_has_finished(
     codes = [each.code for each in ended]
     assert codes == [-signal.SIGKILL if number == victim else 143 for number in range(3)], ended
     assert "".join(each.err for each in ended).count("\n") == 1, ended
-    assert "SIGTERM; what was finished is saved" in "".join(each.err for each in ended)
+    assert "SIGTERM; what is saved is kept" in "".join(each.err for each in ended)
     left = file.read_text()
     assert left.count("\n") == 6 and {json.loads(row)["id"] for row in left.splitlines()}
     ended = jobs.run(ranks_afterwards, tmp_path / "job", run, "evaluate", arguments)

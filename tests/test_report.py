@@ -3,8 +3,10 @@
 import base64
 import hashlib
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -504,6 +506,16 @@ def test_the_same_files_give_the_same_bytes(run: Path, tmp_path: Path) -> None:
         copy = shutil.copytree(run, tmp_path / "elsewhere" / run.name)
         (copy / "report.html").unlink()
         assert write.write_report([copy]).read_bytes() == first
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "none such"])
+def test_the_backend_of_a_notebook_is_not_needed(run: Path, backend: str) -> None:
+    """A notebook hands its own to the commands in its cells, whose environment may lack it."""
+    root = Path(report.__file__).parent
+    command = [sys.executable, str(root / "report.py"), "--run", str(run)]
+    environment = os.environ | {"MPLBACKEND": backend}
+    end = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (end.returncode, end.stderr) == (0, ""), end
 
 
 # ---------------------------------------------------------------- what is refused

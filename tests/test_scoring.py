@@ -418,6 +418,7 @@ def test_scores_elsewhere_are_replaced_by_those_of_the_same(call, evaluation: Pa
         ([7, 8], "numbered from 0"),
         ([0, 0, 1], "duplicate ids 0"),
         ([1], "they are 1 to 1"),
+        ([], "contains no problems: name a file with predictions"),
     ],
 )
 def test_the_cure_for_ids_is_one(call, tmp_path: Path, ids: list[int], fragment: str) -> None:
@@ -473,6 +474,7 @@ def test_rescore_goes_with_no_model_flags(call, tmp_path: Path) -> None:
     outcome.assert_user_error("--verify-batching can't be used with --rescore")
     call(evaluate, "--rescore", str(tmp_path / "none")).assert_user_error("none: can't be read")
     call(evaluate, "--rescore", str(tmp_path)).assert_user_error("can't be read")
+    call(evaluate, "--rescore", ".").assert_user_error("error: .: can't be read (Is a directory)")
 
 
 # ---------------------------------------------------------------- samples

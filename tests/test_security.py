@@ -426,6 +426,10 @@ def test_a_home_behind_a_link_is_hidden_and_a_home_of_all_is_none(
     (tmp_path / "link").symlink_to(tmp_path / "real")
     monkeypatch.setenv("HOME", str(tmp_path / "link"))
     assert paths.hide_home(f"{tmp_path}/real/x and {tmp_path}/link/y") == "~/x and ~/y"
+    here = tmp_path / "real" / "model"
+    here.mkdir()
+    monkeypatch.chdir(here.parent)  # which a container's user without a home had for one
     for home in ("/", "", "//"):
         monkeypatch.setenv("HOME", home)
         assert paths.hide_home("/a/b c/d") == "/a/b c/d"
+        assert paths.with_tilde(str(here)) == paths.hide_home(str(here)) == str(here)

@@ -179,6 +179,7 @@ def test_a_result_that_is_only_printed_is_missed_if_it_was_not(
     for story in (
         lambda: perplexity.main(*perplexity.read_arguments(arguments)),
         lambda: evaluate.main(*evaluate.read_arguments(["--compare", file, file])),
+        lambda: train.main(*train.read_arguments([*flags(settings), "--preflight"])),
     ):
         monkeypatch.setattr(sys, "stdout", Broken(number))
         assert code_of(story) == code
@@ -332,7 +333,8 @@ def test_signals_outside_of_training(number: int) -> None:
         f"import os, signal, time\nfrom run import script\n{story}script.run_script(story)\n"
     )
     assert result.returncode == 128 + number and result.stdout == "clean\n", result
-    assert result.stderr.startswith(f"stopped: {name};") and result.stderr.count("\n") == 1
+    said = f"stopped: {name}; what is saved is kept: type the same command again"
+    assert result.stderr.startswith(said) and result.stderr.count("\n") == 1
     result = python(
         f"import os, time\nfrom run import script\nscript.run_script(int)\n{kill}\ntime.sleep(9)\n"
     )
@@ -706,6 +708,8 @@ def test_the_packages_are_those_of_requirements_and_imported() -> None:
             "sys.version_info = (3, 10, 4, 'final', 0)",
             ["Python 3.10.4 is too old, 3.11 or newer is needed"],
         ),
+        ("import os; os.environ['WORLD_SIZE'] = ''", ["WORLD_SIZE is ''", "unset it"]),
+        ("import os; os.environ['LOCAL_RANK'] = '-1'", ["LOCAL_RANK is '-1'", "torchrun"]),
     ],
 )
 def test_an_unsupported_platform_is_one_line(

@@ -339,6 +339,20 @@ def test_a_look_says_what_is_there_already(call, look, stopped: Path) -> None:
     assert tree(stopped) == before
 
 
+@pytest.mark.parametrize("columns", ["1", "18", "39"])
+def test_a_look_on_the_narrowest_terminal_is_whole(
+    settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    """Guards against a traceback, and facts cut short, where their labels leave no column."""
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stdout", streams.Tolerant(shown))
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(train, "build", fail)
+    train.main(make_config(settings), wanted=Look.PREFLIGHT)
+    words = " ".join(ESCAPES.sub("", shown.getvalue()).split())
+    assert "not measured no memory for it" in words and "without --preflight." in words
+
+
 @pytest.mark.parametrize(
     ("changes", "fragment"),
     [
