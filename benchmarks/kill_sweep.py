@@ -44,7 +44,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import safetensors.torch
 import torch
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import train
 from engine.state import copied
@@ -328,7 +327,8 @@ def make_forks_fast() -> None:
     """Do here, once, what each process would do again before its first step."""
     for name in LATER:
         import_module(name)
-    get_checkpoint_conversion_mapping("llama")  # compiles a thousand patterns, and keeps them
+    patterns = import_module("transformers.conversion_mapping")
+    patterns.get_checkpoint_conversion_mapping("llama")  # compiles a thousand, and keeps them
     gc.collect()
     gc.freeze()  # what is here is not looked through, and so not copied, in each process
 

@@ -1,12 +1,14 @@
 """Formats scores and comparisons as text."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from grading.compare import Comparison
 from grading.results import CALCULATOR, SAMPLES
 from grading.rules import first_few
 from run.errors import one_line
+
+if TYPE_CHECKING:
+    from grading.compare import Comparison
 
 RULE_NAMES = {
     "openai": "OpenAI (headline)",
@@ -153,7 +155,7 @@ def _grouped(problems_by_kept: Mapping[str, int]) -> str:
     return ", ".join(f"{name}: {count:,}" for name, count in groups.items())
 
 
-def comparison_table(result: Comparison, names: Sequence[str]) -> str:
+def comparison_table(result: "Comparison", names: Sequence[str]) -> str:
     """Both scores, their difference with its interval, and the p-value."""
     total = result.num_problems
     low, high = result.interval
