@@ -9,9 +9,8 @@ from statistics import NormalDist
 from typing import Any
 
 from grading.results import read_predictions
-from grading.rules import first_few, grade_row, report_contradictions, visible
-from grading.score import check_golds
-from run.errors import UserError
+from grading.rules import check_golds, grade_row, report_contradictions, visible
+from run.errors import UserError, first_few
 
 NORMAL_QUANTILE = NormalDist().inv_cdf(0.975)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grading import rules
-from run.errors import UserError, one_line
+from run.errors import UserError, first_few, one_line
 from run.files import LFS_POINTER
 from run.paths import is_hub_id, local_path
 
@@ -156,17 +156,12 @@ def _check_shards(place: Path, split: str, shards: Sequence[str]) -> None:
     expected = {f"{split}-{number:05}-of-{total:05}.parquet" for number in range(min(total, 10**5))}
     missing, foreign = sorted(expected - set(shards)), sorted(set(shards) - expected)
     if missing or foreign:
-        lacks = f"lacks {_first_few(missing)}"
-        has_more = f"has {_first_few(foreign)} in addition to {total} others"
+        lacks = f"lacks {first_few(missing)}"
+        has_more = f"has {first_few(foreign)} in addition to {total} others"
         raise UserError(
             f"{place}: {lacks if missing else has_more}: fetch all parts of one {split}, and "
             "remove the parts of any other"
         )
-
-
-def _first_few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
 
 
 # ---------------------------------------------------------------- the rows of a file
@@ -180,7 +175,7 @@ def _parse_json(content: bytes, file: Path) -> list[Problem]:
     if keys := _keys_of_arrays(content):
         raise UserError(
             f"{file}, line 1: 'question' is missing: the file is one object, with its rows under "
-            f"{_first_few(keys)}: write that array alone, or one object per line"
+            f"{first_few(keys)}: write that array alone, or one object per line"
         )
     # Split as bytes, at \n only, since str.splitlines() would also split at GSM8K's U+2028.
     lines = content.removesuffix(b"\n").split(b"\n")

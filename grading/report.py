@@ -1,14 +1,11 @@
 """Formats scores and comparisons as text."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from grading.compare import Comparison
 from grading.results import CALCULATOR, SAMPLES
-from grading.rules import first_few
-from run.errors import one_line
-
-if TYPE_CHECKING:
-    from grading.compare import Comparison
+from run.errors import first_few, one_line
 
 RULE_NAMES = {
     "openai": "OpenAI (headline)",
@@ -155,7 +152,7 @@ def _grouped(problems_by_kept: Mapping[str, int]) -> str:
     return ", ".join(f"{name}: {count:,}" for name, count in groups.items())
 
 
-def comparison_table(result: "Comparison", names: Sequence[str]) -> str:
+def comparison_table(result: Comparison, names: Sequence[str]) -> str:
     """Both scores, their difference with its interval, and the p-value."""
     total = result.num_problems
     low, high = result.interval

@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any
 
 from grading.arithmetic import NUMBER, first_false_equation, value_of
+from run.errors import UserError, first_few
 
 OPENAI_ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
 LM_EVAL_FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
@@ -236,6 +237,18 @@ def check_gold(number: object) -> None:
     )
 
 
+def check_golds(predictions: Iterable[Mapping[str, Any]], source: str) -> None:
+    """Raises UserError unless each gold answer is a number."""
+    for row in predictions:
+        try:
+            check_gold(row["gold"])
+        except ValueError as error:
+            raise UserError(
+                f"{source}: problem {row['id']}: {error}; restore the data set's number, or "
+                "evaluate again"
+            ) from None
+
+
 def _name_of(letter: str) -> str:
     name = unicodedata.name(letter, "")
     return f", {name}" if name and not letter.isascii() else ""
@@ -283,10 +296,3 @@ def visible(text: str) -> str:
     Repeated spaces are escaped too, since an error message would merge them.
     """
     return re.sub("  +", lambda spaces: r"\x20" * len(spaces[0]), ascii(text))
-
-
-def first_few(values: Iterable[int | str]) -> str:
-    """The first five of ``values``, and how many more there are."""
-    values = list(values)
-    more = f" and {len(values) - 5} more" if len(values) > 5 else ""
-    return ", ".join(map(str, values[:5])) + more

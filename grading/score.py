@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from grading.rules import RULES, check_gold, correct_openai, first_few, grade_row
-from run.errors import UserError
+from grading.rules import RULES, check_golds, correct_openai, grade_row
+from run.errors import UserError, first_few
 
 if TYPE_CHECKING:
     from grading.dataset import Problem
@@ -156,18 +156,6 @@ def pass_at(k: int, num_samples: int, num_correct: int) -> float:
     arXiv:2107.03374, equation 1.
     """
     return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
-
-
-def check_golds(predictions: Sequence[Mapping[str, Any]], source: str) -> None:
-    """Raises UserError unless each gold answer is a number."""
-    for row in predictions:
-        try:
-            check_gold(row["gold"])
-        except ValueError as error:
-            raise UserError(
-                f"{source}: problem {row['id']}: {error}; restore the data set's number, or "
-                "evaluate again"
-            ) from None
 
 
 def _check_complete(ids: Sequence[int], num_problems: int, source: str, can_resume: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -102,3 +103,10 @@ def storage_cure(error: Exception) -> str:
     if number in _DISK_FULL:
         return "make room there"
     return "check that disk or mount, and your permissions there"
+
+
+def first_few(values: Iterable[int | str]) -> str:
+    """The first five of ``values``, and how many more there are."""
+    values = list(values)
+    more = f" and {len(values) - 5} more" if len(values) > 5 else ""
+    return ", ".join(map(str, values[:5])) + more
