@@ -41,13 +41,14 @@ from engine.packing import Example, Packer, pack
 from engine.plan import GIB, Device, Wishes, choose, saved_plan
 from engine.ranks import job
 from engine.recipe import Recipe, Recomputation
-from engine.roofline import FP8_PRODUCTS, PRODUCTS, card_named, expected_step
+from engine.roofline import FP8_PRODUCTS, PASSES, PRODUCTS, card_named, expected_step
 from engine.sharding import shard
 from engine.tokenizer import Tokenizer
 from grading.dataset import Problem
 from run.errors import UserError
 from run.manifest import LAST, PREVIOUS
 from run.method import Adapter
+from run.training_json import read_description
 
 CPU = torch.device("cpu")
 KERNELS = cpu_kernels(with_onednn=False)
@@ -313,6 +314,8 @@ def test_a_run_in_fp8_learns_resumes_to_the_same_bits_and_is_no_other(
     changed = call(train, *flags(cut | {"fp8": "false"}))
     changed.assert_user_error("fp8 was true and is false")
     assert call(train, *flags(cut)).code == 0
+    plans = [read_description(run_folder(one) / LAST)["plan"] for one in (whole, cut, plain)]
+    assert [one["recipe"]["fp8"] for one in plans] == [True, True, False]
     files = [run_folder(one) / LAST / "model.safetensors" for one in (whole, cut, plain)]
     contents = [file.read_bytes() for file in files]
     assert contents[0] == contents[1] != contents[2]
@@ -354,25 +357,27 @@ def test_a_plan_from_before_there_was_fp8_is_kept_without_it() -> None:
 def test_the_plan_expects_two_products_of_each_layer_to_be_faster(method: str) -> None:
     """Guards against a gain that a card without such products would not have, and a free one.
 
-    All that is added is what rounding reads and writes, which takes an eighth of a step at most.
+    Rounding reads 2 bytes of a number and writes 1: of each input, of each gradient of an output,
+    and in each micro-batch of each weight, once for each product.
     """
 
     def seconds(name: str, recipe: Recipe, blocks: int) -> float:
         how = 8192, Recomputation(blocks, False), True
         return expected_step(LLAMA_2_7B, recipe, ROWS, card_named(name), *how).seconds
 
-    plain = Recipe(method, rank=64)
+    card, plain = card_named("H100"), Recipe(method, rank=64)
     rounded = replace(plain, fp8=True)
+    sides, weights = LLAMA_2_7B.products.values(), LLAMA_2_7B.block_products
+    tokens = ROWS.tokens * ROWS.batch_size
     for blocks in (0, 32):
         before, after = (seconds("H100", recipe, blocks) for recipe in (plain, rounded))
-        card = card_named("H100")
-        faster = card.flops * PRODUCTS / (card.fp8_flops * FP8_PRODUCTS)
-        tokens = ROWS.tokens * ROWS.batch_size
         passes = 2 * 32 + blocks  # of which those of recomputed blocks leave the last product out
-        products = passes * LLAMA_2_7B.block_products - blocks * 4096 * 11008
-        flops = 2 * products * tokens
-        gained = flops * (1 - faster) / (card.flops * PRODUCTS)
-        assert gained - before / 8 < before - after < gained
+        flops = 2 * tokens * (passes * weights - blocks * 4096 * 11008)
+        spared = 1 / (card.flops * PRODUCTS) - 1 / (card.fp8_flops * FP8_PRODUCTS)
+        numbers = tokens * sum((32 + blocks) * inputs + 32 * outputs for inputs, outputs in sides)
+        numbers += math.ceil(tokens / 8192) * passes * weights
+        added = 3 * numbers / (card.bandwidth * PASSES)
+        assert before - after == pytest.approx(flops * spared - added)
         assert seconds("A100", rounded, blocks) > seconds("A100", plain, blocks)
 
 
