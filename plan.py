@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from engine import memory
-from engine.device import Kernels, cuda_kernels, kernels_for, pick_device
+from engine.device import Kernels, check_computes, cuda_kernels, kernels_for, pick_device
 from engine.footprint import footprint
 from engine.hub import fetch
 from engine.optimizer import check_optimizer
@@ -225,12 +225,7 @@ def print_plan(config: Config, wanted: PlanFor) -> None:
 
 
 def report(config: Config, shape: ModelShape, wanted: PlanFor) -> list[str]:
-    here, card, kernels, found = find_devices(wanted)
-    if config.fp8 and card is not CPU and not card.fp8_flops:
-        raise UserError(
-            f"fp8 true: {card.name} has no products in 8-bit floats, which came with H100 and RTX "
-            "4090: set fp8 false"
-        )
+    here, card, kernels, found = find_devices(wanted, shape.dtype, config.fp8)
     job = job_of(config, shape, kernels, here.count)
     lines = [
         *found,
@@ -256,8 +251,14 @@ def report(config: Config, shape: ModelShape, wanted: PlanFor) -> list[str]:
     return lines
 
 
-def find_devices(wanted: PlanFor) -> tuple[Device, Card, Kernels, list[str]]:
-    """The devices to plan for, by which card's data sheet, with what kernels; lines about them."""
+def find_devices(
+    wanted: PlanFor, dtype: torch.dtype = torch.bfloat16, fp8: bool = False
+) -> tuple[Device, Card, Kernels, list[str]]:
+    """The devices to plan for, by which card's data sheet, with what kernels; lines about them.
+
+    Raises:
+        UserError: this machine's own can't compute in ``dtype``, or products in 8-bit floats.
+    """
     if wanted.device_memory is not None:
         free = max(0, int(wanted.device_memory * USABLE * GIB) - CONTEXT)
         card = card_of_size(wanted.device_memory)
@@ -269,6 +270,7 @@ def find_devices(wanted: PlanFor) -> tuple[Device, Card, Kernels, list[str]]:
         here = Device(f"{wanted.device_memory:g} GB", free, wanted.devices, card)
         return here, card, kernels, [line]
     device = pick_device()
+    check_computes(device, dtype, fp8)
     name = memory.kind(device)
     lines, frees = [], [free_here(device)]
     if device.type == "cuda":

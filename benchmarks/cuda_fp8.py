@@ -20,10 +20,10 @@ def measure_fp8_products(work: Work, rows: int, inputs: int, outputs: int) -> No
     """
     like = {"dtype": torch.bfloat16, "device": work.device}
     hidden, weight = torch.randn(rows, inputs, **like), torch.randn(outputs, inputs, **like) * 0.02
-    rounding = fp8_kernels(work.device.type) or fp8
+    rounding = fp8_kernels(work.device.type) or fp8.PYTORCH
     (tokens, token_scales), (columns, scales) = map(rounding.quantised, (hidden, weight))
     factors = torch.rand(inputs, device=work.device)
-    ours = partial(fp8.product, tokens, columns.T, token_scales, scales.T)
+    ours = partial(fp8.scaled_product, tokens, columns.T, token_scales, scales.T)
     timed = {
         "bfloat16": partial(F.linear, hidden, weight),
         "fp8": ours,

@@ -87,9 +87,9 @@ def measure_adapters(work: Work, method: str) -> None:
     add_adapters(model, Adapter("", "bfloat16", is_quantised, RANK, 16, False, 0.0, 0, None))
     training = Training(work, model, Recipe(method, RANK))
     training.measure(AS_CHOSEN)
+    work.attempt("profile", Work.profile, method, training.profiled_step)
     if not is_quantised:
         training.measure(IN_FP8)
-    work.attempt("profile", Work.profile, method, training.profiled_step)
 
 
 class Training:

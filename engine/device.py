@@ -123,9 +123,17 @@ def prepare_process(
         heap.keep_freed_memory()
         return
     machine = machine or checks.find_machine()
-    checks.check_card(machine, dtype, fp8)
+    check_computes(device, dtype, fp8, machine)
     if line := checks.unused_cards(machine):
         print(line)
+
+
+def check_computes(
+    device: torch.device, dtype: torch.dtype, fp8: bool, machine: checks.Machine | None = None
+) -> None:
+    """Raises UserError if a GPU can't compute in ``dtype``, or products in 8-bit floats if so."""
+    if device.type != "cpu":
+        checks.check_card(machine or checks.find_machine(), dtype, fp8)
 
 
 def kernels_for(device: torch.device) -> Kernels:

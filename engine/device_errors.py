@@ -42,11 +42,16 @@ def is_device_fault(error: BaseException) -> bool:
     return is_one and not is_out_of_memory(error)
 
 
+def is_lasting_fault(error: BaseException) -> bool:
+    """Whether after ``error`` this process can use the device no more."""
+    return _says(error, LASTING)
+
+
 def is_of_a_kernel(error: BaseException) -> bool:
     """Whether something else may run where a Triton kernel has raised ``error``."""
     if is_out_of_memory(error):
         return False
-    return not is_device_fault(error) or (_says(error, (TRITON,)) and not _says(error, LASTING))
+    return not is_device_fault(error) or (_says(error, (TRITON,)) and not is_lasting_fault(error))
 
 
 def cure_for_kernels(root: BaseException) -> str:

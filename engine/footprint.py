@@ -153,21 +153,12 @@ def activation_bytes(
         alone = (recomputed - 1) * hidden + whole + 2 * intermediate + hidden
         backward = max(backward, tokens * alone - kept)
     if recipe.fp8:
-        backward = max(backward, _fp8_bytes(shape, wanted))
+        # Before that, down_proj's has its weight and the gradient of its output in 8 bits.
+        own = (2 if recomputation.parts else 1) * intermediate + hidden + shape.hidden
+        backward = max(backward, wanted * own + shape.hidden * shape.intermediate)
     if recipe.method == "qlora":  # the weight of one product at a time
         backward += shape.hidden * intermediate
     return kept, loss, backward
-
-
-def _fp8_bytes(shape: "ModelShape", tokens: int) -> int:
-    """What the backward pass of a block's first product in FP8 needs of its MLP.
-
-    The gradients of gate and up; one of these and a weight, both in 8 bits; the gradient of their
-    input, before and after; and the residual's.
-    """
-    each, hidden, intermediate = shape.dtype.itemsize, shape.hidden, shape.intermediate
-    kept = tokens * (2 * intermediate + 3 * hidden) * each
-    return kept + tokens * intermediate + hidden * intermediate
 
 
 def most_in_a_step(rows: Rows, devices: int) -> int:

@@ -148,7 +148,8 @@ def _variants(job: Job, device: Device) -> Iterator[tuple[str, Job, int]]:
             recipes["--optimizer adamw_8bit"] = replace(recipe, optimizer="adamw_8bit")
         recipes["--method lora"] = replace(recipe, method="lora")
     if recipe.method != "qlora":
-        recipes["--method qlora"] = replace(recipe, method="qlora")
+        flags = "--method qlora" + (" --fp8 false" if recipe.fp8 else "")
+        recipes[flags] = replace(recipe, method="qlora", fp8=False)
     counts = [device.count]
     if device.count == 1 and job.kernels.device.type == "cuda":
         counts += [2, 4, 8]

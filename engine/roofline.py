@@ -134,7 +134,7 @@ def expected_step(
     products = own * done / (card.flops * PRODUCTS) * (8 if is_slow else 1)
     if recipe.fp8 and card.fp8_flops:
         faster = 1 - card.flops * PRODUCTS / (card.fp8_flops * FP8_PRODUCTS)
-        share = _fp8_flops_per_token(shape, recomputation) / done
+        share = 2 * _fp8_weights(shape, recomputation) / done
         products *= 1 - share * faster
     passes = own * _pass_bytes_per_token(shape, recipe, recomputation, compiles)
     passes += micro_batches * _micro_batch_bytes(shape, recipe, recomputation)
@@ -192,10 +192,10 @@ def _flops_per_token(
     return useful, done + recomputation.blocks * (block - 2 * shape.hidden * shape.intermediate)
 
 
-def _fp8_flops_per_token(shape: "ModelShape", recomputation: Recomputation) -> int:
-    """Of the products that `engine.cuda.fp8` computes: those forward, and half of those back."""
+def _fp8_weights(shape: "ModelShape", recomputation: Recomputation) -> int:
+    """Of the products that `engine.cuda.fp8` computes: all forward, and half of those back."""
     again = recomputation.blocks * (shape.block_products - shape.hidden * shape.intermediate)
-    return 2 * (2 * shape.layers * shape.block_products + again)
+    return 2 * shape.layers * shape.block_products + again
 
 
 def _pass_bytes_per_token(
@@ -211,7 +211,8 @@ def _pass_bytes_per_token(
     # Inputs, and gradients of outputs, are read and written in 8 bits.
     sides = shape.products.values()
     inputs, outputs = (sum(side) for side in zip(*sides, strict=True))
-    rounded = (shape.layers + again) * inputs + shape.layers * outputs if recipe.fp8 else 0
+    rounded = shape.layers * (inputs + outputs) + again * (inputs - shape.intermediate)
+    rounded = rounded if recipe.fp8 else 0
     rounding = rounded * (shape.dtype.itemsize + 1)
     return states * shape.dtype.itemsize * (1 if compiles else 2) + rounding
 
@@ -223,8 +224,8 @@ def _micro_batch_bytes(shape: "ModelShape", recipe: Recipe, recomputation: Recom
     """
     gradients = 2 * gradient_bytes(shape, recipe)
     quantised = shape.layers * shape.block_products if recipe.method == "qlora" else 0
-    passes = 2 * shape.layers + recomputation.blocks if recipe.fp8 else 0
-    rounding = passes * shape.block_products * (shape.dtype.itemsize + 1)
+    weights = _fp8_weights(shape, recomputation) if recipe.fp8 else 0
+    rounding = weights * (shape.dtype.itemsize + 1)
     return gradients + 2 * quantised * (0.5 + 2 + 2) + rounding
 
 

@@ -151,6 +151,7 @@ def resolve_source(ckpt: str | None, files: SettingsFiles, typed: Mapping[str, s
     absolute = saved_settings(folder, description)
     known |= {key: absolute[key] for key in PLACES if key in absolute}
     known.setdefault("method", FULL)
+    known["fp8"] = False  # which is for training alone
     config = merge(
         {**files.layers, str(folder / DESCRIPTION_FILE): known, COMMAND_LINE: dict(typed)}
     )

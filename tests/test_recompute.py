@@ -92,21 +92,28 @@ def test_the_memory_of_a_block_of_llama_2_7b() -> None:
 
 
 @pytest.mark.parametrize("vocab_size", [50, 4000])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "fp8"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+)
 @pytest.mark.parametrize("number", [0, 1, 3])
 @pytest.mark.parametrize("parts", [True, False])
 def test_the_peak_of_a_micro_batch_is_what_is_counted(
     make_llama: Callable[..., LlamaForCausalLM],
     vocab_size: int,
     dtype: torch.dtype,
+    fp8: bool,
     number: int,
     parts: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Guards against an activation, a moment of the loss or a backward pass that is left out."""
     shape = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3}
     kernels = replace(KERNELS, logits_at_once=2**19)
     model = Llama(make_llama(vocab_size, **shape).to(dtype), kernels).train()
     model.recomputed_blocks, model.recomputes_parts = number, parts
+    if fp8:
+        monkeypatch.setattr("engine.cuda.fp8.NUMBERS_AT_ONCE", 2**13)
+        kernels.use_fp8(model)
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
     labels = [packing.IGNORE] * 32 + [1] * 97  # of which the first is no label of a token
@@ -114,7 +121,7 @@ def test_the_peak_of_a_micro_batch_is_what_is_counted(
     with LiveBytes(model) as live:
         model(batch).backward()
     rows = Rows(128, 129, batch.num_labels / batch.num_tokens, 8)
-    job = ModelShape(model.config, dtype), Recipe(), kernels, rows
+    job = ModelShape(model.config, dtype), Recipe(fp8=fp8), kernels, rows
     kept, *beyond = activation_bytes(*job, batch.num_tokens, Recomputation(number, parts))
     # Buffers of products, and tensors of one number a token, are left out.
     assert kept + max(beyond) == pytest.approx(live.most, rel=0.04)

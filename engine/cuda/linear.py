@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class _Keep(torch.autograd.Function):
+class Keep(torch.autograd.Function):
     """Saves the input of a product before the product is computed.
 
     A Function's inputs are saved after its forward pass. When a block is recomputed, the pass stops
@@ -24,7 +24,7 @@ class _Keep(torch.autograd.Function):
         return grad
 
 
-class Product(torch.autograd.Function):
+class _Product(torch.autograd.Function):
     """``hidden @ weight.T + bias``."""
 
     @staticmethod
@@ -45,7 +45,7 @@ def add_gradient_of_weight(ctx: Any, grad: Tensor) -> Tensor | None:
     """Add it to ``weight.grad``; it is returned instead if there is nothing to add it to.
 
     Args:
-        ctx: of a product, with its ``weight`` and what `_Keep` has ``kept`` of its input.
+        ctx: of a product, with its ``weight`` and what `Keep` has ``kept`` of its input.
         grad: of its output.
     """
     [hidden] = ctx.kept.saved_tensors
@@ -75,11 +75,8 @@ class Linear(torch.nn.Linear):
     def forward(self, hidden: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and hidden.requires_grad and hidden.dim() == 2):
             return F.linear(hidden, self.weight, self.bias)
-        kept = _Keep.apply(hidden)
-        return self.product(kept, self.weight, self.bias, kept.grad_fn)
-
-    def product(self, *inputs: Any) -> Tensor:
-        return Product.apply(*inputs)
+        kept = Keep.apply(hidden)
+        return _Product.apply(kept, self.weight, self.bias, kept.grad_fn)
 
 
 def replace_linear_layers(model: torch.nn.Module) -> None:
