@@ -34,6 +34,7 @@ from run.errors import UserError
 from run.looks import Look, PlanFor
 from run.method import check_packages
 from run.paths import local_path
+from run.script import check_printed
 from run.streams import is_one_of_several
 from run.training_json import read_description
 
@@ -222,6 +223,7 @@ def print_plan(config: Config, wanted: PlanFor) -> None:
     shape = read_shape(fetch(config.model, ["config.json"]), getattr(torch, config.dtype))
     for line in report(config, shape, wanted):
         print(line)
+    check_printed()
 
 
 def report(config: Config, shape: ModelShape, wanted: PlanFor) -> list[str]:
