@@ -244,21 +244,21 @@ def show_batches(console: Console, run: Prospect) -> None:
 
 def show_steps(console: Console, run: Prospect) -> None:
     batches, schedule, rate = run.batches, run.schedule, run.config.mask_rate
-    rates = [*map(schedule.learning_rate, range(schedule.total_steps))]
+    steps, peak_step = schedule.total_steps, max(schedule.warmup_steps, 1)
     first, last = len(batches[0]), len(batches[batches.per_epoch - 1])
     smaller = "" if last == first else f", {last:,} in the last of an epoch"
     title(console, "Steps and learning rate")
     facts(
         console,
         {
-            "steps": f"{len(rates):,}: {run.config.epochs} epochs of {batches.per_epoch:,}",
+            "steps": f"{steps:,}: {run.config.epochs} epochs of {batches.per_epoch:,}",
             "rows in a step": f"{first:,}{smaller}",
-            "learning rate": f"{max(rates):g} at most, first in step "
-            f"{rates.index(max(rates)) + 1:,}; {schedule.shape}; {rates[-1]:.3g} at the end",
+            "learning rate": f"{schedule.peak:g} at most, first in step {peak_step:,}; "
+            f"{schedule.shape}; {schedule.learning_rate(steps - 1):.3g} at the end",
         }
         | ({"masked": f"{rate:.0%} of the answers' tokens, at the end"} if rate else {}),
     )
-    draw_curve(console, rates, "step")
+    draw_curve(console, schedule.learning_rate, steps, schedule.peak, "step")
 
 
 # ---------------------------------------------------------------- what it takes

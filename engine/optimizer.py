@@ -187,9 +187,13 @@ class Schedule:
     warmup_ratio: float
     min_ratio: float
 
+    @property
+    def warmup_steps(self) -> int:
+        return math.ceil(self.warmup_ratio * self.total_steps)
+
     def learning_rate(self, step: int) -> float:
         """The rate of optimizer step ``step``, counted from 0."""
-        warmup_steps = math.ceil(self.warmup_ratio * self.total_steps)
+        warmup_steps = self.warmup_steps
         if step < warmup_steps:
             return self.peak * (step + 1) / warmup_steps
         if self.shape == "constant":

@@ -111,7 +111,7 @@ def effort_lines(scores: Mapping[str, Any]) -> list[str]:
     lines = []
     if "num_tokens" in scores:
         lines.append(f"    tokens of all samples  {scores['num_tokens']:>9,}")
-    if "seconds" in scores:
+    if {"seconds", "tokens_per_second"} <= scores.keys():
         lines.append(
             f"    last decoding took     {scores['seconds']:>9,.1f} s at "
             f"{scores['tokens_per_second']:,.1f} tokens per second"

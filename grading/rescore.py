@@ -12,6 +12,7 @@ from grading.results import (
     PREDICTIONS_FILE,
     SAMPLES,
     SCORES_FILE,
+    TIMING,
     previous_timing,
     read_identity,
     read_predictions,
@@ -67,8 +68,8 @@ def _score_file(file: Path) -> Scored:
         identity = read_identity(file.with_name(IDENTITY_FILE)) or read_identity(
             file.with_name(SCORES_FILE)
         )
-        for name in (CALCULATOR, SAMPLES, "timing"):  # added again below
-            identity.pop(name, None)
+        for name in (CALCULATOR, SAMPLES, "timing", *TIMING, "maj_at", "pass_at"):
+            identity.pop(name, None)  # it is added again below, if these predictions have it
     if "num_problems" not in identity:
         identity["num_problems"] = len({row["id"] for row in rows})
         print(

@@ -21,8 +21,8 @@ REQUIRED = ("id", "gold", "completion")
 # What is the same however its path is spelt: hashes say which model and which rows these are.
 PATHS = ("checkpoint", "dataset")
 
-# What scores.json records about the decoding itself, which can't be measured later.
-TIMING = ("seconds", "tokens_per_second", "verified_batching")
+# What scores.json records about the decoding itself, which can't be measured later, with its types.
+TIMING = {"seconds": (int, float), "tokens_per_second": (int, float), "verified_batching": dict}
 
 
 def folders_of(
@@ -128,8 +128,9 @@ def read_scores(file: Path) -> dict[str, Any]:
 def previous_timing(folder: Path) -> dict[str, Any]:
     """What is recorded of an earlier decoding: how long it took, and whether it was verified."""
     recorded = read_scores(folder / IDENTITY_FILE).get("timing")
-    before = recorded or read_scores(folder / SCORES_FILE)
-    return {key: before[key] for key in TIMING if key in before}
+    found = recorded if isinstance(recorded, dict) else {}
+    before = found or read_scores(folder / SCORES_FILE)
+    return {key: before[key] for key, kind in TIMING.items() if isinstance(before.get(key), kind)}
 
 
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -4,11 +4,12 @@ import argparse
 from typing import Any
 
 from run.errors import UserError
+from run.manifest import checkpoint_around
 from run.streams import is_one_of_several
 
 
 def check_mode(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
-    """Raises UserError if flags contradict each other."""
+    """Raises UserError if flags contradict each other, or results would be in a checkpoint."""
     model_flags = ["ckpt", "split", "limit", "verify_batching", "samples", "temperature"]
     excluded = {"compare": [*model_flags, "output", "rescore"], "rescore": model_flags}
     for mode, names in excluded.items():
@@ -33,6 +34,11 @@ def check_mode(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
     if arguments.temperature and not arguments.samples:
         raise UserError(
             "command line: --temperature applies to samples: set their number with --samples K"
+        )
+    if arguments.output and checkpoint_around(arguments.output):
+        raise UserError(
+            f"command line: --output {arguments.output}: is in a checkpoint, which a save would "
+            "replace with all that is in it: name a folder outside it, or leave --output out"
         )
 
 

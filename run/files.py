@@ -83,11 +83,12 @@ def _say_no_sync(path: Path, error: OSError) -> None:
     )
 
 
-def replace_file(file: Path, content: str | bytes) -> None:
+def replace_file(file: Path, content: str | bytes, tries: int = 3) -> None:
     """Write a small file atomically: at any moment it has its old or its new content.
 
     If two processes write the same file, the later one wins. Each uses its own staged file, so
-    neither fails.
+    neither fails. A process that locks the folder meanwhile takes the staged file for that of a
+    killed process, and removes it (`remove_staged_files`), so it is written again.
     """
     staged = file.with_name(f".{file.name}.{secrets.token_hex(4)}.staged")
     try:
@@ -95,6 +96,10 @@ def replace_file(file: Path, content: str | bytes) -> None:
             staged.write_bytes(content if isinstance(content, bytes) else content.encode())
             sync(staged)
             staged.replace(file)
+    except FileNotFoundError:
+        if tries == 1 or not file.parent.exists():
+            raise
+        return replace_file(file, content, tries - 1)
     finally:
         with suppress(OSError):  # an error above is the one to report
             staged.unlink(missing_ok=True)
@@ -102,7 +107,7 @@ def replace_file(file: Path, content: str | bytes) -> None:
 
 
 def remove_staged_files(folder: Path) -> None:
-    """Remove the staged files of a killed `replace_file`, in a folder that only we write to."""
+    """Remove the staged files of a killed `replace_file`, in a folder that this process locked."""
     for file in folder.iterdir():
         if re.fullmatch(r"\..+\.[0-9a-f]{8}\.staged", file.name) and file.is_file():
             file.unlink(missing_ok=True)

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,20 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / DESCRIPTION_FILE).is_file() or (
         manifest.is_file() and DESCRIPTION_FILE.encode() in manifest.read_bytes()
     )
+
+
+def checkpoint_around(place: Path) -> Path | None:
+    """The checkpoint of ours that ``place`` is or lies in, even if it is yet to be saved."""
+    place, names = Path(os.path.realpath(place)), (BEST, LAST, PREVIOUS)
+    for folder in (place, *place.parents):
+        of_its_run = [folder.with_name(name) for name in names] if folder.name in names else []
+        with suppress(OSError):  # whoever writes there will report it
+            if any(
+                (one / MANIFEST_FILE).is_file() and is_checkpoint(one)
+                for one in (folder, *of_its_run)
+            ):
+                return folder
+    return None
 
 
 def intact(folder: Path) -> Path:

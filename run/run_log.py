@@ -71,7 +71,15 @@ def open_log(
     if best and tracker.run is None:
         print("wandb_artifact: best will not be uploaded, since W&B is off")
     left = TimeLeft(steps, batches.per_epoch, settings["checkpoint_steps"])
-    return RunLog(folder, tracker, progress, batches, steps, left, usage, best)
+    cure = cure_for_not_finite(settings)
+    return RunLog(folder, tracker, progress, batches, steps, left, usage, cure, best)
+
+
+def cure_for_not_finite(settings: Mapping[str, Any]) -> str:
+    if settings["fp8"]:
+        return "lower the learning_rate, or set fp8 false"
+    is_exact = settings["dtype"] == "float32"
+    return "lower the learning_rate" + ("" if is_exact else ", or set dtype float32")
 
 
 class Problem(Protocol):
@@ -102,6 +110,7 @@ class RunLog:
         steps: int,
         left: TimeLeft,
         usage: Usage,
+        cure_for_not_finite: str,
         best: Path | None = None,
     ):
         """``best`` is the checkpoint to upload when all steps are done; None: no upload."""
@@ -113,7 +122,7 @@ class RunLog:
         self._steps, self._epochs = steps, steps // batches.per_epoch
         self._mask_rate = batches.mask_rate
         self._speed = Speed()
-        self._left = left
+        self._left, self._cure_for_not_finite = left, cure_for_not_finite
 
     def start(self, rows: int, held_out: int, batch_size: int, device: str, how: str) -> None:
         """Print a summary of the run before it starts."""
@@ -251,7 +260,7 @@ class RunLog:
         shown = ", ".join(f"{name.partition('/')[2]} {value}" for name, value in numbers.items())
         return NotFiniteError(
             f"step {self._progress.step}: {shown} must be finite, caused by {rows}; the weights in "
-            f"{last} are from before this step: lower the learning_rate, or set dtype float32"
+            f"{last} are from before this step: {self._cure_for_not_finite}"
         )
 
     def _write(self, numbers: Mapping[str, float]) -> None:

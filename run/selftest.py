@@ -28,6 +28,7 @@ from run.metrics_log import MetricsLog
 from run.paths import local_path
 from run.retention import check_disk_space, disk_space
 from run.streams import is_one_of_several
+from run.terminal import gigabytes
 from run.training_json import read_description
 from run.wandb_run import NoTracker, RunPath, start_tracker
 
@@ -38,8 +39,6 @@ UNINTERRUPTED, KILLED = "uninterrupted", "killed"  # the names of the two runs
 LOSSES = ("train/loss", "val/loss", "train/grad_norm")
 WEIGHT_FILES = ("model", "adapter_model")
 LOOK_SECONDS = 0.001  # between two reads of the log, to find the step after which to kill
-
-Row = Mapping[str, Any]  # with question and answer
 
 
 def run_selftest(config: Config, load_rows: Callable[[str], Sequence[Any]]) -> None:
@@ -87,7 +86,7 @@ def temporary_folder(output_dir: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_data(rows: Mapping[str, Sequence[Row]], batch_size: int, folder: Path) -> None:
+def write_data(rows: Mapping[str, Sequence[dict[str, Any]]], batch_size: int, folder: Path) -> None:
     """Write the first rows of the user's own data set, as many as the few steps need."""
     folder.mkdir()
     counts = {"train": STEPS_PER_EPOCH * batch_size + VALIDATION_ROWS, "test": VALIDATION_ROWS}
@@ -255,8 +254,8 @@ def try_disk(run_folder: Path) -> str:
         sum(file.stat().st_size for file in (run_folder / name).iterdir()) for name in (BEST, LAST)
     )
     check_disk_space(run_folder, best, last - best)
-    needed, available = disk_space(run_folder, best, last - best)
-    return f"a run's checkpoints need {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are available"
+    needed, available = map(gigabytes, disk_space(run_folder, best, last - best))
+    return f"a run's checkpoints need {needed}, {available} are available"
 
 
 def try_export(best: Path, config: Config) -> str:

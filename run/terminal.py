@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -96,19 +96,31 @@ def draw_histogram(console: Console, numbers: Sequence[int], unit: str) -> None:
         console.print(Text.assemble((beginning, "dim"), (f"{MARGIN}{bar}".rstrip(), "cyan")))
 
 
-def draw_curve(console: Console, values: Sequence[float], unit: str, height: int = 5) -> None:
-    """``values`` from left to right, from 0 to their largest, over their numbers from 1 on."""
-    blocks, top = _blocks(console), max(values)
+def draw_curve(
+    console: Console,
+    value: Callable[[int], float],
+    count: int,
+    top: float,
+    unit: str,
+    height: int = 5,
+) -> None:
+    """``count`` values from left to right, from 0 to ``top``, over their numbers from 1 on.
+
+    Args:
+        value: called with the indices of a few of them, of which there may be millions.
+        top: the largest of all.
+    """
+    blocks = _blocks(console)
     labels = [f"{top:.3g}", *[""] * (height - 2), "0"]
     indent = len(MARGIN) + max(map(len, labels)) + 1
     columns = console.width - indent
-    shown = [values[index * len(values) // columns] for index in range(columns)]
+    shown = [value(index * count // columns) for index in range(columns)]
     for row, label in zip(range(height - 1, -1, -1), labels, strict=True):
-        eighths = [round(8 * height * value / top) - 8 * row for value in shown]
+        eighths = [round(8 * height * each / top) - 8 * row for each in shown]
         line = "".join(blocks[min(max(eighth, 0), 8)] for eighth in eighths).rstrip()
         beginning = f"{label.rjust(indent - 1)} "
         console.print(Text.assemble((beginning, "dim"), (line, "cyan")))
-    first, last = f"{unit} 1", f"{unit} {len(values):,}"
+    first, last = f"{unit} 1", f"{unit} {count:,}"
     console.print(Text(" " * indent + first + last.rjust(columns - len(first)), style="dim"))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PROMPT, as_a_process, flags, make_config, processes, seal, small_run
+from conftest import PROMPT, as_a_process, flags, make_config, processes, seal, small_run, tree
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import data
@@ -586,6 +586,23 @@ def test_mistyped_samples(
 ) -> None:
     base = [] if "--rescore" in arguments else ["--ckpt", settings["model"], *flags(settings)]
     call(evaluate, *base, *arguments).assert_user_error(fragment)
+
+
+@pytest.mark.parametrize("place", ["best", "last/deeper/still", "previous", "link", "../copy/eval"])
+def test_nothing_is_written_into_a_checkpoint(call, run_folder: Path, place: str) -> None:
+    """Guards against results that the next save removes, with the checkpoint that they are in."""
+    shutil.rmtree(run_folder / "previous", ignore_errors=True)  # the next save makes it again
+    shutil.copytree(run_folder / "best", run_folder.parent / "copy")
+    (run_folder / "link").symlink_to(run_folder / "best")
+    predictions = run_folder.parent / "predictions.jsonl"
+    predictions.write_text('{"id": 0, "gold": "1", "completion": "#### 1"}\n')
+    output, before = run_folder / place, tree(run_folder.parent)
+    for source in (["--ckpt", str(run_folder / "best")], ["--rescore", str(predictions)]):
+        outcome = call(evaluate, *source, "--output", str(output))
+        outcome.assert_user_error(f"command line: --output {output}: is in a checkpoint")
+        assert tree(run_folder.parent) == before
+    best = str(run_folder.parent / "best")  # which is in no run
+    assert call(evaluate, "--rescore", str(predictions), "--output", best).code == 0
 
 
 def test_a_stop_among_the_samples_takes_nothing_from_the_greedy_score(

@@ -97,6 +97,7 @@ def test_the_self_test_passes(
         "selftest: passed",
     ):
         assert fragment in outcome.out, outcome.out
+    assert re.search(r"a run's checkpoints need [1-9]\.\d MB, ", outcome.out), outcome.out
     assert list(Path(settings["output_dir"]).iterdir()) == []
     assert len(started) >= 3
 

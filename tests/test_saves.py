@@ -491,9 +491,12 @@ def test_a_loss_that_is_not_finite_refers_to_what_is_on_the_disk(
 
 def test_a_state_is_removed_after_it_was_written(call, every_4: dict[str, str]) -> None:
     """Guards against a finished run that verifies and removes what is being written."""
-    save = Save(before=lambda *_: time.sleep(0.1))
+    save = Save(before=lambda _, step: time.sleep(0.5 if step == 14 else 0))
     outcome = call(train, *flags(every_4 | {"keep_state": "false"}), copy=copy, save=save)
     assert outcome.code == 0 and "removed: " in outcome.out
+    finished = json.loads((run_folder(every_4) / manifest.FINISHED_FILE).read_text())
+    assert finished["step"] == 14  # that of the last which was removed
+    assert save.done[-1] == (LAST, 14)
     assert {path.name for path in run_folder(every_4).iterdir()} == {
         BEST,
         "config.yaml",

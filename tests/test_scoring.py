@@ -548,3 +548,33 @@ def test_no_score_of_samples_that_are_not_whole(rows: list[dict], fragment: str)
     with pytest.raises(UserError) as error:
         score.score_samples(rows, 1, 3, "x")
     assert fragment in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "scores.json"])
+@pytest.mark.parametrize("num_samples", [1, 2])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("maj_at", {"1": 0.5}),
+        ("maj_at", None),
+        ("pass_at", {"1": 0.5}),
+        ("timing", 1),
+        ("timing", {"seconds": 2.0}),
+        ("seconds", "x"),
+        ("seconds", 2.0),
+    ],
+)
+def test_scores_that_someone_wrote_beside_the_settings_are_not_taken_over(
+    call, tmp_path: Path, name: str, num_samples: int, key: str, value: object
+) -> None:
+    """Guards against a traceback, and scores of samples among those of greedy decoding."""
+    row = {"id": 0, "gold": "1", "completion": "#### 1"}
+    rows = [row] if num_samples == 1 else [row | {"sample": n} for n in range(num_samples)]
+    file = tmp_path / "predictions.jsonl"
+    file.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    (tmp_path / name).write_text(json.dumps({"num_problems": 1, key: value}))
+    outcome = call(evaluate, "--rescore", str(file))
+    assert outcome.code == 0, outcome.err
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    expected = {"1": 1.0, "2": 1.0} if num_samples > 1 else None
+    assert scores.get("maj_at") == scores.get("pass_at") == expected

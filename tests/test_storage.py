@@ -205,6 +205,28 @@ def test_two_writers_of_one_small_file_do_not_collide(
     }
 
 
+def test_a_file_is_written_while_another_process_locks_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a report that is missing, since its staged file was removed as an old one.
+
+    An evaluation of another split locks the run's folder, or a training that starts.
+    """
+    file, original = tmp_path / "report.html", Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        monkeypatch.undo()
+        with locks.locked(tmp_path, "held"):
+            assert [*tmp_path.iterdir()] == []
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    files.replace_file(file, "mine")
+    assert file.read_text() == "mine" and [*tmp_path.iterdir()] == [file]
+    with pytest.raises(FileNotFoundError):
+        files.replace_file(tmp_path / "nowhere" / "report.html", "mine")
+
+
 # ---------------------------------------------------------------- what two writers left
 
 

@@ -180,6 +180,7 @@ def test_a_result_that_is_only_printed_is_missed_if_it_was_not(
         lambda: perplexity.main(*perplexity.read_arguments(arguments)),
         lambda: evaluate.main(*evaluate.read_arguments(["--compare", file, file])),
         lambda: train.main(*train.read_arguments([*flags(settings), "--preflight"])),
+        lambda: train.main(*train.read_arguments([*flags(settings), "--plan"])),
     ):
         monkeypatch.setattr(sys, "stdout", Broken(number))
         assert code_of(story) == code

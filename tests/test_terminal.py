@@ -28,6 +28,7 @@ import train
 from engine import device, packing, trial
 from engine.device import cpu_kernels
 from engine.loading import load_tokenizer
+from engine.optimizer import Schedule
 from engine.packing import IGNORE
 from engine.ranks import ALONE
 from grading.next_steps import next_steps
@@ -420,6 +421,35 @@ def test_the_look_is_at_what_training_does(
     assert len(last) == count_saves(2, 7, 3)
 
 
+@pytest.mark.parametrize(("shape", "warmup"), [("cosine", 0.03), ("linear", 0.0), ("constant", 1)])
+def test_a_look_at_many_steps_computes_few_of_their_rates(
+    settings: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    shape: str,
+    warmup: float,
+) -> None:
+    """Guards against a look that seems to hang, where a run is given too many epochs."""
+    run = preflight.prospect(make_config(settings | {"run_name": "new"}), ALONE, TOOLS)
+    schedule = Schedule(5000, 0.1, shape, warmup, 0.2)
+    rates = [*map(schedule.learning_rate, range(5000))]
+    computed: list[int] = []
+    original = Schedule.learning_rate
+
+    def learning_rate(self: Schedule, step: int) -> float:
+        computed.append(step)
+        return original(self, step)
+
+    monkeypatch.setattr(Schedule, "learning_rate", learning_rate)
+    capsys.readouterr()
+    preflight.show_steps(terminal.open_console(), replace(run, schedule=schedule))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "steps 5,000: " in said and " 0.1 " in said and said.endswith("step 1 step 5,000")
+    first = rates.index(max(rates)) + 1
+    assert f"0.1 at most, first in step {first:,}; {shape}; {rates[-1]:.3g} at the end" in said
+    assert len(computed) <= terminal.WIDTH
+
+
 def test_supervised_tokens_are_underlined(
     settings: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -452,7 +482,7 @@ def test_no_piece_steers_the_terminal_or_breaks_its_line(
     console = terminal.open_console()
     pieces = ["\x1b[2J", "a\rb", "\u202e", "七" * 90, "x" * 200, "[bold]", "\ud800", "▁"] * 20
     terminal.draw_tokens(console, [(piece, True) for piece in pieces])
-    terminal.draw_curve(console, [0.5, 1.0, 0.0], "step")
+    terminal.draw_curve(console, [0.5, 1.0, 0.0].__getitem__, 3, 1.0, "step")
     terminal.draw_histogram(console, [1, 5, 5000], "tokens")
     terminal.facts(console, {"folder": "/a" * 200, "run": "七" * 300})
     terminal.lines(console, "七" * 300)

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +22,10 @@ import evaluate
 import train
 from engine.measure import Measurement
 from run import metrics_log, tracker, wandb_run
+from run.config import CONFIG_FILE, load_config
 from run.manifest import FITTING_FILE
-from run.run_log import RunLog
+from run.progress import Progress
+from run.run_log import RunLog, open_log
 from run.shell import evaluation_command
 
 AGENTS = {
@@ -543,6 +546,29 @@ def test_not_finite_numbers_are_logged_as_they_are(tmp_path: Path) -> None:
         metrics.write(1, 0.5, {"val/loss": math.nan, "val/perplexity": math.inf})
     for line in (*lines_of(tmp_path), *run.lines):
         assert math.isnan(line["val/loss"]) and line["val/perplexity"] == math.inf
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fp8", "cure"),
+    [
+        ("bfloat16", False, ", or set dtype float32"),
+        ("bfloat16", True, ", or set fp8 false"),
+        ("float32", False, ""),
+    ],
+)
+def test_what_to_do_about_a_loss_that_is_not_finite(
+    tmp_path: Path, dtype: str, fp8: bool, cure: str
+) -> None:
+    """Guards against advice to set what is set already, and against none about FP8."""
+    settings = asdict(load_config(CONFIG_FILE, {})) | {"wandb_mode": "disabled"}
+    settings |= {"dtype": dtype, "fp8": fp8}
+    saves = SimpleNamespace(folder=tmp_path, settings=settings, plan={}, data_hashes={})
+    batches = SimpleNamespace(per_epoch=7, mask_rate=lambda _: None)
+    usage = SimpleNamespace(at=lambda _: {})
+    with open_log(saves, Progress(step=3), batches, 14, usage) as log:
+        nan = SimpleNamespace(loss=math.nan, grad_norm=math.nan)
+        error = log.not_finite(nan, "line 5", tmp_path / "last")
+    assert str(error).endswith(f"are from before this step: lower the learning_rate{cure}")
 
 
 def test_a_loss_that_is_not_a_number_is_not_the_lowest() -> None:
