@@ -26,7 +26,7 @@ from engine.plan_report import (
 from engine.ranks import ALONE, Ranks
 from engine.recipe import Recipe, Recomputation, Rows
 from engine.roofline import CPU, Card, card_named, card_of_size
-from engine.shape import ModelShape, check_rank, read_shape
+from engine.shape import ModelShape, read_shape
 from engine.sharding import check_divides
 from engine.usage import Usage, usage_of
 from run.config import Config
@@ -141,8 +141,7 @@ def usage(config: Config, folder: Path, examples: Sequence[Example], ranks: Rank
 
 
 def check_trains(config: Config, resume_from: Path | None, devices: int = 1) -> None:
-    """Raises UserError if a package is missing, the rank of new adapters too high, or training
-    exceeds the memory of the device.
+    """Raises UserError if a package is missing, or training exceeds the memory of the device.
 
     This is before anything is loaded.
     """
@@ -150,18 +149,14 @@ def check_trains(config: Config, resume_from: Path | None, devices: int = 1) -> 
     check_optimizer(config.optimizer)
     check_spreads(config, devices)
     device = pick_device()
-    total = memory.total_bytes(device)  # None: a CPU can swap
-    recipe = recipe_of(asdict(config))
-    if total is None and (recipe.method == "full" or resume_from is not None):
+    total = memory.total_bytes(device)
+    if total is None:  # a CPU can swap
         return
     # A checkpoint of adapters has no model.
     has_model = resume_from is not None and (resume_from / "config.json").is_file()
     name = str(resume_from) if has_model else config.model
     shape = read_shape(fetch(name, ["config.json"]), getattr(torch, config.dtype))
-    if resume_from is None:
-        check_rank(recipe, shape)
-    if total is not None:
-        refuse_too_large(config, name, shape, kernels_for(device), total, devices)
+    refuse_too_large(config, name, shape, kernels_for(device), total, devices)
 
 
 def check_spreads(config: Config, devices: int) -> None:
@@ -226,7 +221,6 @@ def print_plan(config: Config, wanted: PlanFor) -> None:
     """Print what ``train.py --plan`` shows. Nothing is downloaded but config.json."""
     check_spreads(config, wanted.devices)
     shape = read_shape(fetch(config.model, ["config.json"]), getattr(torch, config.dtype))
-    check_rank(recipe_of(asdict(config)), shape)
     for line in report(config, shape, wanted):
         print(line)
     check_printed()

@@ -3,16 +3,13 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import LlamaConfig
 
 from engine.refusals import check_config
 from run.errors import UserError, cause_of
-
-if TYPE_CHECKING:
-    from engine.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -93,19 +90,6 @@ class ModelShape:
     def largest(self) -> int:
         """The parameters of the largest tensor."""
         return max(self.head_parameters, *(a * b for a, b in self.products.values()))
-
-
-def check_rank(recipe: "Recipe", shape: ModelShape) -> None:
-    """Raises UserError if adapters have a higher rank than any weight that they are added to.
-
-    Some weights, such as k_proj's, may have a lower one than the others.
-    """
-    highest = max(map(min, shape.products.values()))
-    if recipe.method != "full" and recipe.rank > highest:
-        raise UserError(
-            f"lora_rank {recipe.rank}: more than {highest} adds nothing to any layer of this "
-            f"model: set lora_rank {highest} or less"
-        )
 
 
 def read_shape(folder: Path, dtype: torch.dtype) -> ModelShape:

@@ -33,7 +33,7 @@ from engine.device import cpu_kernels, cuda_kernels
 from engine.footprint import activation_bytes
 from engine.llama import Llama
 from engine.loading import check_fits, load_model
-from engine.lora import CONFIG_FILE, TARGETS, AdaptedLinear, _merged, merge_adapters
+from engine.lora import TARGETS, AdaptedLinear, _merged, merge_adapters
 from engine.nf4 import dequantised
 from engine.optimizer import checkpoint_bytes
 from engine.recipe import Recipe, Recomputation, Rows, gradient_bytes, state_bytes, weight_bytes
@@ -598,26 +598,6 @@ def test_settings_that_do_nothing_are_refused(
     call(perplexity, "--ckpt", best, "--method", "qlora").assert_user_error(
         "was trained with method lora"
     )
-
-
-@pytest.mark.parametrize("look", [(), ("--plan",), ("--preflight",)])
-def test_a_rank_beyond_every_layer_is_refused_before_anything_is_loaded(
-    call, settings: dict[str, str], wide_folder: Path, monkeypatch: pytest.MonkeyPatch, look: tuple
-) -> None:
-    """Guards against a rank with a digit too many, which would fill the memory of a CPU."""
-    monkeypatch.setattr(data, "load_for_training", lambda *_: 1 / 0)
-    settings |= {"method": "lora", "model": str(wide_folder), "lora_rank": "65"}
-    call(train, *flags(settings), *look).assert_user_error(
-        "lora_rank 65: more than 64 adds nothing to any layer of this model: set lora_rank 64 or"
-    )
-
-
-def test_the_highest_rank_trains(call, settings: dict[str, str], wide_folder: Path) -> None:
-    """It is more than k_proj and v_proj can use."""
-    assert read_shape(wide_folder, torch.float32).products["k_proj"] == (64, 32)
-    settings |= {"method": "lora", "model": str(wide_folder), "lora_rank": "64", "epochs": "1"}
-    assert call(train, *flags(settings)).code == 0
-    assert json.loads((run_folder(settings) / BEST / CONFIG_FILE).read_text())["r"] == 64
 
 
 def test_a_run_from_before_there_were_methods_trains_all_weights(
