@@ -112,15 +112,15 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def checkpoint_around(place: Path) -> Path | None:
-    """The checkpoint of ours that ``place`` is or lies in, even if it is yet to be saved."""
+    """The checkpoint of a run that ``place`` is or lies in, even if it is yet to be saved.
+
+    Only such a checkpoint is replaced by the next one, not a copy or a merged model elsewhere.
+    """
     place, names = Path(os.path.realpath(place)), (BEST, LAST, PREVIOUS)
     for folder in (place, *place.parents):
         of_its_run = [folder.with_name(name) for name in names] if folder.name in names else []
         with suppress(OSError):  # whoever writes there will report it
-            if any(
-                (one / MANIFEST_FILE).is_file() and is_checkpoint(one)
-                for one in (folder, *of_its_run)
-            ):
+            if any((one / MANIFEST_FILE).is_file() and is_checkpoint(one) for one in of_its_run):
                 return folder
     return None
 
