@@ -31,7 +31,7 @@ MANY = (21, *[140] * 28)
 def prepare(
     model: Llama, recomputation: Recomputation, wants_compiled: bool | None, fp8: bool = False
 ) -> None:
-    """Set what is recomputed and whether in 8-bit floats, and compile the layers.
+    """Set what is recomputed and how products are computed, and compile the layers.
 
     Args:
         wants_compiled: None: if compiled layers are faster on this device, and work here.
