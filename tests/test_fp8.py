@@ -435,17 +435,16 @@ def test_a_plan_for_a_card_without_such_products_is_refused(
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_what_the_plan_proposes_can_be_typed(
-    call: Callable[..., Any], settings: dict[str, str], method: str
+    call: Callable[..., Any], tmp_path: Path, method: str
 ) -> None:
-    """Guards against a cure that is refused in turn."""
-    typed = flags(settings | {"fp8": "true", "dtype": "bfloat16", "method": method})
-    lines = call(train, "--plan", "--device_memory", "24", *typed).out.splitlines()
+    """Guards against a cure that is refused in turn, and is expected to be faster than it is."""
+    LLAMA_2_7B.config.save_pretrained(tmp_path)
+    card = "--plan", "--model", str(tmp_path), "--device_memory", "24"
+    lines = call(train, *card, "--fp8", "true", "--method", method).out.splitlines()
     proposed = [line.split("  (")[0].split() for line in lines if " --method qlora" in line]
     assert proposed and all("--fp8" in words for words in proposed)
-    for _, *words in proposed:
-        changed = dict(zip(words[::2], words[1::2], strict=True))
-        given = settings | {key.removeprefix("--"): value for key, value in changed.items()}
-        assert call(train, "--plan", *flags(given | {"dtype": "bfloat16"})).code == 0
+    for speed, *words in proposed:
+        assert f"expected at best: {speed} tokens a second" in call(train, *card, *words).out
 
 
 # ---------------------------------------------------------------- where it can't be
