@@ -91,9 +91,19 @@ def test_the_memory_of_a_block_of_llama_2_7b() -> None:
     assert kept == (2 * 4096 + 11008) * 2
 
 
+needs_small_products = pytest.mark.skipif(
+    torch.__version__ < (2, 13), reason="a CPU multiplies 8-bit floats as such since torch 2.13"
+)
+
+
 @pytest.mark.parametrize("vocab_size", [50, 4000])
 @pytest.mark.parametrize(
-    ("dtype", "fp8"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+    ("dtype", "fp8"),
+    [
+        (torch.float32, False),
+        (torch.bfloat16, False),
+        pytest.param(torch.bfloat16, True, marks=needs_small_products),
+    ],
 )
 @pytest.mark.parametrize("number", [0, 1, 3])
 @pytest.mark.parametrize("parts", [True, False])
