@@ -43,6 +43,7 @@ from engine.hub import fetch
 from engine.loading import check_fits, load_model, load_tokenizer
 from engine.state import save_from_device
 from run.checkpoint import save_checkpoint
+from run.manifest import checkpoint_around
 from run.model_source import Source, resolve_source
 from run.paths import hide_home, local_path
 from run.shell import evaluation_command
@@ -60,6 +61,11 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
         raise UserError(f"{source.path}: contains no adapter of this program: name one with --ckpt")
     if output.exists() or output.is_symlink():
         raise UserError(f"{output}: exists already: name another folder with --output")
+    if checkpoint_around(output):
+        raise UserError(
+            f"{output}: is in a checkpoint, which a save would replace with all that is in it: "
+            "name a folder outside it with --output"
+        )
 
     dtype, device = getattr(torch, source.config.dtype), pick_device()
     prepare_process(device, dtype)

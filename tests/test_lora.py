@@ -470,6 +470,9 @@ def test_a_merge_overwrites_nothing_and_needs_an_adapter(
     call(merge, "--ckpt", str(best), "--output", str(tmp_path)).assert_user_error(
         f"{tmp_path}: exists already: name another folder with --output"
     )
+    inside, before = str(best / "merged"), tree(best.parent)
+    call(merge, "--ckpt", str(best), "--output", inside).assert_user_error("is in a checkpoint")
+    assert tree(best.parent) == before
     output = str(tmp_path / "merged")
     call(merge, "--ckpt", str(wide_folder), "--output", output).assert_user_error(
         f"{wide_folder}: contains no adapter of this program"
