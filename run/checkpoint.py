@@ -240,8 +240,13 @@ def newest_intact(run_folder: Path) -> Path | None:
         UserError: all that exist are damaged.
     """
     _finish_saves(run_folder)
+    return first_intact(run_folder / LAST, run_folder / PREVIOUS)
+
+
+def first_intact(*folders: Path) -> Path | None:
+    """The first of these checkpoints that is intact; otherwise as `newest_intact`."""
     faults: list[str] = []
-    for folder in (run_folder / LAST, run_folder / PREVIOUS):
+    for folder in folders:
         if not folder.exists():
             continue
         fault = fault_of(folder)

@@ -13,7 +13,7 @@ from run.checkpoint import newest_intact
 from run.config import KEYS, Config, idle_settings
 from run.errors import OutOfMemory, UserError, one_line
 from run.files import replace_file
-from run.locks import locked
+from run.locks import check_free, locked
 from run.manifest import (
     BEST,
     FINISHED_FILE,
@@ -25,6 +25,7 @@ from run.manifest import (
     fault_of,
 )
 from run.method import FULL
+from run.opening import newest_as_it_is
 from run.paths import local_path
 from run.places import anchored, has_moved, is_same_folder
 from run.progress import Progress, fitting_budget
@@ -60,6 +61,7 @@ FREE_SETTINGS = frozenset(
 # What was so before there was a setting for it.
 OLDER = {"method": FULL, "optimizer": "adamw", "mask_rate": 0.0, "fp8": False}
 
+HELD = "another process is training this run: wait for it, or choose another --run_name"
 LOCK_SECONDS = 1.0  # how long to wait for the lock, since an evaluation holds it only briefly
 
 
@@ -73,14 +75,11 @@ def claimed(folder: Path, resume: str) -> Iterator[Path | None]:
     Raises:
         UserError: the folder is in use, or can't be written.
     """
-    held = (
-        f"{folder}: another process is training this run: wait for it, or choose another --run_name"
-    )
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             check_no_links(folder)
-            stack.enter_context(locked(folder, held, patience=LOCK_SECONDS))
+            stack.enter_context(locked(folder, f"{folder}: {HELD}", patience=LOCK_SECONDS))
         except OSError as error:
             raise _not_writable(folder, error) from None
         if (start := start_in(folder, resume)) is None:
@@ -130,13 +129,15 @@ def _not_writable(folder: Path, error: OSError) -> UserError:
     return UserError(f"{folder}: can't be written ({error.strerror}): choose another --output_dir")
 
 
-def start_in(folder: Path, resume: str) -> Path | None:
-    """The checkpoint in a run's folder to resume from; None for a new run. Changes nothing.
+def start_in(
+    folder: Path, resume: str, newest: Callable[[Path], Path | None] = newest_intact
+) -> Path | None:
+    """The checkpoint in a run's folder to resume from, by ``newest``; None for a new run.
 
     Raises:
         UserError: the folder is in use.
     """
-    if resume == "auto" and (start := newest_intact(folder)):
+    if resume == "auto" and (start := newest(folder)):
         return start
     if (folder / FINISHED_FILE).exists():
         if fault := fault_of(folder / BEST):
@@ -222,7 +223,7 @@ def check_unfinished(step: int, total_steps: int, run_folder: Path) -> None:
 
 
 def find_opening(config: Config, data_sha256: str, steps: int) -> Path | None:
-    """The checkpoint that training would resume from; None for a new run.
+    """The checkpoint that training would resume from; None for a new run. Changes nothing.
 
     Args:
         data_sha256: of the training rows.
@@ -235,7 +236,10 @@ def find_opening(config: Config, data_sha256: str, steps: int) -> Path | None:
     place = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"{folder}: {place} can't be written: choose another --output_dir")
-    if place != folder or (resume_from := start_in(folder, config.resume)) is None:
+    if place != folder:
+        return None
+    check_free(folder, f"{folder}: {HELD}", patience=LOCK_SECONDS)
+    if (resume_from := start_in(folder, config.resume, newest_as_it_is)) is None:
         return None
     check_same_run(resume_from, asdict(anchored(config, resume_from)), data_sha256)
     if ends := late_ends(resume_from, steps, asdict(config)):

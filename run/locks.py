@@ -70,6 +70,27 @@ def locked_if_free(folder: Path) -> Iterator[bool]:
         yield is_locked
 
 
+def check_free(folder: Path, refusal: str, patience: float = 0.0) -> None:
+    """Raises UserError where `locked` would. The folder stays as it is."""
+    until = time.monotonic() + patience
+    while not _is_free(folder):
+        if time.monotonic() >= until:
+            raise UserError(refusal)
+        time.sleep(0.02)
+
+
+def _is_free(folder: Path) -> bool:
+    for path, flags in ((folder, os.O_RDONLY), (folder / LOCK_FILE, os.O_RDWR | os.O_NOFOLLOW)):
+        try:
+            os.close(_lock(path, flags))
+            break
+        except BlockingIOError:
+            return False
+        except OSError:  # it can't be locked, or nobody has made the file yet
+            continue
+    return True
+
+
 def _lock_folder(folder: Path, tries: int = 3) -> tuple[int, bool]:
     """A descriptor that holds the lock of ``folder``, and whether the file system has locks at all.
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import jobs
 import pytest
-from conftest import flags, make_config, run_folder, tree
+from conftest import flags, held_by_another_process, make_config, run_folder, tree
 from rich.cells import cell_len
 from test_train import STEPS, measuring
 
@@ -34,6 +34,7 @@ from engine.ranks import ALONE
 from grading.next_steps import next_steps
 from run import progress_bar, streams, terminal
 from run.folder import find_opening
+from run.manifest import LAST, MANIFEST_FILE, PREVIOUS
 from run.progress import Progress
 from run.retention import disk_space
 from run.shell import evaluation_command
@@ -333,11 +334,31 @@ def test_a_look_is_refused_as_training_is(
     outcome.assert_user_error(fragment)
 
 
-def test_a_look_says_what_is_there_already(call, look, stopped: Path) -> None:
+@pytest.mark.parametrize("is_complete", [None, False, True], ids=["none", "cut", "complete"])
+def test_a_look_says_what_is_there_already(look, stopped: Path, is_complete: bool | None) -> None:
+    """Guards against a look that ends a save, or removes one that is being written."""
+    step, staged = 8, stopped / f".{LAST}.staged"
+    if is_complete is not None:
+        shutil.copytree(stopped / PREVIOUS, stopped / f".{PREVIOUS}.removed")
+        shutil.copytree(stopped / PREVIOUS, staged)
+    if is_complete:
+        step = 7
+    elif is_complete is False:
+        (staged / MANIFEST_FILE).unlink()
     before = tree(stopped)
     outcome = look()
-    assert "has a checkpoint of step 8" in " ".join(outcome.out.split()), outcome.out
+    assert f"has a checkpoint of step {step}" in " ".join(outcome.out.split()), outcome.out
     assert tree(stopped) == before
+
+
+def test_a_look_at_a_run_in_training_is_refused(look, stopped: Path) -> None:
+    """Guards against a look into a folder whose files another process moves and removes."""
+    with held_by_another_process(stopped, "claimed(folder, 'auto')"):
+        shutil.copytree(stopped / LAST, stopped / f".{LAST}.staged")
+        before = tree(stopped)
+        look().assert_user_error("another process is training this run", "--run_name")
+        assert tree(stopped) == before
+    assert look().code == 0
 
 
 @pytest.mark.parametrize("columns", ["1", "18", "39"])
