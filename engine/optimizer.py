@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import optimi
 import torch
@@ -13,6 +14,9 @@ from engine.device_errors import cure_for_kernels, is_of_a_kernel
 from engine.sharding import is_spread
 from run.errors import cause_of, root_cause
 
+# The share of a weight by which it decays at once in bfloat16, where its rounding error is up to
+# 2**-8 of it, and is itself rounded by up to 2**-17 of the weight.
+LEAST_DECAY = 2**-14
 ADAMW, ADAMW_8BIT = "adamw", "adamw_8bit"  # the names that the setting optimizer allows
 
 
@@ -50,16 +54,20 @@ def build_optimizer(
             parameters, learning_rate, betas, epsilon, weight_decay, compiled
         )
     if first.dtype == torch.bfloat16:
-        return optimi.AdamW(
+        optimizer = optimi.AdamW(
             parameters,
             lr=learning_rate,
             betas=betas,
             eps=epsilon,
-            weight_decay=weight_decay,
+            weight_decay=0.0,
             kahan_sum=True,
             triton=has_triton_step(first),
             foreach=False,
         )
+        if weight_decay:
+            optimizer.param_groups[0]["decay_owed"] = 0.0
+            optimizer.register_step_pre_hook(partial(decay, weight_decay))
+        return optimizer
     return torch.optim.AdamW(
         parameters,
         lr=learning_rate,
@@ -68,6 +76,23 @@ def build_optimizer(
         weight_decay=weight_decay,
         fused=True,
     )
+
+
+@torch.no_grad()
+def decay(weight_decay: float, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Let bfloat16 weights decay by Kahan summation, before a step of optimi.
+
+    optimi multiplies the weight itself, by a number such as 0.999998, which bfloat16 rounds to 1.
+    The rounding error has 8 bits as well, so the decay of several steps is subtracted at once.
+    """
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0  # an older version has saved another, which had no effect
+        group["decay_owed"] += group["lr"] * weight_decay
+        if group["decay_owed"] < LEAST_DECAY or not optimizer.state:
+            continue
+        for weight in group["params"]:
+            optimizer.state[weight]["kahan_comp"].add_(weight, alpha=-group["decay_owed"])
+        group["decay_owed"] = 0.0
 
 
 def has_triton_step(parameter: torch.nn.Parameter) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,35 @@ def test_bfloat16_updates_do_not_stall() -> None:
     torch.testing.assert_close(
         weight.float(), torch.full((8,), 1 - 1000 * 2e-5), rtol=0, atol=2**-9
     )
+
+
+def after_steps(weight_decay: float, dtype: torch.dtype, *numbers: int) -> torch.Tensor:
+    """Weights after so many steps on random gradients, saved and restored between them."""
+    random = torch.Generator().manual_seed(4)
+    weight = torch.nn.Parameter((0.02 * torch.randn(5000, generator=random)).to(dtype))
+    saved = None
+    for number in numbers:
+        optimizer = build_optimizer([weight], 2e-4, (0.9, 0.999), 1e-8, weight_decay)
+        if saved:
+            unpack_state(partial(dict, saved[0]), saved[1], optimizer)
+        for _ in range(number):
+            weight.grad = torch.randn(5000, generator=random).to(dtype)
+            optimizer.step()
+        saved = pack_state(optimizer, {})
+    return weight.detach().double()
+
+
+def test_weights_in_bfloat16_decay_as_in_float32() -> None:
+    """Guards against a decay that is rounded away, as 1 - 2e-5 is in bfloat16, or is forgotten
+    where a run resumes."""
+
+    def share(dtype: torch.dtype) -> float:
+        plain, decayed = after_steps(0.0, dtype, 1000), after_steps(0.1, dtype, 1000)
+        return ((plain - decayed) @ plain / (plain @ plain)).item()
+
+    assert share(torch.bfloat16) == pytest.approx(share(torch.float32), rel=0.05)
+    one, other = (after_steps(0.1, torch.bfloat16, *each) for each in ((100,), (7, 30, 63)))
+    assert torch.equal(one, other)
 
 
 def test_the_loss_in_bfloat16_falls_as_in_float32(
