@@ -86,6 +86,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("this loss can be differentiated once: its gradients are used up")
         grad_hidden, grad_weight = ctx.gradients
         ctx.gradients = None  # they are scaled in place, so a second call would scale them again
+        # As a row of one number: a GPU would round a number without dimensions to the gradient's
+        # dtype, in bfloat16 by up to 0.4 %.
+        factor = grad_nats.to(torch.promote_types(grad_hidden.dtype, torch.float32)).view(1)
         if grad_weight is not None:  # None: no supervised token, or a head that is not trained
-            grad_weight = grad_weight.mul_(grad_nats).to(ctx.weight_dtype)
-        return grad_hidden.mul_(grad_nats), grad_weight, None, None, None, None
+            grad_weight = grad_weight.mul_(factor).to(ctx.weight_dtype)
+        return grad_hidden.mul_(factor), grad_weight, None, None, None, None

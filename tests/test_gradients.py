@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import PROMPT
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import train
@@ -21,6 +23,7 @@ from engine.compiling import compile_layers
 from engine.device import cpu_kernels, kernels_for
 from engine.llama import Llama
 from engine.loading import load_model
+from engine.loss import LinearCrossEntropy
 from engine.masking import Masking
 from engine.optimizer import build_optimizer
 from engine.tokenizer import Tokenizer
@@ -450,6 +453,34 @@ def test_bfloat16_follows_float32(
     expected, _, _ = train.accumulate_gradients(model64, window, None)
     assert abs(nats - expected) / num_labels < 1e-4
     assert relative_error(gradients(half), gradients(model64)) < 2**-7
+
+
+class RoundingAsAGpu(TorchDispatchMode):
+    """A tensor without dimensions takes the dtype of the one it is multiplied by, as on a GPU. On a
+    CPU it is a number like any other."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.mul, torch.ops.aten.mul_):
+            one, other = args
+            if isinstance(other, torch.Tensor) and one.dim() > 0 == other.dim():
+                args = one, other.to(one.dtype)
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_number_of_labels_is_not_rounded_on_a_gpu() -> None:
+    """Guards against 1 / 982 with 8 bits, by which all gradients but the head's would be 0.4 % too
+    small."""
+    random = torch.Generator().manual_seed(6)
+    hidden, weight = (torch.randn(64, 32, generator=random).bfloat16() for _ in range(2))
+    labels, grads = torch.arange(64), []
+    for dtype, mode in ((torch.float64, nullcontext()), (torch.bfloat16, RoundingAsAGpu())):
+        leaf = hidden.to(dtype).requires_grad_()
+        with mode:
+            arguments = weight.to(dtype), labels, True, KERNELS
+            (LinearCrossEntropy.apply(leaf, *arguments) / 982).backward()
+        grads.append(leaf.grad.double().flatten())
+    exact, found = grads
+    assert (found @ exact / (exact @ exact)).item() == pytest.approx(1, abs=5e-4)
 
 
 def relative_error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
