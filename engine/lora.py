@@ -143,9 +143,10 @@ def inject(pretrained: "LlamaForCausalLM", adapter: "Adapter", dtype: torch.dtyp
     """Put new adapters of ``dtype`` beside the linear layers of ``pretrained``; freeze the rest."""
     config = peft_config(adapter)
     config._register_custom_module({nn.Linear: AdaptedLinear})
-    # On the CPU, so that the same seed gives the same weights on every device.
+    # On the CPU, so that the same seed gives the same weights on every device. Its generator alone
+    # is seeded: a GPU's would draw other dropout in the run that gathers its adapters to decode.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(adapter.seed)
+        torch.default_generator.manual_seed(adapter.seed)
         peft.inject_adapter_in_model(config, pretrained)
     for layer in (adapters := Adapters(pretrained, adapter)).layers:
         for linear in (layer.down, layer.up):

@@ -249,13 +249,18 @@ def test_rows_that_are_no_whole_blocks_are_refused_on_a_cpu(model_folder: Path) 
         load_model(model_folder, torch.float32, CPU, None, replace(NEW, is_base_quantised=True))
 
 
-def test_new_adapters_repeat_and_draw_nothing_else(wide_folder: Path) -> None:
-    """Guards against a run that does not repeat, and a dropout that depends on the method."""
+def test_new_adapters_repeat_and_draw_nothing_else(
+    wide_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a run that does not repeat, and a dropout that depends on the method; and
+    against one of several GPUs that begins anew each time their adapters are gathered to decode."""
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
+    seeds_of_gpus: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds_of_gpus.append)
     one = load_model(wide_folder, torch.float32, CPU, None, replace(NEW, seed=1))
-    assert torch.rand(1) == expected
+    assert torch.rand(1) == expected and seeds_of_gpus == []
     other, same = (
         load_model(wide_folder, torch.float32, CPU, None, replace(NEW, seed=seed))
         for seed in (2, 1)
