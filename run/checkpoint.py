@@ -222,9 +222,8 @@ def _free_name(folder: Path, name: str) -> Path:
 
 def remove_remains(folder: Path) -> None:
     """Delete checkpoints that saves of ``folder`` replaced, and remains of interrupted saves."""
-    remains = re.compile(
-        rf"\.({folder.name}\.staged|({folder.name}|{PREVIOUS})\.removed(-[0-9]+)?)"
-    )
+    name = re.escape(folder.name)  # which merge.py takes from the user
+    remains = re.compile(rf"\.({name}\.staged|({name}|{PREVIOUS})\.removed(-[0-9]+)?)")
     for path in folder.parent.iterdir() if folder.parent.exists() else ():
         if remains.fullmatch(path.name):
             # Some network file systems can't delete a file that another process has open.

@@ -430,6 +430,16 @@ def test_retention_touches_nothing_else(call, settings: dict[str, str], stopped:
     assert {path.name for path in stopped.iterdir()} == kept
 
 
+@pytest.mark.parametrize("name", ["lora (1)", "lora[1]", "lora(", "*", "c++", "v1.0"])
+def test_remains_are_told_apart_by_any_name(tmp_path: Path, name: str) -> None:
+    """Guards against a folder's name, which merge.py gets from the user, as a pattern."""
+    others = [f".{other}.staged" for other in ("lora 1", "lora1", "c", "v1x0", "")]
+    for each in (f".{name}.staged", f".{name}.removed", f".{name}.removed-2", *others):
+        (tmp_path / each).mkdir()
+    checkpoint.remove_remains(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
+
+
 # ---------------------------------------------------------------- disk
 
 
