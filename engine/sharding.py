@@ -5,7 +5,7 @@ every weight, gathers a block's weights just before the block is computed, and s
 that each rank keeps its slice of the sum.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -106,6 +106,22 @@ def slice_of(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that is spread, on every rank; one that is not, itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def each_whole(
+    tensors: Mapping[str, Tensor], keep: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> dict[str, Tensor]:
+    """What ``keep`` makes of the `whole` of each of ``tensors``, one after the other.
+
+    What is one tensor under two names, as tied weights are, is gathered once, and remains one.
+    """
+    found: dict[int, Tensor] = {}
+    storages = {name: slice_of(tensor).untyped_storage() for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():  # each name has its own object, in the same memory
+        number = storages[name]._cdata
+        if number not in found:
+            found[number] = keep(whole(tensor))
+    return {name: found[storage._cdata] for name, storage in storages.items()}
 
 
 def norm_over_slices(norm: Tensor, tensor: Tensor) -> Tensor:

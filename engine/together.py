@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from engine import memory
 from engine.llama import Llama
-from engine.sharding import whole
+from engine.sharding import each_whole
 from engine.slices import Slices
 from engine.state import save_from_device
 from run.errors import UserError, cause_of
@@ -82,16 +82,13 @@ def save_together(
 
 
 def gather_on_main(ranks: "Ranks", tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All of ``tensors`` in the host memory of rank 0; nothing on the others.
+    """All of ``tensors`` in the host memory of rank 0; nothing on the others."""
 
-    What is one tensor under two names, as tied weights are, remains one.
-    """
-    found: dict[int, Tensor] = {}
-    for tensor in tensors.values():
-        if id(tensor) not in found:
-            gathered = whole(tensor)
-            found[id(tensor)] = gathered.cpu() if ranks.is_main else gathered.new_empty(0)
-    return {name: found[id(tensor)] for name, tensor in tensors.items()} if ranks.is_main else {}
+    def keep(gathered: Tensor) -> Tensor:
+        return gathered.cpu() if ranks.is_main else gathered.new_empty(0)
+
+    found = each_whole(tensors, keep)
+    return found if ranks.is_main else {}
 
 
 # ---------------------------------------------------------------- decoding
@@ -147,8 +144,7 @@ def gathered_model(model: Llama) -> Llama:
             from engine.lora import inject
 
             inject(plain, model.stored.adapter, model.dtype)
-    weights = {name: whole(weight) for name, weight in model.pretrained.state_dict().items()}
-    plain.load_state_dict(weights, assign=True)
+    plain.load_state_dict(each_whole(model.pretrained.state_dict()), assign=True)
     plain.tie_weights()
     plain.model.rotary_emb = model.rotary  # which is not spread, and has no weights
     plain.generation_config = model.pretrained.generation_config

@@ -10,10 +10,11 @@ from pathlib import Path
 import jobs
 import pytest
 import torch
-from conftest import PROMPT
+from conftest import PROMPT, write_model
 
 import data
 import train
+from engine import sharding
 from engine.footprint import gathered_bytes
 from engine.loading import load_model
 from engine.masking import Masking
@@ -24,7 +25,7 @@ from engine.ranks import ALONE, Ranks, job
 from engine.recipe import Recipe
 from engine.shape import ModelShape
 from engine.sharding import shard, slice_of, whole
-from engine.together import gathered_model
+from engine.together import gather_on_main, gathered_model
 from engine.tokenizer import Tokenizer
 from grading.dataset import Problem
 from run.errors import Stopped, UserError
@@ -298,6 +299,27 @@ def test_adapters_are_gathered_with_their_base(tmp_path: Path, model_folder: Pat
     adapter = Adapter("base", "float64", False, 4, 8, False, 0.0, 0, None)
     alone = load_model(model_folder, torch.float64, CPU, None, adapter)
     jobs.run(2, tmp_path, gather, model_folder, adapter, dict(alone.pretrained.state_dict()))
+
+
+def gather_tied(folder: Path) -> None:
+    with job(CPU) as here:
+        model = load_model(folder, torch.float64, CPU, ranks=here)
+        shard(model, None, True)
+        gathered: list[torch.Tensor] = []
+        sharding.whole = lambda tensor: gathered.append(tensor) or whole(tensor)
+        saved = gather_on_main(here, model.stored.state_dict())
+        assert not saved or saved["lm_head.weight"] is saved["model.embed_tokens.weight"]
+        decoding = gathered_model(model).pretrained
+        assert decoding.lm_head.weight is decoding.model.embed_tokens.weight
+        assert len(gathered) == 2 * len([*model.parameters()])
+
+
+def test_a_tied_head_is_gathered_once(tmp_path: Path, tokenizer: Tokenizer, make_llama) -> None:
+    """Guards against a checkpoint of several processes that has the head a second time, for which
+    no room was counted."""
+    tied = make_llama(len(tokenizer), tie_word_embeddings=True)
+    folder = write_model(tmp_path / "model", tokenizer, tied)
+    jobs.run(2, tmp_path / "printed", gather_tied, folder)
 
 
 def test_ranks_train_in_bfloat16(tmp_path: Path, model_folder: Path, rows: list[Example]) -> None:
