@@ -123,9 +123,10 @@ class Ranks:
         """
         if self.size == 1:
             return numbers
-        signals = torch.zeros(self.size, dtype=numbers.dtype)
-        signals[self.rank] = (self.stop and self.stop.signal_number) or 0
-        message = torch.cat([numbers.flatten(), signals.to(numbers.device)])
+        # Made on the device: a copy from here would wait until it has computed the numbers.
+        signals = numbers.new_zeros(self.size)
+        signals[self.rank].fill_((self.stop and self.stop.signal_number) or 0)
+        message = torch.cat([numbers.flatten(), signals])
         distributed.all_reduce(message)
         self._signals = message[numbers.numel() :]
         return message[: numbers.numel()].view_as(numbers)

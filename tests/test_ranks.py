@@ -11,6 +11,7 @@ import jobs
 import pytest
 import torch
 from conftest import PROMPT, write_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import train
@@ -52,6 +53,24 @@ def talk(sizes: list[int]) -> None:
 def test_ranks_agree_and_only_the_first_one_prints(tmp_path: Path) -> None:
     ended = jobs.run(3, tmp_path, run_script, talk, [3])
     assert [each.out for each in ended] == ["heard\n", "", ""]
+
+
+class NoCopies(TorchDispatchMode):
+    """Operators that copy from the host to another device are errors."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        tensors = [each for each in (*args, found) if isinstance(each, torch.Tensor)]
+        assert len({each.device for each in tensors}) <= 1, function
+        return found
+
+
+def test_a_sum_does_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a copy to a GPU, for which the next batch would be packed too late."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
+    numbers = torch.zeros(3, device="meta")
+    with NoCopies():
+        assert Ranks(1, 2).sum(numbers).device == numbers.device
 
 
 def test_a_process_alone_needs_no_other() -> None:
