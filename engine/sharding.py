@@ -115,13 +115,20 @@ def each_whole(
 
     What is one tensor under two names, as tied weights are, is gathered once, and remains one.
     """
-    found: dict[int, Tensor] = {}
-    storages = {name: slice_of(tensor).untyped_storage() for name, tensor in tensors.items()}
-    for name, tensor in tensors.items():  # each name has its own object, in the same memory
-        number = storages[name]._cdata
-        if number not in found:
-            found[number] = keep(whole(tensor))
-    return {name: found[storage._cdata] for name, storage in storages.items()}
+    found: dict[tuple, Tensor] = {}
+    for tensor in tensors.values():
+        if (place := place_of(tensor)) not in found:
+            found[place] = keep(whole(tensor))
+    return {name: found[place_of(tensor)] for name, tensor in tensors.items()}
+
+
+def place_of(tensor: Tensor) -> tuple[int, int, tuple[int, ...]]:
+    """Where this rank's slice lies, the same for all names of one tensor.
+
+    Each name has an object of its own. An address alone would not do: empty slices have none.
+    """
+    own = slice_of(tensor)
+    return own.untyped_storage()._cdata, own.storage_offset(), tuple(own.shape)
 
 
 def norm_over_slices(norm: Tensor, tensor: Tensor) -> Tensor:
