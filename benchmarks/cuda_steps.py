@@ -2,6 +2,7 @@
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 # This benchmark's neighbour, which also puts the repository on the path.
 from cuda_work import Work, dataset_folder, write_random_llama
@@ -26,10 +27,11 @@ def run_selftest(work: Work) -> None:
 
 
 def measure_real_model(work: Work) -> None:
-    """The scripts themselves: before, three epochs, and after.
+    """The scripts themselves: before, three epochs, and after; with the samples last.
 
     Perplexity is measured beside the score, which hardly slows it down: a small model's decoding
     leaves most of the device idle, and half of a script's time passes before it uses the device.
+    What a script has written is kept as soon as it ends.
     """
     base, run = work.smollm.resolve(), work.scratch / "runs" / "smollm"
     rows = ["--dataset", dataset_folder(work), "--dtype", "bfloat16"]
@@ -40,6 +42,7 @@ def measure_real_model(work: Work) -> None:
     with ThreadPoolExecutor() as beside:
         beside.submit(work.run_script, "perplexity before", "perplexity.py", *before)
         work.run_script("score before", "evaluate.py", *scored)
+    keep(work, work.scratch / "before" / "scores.json", "smollm_before.json")
     work.run_script(
         "training",
         "train.py",
@@ -47,16 +50,18 @@ def measure_real_model(work: Work) -> None:
         *("--output_dir", run.parent, "--run_name", run.name, "--wandb_mode", "disabled"),
         *("--learning_rate", "1e-4", "--gradient_checkpointing", "false"),
     )
-    after = ["--ckpt", run / "best"]
+    keep(work, run / "metrics.jsonl", "smollm_metrics.jsonl")
+    after, scores = ["--ckpt", run / "best"], run / "eval" / "test" / "scores.json"
+    calculated = [*after, "--calculator", "true"]
     with ThreadPoolExecutor() as beside:
         beside.submit(work.run_script, "perplexity after", "perplexity.py", *after)
-        sampled = ["--calculator", "true", "--samples", "4"]
-        work.run_script("score after", "evaluate.py", *after, *sampled)
-    kept = {
-        "smollm_before.json": work.scratch / "before" / "scores.json",
-        "smollm_metrics.jsonl": run / "metrics.jsonl",
-        "smollm_after.json": run / "eval" / "test" / "scores.json",
-    }
-    for name, file in kept.items():
-        if file.exists():
-            shutil.copy(file, work.output / name)
+        work.run_script("score after", "evaluate.py", *calculated)
+    keep(work, scores, "smollm_after.json")
+    # What has been decoded is not decoded again.
+    work.run_script("samples after", "evaluate.py", *calculated, "--samples", "4")
+    keep(work, scores, "smollm_samples.json")
+
+
+def keep(work: Work, file: Path, name: str) -> None:
+    if file.exists():  # a script that failed may have written none
+        shutil.copy(file, work.output / name)

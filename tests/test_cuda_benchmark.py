@@ -47,7 +47,7 @@ def work(step: str, folder: Path) -> None:
         cuda_small.compile_layers = lambda model: None
         os.environ.pop("TOKENIZER_DIR", None)
     options = "--dry", "--worker", step, "--scratch", str(folder), "--output", str(folder)
-    sys.exit(cuda.main(cuda.read_arguments([*options])))
+    sys.exit(cuda.main(cuda.read_arguments([*options, "--smollm", str(folder / "smollm")])))
 
 
 def work_short_of_memory(step: str, folder: Path) -> None:
@@ -68,6 +68,24 @@ def work_short_of_memory(step: str, folder: Path) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     Trainer.training_step = training_step
+    work(step, folder)
+
+
+def work_without_scripts(step: str, folder: Path) -> None:
+    """In its place, each notes what is kept when it starts, and leaves the files that it would."""
+    sys.path.insert(0, str(BENCHMARK.parent))
+    from cuda_work import Work
+
+    def run_script(work: Work, part: str, script: str, *options: str | Path) -> None:
+        work.results.write(part, kept=sorted(file.name for file in folder.glob("smollm_*")))
+        run, before = folder / "runs" / "smollm", folder / "before"
+        names = {"train.py": run / "metrics.jsonl", "evaluate.py": run / "eval/test/scores.json"}
+        file = before / "scores.json" if before in options else names.get(script)
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(part)
+
+    Work.run_script = run_script
     work(step, folder)
 
 
@@ -176,6 +194,18 @@ def test_the_step_decode_decodes_twice_without_freeing_memory(tmp_path: Path) ->
     (again,) = [line for line in lines if line["part"] == "decoding again"]
     first, second = again["completions"]
     assert first == second == 11  # of 12; the longest is not awaited
+
+
+def test_the_step_real_keeps_what_each_script_has_written(tmp_path: Path) -> None:
+    """Guards against scores that are lost where the next script is stopped at the limit."""
+    *lines, last = dry_step("real", tmp_path, work_without_scripts)
+    kept = {line["part"]: line["kept"] for line in (*lines, last)}
+    assert kept["training"] == ["smollm_before.json"]
+    assert kept["score after"] == ["smollm_before.json", "smollm_metrics.jsonl"]
+    assert last["part"] == "samples after" and last["kept"] == sorted(
+        ["smollm_after.json", "smollm_before.json", "smollm_metrics.jsonl"]
+    )
+    assert (tmp_path / "smollm_samples.json").read_text() == "samples after"
 
 
 def test_the_step_contenders_compares_equal_work(tmp_path: Path) -> None:
