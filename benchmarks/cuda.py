@@ -3,13 +3,15 @@
 python benchmarks/cuda.py --group first
 python benchmarks/cuda.py --group second
 python benchmarks/cuda.py --group third --smollm DIR
+python benchmarks/cuda.py --group fourth
 python benchmarks/cuda.py --steps facts small train
-python benchmarks/cuda.py --dry --steps facts small train decode selftest save contenders
+python benchmarks/cuda.py --dry --steps facts small train adapters decode selftest save contenders
 
 - facts: versions, rates of copies and matrix products, attention against float64.
 - small: a small model's gradients and completions against those of a CPU, and those where memory
   ran out against those where it did not.
 - train: seconds, tokens and memory of optimizer steps of a random Llama-2-7B, in FP8 too.
+- adapters: the same with LoRA and QLoRA, and steps of the optimizers alone.
 - decode: the test split's prompts completed to the lengths of their answers, by the same model, and
   the fused kernels of a step.
 - selftest: train.py --selftest.
@@ -60,10 +62,11 @@ RESULTS_FILE = "results.jsonl"
 LIMITS = {
     "facts": 45,
     "small": 90,
-    "train": 180,
+    "train": 150,
+    "adapters": 90,
     "decode": 70,
     "selftest": 160,
-    "real": 180,
+    "real": 220,
     "save": 90,
     "contenders": 110,
 }
@@ -72,6 +75,7 @@ STEPS = {
     "facts": ("cuda_facts", "measure_facts"),
     "small": ("cuda_small", "measure_small_model"),
     "train": ("cuda_train", "measure_training"),
+    "adapters": ("cuda_train", "measure_adapters"),
     "decode": ("cuda_decode", "measure_decoding"),
     "selftest": ("cuda_steps", "run_selftest"),
     "real": ("cuda_steps", "measure_real_model"),
@@ -80,8 +84,9 @@ STEPS = {
 }
 GROUPS = {
     "first": ("facts", "small", "train"),
-    "second": ("decode", "selftest", "save"),
-    "third": ("real", "contenders"),
+    "second": ("adapters", "decode", "selftest"),
+    "third": ("real", "save"),
+    "fourth": ("contenders",),
 }
 
 

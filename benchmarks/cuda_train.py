@@ -1,4 +1,7 @@
-"""The step train of cuda.py: optimizer steps of a random Llama-2-7B, and where their time goes."""
+"""The steps train and adapters of cuda.py: optimizer steps of a random Llama-2-7B.
+
+Their traces say where the time goes.
+"""
 
 import time
 from dataclasses import dataclass, replace
@@ -17,13 +20,15 @@ from engine.cuda.fp8 import Fp8Linear
 from engine.cuda.linear import Linear
 from engine.footprint import footprint, most_in_a_step
 from engine.llama import EAGER, Llama
-from engine.memory import free_bytes
+from engine.measure import StepResult
+from engine.memory import free_bytes, kind
 from engine.optimizer import ADAMW, ADAMW_8BIT, build_optimizer, make_state, training_bytes
-from engine.packing import Example, Packer, pack
+from engine.packing import NOT_AHEAD, Example, Packer, pack
 from engine.plan import Device, Plan, Wishes, choose
 from engine.recipe import Recipe, Recomputation
+from engine.roofline import expected_step
 from engine.shape import ModelShape
-from plan import rows_of
+from plan import card_of, rows_of
 from run.method import FULL, Adapter
 
 BATCH_SIZE = 128
@@ -52,26 +57,30 @@ class Variant:
 
 
 AS_CHOSEN, IN_FP8 = Variant(), Variant(fp8=True)
-VARIANTS = (IN_FP8, Variant(8192), Variant(4096), Variant(8192, 32, compiled=False, adds=False))
+VARIANTS = (Variant(8192), Variant(4096), Variant(8192, 32, compiled=False, adds=False))
 
 
 def measure_training(work: Work) -> None:
     model = random_llama_2_7b(work).train()
     work.results.write("model", parameters=sum(one.numel() for one in model.parameters()))
     training = Training(work, model, Recipe())
-    training.measure(AS_CHOSEN)
-    work.attempt("profile", Work.profile, "train", training.profiled_step)
-    for variant in VARIANTS[:1] if work.is_dry else VARIANTS:
+    for name, variant in {"train": AS_CHOSEN, "train_fp8": IN_FP8}.items():
         training.measure(variant)
-    del model, training  # each method has a model of its own
-    work.attempt("lora", measure_adapters, "lora")
+        work.attempt("profile", Work.profile, name, training.profiled_step)
+    for variant in () if work.is_dry else VARIANTS:
+        training.measure(variant)
+
+
+def measure_adapters(work: Work) -> None:
+    """Each method with a model of its own, and steps of the optimizers alone."""
+    for method in ("lora", "qlora"):
+        work.attempt(method, train_adapters, method)
     has_torchao = find_spec("torchao") is not None
     for name in (ADAMW, ADAMW_8BIT) if has_torchao else (ADAMW,):
         work.attempt("optimizer", measure_optimizer, name)
-    work.attempt("qlora", measure_adapters, "qlora")
 
 
-def measure_adapters(work: Work, method: str) -> None:
+def train_adapters(work: Work, method: str) -> None:
     """A step of adapters; for qlora, the layers are first converted to 4 bits."""
     from engine.lora import add_adapters
 
@@ -99,10 +108,12 @@ class Training:
     variants must find the same loss.
 
     Attributes:
-        tokens_per_s: of the variant that was measured last.
+        tokens_per_s: of the variant that was measured last; None: of none.
+        micro_batch_tokens: of the same.
     """
 
     tokens_per_s: float | None = None
+    micro_batch_tokens: int
 
     def __init__(self, work: Work, model: Llama, recipe: Recipe):
         self.work, self.model, self.recipe = work, model, recipe
@@ -136,12 +147,19 @@ class Training:
             compile_layers(model)
         compiling = time.perf_counter() - started
         self.work.reset_peak()
-        _, parts = [self._timed_parts(batch, plan) for batch in self.batches[:2]]
-        packer, steps = Packer(self.batches), range(len(self.batches) - 1)
-        whole, losses = zip(*(self._timed_step(packer, step, plan) for step in steps), strict=True)
-        batches, seconds = self.batches[1:-1], whole[1:]
+        # Fewer than planned if memory runs out in it, for the rest too, as in train.py.
+        limit = self._step(self.batches[0], plan.micro_batch_tokens).micro_batch_tokens
+        parts = self._timed_parts(self.batches[1], limit)
+        packer, seconds, losses = Packer(self.batches), [], []
+        for step in range(len(self.batches) - 1):
+            started = self.work.time()
+            result = self._step(packer.batch(step), limit, packer)  # it packs the next one, too
+            seconds.append(self.work.time() - started)
+            losses.append(result.nats / result.num_labels)
+            limit = result.micro_batch_tokens
+        self.micro_batch_tokens = limit
+        batches, seconds, kernels = self.batches[1:-1], seconds[1:], model.kernels
         tokens = sum(map(tokens_of, batches))
-        limit, kernels = plan.micro_batch_tokens, model.kernels
         largest = max(one.num_tokens for each in self.batches for one in pack(each, limit, kernels))
         flop_per_s = sum(flops(model, batch) for batch in batches) / sum(seconds)
         shares = {"TFLOP_per_s": flop_per_s / 1e12, "share_of_peak": flop_per_s / PEAK_FLOPS}
@@ -149,7 +167,8 @@ class Training:
         self.work.results.write(
             "training",
             method=self.recipe.method,
-            micro_batch_tokens=plan.micro_batch_tokens,
+            micro_batch_tokens=limit,
+            planned_micro_batch_tokens=plan.micro_batch_tokens,
             recomputed=model.recomputed_blocks,
             recomputes_parts=model.recomputes_parts,
             compiled=compiled,
@@ -157,6 +176,7 @@ class Training:
             adds_gradients=adds,
             fp8=variant.fp8,
             tokens_per_s=self.tokens_per_s,
+            expected_tokens_per_s=self._expected_speed(plan, compiled),
             **(shares if self.recipe.method == FULL else {}),
             steps=len(seconds),
             seconds=sum(seconds),
@@ -179,11 +199,20 @@ class Training:
         shape, recipe, kernels = self.shape, Recipe(**plan.recipe), self.model.kernels
         return footprint(shape, recipe, kernels, self.rows, counted, recomputation).total
 
-    def _timed_parts(self, batch: list[Example], plan: Plan) -> dict[str, object]:
+    def _expected_speed(self, plan: Plan, compiled: bool) -> float:
+        """Tokens a second at best, by the card's data sheet; as `train.py --plan` says it."""
+        recomputation = Recomputation(self.model.recomputed_blocks, self.model.recomputes_parts)
+        device = self.model.device
+        card = card_of(device, kind(device), self.free_memory)
+        recipe, tokens = Recipe(**plan.recipe), plan.micro_batch_tokens
+        how = recipe, self.rows, card, tokens, recomputation, compiled
+        return expected_step(self.shape, *how).tokens_per_second
+
+    def _timed_parts(self, batch: list[Example], micro_batch_tokens: int) -> dict[str, object]:
         """A step with a pause after each of its parts."""
         model, work = self.model, self.work
         ends = [work.time()]
-        micro_batches = pack(batch, plan.micro_batch_tokens, model.kernels)
+        micro_batches = pack(batch, micro_batch_tokens, model.kernels)
         ends.append(work.time())
         *_, norm = train.accumulate_gradients(model, micro_batches, 1.0)
         ends.append(work.time())
@@ -199,16 +228,17 @@ class Training:
             "grad_norm": norm,
         }
 
-    def _timed_step(self, packer: Packer, step: int, plan: Plan) -> tuple[float, float]:
-        """The seconds and loss of a step as train.py makes it, packing the next one beside it."""
-        started = self.work.time()
-        batch, tokens = packer.batch(step), plan.micro_batch_tokens
-        result = train.train_step(self.model, self.optimizer, batch, 0.0, tokens, 1.0, packer)
-        return self.work.time() - started, result.nats / result.num_labels
+    def _step(
+        self, batch: list[Example], micro_batch_tokens: int, packer: Packer = NOT_AHEAD
+    ) -> StepResult:
+        """As train.py makes it."""
+        return train.train_step(
+            self.model, self.optimizer, batch, 0.0, micro_batch_tokens, 1.0, packer
+        )
 
     def profiled_step(self) -> None:
-        tokens = self._plan(AS_CHOSEN).micro_batch_tokens
-        train.train_step(self.model, self.optimizer, self.batches[0][:40], 0.0, tokens, 1.0)
+        """Of the variant that was measured last."""
+        self._step(self.batches[0][:40], self.micro_batch_tokens)
 
 
 def use_linear_layers(model: Llama, kind: type[torch.nn.Linear]) -> None:

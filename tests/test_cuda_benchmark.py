@@ -71,6 +71,23 @@ def work_short_of_memory(step: str, folder: Path) -> None:
     work(step, folder)
 
 
+def work_with_less_memory_than_planned(step: str, folder: Path) -> None:
+    """No micro-batch of more than 600 tokens fits."""
+    import torch
+
+    import train
+
+    whole = train.accumulate_gradients
+
+    def accumulate_gradients(model: Any, micro_batches: Any, *others: Any) -> Any:
+        if max(each.num_tokens for each in micro_batches) > 600:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(model, micro_batches, *others)
+
+    train.accumulate_gradients = accumulate_gradients
+    work(step, folder)
+
+
 def work_without_scripts(step: str, folder: Path) -> None:
     """In its place, each notes what is kept when it starts, and leaves the files that it would."""
     sys.path.insert(0, str(BENCHMARK.parent))
@@ -194,6 +211,23 @@ def test_the_step_decode_decodes_twice_without_freeing_memory(tmp_path: Path) ->
     (again,) = [line for line in lines if line["part"] == "decoding again"]
     first, second = again["completions"]
     assert first == second == 11  # of 12; the longest is not awaited
+
+
+def test_the_step_train_gives_a_speed_where_memory_runs_out_as_training_would(
+    tmp_path: Path,
+) -> None:
+    """Guards against a card without a figure: a plan may miss by the little that it leaves free."""
+    lines = dry_step("train", tmp_path, work_with_less_memory_than_planned)
+    assert not any("failed" in line for line in lines), lines
+    plain, in_fp8 = [line for line in lines if line["part"] == "training"]
+    assert not plain["fp8"] and in_fp8["fp8"]
+    for line in plain, in_fp8:
+        assert line["micro_batch_tokens"] <= 512 < line["planned_micro_batch_tokens"]
+        assert line["micro_batches"] > 1 and line["tokens_per_s"] > 0
+        assert line["expected_tokens_per_s"] > 0
+    profiles = [line for line in lines if line["part"] == "profile"]
+    assert [line["file"] for line in profiles] == ["profile_train.txt", "profile_train_fp8.txt"]
+    assert all((tmp_path / line[key]).exists() for line in profiles for key in ("file", "trace"))
 
 
 def test_the_step_real_keeps_what_each_script_has_written(tmp_path: Path) -> None:
