@@ -36,7 +36,7 @@ from run.errors import one_line
 
 STEPS = 3  # the first one is not timed; as many as a `Training` makes
 PROBLEMS = 256
-GENERATE_BATCHES = (256, 128)
+GENERATE_BATCHES = (128, 256)
 GENERATE_SECONDS = 22.0  # after which it writes no other token
 # The cache grows by copies of one layer's keys or values at a time.
 CACHE_GROWTH = 1.1
@@ -84,8 +84,8 @@ def train(work: Work, model: Llama, others: list[float]) -> None:
 def generate_all(
     work: Work, pretrained: LlamaForCausalLM, problems: list[Example], speeds: list[float]
 ) -> None:
-    sizes = (4, 2) if work.is_dry else GENERATE_BATCHES
-    work.attempt("generate", warm_up, pretrained, problems[: sizes[-1]])
+    sizes = (2, 4) if work.is_dry else GENERATE_BATCHES
+    work.attempt("generate", warm_up, pretrained, problems[: sizes[0]])
     ends = perf_counter() + GENERATE_SECONDS
     for size in sizes:
         work.attempt("generate", try_size, pretrained, problems, size, ends, speeds)

@@ -265,7 +265,7 @@ def test_the_step_contenders_compares_equal_work(tmp_path: Path) -> None:
 
     generated = [line for line in lines if line["part"] == "generate"]
     (decoded,) = [line for line in lines if line["part"] == "decoding"]
-    assert [line["batch"] for line in generated] == [4, 2]
+    assert [line["batch"] for line in generated] == [2, 4]
     for line in generated:
         assert line["tokens"] == line["of_tokens"] == decoded["tokens"]
         assert line["problems"] == decoded["problems"]
