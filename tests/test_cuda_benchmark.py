@@ -308,6 +308,7 @@ def test_the_benchmark_does_not_hide_the_package_of_its_name(tmp_path: Path) -> 
     """Guards against a torch that does without cuda.bindings: benchmarks find cuda.py first."""
     package = tmp_path / "cuda" / "bindings"
     package.mkdir(parents=True)
+    (package / "__init__.py").touch()  # or it gives way to the real one, if that is installed
     (package / "runtime.py").write_text("version = 13")
     code = "import cuda; from cuda.bindings import runtime; print(cuda.__file__, runtime.version)"
     process = subprocess.run(
