@@ -236,12 +236,20 @@ def check_ids(model: Llama, sequences: Iterable[list[int]], name: str) -> None:
 
 
 def check_positions(model: Llama, longest: int, what: str, cure: str) -> None:
-    """Raises UserError if a sequence of ``longest`` tokens exceeds the model's positions."""
+    """Raises UserError if a sequence of ``longest`` tokens exceeds the model's positions.
+
+    LongRoPE (arXiv:2402.13753) has other frequencies for sequences longer than the original ones.
+    Transformers chooses them by the longest of all that it computes together, so the loss of a
+    shorter one would depend on the others.
+    """
     positions = model.config.max_position_embeddings
+    limit = f"{positions} positions"
+    rope = model.config.rope_parameters
+    if rope["rope_type"] == "longrope" and rope["original_max_position_embeddings"] < positions:
+        positions = rope["original_max_position_embeddings"]
+        limit = f"{positions} original positions (longrope)"
     if longest > positions:
-        raise UserError(
-            f"{what} has {longest} tokens, over the model's {positions} positions: {cure}"
-        )
+        raise UserError(f"{what} has {longest} tokens, over the model's {limit}: {cure}")
 
 
 def check_data(

@@ -326,6 +326,21 @@ def test_sequences_beyond_the_models_positions_are_refused(
     call(train, *flags(long)).assert_user_error("the model's 1024 positions", "max_new_tokens")
 
 
+def test_longrope_is_refused_where_a_rows_loss_would_depend_on_others(
+    call, settings: dict[str, str], tmp_path: Path
+) -> None:
+    """Guards against losses that differ by micro_batch_tokens, in silence."""
+    shutil.copytree(settings["model"], folder := tmp_path / "longrope")
+    long = {"rope_type": "longrope", "factor": 4.0, "rope_theta": 10000.0}
+    long |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    long |= {"original_max_position_embeddings": 64}
+    edit_json(folder / "config.json", rope_parameters=long)
+    arguments = flags(settings | {"model": str(folder)})
+    fault = "the model's 64 original positions (longrope)"
+    call(train, *arguments).assert_user_error(fault, "max_length")
+    call(perplexity, "--ckpt", str(folder), *arguments).assert_user_error(fault, "max_length")
+
+
 def with_a_file_size_limit(*arguments: str) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (60 * 1024, 60 * 1024))
     as_a_process(*arguments)
