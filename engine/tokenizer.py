@@ -211,10 +211,11 @@ class Tokenizer:
     def _required_id(self, token: str) -> int:
         index, problem = self._special_id(token)
         if index is None:
-            raise UserError(
-                f"model {self.name}: its tokenizer has no {token} ({problem}): use a tokenizer of "
-                "the Llama family"
+            is_lone = CONFIG_FILE not in self._files
+            cure = (
+                f"copy its {CONFIG_FILE} too" if is_lone else "use a tokenizer of the Llama family"
             )
+            raise UserError(f"model {self.name}: its tokenizer has no {token} ({problem}): {cure}")
         return index
 
     def _special_id(self, token: str) -> tuple[int | None, str]:
@@ -223,6 +224,8 @@ class Tokenizer:
         if self._reference is not None:
             index = getattr(self._reference, token.replace("token", "id"))()
             default = self._reference.id_to_piece(index) if index >= 0 else None
+        elif self.id_of(default) is None:
+            default = None
         content, source = special_token(self._files, token, default, self.name)
         if content is None:
             return None, "no file names one"

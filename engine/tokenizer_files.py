@@ -138,7 +138,8 @@ def special_token(
     The first file that names a token wins. A null is used only if no file names one.
 
     Args:
-        default: the vocabulary's own token, used if no file mentions ``token``.
+        default: the vocabulary's own token, used if no file mentions ``token``; None if it has
+            none.
     """
     sources = [
         (content[token], f"its {name}")
@@ -150,10 +151,10 @@ def special_token(
     if isinstance(content, dict):
         content = content.get("content")
     if content == "":
-        cure = json.dumps({token: default})[1:-1]
+        known = f", {json.dumps({token: default})[1:-1]}" if default else ""
         raise UserError(
             f"model {model}: {source} has an empty {token}, as LLaMA-1's first copies have: write "
-            f"the token that the model knows, {cure}"
+            f"the token that the model knows{known}"
         )
     return content, source
 

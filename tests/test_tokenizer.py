@@ -454,6 +454,15 @@ def test_special_tokens_of_a_lone_vocabulary_file(tmp_path: Path, tokenizer_fold
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
 
 
+def test_a_lone_vocabulary_file_without_special_tokens(tmp_path: Path, corpus: list[str]) -> None:
+    """Guards against "its vocabulary says '<s>', which its vocabulary does not contain"."""
+    folder = byte_level(tmp_path / "bytes", corpus)
+    (folder / "tokenizer_config.json").unlink()
+    words = r"no bos_token \(no file names one\): copy its tokenizer_config.json too"
+    with pytest.raises(UserError, match=words):
+        load_tokenizer(folder)
+
+
 def test_more_tokens_than_the_embedding_has_rows(
     call, settings: dict[str, str], tmp_path: Path
 ) -> None:
