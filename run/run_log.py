@@ -4,6 +4,7 @@ import math
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,15 +72,18 @@ def open_log(
     if best and tracker.run is None:
         print("wandb_artifact: best will not be uploaded, since W&B is off")
     left = TimeLeft(steps, batches.per_epoch, settings["checkpoint_steps"])
-    cure = cure_for_not_finite(settings)
+    cure = partial(cure_for_not_finite, settings)
     return RunLog(folder, tracker, progress, batches, steps, left, usage, cure, best)
 
 
-def cure_for_not_finite(settings: Mapping[str, Any]) -> str:
+def cure_for_not_finite(settings: Mapping[str, Any], updates: int) -> str:
+    """What to do about a loss that is not finite after so many ``updates`` of the weights."""
+    cure = "lower the learning_rate"
+    if updates == 0:
+        cure = "no step has changed the model yet, so copy it again"
     if settings["fp8"]:
-        return "lower the learning_rate, or set fp8 false"
-    is_exact = settings["dtype"] == "float32"
-    return "lower the learning_rate" + ("" if is_exact else ", or set dtype float32")
+        return f"{cure}, or set fp8 false"
+    return cure if settings["dtype"] == "float32" else f"{cure}, or set dtype float32"
 
 
 class Problem(Protocol):
@@ -110,7 +114,7 @@ class RunLog:
         steps: int,
         left: TimeLeft,
         usage: Usage,
-        cure_for_not_finite: str,
+        cure_for_not_finite: Callable[[int], str],
         best: Path | None = None,
     ):
         """``best`` is the checkpoint to upload when all steps are done; None: no upload."""
@@ -187,13 +191,13 @@ class RunLog:
             last: the checkpoint from before this step.
         """
         numbers = {"train/loss": result.loss, "train/grad_norm": result.grad_norm}
-        return self._not_finite(numbers, rows, last)
+        return self._not_finite(numbers, rows, last, self._progress.step - 1)
 
     def check_validation(self, measured: Measured, last: Path) -> None:
         """Raises NotFiniteError if the validation loss is NaN or infinite, after logging it."""
         numbers = {"val/loss": measured.loss, "val/perplexity": measured.perplexity}
         if not all(map(math.isfinite, numbers.values())):
-            raise self._not_finite(numbers, "the validation rows", last)
+            raise self._not_finite(numbers, "the validation rows", last, self._progress.step)
 
     def validation(self, measured: Measured, exact_match: float | None, num_problems: int) -> None:
         """Log an epoch. ``exact_match`` over ``num_problems`` is None if it was not measured."""
@@ -255,12 +259,14 @@ class RunLog:
             "resume",
         )
 
-    def _not_finite(self, numbers: Mapping[str, float], rows: str, last: Path) -> NotFiniteError:
+    def _not_finite(
+        self, numbers: Mapping[str, float], rows: str, last: Path, updates: int
+    ) -> NotFiniteError:
         self._write(numbers)
         shown = ", ".join(f"{name.partition('/')[2]} {value}" for name, value in numbers.items())
         return NotFiniteError(
             f"step {self._progress.step}: {shown} must be finite, caused by {rows}; the weights in "
-            f"{last} are from before this step: {self._cure_for_not_finite}"
+            f"{last} are from before this step: {self._cure_for_not_finite(updates)}"
         )
 
     def _write(self, numbers: Mapping[str, float]) -> None:

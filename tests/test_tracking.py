@@ -23,6 +23,7 @@ import train
 from engine.measure import Measurement
 from run import metrics_log, tracker, wandb_run
 from run.config import CONFIG_FILE, load_config
+from run.errors import NotFiniteError
 from run.manifest import FITTING_FILE
 from run.progress import Progress
 from run.run_log import RunLog, open_log
@@ -549,6 +550,13 @@ def test_not_finite_numbers_are_logged_as_they_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("step", "first"),
+    [
+        (3, "lower the learning_rate"),
+        (1, "no step has changed the model yet, so copy it again"),
+    ],
+)
+@pytest.mark.parametrize(
     ("dtype", "fp8", "cure"),
     [
         ("bfloat16", False, ", or set dtype float32"),
@@ -557,18 +565,25 @@ def test_not_finite_numbers_are_logged_as_they_are(tmp_path: Path) -> None:
     ],
 )
 def test_what_to_do_about_a_loss_that_is_not_finite(
-    tmp_path: Path, dtype: str, fp8: bool, cure: str
+    tmp_path: Path, step: int, first: str, dtype: str, fp8: bool, cure: str
 ) -> None:
-    """Guards against advice to set what is set already, and against none about FP8."""
+    """Guards against advice to set what is set already, and against none about FP8.
+
+    A learning rate that was never used is not to blame, but weights that are NaN in their files.
+    """
     settings = asdict(load_config(CONFIG_FILE, {})) | {"wandb_mode": "disabled"}
     settings |= {"dtype": dtype, "fp8": fp8}
     saves = SimpleNamespace(folder=tmp_path, settings=settings, plan={}, data_hashes={})
     batches = SimpleNamespace(per_epoch=7, mask_rate=lambda _: None)
     usage = SimpleNamespace(at=lambda _: {})
-    with open_log(saves, Progress(step=3), batches, 14, usage) as log:
+    with open_log(saves, Progress(step=step), batches, 14, usage) as log:
         nan = SimpleNamespace(loss=math.nan, grad_norm=math.nan)
         error = log.not_finite(nan, "line 5", tmp_path / "last")
-    assert str(error).endswith(f"are from before this step: lower the learning_rate{cure}")
+        nan.perplexity = math.nan
+        with pytest.raises(NotFiniteError) as of_validation:
+            log.check_validation(nan, tmp_path / "last")
+    assert str(error).endswith(f"are from before this step: {first}{cure}")
+    assert str(of_validation.value).endswith(f": lower the learning_rate{cure}")
 
 
 def test_a_loss_that_is_not_a_number_is_not_the_lowest() -> None:
