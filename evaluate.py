@@ -74,7 +74,7 @@ from engine.decoding import Completion
 from engine.device import pick_device, prepare_process
 from engine.hub import fetch
 from engine.llama import Llama
-from engine.loading import check_fits, check_ids, check_positions, load_model, load_tokenizer
+from engine.loading import check_fits, check_ids, check_prompts, load_model, load_tokenizer
 from engine.ranks import Ranks
 from engine.strategy import Decoder, Greedy, How, Sampling, decode, eos_token_ids
 from engine.verify import verify_batching
@@ -162,10 +162,7 @@ def evaluate(
     model = parts.load_model(folder, dtype, device, None, source.adapter)
     model.ranks = here  # to each of which the questions are dealt
     check_ids(model, prompts, source.path)
-    longest = max(map(len, prompts)) + config.max_new_tokens
-    check_positions(
-        model, longest, "the longest prompt with max_new_tokens", "set a smaller max_new_tokens"
-    )
+    check_prompts(model, max(map(len, prompts)), config.max_new_tokens)
     decoder = Decoder(
         model=model,
         tokenizer=tokenizer,

@@ -274,10 +274,12 @@ def check_lengths(
     longest = max(len(example.input_ids) for example in examples)
     check_positions(model, longest, "the longest row", "set a smaller max_length")
     trained = [example.labels.count(packing.IGNORE) for example in examples]
-    longest_prompt = max([*trained, *map(len, prompts)])
-    check_positions(
-        model,
-        longest_prompt + max_new_tokens,
-        "a prompt with max_new_tokens",
-        "set a smaller max_new_tokens",
-    )
+    check_prompts(model, max([*trained, *map(len, prompts)]), max_new_tokens)
+
+
+def check_prompts(model: Llama, longest: int, max_new_tokens: int) -> None:
+    """Raises UserError if a prompt of ``longest`` tokens, or its completion, is too long."""
+    cure = "take rows with so long a question out of the data set"
+    check_positions(model, longest, "the longest prompt", cure)
+    what, cure = "the longest prompt with max_new_tokens", "set a smaller max_new_tokens"
+    check_positions(model, longest + max_new_tokens, what, cure)

@@ -326,6 +326,22 @@ def test_sequences_beyond_the_models_positions_are_refused(
     call(train, *flags(long)).assert_user_error("the model's 1024 positions", "max_new_tokens")
 
 
+def test_a_prompt_beyond_the_models_positions_is_named(
+    call, settings: dict[str, str], data_folder: Path, tmp_path: Path
+) -> None:
+    """Guards against advice to set a max_new_tokens that would have to be negative."""
+    shutil.copytree(data_folder, folder := tmp_path / "data")
+    for split in ("train", "test"):
+        with (folder / f"{split}.jsonl").open("a", encoding="utf-8") as file:
+            for number in range(30):
+                row = {"question": f"{split} {number}? " * 300, "answer": "So.\n#### 1"}
+                file.write(json.dumps(row) + "\n")
+    arguments = flags(settings | {"dataset": str(folder)})
+    fault = "the model's 1024 positions: take rows with so long a question out of the data set"
+    for script, more in ((train, []), (evaluate, ["--ckpt", settings["model"]])):
+        call(script, *more, *arguments).assert_user_error("the longest prompt has", fault)
+
+
 def test_longrope_is_refused_where_a_rows_loss_would_depend_on_others(
     call, settings: dict[str, str], tmp_path: Path
 ) -> None:
