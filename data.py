@@ -19,6 +19,7 @@ model reads all of them, and learns to write those that have a label, which are 
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,21 +106,19 @@ def carve_validation(
     Returns:
         The rows to train on, and at most ``size`` rows to validate on, both in original order.
     """
+    count = Counter(problem.question for problem in problems)
+    if len(count) == 1:
+        raise UserError("the train rows have only one question: add others, to validate on them")
     if size >= len(problems):
         raise UserError(
             f"validation_size {size} leaves nothing of the {len(problems)} train rows to train on: "
             "make it smaller"
         )
-    count: dict[str, int] = {}
-    for problem in problems:
-        count[problem.question] = count.get(problem.question, 0) + 1
     chosen, room = set(), size
     for question in sorted(count, key=lambda question: _digest("validation", seed, question)):
         if count[question] <= room:
             chosen.add(question)
             room -= count[question]
-        if not room:
-            break
     if not chosen:
         raise UserError(
             f"validation_size {size} is too small: every question has more rows than that"

@@ -179,6 +179,15 @@ def test_rows_of_one_question_stay_on_one_side() -> None:
     assert not {p.question for p in train} & {p.question for p in validation}
 
 
+@pytest.mark.parametrize("size", [1, 2, 60])
+def test_rows_of_a_single_question_can_not_be_split(size: int) -> None:
+    """Guards against a validation_size that is too small or leaves nothing, whatever it is."""
+    for count in (1, 60):
+        rows = [Problem("the question", f"way {number}\n#### 1") for number in range(count)]
+        with pytest.raises(UserError, match="have only one question: add others"):
+            data.carve_validation(rows, size, seed=0)
+
+
 def test_real_splits_are_disjoint() -> None:
     folder = str(real_folder("GSM8K_DIR"))
     splits = [data.load_split(folder, split, 305, 0) for split in ("train", "validation", "test")]
