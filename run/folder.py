@@ -252,8 +252,15 @@ def find_opening(config: Config, data_sha256: str, steps: int) -> Path | None:
 
 
 def late_ends(checkpoint: Path, steps: int, settings: Mapping[str, Any]) -> list[str]:
-    """What training does with the run of ``checkpoint`` if its ``steps`` are done already."""
-    if read_description(checkpoint)["step"] < steps:
+    """What training does with the run of ``checkpoint`` if its ``steps`` are done already.
+
+    Raises:
+        UserError: more than these are done, so there are fewer epochs than before.
+    """
+    if (done := read_description(checkpoint)["step"]) > steps:
+        fault = f"{checkpoint}: is at step {done} already, over the {steps} of epochs"
+        raise UserError(f"{fault} {settings['epochs']}: set as many epochs as before, or more")
+    if done < steps:
         return []
     ends = {
         f"uploads its {BEST} (wandb_artifact true)": settings["wandb_artifact"],

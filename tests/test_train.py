@@ -239,6 +239,12 @@ def test_a_constant_rate_can_be_trained_on(call, settings: dict[str, str]) -> No
     assert outcome.code == 0 and "resuming: epochs was 2 and is 3" in outcome.out
     assert_same_bits(run_folder(constant) / "last", run_folder(whole) / "last")
     assert logged(constant) == logged(whole)
+    # Guards against calling a run finished, and removing its state, that has gone on beyond.
+    fewer = flags(constant | {"epochs": "1", "keep_state": "false"})
+    for look in ([], ["--preflight"]):
+        call(train, *fewer, *look).assert_user_error(
+            "is at step 21 already, over the 7 of epochs 1"
+        )
     warm = constant | {"run_name": "warm", "warmup_ratio": "0.03"}
     assert call(train, *flags(warm)).code == 0
     call(train, *flags(warm | {"epochs": "3"})).assert_user_error("epochs was 2 and is 3")
