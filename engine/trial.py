@@ -12,6 +12,7 @@ from engine.measure import StepResult, measure
 from engine.optimizer import Schedule, make_state
 from engine.packing import Batches, Example, Packer, pack
 from engine.ranks import Ranks
+from run.errors import UserError
 from run.progress_bar import clock
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ def try_steps(
         step: `train.train_step`.
 
     Raises:
-        UserError: the optimizer's state or a single sequence does not fit into memory.
+        UserError: the optimizer's state or a single sequence does not fit into memory, or a loss or
+            gradient is not finite.
     """
     make_state(optimizer)
     packer = Packer(batches, ranks)
@@ -82,6 +84,12 @@ def try_steps(
         started = time.perf_counter()
         rate = schedule.learning_rate(number)
         result = step(model, optimizer, batch, rate, budget, max_grad_norm, packer)
+        if not result.is_finite:
+            cure = "lower the learning_rate" if number else "copy the model again"
+            raise UserError(
+                f"step {number + 1}: loss {result.loss}, grad_norm {result.grad_norm} must be "
+                f"finite, or training stops there: {cure}"
+            )
         _wait_for(model.device)
         seconds.append(time.perf_counter() - started)
         losses.append(result.loss)

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import itertools
+import math
 import re
 import shlex
 import shutil
@@ -19,6 +20,7 @@ import jobs
 import pytest
 from conftest import flags, held_by_another_process, make_config, run_folder, tree
 from rich.cells import cell_len
+from safetensors.torch import load_file, save_file
 from test_train import STEPS, measuring
 
 import evaluate
@@ -408,6 +410,19 @@ def test_a_look_at_a_finished_run_or_a_foreign_folder(
     look(output_dir=str(tmp_path / "mine")).assert_user_error("is in use (thesis.txt)")
     (tmp_path / "file").touch()
     look(output_dir=str(tmp_path / "file")).assert_user_error("choose another --output_dir")
+
+
+def test_a_look_says_that_a_loss_is_not_finite(
+    look, settings: dict[str, str], tmp_path: Path
+) -> None:
+    """Guards against a speed and a total time of a run that stops in its first step."""
+    shutil.copytree(settings["model"], folder := tmp_path / "nan")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = math.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    shown = " ".join(look(model=str(folder)).out.split())
+    fault = "not measured step 1: loss nan, grad_norm nan must be finite, or training stops there"
+    assert f"{fault}: copy the model again" in shown and "tokens a second" not in shown
 
 
 def test_the_look_is_at_what_training_does(
