@@ -165,6 +165,7 @@ def encode_prompts(
     tokenizer: "Tokenizer", problems: Sequence[Problem], prompt: str
 ) -> list[list[int]]:
     """BOS and the prompt of each problem, as the model reads them in training and decoding."""
+    tokenizer.say_special(prompt)
     lines = [problem.line for problem in problems]
     encoded = tokenizer.encode(_fill_in(prompt, problems), lines)
     return [[tokenizer.bos_token_id, *ids] for ids in encoded]
@@ -179,6 +180,7 @@ def encode(
         UserError: the tokenizer merges the end of the prompt with the beginning of the answer, so
             the prompt would have different ids in training and in decoding.
     """
+    tokenizer.say_special(prompt)
     prompts, separator = _fill_in(prompt, problems), answer_separator(prompt)
     texts = [
         f"{text}{separator}{problem.answer}"

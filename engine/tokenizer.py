@@ -32,6 +32,7 @@ from engine.tokenizer_files import (
     read_object,
     read_sentencepiece,
     read_vocabulary,
+    say_special,
     special_token,
 )
 from run.errors import UserError, one_line
@@ -150,6 +151,10 @@ class Tokenizer:
         """
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return [_starts(encoding.offsets) for encoding in encodings]
+
+    def say_special(self, prompt: str) -> None:
+        """Print, once, which special tokens are written out in ``prompt``."""
+        say_special(self._backend, prompt, self.name)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, without special tokens and with every space unchanged."""

@@ -9,7 +9,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from run.errors import UserError, one_line
+from run.errors import UserError, first_few, one_line
+from run.files import say_once
 
 VOCABULARY_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer.model"
 CONFIG_FILE = "tokenizer_config.json"
@@ -128,6 +129,21 @@ def _added_token(flags: Mapping[str, Any]) -> AddedToken:
         special=flags.get("special", True),
         **{kind: flags[kind] for kind in kinds if kind in flags},
     )
+
+
+def say_special(backend: tokenizers.Tokenizer, prompt: str, model: str) -> None:
+    """Print, once, which special tokens are written out in ``prompt``.
+
+    `engine.tokenizer.Tokenizer` reads them as text. In a chat template they are meant as tokens.
+    """
+    added = backend.get_added_tokens_decoder().values()
+    found = [token.content for token in added if token.special and token.content in prompt]
+    if found:
+        say_once(
+            "special tokens",
+            f"prompt: read as plain text, though special tokens of model {model}: "
+            f"{first_few(map(repr, found))} (BOS and EOS are added in any case)",
+        )
 
 
 def special_token(

@@ -19,6 +19,7 @@ from engine.loading import load_tokenizer
 from engine.tokenizer import Tokenizer
 from grading import dataset, rules
 from grading.dataset import Problem
+from run import files
 from run.errors import UserError, one_line
 
 
@@ -108,6 +109,20 @@ def test_a_prompt_that_merges_with_the_answer_is_refused(tokenizer: Tokenizer) -
             [Problem("How many?", "There are 3\n#### 3", line=4)],
             "Question: {question} Answer: ",
         )
+
+
+def test_special_tokens_in_the_prompt_are_said_to_be_text(
+    tokenizer: Tokenizer, problems: list[Problem], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against a chat template that is trained on letter by letter, in silence."""
+    files.forget_what_was_said()
+    data.encode(tokenizer, problems, PROMPT)
+    assert capsys.readouterr().out == ""  # though a question contains </s>
+    data.encode(tokenizer, problems, "<s>[INST] {question} [/INST]")
+    data.encode_prompts(tokenizer, problems, "<s>[INST] {question} [/INST]")
+    line = f"prompt: read as plain text, though special tokens of model {tokenizer.name}: '<s>' ("
+    out = capsys.readouterr().out
+    assert out.startswith(line) and out.count("\n") == 1
 
 
 def test_special_tokens_in_text_stay_text(tokenizer: Tokenizer) -> None:
