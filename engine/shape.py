@@ -108,6 +108,8 @@ def read_config(folder: Path) -> LlamaConfig:
         config = LlamaConfig.from_pretrained(folder)
         if not getattr(config, "quantization_config", True):
             del config.quantization_config  # it is empty
+        # For its `generate`. One that it names may not be installed, and the rest uses our own.
+        config._attn_implementation = "sdpa"
     except Exception as error:  # Transformers and its validation raise many types
         raise not_a_llama(folder, error) from None
     return config

@@ -246,6 +246,17 @@ def test_an_empty_quantization_is_none(settings: dict[str, str], tmp_path: Path)
         load_model(folder, torch.float32, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_an_attention_that_is_not_installed_is_not_needed(
+    settings: dict[str, str], tmp_path: Path, key: str
+) -> None:
+    """Guards against a model that is refused for the settings of the program that it served."""
+    shutil.copytree(settings["model"], folder := tmp_path / "base")
+    edit(folder / "config.json", **{key: "flash_attention_3"})
+    model = load_model(folder, torch.float32, torch.device("cpu"))
+    assert model.pretrained.generate(torch.tensor([[1]]), max_new_tokens=1).shape == (1, 2)
+
+
 def test_a_head_of_its_own_is_not_tied_in_what_is_saved(
     call, settings: dict[str, str], tmp_path: Path
 ) -> None:
