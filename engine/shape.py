@@ -11,6 +11,9 @@ from transformers import LlamaConfig
 from engine.refusals import check_config
 from run.errors import UserError, cause_of
 
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+SIZES += ("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -108,6 +111,9 @@ def read_config(folder: Path) -> LlamaConfig:
         config = LlamaConfig.from_pretrained(folder)
         if not getattr(config, "quantization_config", True):
             del config.quantization_config  # it is empty
+        for name in SIZES:
+            if (size := getattr(config, name, None)) is not None and size < 1:
+                raise ValueError(f"{name} is {size}")
         # For its `generate`. One that it names may not be installed, and the rest uses our own.
         config._attn_implementation = "sdpa"
     except Exception as error:  # Transformers and its validation raise many types

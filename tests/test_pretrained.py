@@ -157,6 +157,10 @@ def two_vocabularies(folder: Path) -> None:
             "its config.json does not describe a Llama (",
         ),
         (lambda f: edit(f / "config.json", num_attention_heads=5), "correct that setting"),
+        (
+            lambda f: edit(f / "config.json", num_hidden_layers=-2),
+            "does not describe a Llama (ValueError: num_hidden_layers is -2)",
+        ),
         (lambda f: without_weights(f), "has no weights in safetensors: copy its *.safetensors too"),
         (
             lambda f: without_weights(f, "pytorch_model.bin"),
