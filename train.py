@@ -156,7 +156,7 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
                 log.sample(decode, prompts, problems.validation, memory.release)
             if signal_number is not None and progress.step < steps:
                 raise log.stopped(signal_number, folder / LAST)
-    parts.ranks.once(finish, folder, config.keep_state, progress.best_loss, parts.report)
+    parts.ranks.once(finish, folder, config.keep_state, progress.best, parts.report)
 
 
 def build(

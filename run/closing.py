@@ -13,12 +13,11 @@ from run.training_json import read_description
 from run.wandb_run import saved_run, start_tracker
 
 
-def finish(
-    folder: Path, keep_state: bool, best_loss: float, report: Callable[[Path], None]
-) -> None:
+def finish(folder: Path, keep_state: bool, best: str, report: Callable[[Path], None]) -> None:
     """End a run: remove its state unless ``keep_state``, and print the next command.
 
     Args:
+        best: `run.progress.Progress.best`.
         report: writes the report of the run in ``folder``, and says where it is.
     """
     (folder / FITTING_FILE).unlink(missing_ok=True)
@@ -27,7 +26,7 @@ def finish(
             remove_state(folder, read_description(folder / LAST))
         except UserError as error:  # which does not make the run incomplete
             print(error)
-    print(f"done: best validation loss {best_loss:.6f}")
+    print(f"done: {best}")
     print(f"  best checkpoint: {one_line(folder / BEST)}")
     print(f"  every number:    {one_line(folder / METRICS_FILE)}")
     report(folder)

@@ -95,6 +95,13 @@ class Progress:
             return f"the best so far ({change})"
         return f"not the best ({change})"
 
+    @property
+    def best(self) -> str:
+        """What made the best epoch the best, in words."""
+        if self.best_exact_match is None:
+            return f"best validation loss {self.best_loss:.6f}"
+        return f"best validation exact match {self.best_exact_match:.2%}, loss {self.best_loss:.6f}"
+
     def forget_missing_best(self, folder: Path) -> None:
         """Forget the best epoch if its checkpoint ``folder`` no longer exists, and report that."""
         if self.best_loss is not None and not folder.exists():

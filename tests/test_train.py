@@ -325,11 +325,15 @@ def test_best_is_the_epoch_with_the_lowest_validation_loss(
 )
 def test_best_by_exact_match(
     settings: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
     matches: list[float],
     losses: list[float],
     best: int,
 ) -> None:
-    """Guards against a best that the loss chooses all the same, and one that is forgotten."""
+    """Guards against a best that the loss chooses all the same, and one that is forgotten.
+
+    Its loss need not be the lowest, and must not be called that at the end.
+    """
     settings |= {"epochs": "3", "best_by": "val_exact_match", "validation_size": "16"}
     config, left = make_config(settings), iter(matches)
     rows = data.load_split(config.dataset, "validation", 16, config.seed)
@@ -352,6 +356,9 @@ def test_best_by_exact_match(
     )
     logged = [line["val/exact_match"] for line in metrics(settings) if "val/exact_match" in line]
     assert logged == matches
+    match, loss = matches[best - 1], losses[best - 1]
+    end = f"\ndone: best validation exact match {match:.2%}, loss {loss:.6f}\n"
+    assert end in capsys.readouterr().out
 
 
 def test_exact_match_in_training_is_that_of_evaluation(
