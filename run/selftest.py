@@ -170,12 +170,13 @@ def is_time_to_kill(run_folder: Path, kill_after: int) -> bool:
 
 
 def start(config: Config, folder: Path, name: str) -> subprocess.Popen[bytes]:
+    rows = (folder / "data" / "train.jsonl").read_bytes().count(b"\n")
     settings = replace(
         config,
         dataset=str(folder / "data"),
         output_dir=str(folder),
         run_name=name,
-        validation_size=VALIDATION_ROWS,
+        validation_size=min(VALIDATION_ROWS, rows - 1) or 1,
         epochs=EPOCHS,
         log_every=1,
         checkpoint_steps=None,

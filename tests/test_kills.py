@@ -15,6 +15,7 @@ from conftest import as_a_process, flags, make_config, processes
 import train
 from grading.dataset import Problem, load_problems
 from run import selftest
+from run.config import load_config
 from run.errors import UserError
 
 ROOT = Path(train.__file__).parent
@@ -166,6 +167,22 @@ def test_the_self_test_takes_one_row_of_each_question(tmp_path: Path) -> None:
     selftest.write_data(rows, 16, tmp_path / "data")
     rows = load_problems(str(tmp_path / "data"), "train")
     assert len(rows) == len({row.question for row in rows}) == 2 * 16 + selftest.VALIDATION_ROWS
+
+
+@pytest.mark.parametrize(("count", "size"), [(2, 1), (5, 4), (9, 8), (100, 8)])
+def test_the_self_test_leaves_rows_to_train_on(
+    settings: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    count: int,
+    size: int,
+) -> None:
+    """Guards against "training does not work here" for a data set of fewer than 9 rows."""
+    rows = [{"question": f"{n}?", "answer": "#### 1"} for n in range(count)]
+    selftest.write_data({"train": rows, "test": rows[:1]}, 100, tmp_path / "data")
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: None)
+    selftest.start(make_config(settings), tmp_path, "run")
+    assert load_config(tmp_path / "run.yaml", {}).validation_size == size
 
 
 def test_a_kill_that_comes_too_late_is_tried_again_earlier(
