@@ -165,9 +165,8 @@ def encode_prompts(
     tokenizer: "Tokenizer", problems: Sequence[Problem], prompt: str
 ) -> list[list[int]]:
     """BOS and the prompt of each problem, as the model reads them in training and decoding."""
-    tokenizer.say_special(prompt)
     lines = [problem.line for problem in problems]
-    encoded = tokenizer.encode(_fill_in(prompt, problems), lines)
+    encoded = tokenizer.encode(_fill_in(tokenizer, prompt, problems), lines)
     return [[tokenizer.bos_token_id, *ids] for ids in encoded]
 
 
@@ -180,8 +179,7 @@ def encode(
         UserError: the tokenizer merges the end of the prompt with the beginning of the answer, so
             the prompt would have different ids in training and in decoding.
     """
-    tokenizer.say_special(prompt)
-    prompts, separator = _fill_in(prompt, problems), answer_separator(prompt)
+    prompts, separator = _fill_in(tokenizer, prompt, problems), answer_separator(prompt)
     texts = [
         f"{text}{separator}{problem.answer}"
         for text, problem in zip(prompts, problems, strict=True)
@@ -207,7 +205,8 @@ def encode(
     return examples
 
 
-def _fill_in(prompt: str, problems: Sequence[Problem]) -> list[str]:
+def _fill_in(tokenizer: "Tokenizer", prompt: str, problems: Sequence[Problem]) -> list[str]:
+    tokenizer.say_special(prompt)
     # Not by str.format, since a question may contain braces.
     return [prompt.replace("{question}", problem.question) for problem in problems]
 
