@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -52,18 +51,20 @@ class LinearCrossEntropy(torch.autograd.Function):
             # The log-sum-exp of bfloat16 logits would be off in the third digit.
             every_logit = kernels.product(chunk, weight.T).to(exact)
             logits = every_logit[: len(target)]
-            if not with_gradients:
-                losses = F.cross_entropy(logits, target[:, 0], reduction="none")
-                nats += losses.sum(dtype=torch.float64)
-                every_loss.append(losses.double())
-                continue
             largest, of_target = logits.amax(dim=-1, keepdim=True), logits.gather(1, target)
             # In place, which halves the memory, so that twice as many rows fit into a chunk.
             probabilities = torch.softmax(logits, dim=-1, out=logits)
             # log-sum-exp = largest logit - log of its probability, which saves a pass over logits.
-            log_sum_exp = largest - probabilities.amax(dim=-1, keepdim=True).log()
+            # On a CPU, softmax adds up the vocabulary term by term, and loses small ones. The sum
+            # of the probabilities, which is added up pairwise, shows how much was lost.
+            of_largest = probabilities.amax(dim=-1, keepdim=True)
+            total = probabilities.sum(dim=-1, keepdim=True)
+            losses = (largest - of_target) + (total / of_largest).log()
             # In float64, since a float32 sum over thousands of tokens is off in the sixth digit.
-            nats += (log_sum_exp - of_target).sum(dtype=torch.float64)
+            nats += losses.sum(dtype=torch.float64)
+            if not with_gradients:
+                every_loss.append(losses[:, 0].double())
+                continue
             probabilities.scatter_add_(1, target, torch.full_like(largest, -1))
             every_logit[len(target) :] = 0
             grad_logits = every_logit.to(hidden.dtype)
