@@ -60,8 +60,8 @@ class StepResult:
 
 
 def perplexity_of(loss: float) -> float:
-    """exp of a mean loss in nats; infinity if it exceeds float64's range."""
-    return math.exp(loss) if loss < 709 else math.inf
+    """exp of a mean loss in nats; infinity if it exceeds float64's range, and NaN of NaN."""
+    return math.inf if loss >= 709 else math.exp(loss)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from engine import packing
 from engine.llama import Llama
 from engine.loading import load_tokenizer
 from engine.loss import LinearCrossEntropy
-from engine.measure import measure
+from engine.measure import measure, perplexity_of
 from engine.tokenizer import Tokenizer, _starts
 from grading import dataset
 from grading.answer_parts import PARTS, part_of_each
@@ -61,6 +61,12 @@ def test_equals_a_plain_loop_over_transformers_logits(
     assert result.num_tokens == tokens
     assert result.loss == pytest.approx(nats / tokens, rel=1e-6)
     assert result.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-6)
+
+
+def test_a_loss_that_is_no_number_has_no_perplexity() -> None:
+    """Guards against a broken model that seems to have a perplexity, if a bad one."""
+    assert math.isnan(perplexity_of(math.nan))
+    assert perplexity_of(1e4) == math.inf and perplexity_of(0.0) == 1
 
 
 @pytest.mark.parametrize("with_gradients", [True, False])
