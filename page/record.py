@@ -50,8 +50,8 @@ class Record:
         best: ``training.json`` of the best checkpoint, or empty.
         description: the same, or that of the newest checkpoint if there is no best one.
         evaluation: the one to show; None if there is none.
-        exact_match: of every evaluation of the run, by the name of its folder; None if it has no
-            ``scores.json`` yet.
+        exact_match: of every evaluation of the run, by the name of its folder; None if it is not
+            scored yet.
     """
 
     name: str
@@ -161,12 +161,17 @@ def read_evaluation(folder: Path) -> Evaluation:
 
 
 def _identity(folder: Path) -> dict[str, Any]:
-    """The content of ``scores.json`` or, if there is none yet, of ``evaluation.json``."""
-    return read_scores(folder / SCORES_FILE) or read_scores(folder / IDENTITY_FILE)
+    """The content of ``scores.json`` or, if it is not of all problems asked, of what asked them.
+
+    An evaluation that went on with more problems writes it anew only at its end.
+    """
+    scores, asked = read_scores(folder / SCORES_FILE), read_scores(folder / IDENTITY_FILE)
+    is_of_all = "num_problems" not in asked or scores.get("num_problems") == asked["num_problems"]
+    return scores if scores and is_of_all else asked
 
 
 def _exact_match(folder: Path) -> float | None:
-    share = read_scores(folder / SCORES_FILE).get("exact_match")
+    share = _identity(folder).get("exact_match")
     return share if isinstance(share, float) else None
 
 

@@ -316,6 +316,23 @@ def test_an_evaluation_that_goes_on_is_shown_so_far(run: Path) -> None:
     assert "1 damaged lines of predictions.jsonl are left out." in text
 
 
+def test_an_evaluation_that_goes_on_with_more_problems_is_unfinished(run: Path) -> None:
+    """Guards against the scores of a first look that are shown as those of all problems."""
+    folder = run / "eval" / "test"
+    samples = {"maj_at": {"1": 0.5}, "pass_at": {"1": 0.55}}
+    made_up.write_predictions(folder, made_up.rows_of(KINDS[:5]), samples=samples)
+    made_up.write_predictions(run / "eval" / "validation", made_up.rows_of(OTHER_KINDS))
+    scores = (folder / "scores.json").read_bytes()
+    made_up.write_predictions(folder, made_up.rows_of(KINDS))
+    (folder / "scores.json").write_bytes(scores)  # a kill came before the new ones
+    file = folder / "predictions.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:7]))
+    text = page_of(run).text
+    assert "Unfinished: 7 of 8 problems so far." in text
+    assert "All evaluations: test not scored yet, validation 50.0%." in text
+    assert "samples per problem" not in text
+
+
 def test_a_folder_of_predictions_is_enough(tmp_path: Path) -> None:
     folder = tmp_path / "some-model" / "eval" / "test"
     made_up.write_predictions(folder, made_up.rows_of(KINDS))
