@@ -95,8 +95,9 @@ def samples_table(scores: Mapping[str, Any], title: str) -> str:
     """The scores of several samples per problem."""
     low, high = scores["ci95"]
     temperature = f" at temperature {scores['temperature']}" if "temperature" in scores else ""
+    how = ", with the calculator" if scores.get("with_calculator") else ""
     lines = [
-        f"{title}: {scores['num_samples']} samples per problem{temperature}",
+        f"{title}: {scores['num_samples']} samples per problem{temperature}{how}",
         f"    mean of all             {scores['exact_match']:8.2%}",
     ]
     for name, shown in (("maj_at", "maj@"), ("pass_at", "pass@")):

@@ -57,7 +57,8 @@ class Scored:
     def logged(self) -> dict[str, float]:
         """The numbers to log to metrics.jsonl and W&B."""
         if "maj_at" in self.numbers:
-            return {f"maj_at_{k}": share for k, share in self.numbers["maj_at"].items()}
+            shares = self.numbers["maj_at"].items()
+            return {f"{self._prefix}maj_at_{k}": share for k, share in shares}
         total, errors = self.numbers["num_problems"], self.numbers["errors"]
         numbers: dict[str, float] = {}
         for rule, share in self.numbers["rules"].items():

@@ -55,6 +55,7 @@ class Scores:
         disagree: on how many problems the rules disagree.
         calculator: its exact match, how many problems it won and lost, and the p-value; or None.
         samples: k, maj@k and pass@k, for each k that was scored.
+        are_calculated: whether the samples were drawn with the calculator.
     """
 
     rules: list[Share]
@@ -64,6 +65,7 @@ class Scores:
     disagree: int
     calculator: tuple[float, int, int, float] | None
     samples: list[tuple[str, float, float]]
+    are_calculated: bool
 
     @property
     def headline(self) -> Share:
@@ -77,7 +79,7 @@ def scores_of(rows: Sequence[Mapping[str, Any]], recorded: Mapping[str, Any]) ->
         recorded: the content of ``scores.json``, for what is not in the rows.
     """
     verdicts = [grade_row(row) for row in rows]
-    analysis = analyse(rows)
+    analysis, samples = analyse(rows), _samples(recorded)
     return Scores(
         rules=[
             Share(*RULE_NAMES[name], sum(verdict.by_rule[name] for verdict in verdicts), len(rows))
@@ -88,7 +90,8 @@ def scores_of(rows: Sequence[Mapping[str, Any]], recorded: Mapping[str, Any]) ->
         by_words=_shares(analysis["by_question_words"]),
         disagree=len(analysis["rules_disagree"]),
         calculator=_calculator(recorded),
-        samples=_samples(recorded),
+        samples=samples,
+        are_calculated=bool(samples) and recorded["samples"].get("with_calculator") is True,
     )
 
 

@@ -631,6 +631,20 @@ def test_a_stop_among_the_samples_takes_nothing_from_the_greedy_score(
     assert "eval/calculator_exact_match" in logged() and "eval/exact_match" not in logged()
 
 
+def test_samples_with_the_calculator_say_so(call, run_folder: Path) -> None:
+    """Guards against a majority vote that is taken for the model's own."""
+    best, folder = str(run_folder / "best"), run_folder / "eval" / "test"
+    outcome = call(evaluate, "--ckpt", best, "--samples", "2", "--calculator", "true")
+    assert "2 samples per problem at temperature 0.7, with the calculator" in outcome.out
+    logged = json.loads((run_folder / "metrics.jsonl").read_text().splitlines()[-1])
+    scores = read(folder / "samples")[1]
+    assert logged["eval/calculator_maj_at_2"] == scores["maj_at"]["2"]
+    assert not any(name.startswith("eval/maj_at") for name in logged)
+    shutil.rmtree(folder)
+    outcome = call(evaluate, "--ckpt", best, "--samples", "2")
+    assert outcome.code == 0 and "with the calculator" not in outcome.out
+
+
 def test_a_kill_among_the_samples_keeps_what_was_measured(call, run_folder: Path) -> None:
     """Guards against a greedy decoding whose time nobody knows, and that is verified again."""
     output = run_folder / "eval" / "test"

@@ -166,8 +166,11 @@ def test_other_scores_are_shown(run: Path) -> None:
     made_up.write_predictions(run / "eval" / "validation", made_up.rows_of(OTHER_KINDS))
     text = page_of(run).text
     assert "With the calculator: 62.5% , 2 problems won and 1 lost, p = 0.25." in text
-    assert "1 50.0% 55.0% 4 75.0% 87.5%" in text
+    assert "1 50.0% 55.0% 4 75.0% 87.5%" in text and "drawn with" not in text
     assert "All evaluations: test 37.5%, validation 50.0%." in text
+    scores["samples"]["with_calculator"] = True
+    made_up.write_predictions(run / "eval" / "test", made_up.rows_of(KINDS), **scores)
+    assert "Samples, drawn with the calculator" in page_of(run).text
 
 
 def test_the_curves_are_those_of_the_metrics() -> None:
