@@ -80,11 +80,15 @@ class Source:
         """Raises UserError if the rows of ``split`` differ from those that the run used.
 
         This detects a hub id that is now the name of a folder, and a folder whose content has
-        changed. If a flag asks for other rows, they are accepted.
+        changed. If a flag asks for other rows, they are accepted, but not as validation rows if
+        this run was trained on them.
         """
         known = {} if self.description is None else self.description["data"]
-        is_asked_for = bool(self.typed & {"dataset", "validation_size", "seed"})
-        if known.get(f"{split}_sha256", sha256) != sha256 and not is_asked_for:
+        if known.get(f"{split}_sha256", sha256) == sha256:
+            return
+        if split == "validation" and "dataset" not in self.typed:
+            self._check_split("may have been trained on", "--limit takes fewer rows")
+        if not self.typed & {"dataset", "validation_size", "seed"}:
             raise UserError(
                 f"{self.path}: the {split} rows of dataset {self.config.dataset!r} are not the "
                 "ones that this run used: name the run's own data set with --dataset, or this one "
@@ -100,17 +104,25 @@ class Source:
         Raises:
             UserError: also if flags make questions of rows that this run was validated on.
         """
+        if split == "train" and self.description is not None:
+            cure = "a larger --samples draws more samples"
+            self._check_split("was validated on, not trained", cure)
         for name, value in sha256.items():
             self.check_rows(name, value)
-        if split != "train" or self.description is None:
-            return
+
+    def _check_split(self, used: str, cure: str) -> None:
+        """Raises UserError if flags divide the train rows otherwise than this run did.
+
+        Args:
+            used: for what this run used the rows that would be taken.
+            cure: what does what the flags may have been meant to do.
+        """
         for key in ("validation_size", "seed"):
             trained, now = self.description["settings"].get(key), getattr(self.config, key)
             if now != trained:
                 raise UserError(
-                    f"command line: --{key} {now}: would ask rows that {self.path} was validated "
-                    f"on, not trained ({key} was {trained}): leave it out; a larger --samples "
-                    "draws more samples"
+                    f"command line: --{key} {now}: would take rows that {self.path} {used} "
+                    f"({key} was {trained}): leave it out; {cure}"
                 )
 
     def check_unchanged(self) -> None:

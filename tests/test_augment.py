@@ -635,9 +635,9 @@ def test_samples_of_train_go_on_after_a_kill(call, base: list[str], tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
-        (["--samples", "2", "--seed", "1"], "--seed 1: would ask rows that"),
-        (["--samples", "2", "--validation_size", "5"], "--validation_size 5: would ask rows"),
-        (["--seed", "1"], "--seed 1: would ask rows that"),
+        (["--samples", "2", "--seed", "1"], "--seed 1: would take rows that"),
+        (["--samples", "2", "--validation_size", "5"], "--validation_size 5: would take rows"),
+        (["--seed", "1"], "--seed 1: would take rows that"),
         (["--samples", "2", "--verify-batching", "1"], "--split train with --samples decodes only"),
     ],
 )

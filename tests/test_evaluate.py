@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 import data
 import evaluate
+import perplexity
 import train
 from engine.decoding import Completion
 from engine.loading import load_tokenizer
@@ -154,6 +155,22 @@ def test_validation_split_is_the_one_training_held_out(
         p.question for p in expected
     ]
     assert "eval/validation_exact_match" in (run_folder / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("flag", [("--seed", "1"), ("--validation_size", "30")])
+@pytest.mark.parametrize("script", [evaluate, perplexity])
+def test_rows_that_were_trained_on_are_no_validation(
+    call, settings: dict[str, str], run_folder: Path, script: Any, flag: tuple[str, str]
+) -> None:
+    """Guards against --seed for other samples, which takes other rows as well."""
+    arguments = ["--ckpt", str(run_folder / "best"), "--split", "validation", *flag]
+    outcome = call(script, *arguments)
+    outcome.assert_user_error(f"{' '.join(flag)}: would take rows that", "may have been trained on")
+    assert not (run_folder / "eval").exists()
+    # Of a model without a record, nobody knows.
+    plain = ["--ckpt", settings["model"], "--split", "validation"]
+    asked = settings | {flag[0].removeprefix("--"): flag[1]}
+    assert call(script, *plain, *flags(asked)).code == 0
 
 
 def test_slots_change_nothing(call, run_folder: Path, tmp_path: Path) -> None:
