@@ -8,7 +8,13 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-from grading.results import read_predictions
+from grading.results import (
+    IDENTITY_FILE,
+    PREDICTIONS_FILE,
+    RESUME,
+    read_predictions,
+    read_scores,
+)
 from grading.rules import check_golds, grade_row, report_contradictions, visible
 from run.errors import UserError, first_few
 
@@ -40,9 +46,14 @@ class Comparison:
 
 
 def compare_files(first: Path, second: Path) -> Comparison:
-    """Compare two ``predictions.jsonl``."""
+    """Compare two ``predictions.jsonl``.
+
+    Raises:
+        UserError: as `compare`; also if one contains samples, or is of an unfinished evaluation.
+    """
     rows = [read_predictions(file) for file in (first, second)]
     for file, its_rows in zip((first, second), rows, strict=True):
+        _check_finished(file, len(its_rows))
         if any(row.get("sample") for row in its_rows):
             raise UserError(
                 f"{file}: contains several samples of each problem: compare greedy predictions"
@@ -50,6 +61,18 @@ def compare_files(first: Path, second: Path) -> Comparison:
         check_golds(its_rows, str(file))
         report_contradictions(its_rows, file)
     return compare(*rows, (str(first), str(second)))
+
+
+def _check_finished(file: Path, found: int) -> None:
+    """Raises UserError if more predictions were asked for than the ``found`` ones.
+
+    What is finished first is no fair selection: endless completions are finished last.
+    """
+    if file.name != PREDICTIONS_FILE:  # next to it are records of other predictions
+        return
+    asked = read_scores(file.with_name(IDENTITY_FILE)).get("num_problems", 0)
+    if found < asked:
+        raise UserError(f"{file}: contains {found} predictions for {asked} problems: {RESUME}")
 
 
 def compare(

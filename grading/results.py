@@ -10,6 +10,8 @@ from run.setting_types import quoted
 
 PREDICTIONS_FILE, SCORES_FILE, IDENTITY_FILE = "predictions.jsonl", "scores.json", "evaluation.json"
 
+RESUME = "run evaluate.py again, it resumes where it stopped"
+
 # The decodings of an evaluation. These are also the names of the additional ones' folders, next to
 # the greedy predictions, and their keys in the greedy scores.json.
 GREEDY, CALCULATOR, SAMPLES = "greedy", "calculator", "samples"

@@ -5,13 +5,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from grading.results import RESUME
 from grading.rules import RULES, check_golds, correct_openai, grade_row
 from run.errors import UserError, first_few
 
 if TYPE_CHECKING:
     from grading.dataset import Problem
-
-RESUME = "run evaluate.py again, it resumes where it stopped"
 
 
 def wilson_interval(num_correct: int, num_problems: int) -> tuple[float, float]:

@@ -1,9 +1,11 @@
 """Labels of wrong completions, accuracy by kind of problem, and the paired comparison."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import made_up
 import pytest
 from conftest import real_folder
 from scipy.stats import multinomial
@@ -263,6 +265,21 @@ def test_what_has_no_score_is_not_compared(
     (tmp_path / "a").write_text("".join(json.dumps(each) + "\n" for each in rows))
     outcome = call(evaluate, "--compare", *[str(tmp_path / "a")] * 2)
     outcome.assert_user_error(f"a: {fault}")
+
+
+def test_an_unfinished_evaluation_is_not_compared(call, tmp_path: Path) -> None:
+    """Guards against a gain on what is finished first, which is no fair selection."""
+    made_up.write_predictions(tmp_path / "one", made_up.rows_of(["right"] * 4))
+    shutil.copytree(tmp_path / "one", tmp_path / "other")
+    files = [tmp_path / name / "predictions.jsonl" for name in ("one", "other")]
+    files[1].write_text("".join(files[1].read_text().splitlines(keepends=True)[:3]))
+    for pair in (files, files[::-1]):
+        call(evaluate, "--compare", *map(str, pair)).assert_user_error(
+            f"{files[1]}: contains 3 predictions for 4 problems", "it resumes where it stopped"
+        )
+    part = files[1].rename(files[1].with_name("part.jsonl"))  # a choice of one's own
+    outcome = call(evaluate, "--compare", str(files[0]), str(part))
+    assert "on the 3 problems in common" in outcome.out
 
 
 def test_compare_from_the_command_line(call, tmp_path: Path) -> None:
