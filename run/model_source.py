@@ -173,6 +173,11 @@ def resolve_source(ckpt: str | None, files: SettingsFiles, typed: Mapping[str, s
                 f"command line: --{key} {typed[key]}: {folder} was trained with {key} "
                 f"{in_yaml(known.get(key))}: leave it out"
             )
+    if "model" in typed and "base" not in description and config.model != known.get("model"):
+        raise UserError(
+            f"command line: --model {typed['model']}: {folder} contains all weights of a model, "
+            "and needs no other: leave it out, or name the model to use with --ckpt"
+        )
     print(
         f"settings: from {folder / DESCRIPTION_FILE}"
         + (f", but {', '.join(typed)} from the command line" if typed else "")

@@ -137,6 +137,20 @@ def test_best_of_the_configured_run_is_the_default(
     assert (run_folder / "eval" / "test" / "scores.json").is_file()
 
 
+@pytest.mark.parametrize("script", [evaluate, perplexity])
+def test_another_model_is_not_ignored(
+    call, settings: dict[str, str], run_folder: Path, tmp_path: Path, script: Any
+) -> None:
+    """Guards against a score of the run's best that is taken for that of the model typed."""
+    shutil.copytree(settings["model"], other := tmp_path / "other")
+    where = flags({key: settings[key] for key in ("output_dir", "run_name")})
+    for words in (where, ["--ckpt", str(run_folder / "best")]):
+        outcome = call(script, *words, "--model", str(other))
+        outcome.assert_user_error(f"--model {other}: ", "contains all weights", "with --ckpt")
+    assert not (run_folder / "eval").exists()
+    assert call(script, *where, "--model", settings["model"], "--limit", "1").code == 0
+
+
 def test_a_flag_overrides_the_checkpoint(call, run_folder: Path, tmp_path: Path) -> None:
     arguments = ["--ckpt", str(run_folder / "best"), "--output", str(tmp_path / "out")]
     assert call(evaluate, *arguments, "--max_new_tokens", "3").code == 0
