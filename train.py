@@ -60,11 +60,11 @@ from page.write import report_if_possible
 from run.checkpoint import save_checkpoint, set_damaged_aside
 from run.closing import finish, finish_late
 from run.files import replace_file
-from run.folder import check_same_run, claimed_by_all, find_opening, late_ends, restore
+from run.folder import check_same_run, claimed_by_all, find_opening, restore
 from run.manifest import BEST, LAST
 from run.model_source import Start, find_start
 from run.progress import Progress
-from run.retention import check_disk_space
+from run.retention import check_disk_space, late_ends
 from run.run_log import open_log, wandb_path
 from run.saves import Saves
 from run.selftest import run_selftest

@@ -29,7 +29,7 @@ from run.opening import newest_as_it_is
 from run.paths import local_path
 from run.places import anchored, has_moved, is_same_folder
 from run.progress import Progress, fitting_budget
-from run.retention import cure_without_best
+from run.retention import cure_without_best, late_ends
 from run.setting_types import PLACES, quoted
 from run.training_json import is_of_an_older_version, read_description, saved_settings
 
@@ -249,24 +249,6 @@ def find_opening(config: Config, data_sha256: str, steps: int) -> Path | None:
         )
     check_unfinished(read_description(resume_from)["step"], steps, folder)
     return resume_from
-
-
-def late_ends(checkpoint: Path, steps: int, settings: Mapping[str, Any]) -> list[str]:
-    """What training does with the run of ``checkpoint`` if its ``steps`` are done already.
-
-    Raises:
-        UserError: more than these are done, so there are fewer epochs than before.
-    """
-    if (done := read_description(checkpoint)["step"]) > steps:
-        fault = f"{checkpoint}: is at step {done} already, over the {steps} of epochs"
-        raise UserError(f"{fault} {settings['epochs']}: set as many epochs as before, or more")
-    if done < steps:
-        return []
-    ends = {
-        f"uploads its {BEST} (wandb_artifact true)": settings["wandb_artifact"],
-        f"removes its {LAST} and {PREVIOUS} (keep_state false)": not settings["keep_state"],
-    }
-    return [end for end, is_wanted in ends.items() if is_wanted]
 
 
 def restore(

@@ -12,6 +12,7 @@ from run.files import replace_file, sync
 from run.manifest import BEST, FINISHED_FILE, LAST, PREVIOUS, fault_of
 from run.shell import evaluation_command
 from run.terminal import gigabytes
+from run.training_json import read_description
 
 
 def remove_state(run_folder: Path, description: Mapping[str, Any]) -> None:
@@ -45,6 +46,24 @@ def remove_state(run_folder: Path, description: Mapping[str, Any]) -> None:
         ) from error
     remove_remains(run_folder / LAST)
     print(f"removed: {state[1]} and {state[0]}, since {best} is intact (keep_state false)")
+
+
+def late_ends(checkpoint: Path, steps: int, settings: Mapping[str, Any]) -> list[str]:
+    """What training does with the run of ``checkpoint`` if its ``steps`` are done already.
+
+    Raises:
+        UserError: more than these are done, so there are fewer epochs than before.
+    """
+    if (done := read_description(checkpoint)["step"]) > steps:
+        fault = f"{checkpoint}: is at step {done} already, over the {steps} of epochs"
+        raise UserError(f"{fault} {settings['epochs']}: set as many epochs as before, or more")
+    if done < steps:
+        return []
+    ends = {
+        f"uploads its {BEST} (wandb_artifact true)": settings["wandb_artifact"],
+        f"removes its {LAST} and {PREVIOUS} (keep_state false)": not settings["keep_state"],
+    }
+    return [end for end, is_wanted in ends.items() if is_wanted]
 
 
 def cure_without_best(run_folder: Path) -> str:
