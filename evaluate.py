@@ -77,7 +77,7 @@ from engine.llama import Llama
 from engine.loading import check_fits, check_ids, check_prompts, load_model, load_tokenizer
 from engine.ranks import Ranks
 from engine.strategy import Decoder, Greedy, How, Sampling, decode, eos_token_ids
-from engine.verify import verify_batching
+from engine.verify import check_finite, verify_batching
 from grading.calculator import ForcedResults
 from grading.compare import compare_files
 from grading.dataset import Problem
@@ -163,6 +163,7 @@ def evaluate(
     model.ranks = here  # to each of which the questions are dealt
     check_ids(model, prompts, source.path)
     check_prompts(model, max(map(len, prompts)), config.max_new_tokens)
+    check_finite(model, prompts[0], source.path)
     decoder = Decoder(
         model=model,
         tokenizer=tokenizer,

@@ -1,4 +1,4 @@
-"""Checks on a sample that batching changes no completion.
+"""Checks that a model can answer, and on a sample that batching changes no completion.
 
 The sample is decoded again, one prompt at a time, by Transformers' own generate.
 """
@@ -53,6 +53,21 @@ class Difference:
                 f"and by {self.gaps[1]:.3g} here"
             )
         return text
+
+
+@torch.inference_mode()
+def check_finite(model: "Llama", prompt: list[int], name: str) -> None:
+    """Raises UserError if a logit after ``prompt`` is NaN or infinite.
+
+    Such a model writes without an error, and scores 0 as a bad one does.
+    """
+    if not _logits_after(model, prompt).isfinite().all():
+        cure = "" if model.dtype == torch.float32 else ", or set dtype float32"
+        raise UserError(
+            f"model {name!r}: its logits after the first prompt are not finite, so no answer of it "
+            "means anything (its training diverged, or its files are damaged): take another "
+            f"checkpoint, or copy it again{cure}"
+        )
 
 
 def spread(keys: Sequence[Key], count: int) -> list[Key]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Killed, as_a_process, flags, kill, processes, seal, step_that
+from safetensors.torch import load_file, save_file
 
 import evaluate
 import perplexity
@@ -324,6 +325,23 @@ def test_sequences_beyond_the_models_positions_are_refused(
     )
     long = settings | {"max_new_tokens": "100000000000"}
     call(train, *flags(long)).assert_user_error("the model's 1024 positions", "max_new_tokens")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "more"), [("float32", ""), ("bfloat16", ", or set dtype float32")]
+)
+def test_a_model_whose_logits_are_not_finite_gets_no_score(
+    call, settings: dict[str, str], tmp_path: Path, dtype: str, more: str
+) -> None:
+    """Guards against 0 % of a model that diverged, as if it had been asked."""
+    shutil.copytree(settings["model"], folder := tmp_path / "diverged")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    arguments = flags(settings | {"dtype": dtype})
+    outcome = call(evaluate, "--ckpt", str(folder), "--output", str(tmp_path / "out"), *arguments)
+    outcome.assert_user_error("are not finite", "another checkpoint", f"copy it again{more}\n")
+    assert not [*(tmp_path / "out").rglob("*.json*")]
 
 
 def test_a_prompt_beyond_the_models_positions_is_named(
