@@ -26,8 +26,8 @@ from run.manifest import (
 )
 from run.method import FULL
 from run.opening import newest_as_it_is
-from run.paths import local_path
-from run.places import anchored, has_moved, is_same_folder
+from run.paths import is_same_folder, local_path
+from run.places import anchored, has_moved
 from run.progress import Progress, fitting_budget
 from run.retention import cure_without_best, late_ends
 from run.setting_types import PLACES, quoted

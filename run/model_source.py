@@ -24,7 +24,7 @@ from run.manifest import (
     weights_identity,
 )
 from run.method import FULL, Adapter, adapter_of
-from run.paths import is_hub_id, local_path
+from run.paths import is_hub_id, is_same_folder, local_path
 from run.setting_types import PLACES, in_yaml
 from run.sweep import with_trial
 from run.training_json import read_description, saved_settings
@@ -86,7 +86,7 @@ class Source:
         known = {} if self.description is None else self.description["data"]
         if known.get(f"{split}_sha256", sha256) == sha256:
             return
-        if split == "validation" and "dataset" not in self.typed:
+        if split == "validation" and self._has_own_data_set():
             self._check_split("may have been trained on", "--limit takes fewer rows")
         if not self.typed & {"dataset", "validation_size", "seed"}:
             raise UserError(
@@ -94,6 +94,11 @@ class Source:
                 "ones that this run used: name the run's own data set with --dataset, or this one "
                 "to use these rows nevertheless"
             )
+
+    def _has_own_data_set(self) -> bool:
+        before = saved_settings(Path(self.path), self.description).get("dataset")
+        now = self.config.dataset
+        return now == before or (before is not None and is_same_folder(before, now, is_older=False))
 
     def check_questions(self, split: str, sha256: Mapping[str, str]) -> None:
         """`check_rows` before the questions of ``split`` are asked.

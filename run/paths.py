@@ -38,6 +38,18 @@ def is_same_place(relative: str, absolute: str) -> bool:
     )
 
 
+def is_same_folder(before: str, now: str, is_older: bool) -> bool:
+    """Whether two paths lead to the same folder.
+
+    Args:
+        is_older: whether ``before`` may be relative to an unknown folder.
+    """
+    if is_older and is_same_place(before, now):
+        return True
+    one, other = local_path(before), local_path(now)
+    return one.is_absolute() and one.is_dir() and other.is_dir() and one.samefile(other)
+
+
 def with_tilde(path: str) -> str:
     """``path``, beginning with ``~`` if it is in the user's home; `local_path` undoes this."""
     for home in _homes():

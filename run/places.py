@@ -42,18 +42,6 @@ def _absolute(key: str, typed: str) -> str:
         return typed
 
 
-def is_same_folder(before: str, now: str, is_older: bool) -> bool:
-    """Whether two paths lead to the same folder.
-
-    Args:
-        is_older: whether ``before`` may be relative to an unknown folder.
-    """
-    if is_older and is_same_place(before, now):
-        return True
-    one, other = local_path(before), local_path(now)
-    return one.is_absolute() and one.is_dir() and other.is_dir() and one.samefile(other)
-
-
 def has_moved(before: str, now: str) -> bool:
     """Whether the folder ``before`` no longer exists, and ``now`` is a folder of the same name.
 

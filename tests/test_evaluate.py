@@ -178,8 +178,11 @@ def test_rows_that_were_trained_on_are_no_validation(
 ) -> None:
     """Guards against --seed for other samples, which takes other rows as well."""
     arguments = ["--ckpt", str(run_folder / "best"), "--split", "validation", *flag]
-    outcome = call(script, *arguments)
-    outcome.assert_user_error(f"{' '.join(flag)}: would take rows that", "may have been trained on")
+    for where in ([], ["--dataset", f"{settings['dataset']}/."]):
+        outcome = call(script, *arguments, *where)
+        outcome.assert_user_error(
+            f"{' '.join(flag)}: would take rows that", "may have been trained"
+        )
     assert not (run_folder / "eval").exists()
     # Of a model without a record, nobody knows.
     plain = ["--ckpt", settings["model"], "--split", "validation"]
