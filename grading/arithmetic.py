@@ -213,8 +213,9 @@ def _is_true(expression: str, result: str) -> bool | None:
     exact, claimed = value_of(expression), value_of(result)
     if exact is None or claimed is None:
         return None
-    # "30 / 60 * 100 = 50%" is true, and so is "30 / 60 = 50%".
-    claims = {claimed, claimed * 100} if result.rstrip().endswith("%") else {claimed}
     decimals = len(result.rstrip("% ").partition(".")[2])
-    tolerance = Fraction(1, 2 * 10**decimals) if decimals else 0
-    return any(abs(exact - claim) <= tolerance for claim in claims)
+    tolerance = Fraction(1, 2 * 10**decimals) if decimals else Fraction(0)
+    if not result.rstrip().endswith("%"):
+        return abs(exact - claimed) <= tolerance
+    # "30 / 60 * 100 = 50%" is true, and so is "30 / 60 = 50%". Its decimals are those of percent.
+    return any(abs(100 * claimed - percent) <= tolerance for percent in (exact, 100 * exact))
