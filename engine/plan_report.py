@@ -1,5 +1,6 @@
 """A plan in words: what takes the memory, what fits otherwise, and how fast it can be."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -195,7 +196,7 @@ def scale_table(job: Job, device: Device, card: Card) -> list[str]:
     """What 1, 2, 4 and so on devices need, and gain."""
     lines = ["devices  GiB each  tokens  recomputed  GB received a step  tokens/s  of peak  gain"]
     counts = [2**power for power in range(device.count.bit_length())]
-    last_speed, pays = 0.0, 0
+    last_speed, last_count, pays = 0.0, 0, 0
     for count in sorted({*counts, device.count}):
         if count % (job.recipe.shard_over or 1):
             continue
@@ -207,13 +208,15 @@ def scale_table(job: Job, device: Device, card: Card) -> list[str]:
         step = job.step(plan, card)
         speed = step.tokens_per_second
         gain = f"{speed / last_speed:.2f}" if last_speed else ""
-        pays = count if not last_speed or speed >= PAYS * last_speed else pays
+        # Of 8 and 12 devices, say, it is not a doubling.
+        if not last_speed or speed >= PAYS ** math.log2(count / last_count) * last_speed:
+            pays = count
         lines.append(
             f"{count:>7}  {_gib(plan.needed):>8}  {plan.micro_batch_tokens:>6}  "
             f"{plan.recomputed_blocks:>10}  {step.communicated / 1e9:>18.1f}  {speed:>8,.0f}  "
             f"{step.share:>7.0%}  {gain:>4}"
         )
-        last_speed = speed
+        last_speed, last_count = speed, count
     if pays and pays < device.count:
         rows = job.rows.batch_size
         lines.append(f"on {rows} rows a step, more than {pays} devices no longer pay")

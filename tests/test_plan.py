@@ -472,6 +472,13 @@ def test_more_devices(printed) -> None:
     assert 4 <= paying < 32 and f"more than {paying:.0f} devices no longer pay" in text
 
 
+def test_six_devices_instead_of_four_pay_with_less_than_a_doubling(printed) -> None:
+    """Guards against 98 % of what is possible that is said not to pay, since it is not 1.5."""
+    text = printed("--device_memory", "80", "--devices", "6")
+    *_, gain = text.splitlines()[-1].split()
+    assert 1.45 < float(gain) < 1.5
+
+
 def train_py(words: list[str], before: str = "", expected_code: int = 0) -> tuple[str, str]:
     """What train.py prints, and that it has loaded nothing that only training needs."""
     code = (
