@@ -115,6 +115,7 @@ function follow() {
       select.value ||= "";
     }
     change();
+    remember();
     document.getElementById("problems").scrollIntoView();
   }
 }
@@ -125,14 +126,11 @@ form.addEventListener("input", () => {
   remember();
 });
 form.addEventListener("submit", (event) => event.preventDefault());
-form.addEventListener("reset", () => {
-  // The controls have their first state only after this event.
-  setTimeout(() => {
-    if (!location.hash.startsWith("#problem-")) {
-      change();
-      remember();
-    }
-  });
+// Not by the form's own event, which `follow` causes as well.
+document.getElementById("clear").addEventListener("click", () => {
+  form.reset();
+  change();
+  remember();
 });
 document.getElementById("open").addEventListener("click", () => {
   const shown = problems.filter((problem) => !problem.element.hidden);

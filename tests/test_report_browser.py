@@ -183,6 +183,17 @@ def test_a_link_leads_to_a_problem(show: Opener, one: Path) -> None:
     playwright.expect(page.locator("#problems-title")).to_be_in_viewport()
 
 
+def test_reset_after_a_link_to_a_problem(show: Opener, one: Path) -> None:
+    """Guards against controls in their first state above a list that is still filtered."""
+    page = show(one, "#show=cut")
+    page.locator("#problem-5 summary").click()
+    page.locator("#problem-5 .gold a").click()
+    playwright.expect(page).to_have_url(f"{one.as_uri()}#problem-5")
+    page.get_by_text("Reset").click()
+    playwright.expect(page.locator("#hits")).to_have_text("1,319 problems")
+    assert shown(page) == list(range(AT_FIRST)) and page.url == one.as_uri()
+
+
 @pytest.mark.parametrize("link", ["#show=nonsense&sort=x&find=", "#problem-99999", "#=&&=%", "#a"])
 def test_a_wrong_link_shows_all(show: Opener, one: Path, link: str) -> None:
     page = show(one, link)
