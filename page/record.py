@@ -10,6 +10,7 @@ from grading.results import (
     IDENTITY_FILE,
     PREDICTIONS_FILE,
     SCORES_FILE,
+    completion_id,
     read_predictions,
     read_scores,
 )
@@ -27,10 +28,12 @@ class Evaluation:
 
     Attributes:
         name: of its folder, such as ``test`` or ``last-test``.
-        rows: one per problem, in the order of their ids.
+        rows: one per problem, in the order of their ids. Of several samples, that with the lowest
+            number: the one that was finished first is a short one.
         scores: the content of ``scores.json``; empty if there is none.
         num_problems: how many were asked, which is more than there are rows if it is unfinished.
         damaged: how many lines of the file are not predictions.
+        are_samples: whether there are several of a problem.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Evaluation:
     scores: Mapping[str, Any]
     num_problems: int
     damaged: int
+    are_samples: bool
 
 
 @dataclass(frozen=True)
@@ -147,16 +151,17 @@ def read_evaluation(folder: Path) -> Evaluation:
     damaged: list[int] = []
     rows = read_predictions(folder / PREDICTIONS_FILE, drop_cut_line=True, damaged=damaged)
     by_id: dict[int, dict[str, Any]] = {}
-    for row in rows:
-        by_id.setdefault(row["id"], row)  # the first sample, where there are several
+    for row in sorted(rows, key=completion_id):
+        by_id.setdefault(row["id"], row)
     identity = _identity(folder)
     asked = identity.get("num_problems")
     return Evaluation(
         name=folder.resolve().name,
-        rows=[by_id[number] for number in sorted(by_id)],
+        rows=list(by_id.values()),
         scores=identity,
         num_problems=max(asked if type(asked) is int else 0, len(by_id)),
         damaged=len(damaged),
+        are_samples=len({completion_id(row) for row in rows}) > len(by_id),
     )
 
 

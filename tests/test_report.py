@@ -135,6 +135,22 @@ def test_samples_alone_have_no_report(tmp_path: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out == ""
 
 
+def test_of_samples_the_first_is_shown_and_said_to_be(tmp_path: Path) -> None:
+    """Guards against those that were finished first, which are the short ones."""
+    rows = [
+        row | {"sample": sample}
+        for sample, kind in ((2, "cut"), (0, "right"), (1, "arithmetic"))
+        for row in made_up.rows_of([kind] * 3)
+    ]
+    file = tmp_path / "predictions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = page_of(tmp_path).text
+    assert "100.0% 95 % interval" in text and "3 of 3 correct" in text
+    assert "Of each problem, this is only the first of its samples." in text
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[3:6]))
+    assert "its samples" not in page_of(tmp_path).text
+
+
 # ---------------------------------------------------------------- what it shows
 
 
