@@ -15,7 +15,7 @@ LOSSES = (0.5, 0.4, 0.45)  # of validation: the second epoch is the best
 HOSTILE = (
     "<script>document.title='pwned'</script></script><img src=x onerror=\"document.title='pwned'\">"
     '<a href="javascript:document.title=1">javascript:alert(1)</a> &lt;b&gt; {{ 7 * 7 }} '
-    "\u202egnp.exe\u202c \x1b[31m \ud800 \u200b end\n#### 7"
+    "\u202egnp.exe\u202c o" + "\u0489" * 200 + " \x1b[31m \ud800 \u200b end\n#### 7"
 )
 
 
