@@ -24,6 +24,7 @@ from engine.tokenizer_files import FILES
 from engine.trial import filled, time_facts, try_steps
 from run.config import CONFIG_FILE, Config, load_config
 from run.errors import UserError, one_line
+from run.files import gigabytes
 from run.model_source import find_start
 from run.paths import local_path
 from run.retention import disk_space
@@ -34,7 +35,6 @@ from run.terminal import (
     draw_histogram,
     draw_tokens,
     facts,
-    gigabytes,
     is_plain,
     lines,
     open_console,

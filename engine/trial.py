@@ -13,6 +13,7 @@ from engine.optimizer import Schedule, make_state
 from engine.packing import Batches, Example, Packer, pack
 from engine.ranks import Ranks
 from run.errors import UserError
+from run.files import gigabytes
 from run.progress_bar import clock
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def time_facts(
         f"{losses[1]:.4f}, then {trial.tokens_per_second:,.0f} tokens a second{reduced}",
         "training": clock(training),
         "validation": f"{clock(validation)} in {epochs} epochs, by the speed on some of its rows",
-        "saves": f"{clock(saving)} for {written / 1e9:,.1f} GB, {num_saves} times last and up to "
+        "saves": f"{clock(saving)} for {gigabytes(written)}, {num_saves} times last and up to "
         f"{epochs} times best, at an assumed 1 GB a second",
         "in all": f"about {clock(training + validation + saving)}, and what decoding takes",
     }

@@ -38,6 +38,11 @@ def forget_what_was_said() -> None:
     _said.clear()
 
 
+def gigabytes(size: float) -> str:
+    """``size``, in bytes, for a message; in MB where little is left of a GB."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
 def sync(path: Path) -> None:
     """Flush a file's content or a folder's entries to disk, if the file system supports it."""
     try:

@@ -8,10 +8,9 @@ from typing import Any
 
 from run.checkpoint import remove_remains, take_away
 from run.errors import UserError, one_line
-from run.files import replace_file, sync
+from run.files import gigabytes, replace_file, sync
 from run.manifest import BEST, FINISHED_FILE, LAST, PREVIOUS, fault_of
 from run.shell import evaluation_command
-from run.terminal import gigabytes
 from run.training_json import read_description
 
 

@@ -22,13 +22,13 @@ from typing import Any
 
 from run.config import Config, settings_text
 from run.errors import UserError, cause_of, one_line
+from run.files import gigabytes
 from run.manifest import BEST, LAST, MANIFEST_FILE, METRICS_FILE
 from run.method import FULL
 from run.metrics_log import MetricsLog
 from run.paths import local_path
 from run.retention import check_disk_space, disk_space
 from run.streams import is_one_of_several
-from run.terminal import gigabytes
 from run.training_json import read_description
 from run.wandb_run import NoTracker, RunPath, start_tracker
 

@@ -151,10 +151,3 @@ def _print_tokens(console: Console, line: Text, marks: str) -> None:
     console.print(Text.assemble(MARGIN, line), no_wrap=True)
     if is_plain(console) and marks.strip():
         console.print(Text(MARGIN + marks.rstrip()), no_wrap=True)
-
-
-# ---------------------------------------------------------------- quantities
-
-
-def gigabytes(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -546,6 +546,8 @@ def test_the_time_is_composed_of_steps_validations_and_saves() -> None:
     assert facts["validation"].startswith("0:00:02 in 3 epochs")  # 6,000 at 4,000, to be rounded
     assert facts["saves"].startswith("0:00:24 for 24.0 GB, 5 times last and up to 3 times best")
     assert facts["in all"].startswith("about 0:00:56, ")
+    small = trial.time_facts(tried, rows, held_out, 3, 5, (10**6, 3 * 10**6))
+    assert small["saves"].startswith("0:00:00 for 24.0 MB, ")  # as the disk is said to be needed
     assert "after memory ran out, with micro_batch_tokens 512" in facts["the two steps"]
 
 
