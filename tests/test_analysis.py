@@ -34,6 +34,7 @@ from run.errors import UserError
         ("#### $7", "7", "eos", "format", None),
         ("#### 7.0", "7", "eos", "format", None),
         ("#### 7.", "7", "eos", "format", None),
+        ("#### 8, no, 7", "7", "eos", "reasoning", None),  # although the flexible rule is right
         ("#### 1,450", "-3", "eos", "reasoning", None),
         ("3 + 4 = 7, and 7 + 1", "9", "length", "cut", None),
         ("3 + 4 = 7, and 7 + 1", "9", None, "reasoning", None),  # it is unknown why it stopped
