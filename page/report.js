@@ -29,11 +29,18 @@ function number(problem) {
 function textOf(problem) {
   problem.text ??= Array.from(
     problem.element.querySelectorAll(".id, .q, .gold b, .t"),
-    (part) => part.textContent,
+    (part) => written(part).textContent,
   )
     .join("\n")
     .toLowerCase();
   return problem.text;
+}
+
+// Without what the report itself has put into a text.
+function written(part) {
+  const copy = part.cloneNode(true);
+  copy.querySelectorAll(".value").forEach((value) => value.remove());
+  return copy;
 }
 
 // The controls that are not in their first state, as the part of the address after "#".

@@ -130,6 +130,10 @@ def test_search_steps_and_order(show: Opener, one: Path, rows: list[dict]) -> No
     page = show(one)
     page.locator("input[type=search]").fill("1310  SURELY k.")  # in the question and the completion
     assert shown(page) == [1310] and hits(page) == "1 of 1,319 problems"
+    page.locator("input[type=search]").fill("<<1201+2=1213>>1213.")  # past "false: it is 1,203"
+    assert shown(page) == [1201]
+    page.locator("input[type=search]").fill("false:")
+    assert shown(page) == []
     page.locator("input[type=search]").fill("no such words")
     assert shown(page) == [] and hits(page) == "0 of 1,319 problems"
     page.locator("input[type=search]").fill("kind r.")
