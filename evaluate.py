@@ -86,6 +86,7 @@ from grading.predictions import PredictionsFile, graded_row, open_files, writing
 from grading.report import comparison_table, evaluation_report
 from grading.rescore import rescore
 from grading.results import CALCULATOR, GREEDY, SAMPLES, CompletionId, folders_of, previous_timing
+from grading.samples import random_stream
 from grading.scores_file import Scored, score_predictions, write_all_scores
 from page.write import report_evaluation
 from run.evaluation import Score, evaluation_folder, log_scores
@@ -198,7 +199,7 @@ def evaluate(
     files = open_files(parts.open_predictions, output, identity, *asked)
 
     # Greedy decoding gives the score, and the others are reported with it
-    stream = f"{config.seed}/{weights}" if split == "train" else config.seed  # for augment.py
+    stream = random_stream(weights, **sampling) if split == "train" else config.seed
     hows = {
         GREEDY: Greedy(),
         CALCULATOR: Greedy(calculator),

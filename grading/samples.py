@@ -26,6 +26,19 @@ EVALUATE = "evaluate.py --split train --samples K"
 DRAWN_BY = ("weights", "tokenizer", "prompt", "dtype", "temperature", "seed", "with_calculator")
 
 
+USUAL_TEMPERATURE = 0.7  # has the random numbers that all temperatures had once
+
+
+def random_stream(weights: str, temperature: float, seed: int) -> str:
+    """The name of the random numbers of samples of train rows.
+
+    Another model and another temperature have others, since their samples are to be trained on
+    together: with the same numbers, samples at 0.7 and at 1.0 are often the same text.
+    """
+    name = f"{seed}/{weights}"
+    return name if temperature == USUAL_TEMPERATURE else f"{name}/{temperature}"
+
+
 @dataclass(frozen=True)
 class SampleFile:
     """A ``predictions.jsonl`` of samples.

@@ -617,6 +617,18 @@ def test_another_model_draws_other_random_numbers(
     assert sum(one != other for one, other in zip(*found, strict=True)) > 15
 
 
+def test_another_temperature_draws_other_random_numbers(
+    call, base: list[str], tmp_path: Path
+) -> None:
+    """Guards against samples at two temperatures that are hardly worth more than those at one."""
+    found = []
+    for temperature in ("0.7", "0.700001"):
+        arguments = [*base, "1", "--limit", "20", "--temperature", temperature]
+        assert call(evaluate, *arguments, "--output", str(tmp_path / temperature)).code == 0
+        found.append([row["completion"] for row in lines_of(tmp_path / temperature / "samples")])
+    assert sum(one != other for one, other in zip(*found, strict=True)) > 15
+
+
 def test_samples_of_train_go_on_after_a_kill(call, base: list[str], tmp_path: Path) -> None:
     for name in "ab":
         assert call(evaluate, *base, "2", "--output", str(tmp_path / name)).code == 0
