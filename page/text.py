@@ -117,6 +117,9 @@ def _is_shown(letter: str) -> bool:
 
 
 def in_digits(value: Fraction) -> str:
-    """``24``, ``0.5`` or, rounded, ``0.333333``."""
-    text = f"{float(value):,.6g}" if value.denominator > 1 else f"{value.numerator:,}"
-    return re.sub("e([+-])0*", lambda sign: "e" + sign[1].strip("+"), text)
+    """``24``, ``166,666.5`` or, rounded, ``0.333333``."""
+    if value.denominator == 1:
+        return f"{value.numerator:,}"
+    # With decimals, or it would look like a whole number; a float has no more than 15 digits.
+    digits = min(max(6, len(str(int(abs(value)))) + 2), 15)
+    return re.sub("e([+-])0*", lambda sign: "e" + sign[1].strip("+"), f"{float(value):,.{digits}g}")

@@ -377,6 +377,11 @@ def test_a_folder_of_predictions_is_enough(tmp_path: Path) -> None:
             '<span class="false">1/3 = </span><span class="true">&lt;&lt;1/3=0.33&gt;&gt;</span>'
             '<span class="false">0.34</span><em class="value">false: it is 0.333333</em>',
         ),
+        (
+            "333,333 / 2 = 166,666",  # which with six digits would be what it is
+            '<span class="false">333,333 / 2 = 166,666</span>'
+            '<em class="value">false: it is 166,666.5</em>',
+        ),
         ("half of x = 3", "half of x = 3"),
         ("#### 5", '<span class="answer">#### 5</span>'),
         (
