@@ -24,6 +24,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import distributed
 
+from engine.joining import part_of_this_start
 from run.errors import UserError, one_line
 
 # How long a process waits for another one that neither answers nor closes its connections, as when
@@ -214,9 +215,7 @@ def _join(device: torch.device) -> tuple[Ranks, distributed.Store]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         store, rank, size = next(distributed.rendezvous("env://", timeout=START_TIMEOUT))
-        # torchrun's store outlives a restart, and with it the addresses of processes that are gone.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = distributed.PrefixStore(f"attempt-{attempt}", store)
+        store = part_of_this_start(store, rank, size, START_TIMEOUT)
         distributed.init_process_group(
             backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT
         )

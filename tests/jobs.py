@@ -28,14 +28,26 @@ class Ended:
     err: str
 
 
+def new_store() -> distributed.TCPStore:
+    return distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
 class Job:
     """The processes that call ``function(*arguments)``, each as a rank of its own."""
 
-    def __init__(self, size: int, folder: Path, function: Callable[..., Any], *arguments: Any):
+    def __init__(
+        self,
+        size: int,
+        folder: Path,
+        function: Callable[..., Any],
+        *arguments: Any,
+        before: "Job | None" = None,
+    ):
+        """``before``: the job of which these processes are a restart, with the same store."""
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         # As torchrun's agent does it, so that it outlives each of them.
-        self._store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._store = before._store if before else new_store()
         environment = {
             "WORLD_SIZE": str(size),
             "MASTER_ADDR": "127.0.0.1",

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -52,6 +53,26 @@ def talk(sizes: list[int]) -> None:
 
 def test_ranks_agree_and_only_the_first_one_prints(tmp_path: Path) -> None:
     ended = jobs.run(3, tmp_path, run_script, talk, [3])
+    assert [each.out for each in ended] == ["heard\n", "", ""]
+
+
+def start_late(ranks: list[int], sizes: list[int]) -> None:
+    """`talk`, in some ranks later than in others, on machines that counted other restarts."""
+    number = int(os.environ["RANK"])
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
+    time.sleep(0.2 * (number in ranks))
+    run_script(talk, sizes)
+
+
+@pytest.mark.parametrize("late", [[0], [1, 2]])
+def test_processes_of_a_restart_find_each_other(tmp_path: Path, late: list[int]) -> None:
+    """Guards against torchrun's count of restarts, which each machine has for itself, and against
+    what the processes before left in the store."""
+    before = jobs.Job(3, tmp_path / "before", fail, "mistake", 1)
+    assert {each.code for each in before.end()} == {2}
+    again = jobs.Job(3, tmp_path / "again", start_late, late, [3], before=before)
+    ended = again.end(20)
+    assert [each.code for each in ended] == [0, 0, 0], ended
     assert [each.out for each in ended] == ["heard\n", "", ""]
 
 
