@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.device_errors import is_of_a_kernel
-from engine.fused import FUSED, fused
+from engine.fused import FUSED, compiled, fused
 from engine.llama import EAGER, Llama
 from engine.packing import IGNORE, Example, collate
 from engine.recipe import Recomputation
@@ -26,6 +26,10 @@ FEW, MORE = (3,) * 5, (21, 140)
 # Compiled for the size of a real micro-batch, a GPU's kernels use all of the GPU. An operation's
 # second size is the one that counts, so all tokens of the few are wanted: that is one size.
 MANY = (21, *[140] * 28)
+
+
+class StoppedWithin(UserError):
+    """A layer of a model that is spread over ranks was left halfway: it can't be computed again."""
 
 
 def prepare(
@@ -49,7 +53,7 @@ def prepare(
         try:
             compile_layers(model)
         except UserError as error:
-            if wants_compiled:
+            if wants_compiled or isinstance(error, StoppedWithin):
                 raise
             print(f"{error}; the layers are not compiled")
 
@@ -62,8 +66,10 @@ def compile_layers(model: Llama) -> None:
 
     Raises:
         UserError: torch.compile fails here, usually because there is no C++ compiler, or it gives
-            another gradient.
+            another gradient; of several ranks, on all of them.
+        StoppedWithin: on one of several ranks, it fails where others wait for this one.
     """
+    check_compiler(model)
     model.train()
     model.elementwise = EAGER
     lengths = MANY if model.kernels.compiles_layers else MORE
@@ -82,10 +88,37 @@ def compile_layers(model: Llama) -> None:
         model.elementwise = EAGER
         if isinstance(error, UserError) or not is_of_a_kernel(error):
             raise
-        raise UserError(
-            f"compile: torch.compile fails here ({cause_of(error)}): install a C++ compiler, or "
-            "set compile false"
-        ) from None
+        kind = StoppedWithin if model.ranks.size > 1 else UserError
+        raise kind(failure("here", cause_of(error))) from None
+
+
+def check_compiler(model: Llama) -> None:
+    """Raises UserError on all ranks if torch.compile fails on one, before they meet in a layer."""
+    if model.ranks.size == 1:
+        return
+    fault = ""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as above
+            compiled(twice)(torch.ones(2, device=model.kernels.device))
+    except Exception as error:  # as above
+        if not is_of_a_kernel(error):
+            raise
+        fault = cause_of(error)
+    for rank, of_rank in enumerate(model.ranks.gather(fault)):
+        if of_rank:
+            raise UserError(failure(f"on rank {rank}", of_rank))
+
+
+def twice(tensor: Tensor) -> Tensor:
+    return 2 * tensor
+
+
+def failure(where: str, cause: str) -> str:
+    return (
+        f"compile: torch.compile fails {where} ({cause}): install a C++ compiler, or set compile "
+        "false"
+    )
 
 
 def gradients(model: Llama, lengths: Sequence[int]) -> dict[str, Tensor]:

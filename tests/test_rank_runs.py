@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import train
-from engine import memory
+from engine import device, memory
 from run.manifest import BEST, FITTING_FILE, LAST, PREVIOUS, fault_of
 from run.progress import fitting_budget
 from run.script import run_script
@@ -246,6 +247,49 @@ def test_out_of_memory_on_one_process_ends_the_step_on_all(
     check_numbers(run_folder(settings), runs["expected"])
     state = read_description(run_folder(settings) / LAST)["state"]
     assert state["progress"]["fitting"] == [512, 256]
+
+
+def without_compiler(victims: list[int], function: str) -> dict[str, Any]:
+    """Parts of a run that compiles its layers, but for ``function`` (or any) on these ranks."""
+    kernels = device.cpu_kernels
+    device.cpu_kernels = lambda *how: replace(kernels(*how), compiles_layers=True)
+
+    def compile_here(compiled: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+        fails = rank() in victims and compiled.__name__.startswith(function)
+        return fail_to_compile if fails else compiled
+
+    torch.compile = compile_here
+    return {}
+
+
+def fail_to_compile(*_: Any) -> None:
+    raise RuntimeError("Failed to find C compiler")
+
+
+@pytest.mark.parametrize("victims", [[1], [0, 1]])
+def test_what_one_process_can_not_compile_none_compiles(
+    tmp_path: Path, runs: dict[str, Any], victims: list[int]
+) -> None:
+    """Guards against ranks that wait within a layer for one that has left it, and against gathered
+    weights of a layer that was left halfway, with which training would go on."""
+    settings = runs["settings"] | {"run_name": f"uncompiled-{len(victims)}"}
+    parts = partial(without_compiler, victims, "")
+    ended = jobs.run(2, tmp_path, train_in_float64, settings, parts)
+    line = f"torch.compile fails on rank {victims[0]} (RuntimeError: Failed to find C compiler)"
+    assert line in ended[0].out and "the layers are not compiled" in ended[0].out
+    check_numbers(run_folder(settings), runs["expected"])
+
+
+def test_a_layer_that_fails_to_compile_on_one_process_ends_all(
+    tmp_path: Path, runs: dict[str, Any]
+) -> None:
+    settings = runs["settings"] | {"run_name": "within"}
+    parts = partial(without_compiler, [1], "add_rms_norm")
+    ended = jobs.Job(2, tmp_path, train_in_float64, settings, parts).end()
+    assert [each.code for each in ended] == [2, 2], ended
+    written = "".join(each.err for each in ended)
+    assert written.startswith("error: compile: torch.compile fails here (RuntimeError: Failed to ")
+    assert "set compile false" in written and written.count("\n") == 1, ended
 
 
 def rank_1_of(torchrun: int) -> int | None:
