@@ -125,6 +125,17 @@ def _room(group: Path, files: tuple[str, str, tuple[str, ...]]) -> int | None:
         return None
 
 
+def has_room(size: int, device: torch.device) -> bool:
+    """Whether ``size`` bytes are free in one piece, which the next tensors will be parts of."""
+    try:
+        torch.empty(size, dtype=torch.uint8, device=device)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
+
+
 def release() -> None:
     """Free the memory that a failed pass left behind."""
     gc.collect()

@@ -131,12 +131,15 @@ def gathered_model(model: Llama) -> Llama:
     Raises:
         UserError: on every rank, if there is no room for it on one.
     """
-    needed = sum(weight.nbytes for weight in model.parameters())
-    free = min(model.ranks.gather(memory.free_bytes(model.device)))
-    if needed > free:
+    sizes = [weight.nbytes for weight in model.parameters()]
+    needed = sum(sizes) + max(sizes)  # which is gathered before it is kept
+    free = memory.free_bytes(model.device)
+    found = model.ranks.gather([free, needed <= free and memory.has_room(needed, model.device)])
+    if not all(has_room for _, has_room in found):
+        free = min(free for free, _ in found)
         raise UserError(
             f"all weights take {needed / 1e9:.1f} GB on each process, which has {free / 1e9:.1f} "
-            "GB free: evaluate.py decodes the saved checkpoint"
+            "GB free, or less in one piece: evaluate.py decodes the saved checkpoint"
         )
     with torch.device("meta"):
         plain = LlamaForCausalLM(model.config)

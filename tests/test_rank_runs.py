@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,10 +20,12 @@ import torch
 from conftest import flags, make_config, run_folder, step_that
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import train
 from engine import device, memory
+from engine.together import complete_together
 from run.manifest import BEST, FITTING_FILE, LAST, PREVIOUS, fault_of
 from run.progress import fitting_budget
 from run.script import run_script
@@ -247,6 +250,41 @@ def test_out_of_memory_on_one_process_ends_the_step_on_all(
     check_numbers(run_folder(settings), runs["expected"])
     state = read_description(run_folder(settings) / LAST)["state"]
     assert state["progress"]["fitting"] == [512, 256]
+
+
+class Full(TorchDispatchMode):
+    """A device without room for a tensor of so many bytes."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self._size = size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and found.nbytes >= self._size:
+            run_out(found)
+        return found
+
+
+def short_in_samples() -> dict[str, Any]:
+    """Parts of a run whose rank 1 has no room to gather the largest weight, nor all of them."""
+
+    def complete(model: Any, *rest: Any) -> list[tuple[str, str]]:
+        largest = max(weight.nbytes for weight in model.parameters())
+        with Full(largest) if rank() == 1 else nullcontext():
+            return complete_together(train.complete, model, *rest)
+
+    return {"complete": complete}
+
+
+def test_a_sample_without_room_on_one_process_is_left_out(
+    tmp_path: Path, runs: dict[str, Any]
+) -> None:
+    """Guards against processes that wait for weights of one which goes on without a sample."""
+    settings = runs["settings"] | {"run_name": "no-sample"}
+    ended = jobs.run(2, tmp_path, train_in_float64, settings, short_in_samples)
+    assert "  no sample: all weights take 0.0 GB on each process, which has " in ended[0].out
+    check_numbers(run_folder(settings), runs["expected"])
 
 
 def without_compiler(victims: list[int], function: str) -> dict[str, Any]:
