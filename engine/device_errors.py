@@ -4,7 +4,8 @@ import torch
 
 TRITON = "Triton Error [CUDA]:"
 # How a RuntimeError says that memory ran out: the CPU's allocator, the compiler around PyTorch's
-# allocator, the CUDA runtime, Triton, and the libraries, which allocate their own workspaces.
+# allocator, the CUDA runtime, Triton, and the libraries, which allocate their own workspaces. NCCL
+# gives the number of CUDA's error as well, or did not in older versions.
 OUT_OF_MEMORY = (
     "can't allocate memory",
     "CUDA out of memory",
@@ -12,6 +13,9 @@ OUT_OF_MEMORY = (
     f"{TRITON} out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
+    "Cuda failure 2 'out of memory'",
+    "Cuda failure 'out of memory'",
+    "Failed to CUDA calloc",
 )
 # How it says that the device failed.
 DEVICE_FAULTS = ("CUDA error:", TRITON, "CUBLAS_STATUS_", "CUDNN_STATUS_")

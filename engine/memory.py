@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.device_errors import is_device_fault, is_out_of_memory
-from run.errors import UserError, one_line
+from run.errors import UserError, gist
 
 if TYPE_CHECKING:
     from engine.llama import Llama
@@ -47,7 +47,7 @@ def reported(doing: str, cure: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        why = f"{type(error).__name__}: {one_line(error)[:160]}"
+        why = f"{type(error).__name__}: {gist(error)}"
         if is_out_of_memory(error):
             raise UserError(f"out of memory while {doing} ({why}): {cure}") from None
         if is_device_fault(error):

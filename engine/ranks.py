@@ -24,8 +24,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import distributed
 
+from engine.device_errors import is_out_of_memory
 from engine.joining import part_of_this_start
-from run.errors import UserError, one_line
+from run.errors import UserError, gist, one_line
 
 # How long a process waits for another one that neither answers nor closes its connections, as when
 # its machine loses power. It must exceed what one process does while the others wait for it: rank 0
@@ -232,13 +233,16 @@ def _is_lost(error: BaseException) -> bool:
     """Whether ``error`` says that another process is gone or does not answer."""
     is_one = isinstance(error, distributed.DistError)
     said = isinstance(error, RuntimeError) and any(words in str(error) for words in LOST)
-    return (is_one or said) and not isinstance(error, torch.OutOfMemoryError)
+    return (is_one or said) and not is_out_of_memory(error)
 
 
 def _lost(error: BaseException) -> UserError:
+    # NCCL's other errors may be its own, or follow from a process that is gone.
+    is_sure = "NCCL error" not in str(error) or "ncclRemoteError" in str(error)
     return UserError(
-        f"another process of this job was killed or no longer answers ({one_line(error)[:160]}): "
-        "type the same command again, which goes on from what was saved"
+        f"{'' if is_sure else 'NCCL failed, or '}another process of this job was killed or no "
+        f"longer answers ({gist(error)}): type the same command again, which goes on from what was "
+        f"saved{'' if is_sure else '; if it fails again, NCCL_DEBUG=INFO shows more'}"
     )
 
 

@@ -56,10 +56,16 @@ def one_line(text: object) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
 
 
+def gist(error: BaseException) -> str:
+    """What ``error`` says, on one line; of NCCL only its last error, since places come first."""
+    text = str(error)
+    return one_line(text.rpartition("Last error:")[2].strip() or text)[:160]
+
+
 def cause_of(error: BaseException) -> str:
     """Type and message of `root_cause`, on one line."""
     root = root_cause(error)
-    return f"{type(root).__name__}: {one_line(root)[:160]}"
+    return f"{type(root).__name__}: {gist(root)}"
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -20,6 +20,11 @@ from engine.strategy import decode
 from run.errors import UserError
 
 CPU = torch.device("cpu")
+NCCL = (
+    "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:{}, unhandled cuda error (run "
+    "with NCCL_DEBUG=INFO for details), NCCL version 2.27.5\nncclUnhandledCudaError: Call to CUDA "
+    "function failed.\nLast error:\n{}"
+)
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     torch.AcceleratorError("CUDA error: out of memory"),
@@ -28,6 +33,8 @@ OUT_OF_MEMORY = [
     RuntimeError("Triton Error [CUDA]: out of memory"),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 5 bytes"),
     MemoryError(),
+    torch.distributed.DistBackendError(NCCL.format(268, "Cuda failure 2 'out of memory'")),
+    torch.distributed.DistBackendError(NCCL.format(317, "Failed to CUDA calloc async 608 bytes")),
 ]
 DEVICE_FAULTS = [
     torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCUDA kernel..."),
@@ -59,6 +66,7 @@ def test_out_of_memory_a_failing_device_and_a_bug_are_told_apart(error: Exceptio
     words = str(raised.value)
     if error in OUT_OF_MEMORY:
         assert words.startswith("out of memory while testing (") and words.endswith(": a cure")
+        assert ("DistBackendError: " in words) == ("Cuda failure" in words or "calloc" in words)
     if error in DEVICE_FAULTS:
         assert words.startswith("the device failed while testing (") and "\n" not in words
 

@@ -107,6 +107,15 @@ def fail(how: str, at: int) -> None:
     run_script(failing, how, at)
 
 
+NO_SHARED_MEMORY = (
+    "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.cpp:77, unhandled system error (run "
+    "with NCCL_DEBUG=INFO for details), NCCL version 2.27.5\nncclSystemError: System call (e.g. "
+    "socket, malloc) or external library call failed or device error.\nLast error:\nError while "
+    "creating shared memory segment /dev/shm/nccl-WU88OE (size 9637888), error: No space left on "
+    "device (28)"
+)
+
+
 def failing(how: str, at: int) -> None:
     with job(CPU) as here:
         print(f"rank {here.rank} is here")
@@ -121,6 +130,7 @@ def failing(how: str, at: int) -> None:
                 "bug": ZeroDivisionError("a bug"),
                 "full": OSError(28, "No space left on device", "/full"),
                 "unread": SystemExit(141),  # as `check_printed` does
+                "nccl": torch.distributed.DistBackendError(NO_SHARED_MEMORY),
             }[how]
         here.wait()
 
@@ -133,6 +143,8 @@ def failing(how: str, at: int) -> None:
         ("full", 1, {2}, "error: /full: No space left on device: make room there"),
         ("unread", 0, {141, 2}, ""),
         ("stopped", 0, {143}, "stopped: as agreed\n"),
+        ("nccl", 1, {2}, "error: NCCL failed, or another process of this job was killed or no "),
+        ("nccl", 1, {2}, "(Error while creating shared memory segment /dev/shm/nccl-WU88OE (size "),
         ("bug", 1, {1, 2}, "ZeroDivisionError: a bug\n"),
         ("killed", 0, {2, -9}, "error: another process of this job was killed or no longer answ"),
         ("killed", 2, {2, -9}, "error: another process of this job was killed or no longer answ"),
