@@ -16,7 +16,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
@@ -26,7 +26,7 @@ from torch import distributed
 
 from engine.device_errors import is_out_of_memory
 from engine.joining import part_of_this_start
-from run.errors import UserError, gist, one_line
+from run.errors import NotFiniteError, Stopped, UserError, gist, one_line
 
 # How long a process waits for another one that neither answers nor closes its connections, as when
 # its machine loses power. It must exceed what one process does while the others wait for it: rank 0
@@ -198,6 +198,9 @@ def job(device: torch.device) -> Iterator[Ranks]:
             store.set(LEFT, "")
         ranks.wait()
     except BaseException as error:
+        if _is_of_all(error, ranks):
+            with suppress(RuntimeError):  # one of them has ended nevertheless
+                ranks.wait()
         ending = _lost(error) if _is_lost(error) else error
         if not _is_first(store):
             _leave(getattr(ending, "exit_code", 1))
@@ -227,6 +230,15 @@ def _join(device: torch.device) -> tuple[Ranks, distributed.Store]:
             "networks"
         ) from None
     return Ranks(rank, size, store), store
+
+
+def _is_of_all(error: BaseException, ranks: Ranks) -> bool:
+    """Whether all ranks raise ``error`` after the same step, and so can leave together.
+
+    torchrun ends all of them once one has ended, also rank 0 while it closes the run's log.
+    """
+    is_agreed = isinstance(error, Stopped) and ranks.signal_number is not None
+    return is_agreed or isinstance(error, NotFiniteError)
 
 
 def _is_lost(error: BaseException) -> bool:

@@ -11,13 +11,14 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import jobs
 import pytest
 import torch
-from conftest import flags, make_config, run_folder, step_that
+from conftest import flags, make_config, run_folder, step_that, with_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,10 +26,13 @@ from transformers import AutoModelForCausalLM
 
 import train
 from engine import device, memory
+from engine.sharding import slice_of
 from engine.together import complete_together
+from run import run_log
 from run.manifest import BEST, FITTING_FILE, LAST, PREVIOUS, fault_of
 from run.progress import fitting_budget
 from run.script import run_script
+from run.tracker import NoTracker
 from run.training_json import read_description
 
 CPU = torch.device("cpu")
@@ -206,6 +210,45 @@ def test_a_signal_to_one_process_saves_on_all(tmp_path: Path, runs: dict[str, An
     assert read_description(run_folder(settings) / LAST)["step"] == 3
     jobs.run(2, tmp_path, train_in_float64, settings)
     check_numbers(run_folder(settings), runs["expected"])
+
+
+class SlowTracker(NoTracker):
+    """One that needs a while to send its last lines, and writes a file when it has."""
+
+    def __init__(self, file: Path):
+        self._file = file
+
+    def finish(self) -> None:
+        time.sleep(1)
+        self._file.touch()
+
+
+def closing_slowly(file: Path, ending: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    if rank() == 0:
+        run_log.start_tracker = lambda *_, **__: SlowTracker(file)
+    return ending()
+
+
+def not_finite() -> dict[str, Any]:
+    """Parts of a run whose first loss is NaN."""
+    return {"step": with_model(lambda model: slice_of(model.norm.weight.detach()).fill_(torch.nan))}
+
+
+@pytest.mark.parametrize(("ending", "code"), [(asked_to_stop, 143), (not_finite, 3)])
+def test_processes_that_stop_together_leave_together(
+    tmp_path: Path, runs: dict[str, Any], ending: Callable[[], dict[str, Any]], code: int
+) -> None:
+    """Guards against a log that is cut off in W&B: torchrun, in whose place the test acts, ends all
+    processes once one has ended."""
+    settings = runs["settings"] | {"run_name": f"closing-{code}"}
+    parts = partial(closing_slowly, tmp_path / "closed", ending)
+    started = jobs.Job(2, tmp_path, train_in_float64, settings, parts)
+    wait([process.sentinel for process in started.processes], jobs.SECONDS)
+    for process in started.processes:
+        process.terminate()
+    ended = started.end()
+    assert code in [each.code for each in ended], ended
+    assert (tmp_path / "closed").exists()
 
 
 MOST_TOKENS = 320  # more do not fit into the memory of rank 1
