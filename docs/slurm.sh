@@ -20,8 +20,12 @@ cd "$SLURM_SUBMIT_DIR" || exit 2
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))
 
-# Weights are spread over the GPUs of a node, and between nodes only gradients travel.
-srun .venv/bin/torchrun \
+# After Slurm's signal, torchrun would kill the processes within 30 seconds, in the middle of a save.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=270
+
+# Weights are spread over the GPUs of a node, and between nodes only gradients travel. Since Slurm
+# 22.05, srun does not pass on the job's processor cores by itself.
+srun --cpus-per-task "$SLURM_CPUS_PER_TASK" .venv/bin/torchrun \
   --nnodes "$SLURM_NNODES" \
   --nproc_per_node "$SLURM_GPUS_ON_NODE" \
   --rdzv_id "$SLURM_JOB_ID" \

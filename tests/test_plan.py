@@ -553,17 +553,18 @@ def test_the_table_of_the_readme_is_what_the_plan_finds(monkeypatch) -> None:
 
 
 def test_the_slurm_script_is_bash_and_starts_train(tmp_path: Path) -> None:
-    """With stand-ins for Slurm's commands: guards against missing quotes and unset variables."""
+    """With stand-ins for Slurm's commands: guards against missing quotes and unset variables, a
+    save that torchrun cuts off before Slurm does, and processes that get a single core."""
     script = ROOT / "docs" / "slurm.sh"
     subprocess.run(["bash", "-n", script], check=True)
     for name, body in {
         "scontrol": "echo node7; echo node8",
-        "srun": 'printf "%s\\n" "$@"',
+        "srun": 'printf "%s\\n" "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT" "$@"',
     }.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
     variables = {"SUBMIT_DIR": str(tmp_path), "JOB_NODELIST": "node[7-8]", "JOB_ID": "20042"}
-    variables |= {"NNODES": "2", "GPUS_ON_NODE": "8"}
+    variables |= {"NNODES": "2", "GPUS_ON_NODE": "8", "CPUS_PER_TASK": "64"}
     environment = {f"SLURM_{name}": value for name, value in variables.items()}
     ran = subprocess.run(
         ["bash", script, "--run_name", "two nodes"],
@@ -573,8 +574,11 @@ def test_the_slurm_script_is_bash_and_starts_train(tmp_path: Path) -> None:
         check=True,
     )
     assert ran.stderr == ""
-    words = ran.stdout.splitlines()
-    assert words[:5] == [".venv/bin/torchrun", "--nnodes", "2", "--nproc_per_node", "8"]
+    seconds, *words = ran.stdout.splitlines()
+    before_the_limit = int(re.search("--signal=TERM@([0-9]+)", script.read_text())[1])
+    assert 200 < int(seconds or 0) < before_the_limit
+    assert words[:2] == ["--cpus-per-task", "64"]
+    assert words[2:7] == [".venv/bin/torchrun", "--nnodes", "2", "--nproc_per_node", "8"]
     assert words[words.index("--rdzv_endpoint") + 1] == "node7:20042"
     assert words[-5:] == ["train.py", "--shard_over", "8", "--run_name", "two nodes"]
 
