@@ -189,7 +189,7 @@ def evaluate(
         identity |= {key: getattr(anchored(config), key) for key in TRAIN_ROWS}
     source.check_unchanged()
     paths = {"checkpoint": None, "dataset": None}  # which may differ between machines
-    here.check_same({**identity, **paths, "num_problems": len(problems)})
+    here.check_same(identity | paths | {"rows": len(problems), "calculator": config.calculator})
     if not here.is_main:
         return decoder.answer(calculator)
 

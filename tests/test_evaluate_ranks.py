@@ -248,9 +248,18 @@ def run_unequally(name: str, argv: list[str]) -> None:
     run(name, [*argv, *(["--max_new_tokens", "5"] if rank() == 1 else [])])
 
 
+def calculate_unequally(name: str, argv: list[str]) -> None:
+    run(name, [*argv, "--calculator", "true" if rank() == 0 else "false"])
+
+
 @pytest.mark.parametrize(
     ("function", "holds", "line"),
     [
+        (
+            calculate_unequally,
+            False,
+            "error: torchrun: calculator is True for process 0 and False for process 1: give all",
+        ),
         (
             run_unequally,
             False,
