@@ -59,6 +59,7 @@ from grading.score import share_correct
 from page.write import report_if_possible
 from run.checkpoint import save_checkpoint, set_damaged_aside
 from run.closing import finish, finish_late
+from run.common import common_settings
 from run.files import replace_file
 from run.folder import check_same_run, claimed_by_all, find_opening, restore
 from run.manifest import BEST, LAST
@@ -280,7 +281,7 @@ def main(
         return plan.print_plan(config, wanted)
     device, dtype = pick_device(), getattr(torch, config.dtype)
     cure = f"set a smaller micro_batch_tokens, or {memory.LARGER}"
-    with job(device) as ranks, memory.reported("training", cure):
+    with job(device, common_settings(config)) as ranks, memory.reported("training", cure):
         prepare_process(device, dtype, fp8=config.fp8)
         if selftest:
             return run_selftest(config, partial(load_problems, config.dataset))

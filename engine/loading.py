@@ -10,6 +10,7 @@ import transformers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from engine import device_errors, memory, packing
+from engine.agreement import check_same_on_all
 from engine.device import Kernels, kernels_for, pick_device
 from engine.hub import fetch
 from engine.llama import Llama
@@ -259,7 +260,11 @@ def check_data(
     max_new_tokens: int,
     name: str,
 ) -> None:
-    """Raises UserError if an id has no row in the embedding, or a sequence has too many tokens."""
+    """Raises UserError if an id has no row in the embedding, or a sequence has too many tokens.
+
+    Or if several ranks do not have the same rows and weights.
+    """
+    check_same_on_all(model, examples)
     check_ids(model, [*(example.input_ids for example in examples), *prompts], name)
     check_lengths(model, examples, prompts, max_new_tokens)
 

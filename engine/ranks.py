@@ -176,7 +176,7 @@ ALONE = Ranks()
 
 
 @contextmanager
-def job(device: torch.device) -> Iterator[Ranks]:
+def job(device: torch.device, given: Mapping[str, Any] | None = None) -> Iterator[Ranks]:
     """Join the job of which torchrun has made this process a part, and leave it at the end.
 
     An error in any process ends all of them, and one line says why: the first process that fails
@@ -184,15 +184,18 @@ def job(device: torch.device) -> Iterator[Ranks]:
 
     Args:
         device: where this process computes; it decides how tensors travel (gloo, NCCL).
+        given: what every process must have been given, such as settings.
 
     Raises:
-        UserError: the processes can't connect, or another one was killed or no longer answers.
+        UserError: the processes can't connect, or were not given the same; or another one was
+            killed or no longer answers.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
     ranks, store = _join(device)
     try:
+        ranks.check_same(given or {})
         yield ranks
         if ranks.is_main:
             store.set(LEFT, "")

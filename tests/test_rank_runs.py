@@ -20,7 +20,7 @@ import pytest
 import torch
 from conftest import flags, make_config, run_folder, step_that, with_model
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
@@ -371,6 +371,43 @@ def test_a_layer_that_fails_to_compile_on_one_process_ends_all(
     written = "".join(each.err for each in ended)
     assert written.startswith("error: compile: torch.compile fails here (RuntimeError: Failed to ")
     assert "set compile false" in written and written.count("\n") == 1, ended
+
+
+def train_unequally(settings: dict[str, str], of_rank_1: dict[str, str]) -> None:
+    train_in_float64(settings | (of_rank_1 if rank() == 1 else {}))
+
+
+@pytest.mark.parametrize(
+    ("key", "line"),
+    [
+        (
+            "learning_rate",
+            "learning_rate is 0.003 for process 0 and 0.001 for process 1: give all ",
+        ),
+        ("dataset", "rows is "),
+        ("model", "weights is "),
+    ],
+)
+def test_processes_with_other_settings_rows_or_weights_are_refused(
+    tmp_path: Path, runs: dict[str, Any], data_folder: Path, model_folder: Path, key: str, line: str
+) -> None:
+    """Guards against a mixture of two runs, and ranks that wait for micro-batches of others."""
+    rows, model = (tmp_path / name for name in ("rows", "model"))
+    shutil.copytree(data_folder, rows)
+    *most, last = (rows / "train.jsonl").read_text().splitlines(keepends=True)
+    (rows / "train.jsonl").write_text("".join([last, *most]))
+    shutil.copytree(model_folder, model)
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] *= 1.01
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    others = {"learning_rate": "1e-3", "dataset": str(rows), "model": str(model)}
+    settings = runs["settings"] | {"run_name": f"other-{key}"}
+    unequally = partial(train_unequally, settings, {key: others[key]})
+    ended = jobs.Job(2, tmp_path / "printed", unequally).end(40)
+    assert [each.code for each in ended] == [2, 2], ended
+    written = "".join(each.err for each in ended)
+    assert written.startswith(f"error: torchrun: {line}") and written.count("\n") == 1, ended
+    assert not list(run_folder(settings).glob("*"))
 
 
 def rank_1_of(torchrun: int) -> int | None:
