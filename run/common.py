@@ -1,10 +1,25 @@
-"""What the processes of a job must have in common."""
+"""What the processes of a job must have in common: the settings, and the folder of the run."""
 
+import secrets
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from run.config import Config
+from run.errors import UserError
 from run.setting_types import PLACES
+
+
+class Ranks(Protocol):
+    """The processes of a job (`engine.ranks.Ranks`)."""
+
+    rank: int
+    size: int
+    is_main: bool
+
+    def broadcast(self, value: Any) -> Any: ...
+
+    def wait(self) -> None: ...
 
 
 def common_settings(config: Config) -> dict[str, Any]:
@@ -18,3 +33,24 @@ def common_settings(config: Config) -> dict[str, Any]:
         for key, value in asdict(config).items()
         if key not in own and not key.startswith("wandb_")
     }
+
+
+def check_same_folder(folder: Path, ranks: Ranks) -> None:
+    """Raises UserError on a rank whose ``folder`` is not rank 0's, of which it sees a new file."""
+    if ranks.size == 1:
+        return
+    # Named as `run.files.replace_file` does it, so that what a kill leaves is removed.
+    mark = folder / ranks.broadcast(f".seen.{secrets.token_hex(4)}.staged")
+    try:
+        if ranks.is_main:
+            mark.touch()
+        ranks.wait()
+        if not mark.exists():
+            raise UserError(
+                f"{folder}: rank {ranks.rank} does not see what rank 0 writes there: choose an "
+                "--output_dir on a file system that all machines share"
+            )
+        ranks.wait()
+    finally:
+        if ranks.is_main:
+            mark.unlink(missing_ok=True)

@@ -7,9 +7,10 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from run.checkpoint import newest_intact
+from run.common import Ranks, check_same_folder
 from run.config import KEYS, Config, idle_settings
 from run.errors import OutOfMemory, UserError, one_line
 from run.files import replace_file
@@ -89,15 +90,6 @@ def claimed(folder: Path, resume: str) -> Iterator[Path | None]:
         yield start
 
 
-class Ranks(Protocol):
-    """The processes of a job (`engine.ranks.Ranks`)."""
-
-    rank: int
-    is_main: bool
-
-    def broadcast(self, value: Any) -> Any: ...
-
-
 @contextmanager
 def claimed_by_all(
     folder: Path, resume: str, ranks: Ranks, micro_batch_tokens: int | None
@@ -112,11 +104,7 @@ def claimed_by_all(
     """
     with claimed(folder, resume) if ranks.is_main else nullcontext() as found:
         start = ranks.broadcast(found and str(found))
-        if not folder.is_dir():
-            raise UserError(
-                f"{folder}: rank {ranks.rank} does not see it: choose an --output_dir on a file "
-                "system that all machines share"
-            )
+        check_same_folder(folder, ranks)
         try:
             yield start and Path(start)
         except OutOfMemory as error:

@@ -373,6 +373,28 @@ def test_a_layer_that_fails_to_compile_on_one_process_ends_all(
     assert "set compile false" in written and written.count("\n") == 1, ended
 
 
+def train_in(folders: list[Path], settings: dict[str, str]) -> None:
+    os.chdir(folders[rank()])
+    train_in_float64(settings)
+
+
+def test_a_folder_that_is_another_on_each_machine_is_refused(
+    tmp_path: Path, runs: dict[str, Any]
+) -> None:
+    """Guards against a checkpoint that counts as whole, but lacks the slices that another machine
+    has written to its own disk, where there is a folder of this name, too."""
+    settings = runs["settings"] | {"run_name": "local", "output_dir": "out"}
+    machines = [tmp_path / "one", tmp_path / "other"]
+    for machine in machines:
+        (machine / "out" / "local").mkdir(parents=True)
+    ended = jobs.Job(2, tmp_path, train_in, machines, settings).end()
+    assert [each.code for each in ended] == [2, 2], ended
+    written = "".join(each.err for each in ended)
+    assert written.startswith("error: out/local: rank 1 does not see what rank 0 writes there: ")
+    assert written.count("\n") == 1
+    assert not any(path.is_file() for machine in machines for path in machine.rglob("*"))
+
+
 def train_unequally(settings: dict[str, str], of_rank_1: dict[str, str]) -> None:
     train_in_float64(settings | (of_rank_1 if rank() == 1 else {}))
 
