@@ -57,12 +57,12 @@ from grading.answer_parts import PARTS
 from grading.dataset import Problem, load_problems
 from grading.score import share_correct
 from page.write import report_if_possible
-from run.checkpoint import save_checkpoint, set_damaged_aside
+from run.checkpoint import save_checkpoint
 from run.closing import finish, finish_late
-from run.common import common_settings
+from run.common import common_settings, opened
 from run.files import replace_file
 from run.folder import check_same_run, claimed_by_all, find_opening, restore
-from run.manifest import BEST, LAST
+from run.manifest import LAST
 from run.model_source import Start, find_start
 from run.progress import Progress
 from run.retention import check_disk_space, late_ends
@@ -113,8 +113,7 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
     if resume_from is None:
         saves.save_last(model, progress, *pack_state(optimizer, asdict(progress)))
     else:
-        parts.ranks.once(set_damaged_aside, folder, resume_from)
-        progress.forget_missing_best(folder / BEST)
+        progress = opened(folder, resume_from, progress, ranks)
     make_state(optimizer)
 
     # Where it reports

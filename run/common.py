@@ -1,12 +1,16 @@
 """What the processes of a job must have in common: the settings, and the folder of the run."""
 
 import secrets
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from run.checkpoint import set_damaged_aside
 from run.config import Config
 from run.errors import UserError
+from run.manifest import BEST
+from run.progress import Progress
 from run.setting_types import PLACES
 
 
@@ -18,6 +22,8 @@ class Ranks(Protocol):
     is_main: bool
 
     def broadcast(self, value: Any) -> Any: ...
+
+    def once(self, function: Callable[..., Any], *arguments: Any) -> Any: ...
 
     def wait(self) -> None: ...
 
@@ -54,3 +60,14 @@ def check_same_folder(folder: Path, ranks: Ranks) -> None:
     finally:
         if ranks.is_main:
             mark.unlink(missing_ok=True)
+
+
+def opened(folder: Path, start: Path, progress: Progress, ranks: Ranks) -> Progress:
+    """The ``progress`` of a run that goes on from ``start``, as rank 0 finds it in ``folder``.
+
+    On a network file system, other machines see later what is new there, such as a limit that one
+    of them has found out before all were started again. Damaged checkpoints are set aside.
+    """
+    ranks.once(set_damaged_aside, folder, start)
+    progress.forget_missing_best(folder / BEST)
+    return Progress(**ranks.broadcast(asdict(progress)))

@@ -28,6 +28,7 @@ import train
 from engine import device, memory
 from engine.sharding import slice_of
 from engine.together import complete_together
+from run import folder as run_folders
 from run import run_log
 from run.manifest import BEST, FITTING_FILE, LAST, PREVIOUS, fault_of
 from run.progress import fitting_budget
@@ -371,6 +372,25 @@ def test_a_layer_that_fails_to_compile_on_one_process_ends_all(
     written = "".join(each.err for each in ended)
     assert written.startswith("error: compile: torch.compile fails here (RuntimeError: Failed to ")
     assert "set compile false" in written and written.count("\n") == 1, ended
+
+
+def seen_late() -> dict[str, Any]:
+    """Parts of `short_of_memory`, whose rank 1 does not see yet what did not fit."""
+    if rank() == 1:
+        run_folders.fitting_budget = lambda folder, setting, planned, saved: saved
+    return short_of_memory()
+
+
+def test_all_processes_take_the_limit_that_the_first_one_finds(
+    tmp_path: Path, runs: dict[str, Any]
+) -> None:
+    """Guards against ranks with other micro-batches, which wait for each other: on a network file
+    system, a machine sees another's new files late."""
+    settings = runs["settings"] | {"run_name": "late"}
+    ended = jobs.Job(2, tmp_path / "1", train_in_float64, settings, short_of_memory).end()
+    assert [each.code for each in ended] == [2, 2], ended
+    jobs.run(2, tmp_path / "2", train_in_float64, settings, seen_late)
+    check_numbers(run_folder(settings), runs["expected"])
 
 
 def train_in(folders: list[Path], settings: dict[str, str]) -> None:
