@@ -40,6 +40,7 @@ import torch
 
 import data
 from engine import memory, ranks
+from engine.agreement import check_same_on_all
 from engine.device import pick_device, prepare_process
 from engine.hub import fetch
 from engine.loading import check_fits, check_ids, check_positions, load_model, load_tokenizer
@@ -100,6 +101,7 @@ def measure_source(
         {"weights": weights, "data_sha256": data_sha256, "rows": len(examples), "budget": budget}
         | {key: getattr(config, key) for key in ("prompt", "dtype")}
     )
+    check_same_on_all(model, examples)
     return len(examples), measure(model, examples, budget, PARTS)
 
 

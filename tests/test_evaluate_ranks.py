@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -17,6 +18,7 @@ import jobs
 import pytest
 import torch
 from conftest import flags, run_folder
+from safetensors.torch import load_file, save_file
 from torch import distributed
 
 import data
@@ -400,3 +402,23 @@ def test_perplexity_is_that_of_one_process(
     found = [[float(number) for number in numbers[2:]] for numbers in printed]
     assert found[0] == pytest.approx(found[1], rel=1e-6) and len(found[0]) == 3 * 3 + 2
     assert len(passes[1]) == 3 and max(passes[1]) < passes[0][0] / 2  # each measures a part
+
+
+def measure_other(copy: Path, argv: list[str]) -> None:
+    """``argv`` begins with --ckpt and a model."""
+    run("perplexity", [argv[0], str(copy), *argv[2:]] if rank() == 1 else argv)
+
+
+def test_perplexity_of_two_models_is_refused(
+    model_folder: Path, greedy: list[str], tmp_path: Path
+) -> None:
+    """Guards against the loss of a mixture: a copy that is not the same, under the same name."""
+    copy = tmp_path / model_folder.name
+    shutil.copytree(model_folder, copy)
+    weights = load_file(copy / "model.safetensors")
+    weights["model.norm.weight"] *= 1.01
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    ended = jobs.Job(2, tmp_path / "job", measure_other, copy, greedy[:-1]).end()
+    written = "".join(each.err for each in ended)
+    assert [each.code for each in ended] == [2, 2], ended
+    assert written.startswith("error: torchrun: weights is ") and written.count("\n") == 1, ended
