@@ -105,21 +105,24 @@ def complete_together(
     """As ``complete``, each rank with a part of ``prompts`` and all weights.
 
     Raises:
-        UserError: on every rank, if it failed on one.
+        UserError, RuntimeError: on every rank, if it failed on one, with what that one says.
     """
-    ranks, fault, answers = model.ranks, "", []
+    ranks, fault, answers = model.ranks, None, []
     plain = gathered_model(model)
     try:
         if mine := ranks.share(prompts):
             answers = complete(plain, tokenizer, max_new_tokens, slots, mine)
-    except Exception as error:  # others would wait for an answer
-        fault = str(error) if isinstance(error, UserError) else cause_of(error)
+    except UserError as error:  # others would wait for an answer
+        fault = True, str(error)
+    except Exception as error:
+        fault = False, cause_of(error)
     del plain
     memory.release()
     dealt: list[Any] = [None] * len(prompts)
     for rank, (rank_fault, rank_answers) in enumerate(ranks.gather([fault, answers])):
         if rank_fault:
-            raise UserError(f"rank {rank}: {rank_fault}")
+            is_known, words = rank_fault
+            raise (UserError if is_known else RuntimeError)(f"rank {rank}: {words}")
         dealt[rank :: ranks.size] = map(tuple, rank_answers)
     return dealt
 

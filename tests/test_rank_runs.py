@@ -331,6 +331,27 @@ def test_a_sample_without_room_on_one_process_is_left_out(
     check_numbers(run_folder(settings), runs["expected"])
 
 
+def out_of_memory_in_decoding() -> dict[str, Any]:
+    """Parts of a run whose rank 1 has no room to decode, once it has all weights."""
+
+    def complete(*arguments: Any) -> list[tuple[str, str]]:
+        return run_out(None) if rank() == 1 else train.complete(*arguments)
+
+    return {"complete": partial(complete_together, complete)}
+
+
+def test_decoding_that_fails_on_one_process_ends_all_with_a_cure(
+    tmp_path: Path, runs: dict[str, Any]
+) -> None:
+    settings = runs["settings"] | {"run_name": "undecoded", "best_by": "val_exact_match"}
+    ended = jobs.Job(2, tmp_path, train_in_float64, settings, out_of_memory_in_decoding).end()
+    assert [each.code for each in ended] == [2, 2], ended
+    written = "".join(each.err for each in ended)
+    line = "error: best_by val_exact_match: decoding the validation rows failed (RuntimeError: ran"
+    assert written.startswith(line) and written.count("\n") == 1, ended
+    assert "type the same command with a smaller decode_slots" in written
+
+
 def without_compiler(victims: list[int], function: str) -> dict[str, Any]:
     """Parts of a run that compiles its layers, but for ``function`` (or any) on these ranks."""
     kernels = device.cpu_kernels
