@@ -1,6 +1,7 @@
 """What the ranks of a job do together although a model is spread over them: save, load, decode."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -77,7 +78,8 @@ def save_together(
     if ranks.is_main:
         save(folder, Gathered(model, weights), tokenizer, description, slices, **keywords)
     elif slices is not None:
-        slices.save(None)
+        with suppress(OSError):  # of any rank, which rank 0 is told, too, and reports
+            slices.save(None)
     ranks.wait()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -294,6 +295,29 @@ def test_out_of_memory_on_one_process_ends_the_step_on_all(
     check_numbers(run_folder(settings), runs["expected"])
     state = read_description(run_folder(settings) / LAST)["state"]
     assert state["progress"]["fitting"] == [512, 256]
+
+
+def train_with_small_files(settings: dict[str, str]) -> None:
+    """On rank 1, no file has room for its slices of the optimizer's state."""
+    if rank() == 1:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    train_in_float64(settings)
+
+
+def test_slices_that_one_process_can_not_write_are_a_checkpoint_that_can_not_be_written(
+    tmp_path: Path, runs: dict[str, Any]
+) -> None:
+    """Guards against an error of that process alone, which names no place."""
+    settings = runs["settings"] | {"run_name": "full"}
+    ended = jobs.Job(2, tmp_path / "1", train_with_small_files, settings).end()
+    assert [each.code for each in ended] == [2, 2], ended
+    written = "".join(each.err for each in ended)
+    assert written.startswith(f"error: {run_folder(settings) / LAST}: the checkpoint can't be writ")
+    assert "File too large); earlier ones are intact: make room there" in written
+    assert written.count("\n") == 1 and fault_of(run_folder(settings) / LAST) is None
+    jobs.run(2, tmp_path / "2", train_in_float64, settings)
+    check_numbers(run_folder(settings), runs["expected"])
 
 
 class Full(TorchDispatchMode):
