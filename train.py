@@ -59,7 +59,7 @@ from grading.score import share_correct
 from page.write import report_if_possible
 from run.checkpoint import save_checkpoint
 from run.closing import finish, finish_late
-from run.common import common_settings, opened
+from run.common import common_settings, go_on_together
 from run.files import replace_file
 from run.folder import check_same_run, claimed_by_all, find_opening, restore
 from run.manifest import LAST
@@ -113,7 +113,7 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
     if resume_from is None:
         saves.save_last(model, progress, *pack_state(optimizer, asdict(progress)))
     else:
-        progress = opened(folder, resume_from, progress, ranks)
+        progress = go_on_together(folder, resume_from, progress, ranks)
     make_state(optimizer)
 
     # Where it reports

@@ -1,4 +1,4 @@
-"""What the processes of a job must have in common: the settings, and the folder of the run."""
+"""What the processes of a job have in common: settings, the folder of the run, and its progress."""
 
 import secrets
 from collections.abc import Callable
@@ -62,7 +62,7 @@ def check_same_folder(folder: Path, ranks: Ranks) -> None:
             mark.unlink(missing_ok=True)
 
 
-def opened(folder: Path, start: Path, progress: Progress, ranks: Ranks) -> Progress:
+def go_on_together(folder: Path, start: Path, progress: Progress, ranks: Ranks) -> Progress:
     """The ``progress`` of a run that goes on from ``start``, as rank 0 finds it in ``folder``.
 
     On a network file system, other machines see later what is new there, such as a limit that one
