@@ -37,7 +37,7 @@ def assert_boundary(
     )
     prompts = data.encode_prompts(tokenizer, problems, prompt)
     examples = data.encode(tokenizer, problems, prompt)
-    separator = data.answer_separator(prompt)
+    separator = "" if prompt.endswith("\n") else " "
     texts = [prompt.replace("{question}", problem.question) for problem in problems]
     whole = [
         text + separator + problem.answer for text, problem in zip(texts, problems, strict=True)
@@ -51,6 +51,7 @@ def assert_boundary(
         assert example.input_ids[: len(prompt_ids)] == prompt_ids
         answer_ids = example.input_ids[len(prompt_ids) :]
         assert example.labels == [packing.IGNORE] * len(prompt_ids) + answer_ids
+        assert example.line == problem.line
         assert answer_ids[-1] == tokenizer.eos_token_id
         assert example.input_ids.count(tokenizer.bos_token_id) == 1
         assert example.input_ids.count(tokenizer.eos_token_id) == 1
@@ -64,10 +65,12 @@ def assert_boundary(
 def test_boundary_of_fixture_rows(
     tokenizer_folder: Path, problems: list[Problem], prompt: str
 ) -> None:
-    """Guards against a second BOS, a lost EOS, and a first answer token that is never decoded."""
+    """Guards against a second BOS, a lost EOS, a first answer token that is never decoded, a space
+    after a line break, and the number of another line."""
+    numbered = [replace(problem, line=2 * n + 5) for n, problem in enumerate(problems)]
     assert_boundary(
         tokenizer_folder,
-        [p for p in problems if not (prompt[-1] == "\n" and p.answer[0] == " ")],
+        [p for p in numbered if not (prompt[-1] == "\n" and p.answer[0] == " ")],
         prompt,
     )
 
@@ -157,6 +160,11 @@ def test_long_rows_are_left_out_counted_and_reported(
     )
     assert data.leave_out_long(kept, limit, "train") == kept
     assert capsys.readouterr().out == ""
+    rows = data.TrainingProblems(problems[:60], problems[60:], {})
+    for side in data.encode_for_training(tokenizer, rows, PROMPT, limit):
+        assert max(len(example.input_ids) for example in side) <= limit
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in said] == ["train", "validation"]
     with pytest.raises(UserError, match="no train row is that short"):
         data.leave_out_long(examples, 5, "train")
 
@@ -192,6 +200,28 @@ def test_rows_of_one_question_stay_on_one_side() -> None:
     train, validation = data.carve_validation(rows, 10, seed=0)
     assert len(validation) == 9
     assert not {p.question for p in train} & {p.question for p in validation}
+
+
+@pytest.mark.parametrize("size", [30, 31])
+def test_a_validation_size_that_leaves_nothing_is_refused(size: int) -> None:
+    """Guards against a message about row lengths, where all rows went to validation."""
+    rows = [Problem(f"question {number}", "#### 1") for number in range(30)]
+    with pytest.raises(UserError, match=f"validation_size {size} leaves nothing of the 30 train"):
+        data.carve_validation(rows, size, seed=0)
+
+
+def test_each_question_is_asked_once_by_its_first_row(
+    tmp_path: Path, problems: list[Problem], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against samples graded by a row that was added, and against an idle message."""
+    write_rows(tmp_path / "train.jsonl", problems[:30])
+    write_rows(tmp_path / "test.jsonl", problems[30:35])
+    expected, _ = data.load_questions(str(tmp_path), "train", 5, 0)
+    assert capsys.readouterr().out == ""
+    added = [Problem(problem.question, "Or so.\n" + problem.answer) for problem in expected]
+    write_rows(tmp_path / "train.jsonl", problems[:30] + added)
+    assert data.load_questions(str(tmp_path), "train", 5, 0)[0] == expected
+    assert "50 rows of 25 questions" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("size", [1, 2, 60])
@@ -230,6 +260,10 @@ def test_rows_of_a_run_are_disjoint_and_have_fingerprints(
         "validation_sha256": data.fingerprint(found.validation),
         "test_sha256": data.fingerprint(problems[:12]),
     }
+    # Other words are other rows, and so is another order.
+    reworded = replace(problems[0], answer="So: " + problems[0].answer)
+    for other in ([reworded, *problems[1:12]], problems[11::-1]):
+        assert data.fingerprint(other) != found.sha256["test_sha256"]
     write_rows(tmp_path / "test.jsonl", problems[:13])
     with pytest.raises(UserError, match="1 questions are in both train and test"):
         data.load_for_training(str(tmp_path), 17, seed=3)
