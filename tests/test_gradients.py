@@ -483,6 +483,29 @@ def test_the_number_of_labels_is_not_rounded_on_a_gpu() -> None:
     assert (found @ exact / (exact @ exact)).item() == pytest.approx(1, abs=5e-4)
 
 
+def test_the_gradient_of_the_head_in_bfloat16_adds_up_chunks_in_float32() -> None:
+    """Guards against a sum with 8 bits, in which every later chunk counts for less."""
+    random = torch.Generator().manual_seed(6)
+    hidden, weight = torch.randn(4096, 16, generator=random), torch.randn(48, 16, generator=random)
+    labels, grads = torch.randint(48, (4096,), generator=random), []
+    in_chunks = replace(KERNELS, logits_at_once=1)
+    for dtype in (torch.float64, torch.bfloat16):
+        head = weight.bfloat16().to(dtype).requires_grad_()
+        states = hidden.bfloat16().to(dtype)
+        LinearCrossEntropy.apply(states, head, labels, True, in_chunks).backward()
+        grads.append([head.grad])
+    assert relative_error(grads[1], grads[0]) < 4e-3
+
+
+def test_a_loss_is_differentiated_once() -> None:
+    """Guards against gradients that were scaled in place, and would be scaled again."""
+    hidden, weight = torch.ones(2, 4, requires_grad=True), torch.ones(3, 4)
+    loss = LinearCrossEntropy.apply(hidden, weight, torch.tensor([0, 1]), True, KERNELS)
+    (loss / 2).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        (loss / 2).backward()
+
+
 def relative_error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
     """L2 norm of the difference relative to the expected one, over all parameters together."""
     off = sum(
