@@ -38,9 +38,13 @@ SHAPES = (64, 64), (32,), (100, 50)
 
 
 def eight_bit(
-    parameters: list[torch.nn.Parameter], rate: float = 2e-5, decay: float = 0.0
+    parameters: list[torch.nn.Parameter],
+    rate: float = 2e-5,
+    decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    epsilon: float = 1e-8,
 ) -> torch.optim.Optimizer:
-    return build_optimizer(parameters, rate, (0.9, 0.999), 1e-8, decay, "adamw_8bit")
+    return build_optimizer(parameters, rate, betas, epsilon, decay, "adamw_8bit")
 
 
 def random_weights(dtype: torch.dtype, shapes: tuple = SHAPES) -> list[torch.nn.Parameter]:
@@ -65,8 +69,9 @@ def test_a_step_is_that_of_torchaos_optimizer(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     ours, theirs = random_weights(torch.float32), random_weights(torch.float32)
-    our = eight_bit(ours, 1e-2, decay=0.1)
-    their = AdamW8bit(theirs, lr=1e-2, weight_decay=0.1)
+    betas, epsilon = (0.8, 0.95), 1e-3  # none of them a default
+    our = eight_bit(ours, 1e-2, 0.1, betas, epsilon)
+    their = AdamW8bit(theirs, lr=1e-2, betas=betas, eps=epsilon, weight_decay=0.1)
     for _ in range(5):
         steps(our, ours, 1)
         steps(their, theirs, 1)

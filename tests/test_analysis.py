@@ -30,6 +30,7 @@ from run.errors import UserError
         ("So the answer is 7", "7", "eos", "format", None),
         ("So she makes $7 every day.", "7", "eos", "format", None),
         ("The total is 1,450...", "1450", "eos", "format", None),  # by the last number alone
+        ("The total is 7...\n\nQuestion: And 8?", "7", "eos", "format", None),
         ("It is 3 + 4 = 8, no, 7", "7", "eos", "format", "3 + 4 = 8"),
         ("#### $7", "7", "eos", "format", None),
         ("#### 7.0", "7", "eos", "format", None),

@@ -73,6 +73,45 @@ def test_weights_in_bfloat16_decay_as_in_float32() -> None:
     assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("betas", "epsilon"), [((0.5, 0.999), 1e-8), ((0.9, 0.6), 1e-8), ((0.9, 0.999), 1.0)]
+)
+def test_betas_and_epsilon_are_those_that_were_asked_for(
+    dtype: torch.dtype, betas: tuple[float, float], epsilon: float
+) -> None:
+    """Guards against defaults of a package in place of the settings."""
+    scale = torch.linspace(0.1, 2, 50)
+
+    def change(dtype: torch.dtype, betas: tuple[float, float], epsilon: float) -> torch.Tensor:
+        weight = torch.nn.Parameter(torch.zeros(50, dtype=dtype))
+        make = build_optimizer if dtype != torch.float64 else torch.optim.AdamW
+        optimizer = make([weight], 1e-2, betas, epsilon, 0.0)
+        for number in (1, -3, 2):
+            weight.grad = (number * scale).to(dtype)
+            optimizer.step()
+        return weight.detach().double()
+
+    expected = change(torch.float64, betas, epsilon)
+    torch.testing.assert_close(change(dtype, betas, epsilon), expected, rtol=0.03, atol=1e-4)
+
+
+def test_a_decay_that_an_older_version_saved_is_not_optimis() -> None:
+    """Guards against weights in bfloat16 that decay twice after an update of this program."""
+
+    def two_steps(saved_decay: float | None) -> torch.Tensor:
+        weight = torch.nn.Parameter(torch.linspace(1, 2, 100).bfloat16())
+        optimizer = build_optimizer([weight], 0.1, (0.9, 0.999), 1e-8, 0.1)
+        if saved_decay is not None:
+            optimizer.param_groups[0]["weight_decay"] = saved_decay
+        for _ in range(2):
+            weight.grad = torch.zeros_like(weight)
+            optimizer.step()
+        return weight.detach()
+
+    assert torch.equal(two_steps(0.1), two_steps(None))
+
+
 def test_the_loss_in_bfloat16_falls_as_in_float32(
     model_folder: Path, tokenizer: Tokenizer, problems: list[dataset.Problem]
 ) -> None:
@@ -208,6 +247,9 @@ def test_schedule() -> None:
     def rates(schedule: str, minimum: float = 0.0) -> list[float]:
         made = Schedule(100, peak=2.0, shape=schedule, warmup_ratio=0.03, min_ratio=minimum)
         return [made.learning_rate(step) for step in range(100)]
+
+    # A part of a step is a whole one.
+    assert Schedule(174, 2.0, "cosine", 0.03, 0.0).warmup_steps == 6
 
     for schedule in ("cosine", "linear", "constant"):
         assert rates(schedule)[:4] == pytest.approx([2 / 3, 4 / 3, 2.0, 2.0])

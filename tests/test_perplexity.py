@@ -67,6 +67,7 @@ def test_a_loss_that_is_no_number_has_no_perplexity() -> None:
     """Guards against a broken model that seems to have a perplexity, if a bad one."""
     assert math.isnan(perplexity_of(math.nan))
     assert perplexity_of(1e4) == math.inf and perplexity_of(0.0) == 1
+    assert perplexity_of(708.9) == math.exp(708.9)
 
 
 @pytest.mark.parametrize("with_gradients", [True, False])
