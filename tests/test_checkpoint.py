@@ -238,7 +238,7 @@ def test_large_states_are_written_in_parts_and_read_back(
     )
     assert len(parts) > 2 and len(weights) > 1
     read = [load_file(file) for file in parts]
-    assert sum(map(len, read)) == len(one)
+    assert sum(map(len, read)) == len(one) and all(read)
     for tensors in read:
         assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= 50_000
         assert all(torch.equal(one[name], tensor) for name, tensor in tensors.items())
@@ -402,6 +402,20 @@ def test_a_save_that_was_cut_before_its_manifest_is_removed(stopped: Path) -> No
     assert tree(stopped / LAST) == before and not staged.exists()
 
 
+def test_a_save_begins_without_the_remains_of_another(
+    tmp_path: Path, model_folder: Path, make_llama: Callable[..., LlamaForCausalLM]
+) -> None:
+    """Guards against a merge that was killed, and can never be repeated."""
+    staged = checkpoint.staged_beside(tmp_path / "merged")
+    staged.mkdir()
+    (staged / "model.safetensors").write_bytes(b"cut off")
+    (staged / "old.json").touch()
+    tokenizer = load_tokenizer(model_folder)
+    checkpoint.save_checkpoint(tmp_path / "merged", make_llama(len(tokenizer)), tokenizer, {})
+    assert manifest.fault_of(tmp_path / "merged") is None
+    assert not (tmp_path / "merged" / "old.json").exists() and not staged.exists()
+
+
 def test_a_damaged_last_never_becomes_the_predecessor(
     call, settings: dict[str, str], stopped: Path
 ) -> None:
@@ -410,6 +424,14 @@ def test_a_damaged_last_never_becomes_the_predecessor(
     before = tree(stopped / PREVIOUS)
     shutil.copytree(stopped / BEST, staged := checkpoint.staged_beside(stopped / LAST))
     checkpoint.put_in_place(staged, stopped / LAST)
+    assert tree(stopped / PREVIOUS) == before
+
+
+def test_a_best_that_is_replaced_never_becomes_the_predecessor(stopped: Path) -> None:
+    """Guards against a run that goes on from a best without state if its last is damaged."""
+    before = tree(stopped / PREVIOUS)
+    shutil.copytree(stopped / BEST, staged := checkpoint.staged_beside(stopped / BEST))
+    checkpoint.put_in_place(staged, stopped / BEST)
     assert tree(stopped / PREVIOUS) == before
 
 

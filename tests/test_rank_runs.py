@@ -32,7 +32,7 @@ from engine.together import complete_together
 from run import folder as run_folders
 from run import run_log
 from run.manifest import BEST, FITTING_FILE, LAST, PREVIOUS, fault_of
-from run.progress import fitting_budget
+from run.progress import Progress, fitting_budget
 from run.script import run_script
 from run.tracker import NoTracker
 from run.training_json import read_description
@@ -541,3 +541,5 @@ def test_a_budget_that_did_not_fit_is_never_raised(tmp_path: Path) -> None:
     assert fitting_budget(tmp_path, None, 512, (512, 128)) == (512, 128)
     assert fitting_budget(tmp_path, None, 256, None) is None
     assert fitting_budget(tmp_path, 512, 512, None) is None
+    fitting = Progress(fitting=(512, 256))  # not for what is chosen or set by now
+    assert [fitting.budget(setting) for setting in (512, 1024, 128)] == [256, 1024, 128]

@@ -174,7 +174,9 @@ def test_an_epoch_is_compared_with_the_best_before(before: Any, now: Any, shown:
     """Guards against a line that calls an epoch the best which is not saved as such."""
     progress = Progress(best_loss=before[0], best_exact_match=before[1])
     assert progress.standing(*now) == shown
-    assert progress.improve(*now) == shown.startswith("the best")
+    is_best = shown.startswith("the best")
+    assert progress.improve(*now) == is_best
+    assert (progress.best_loss, progress.best_exact_match) == (now if is_best else before)
 
 
 def test_each_epoch_has_a_line_and_the_end_says_what_is_next(
