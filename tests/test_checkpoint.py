@@ -253,7 +253,8 @@ def test_a_file_is_hashed_while_the_disk_writes_it(
 ) -> None:
     """Guards against a disk that waits for each hash, and against a manifest before all syncs."""
     hashed, synced, hash_file = threading.Event(), [], manifest.hash_file
-    for name in ("model.safetensors", "training.json"):
+    (tmp_path / "state").mkdir()  # as several processes write
+    for name in ("model.safetensors", "state/part", "training.json"):
         (tmp_path / name).write_text(name)
 
     def sync(path: Path) -> None:
@@ -271,8 +272,19 @@ def test_a_file_is_hashed_while_the_disk_writes_it(
     monkeypatch.setattr(manifest, "hash_file", hash_and_tell)
     with manifest.Seal(tmp_path) as seal:
         seal.add_new_files()
-    assert synced == ["model.safetensors", "training.json"]
+    assert synced == ["model.safetensors", "part", "training.json", "state"]
     assert manifest.fault_of(tmp_path) is None
+
+
+def test_the_same_weights_are_known_beside_a_state_and_from_the_manifest(
+    stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against another identity of the same model, and a second reading of 13 GB."""
+    monkeypatch.setattr(manifest, "hash_file", lambda file: pytest.fail(f"{file} is read"))
+    best, last, previous = (
+        manifest.weights_identity(stopped / name) for name in (BEST, LAST, PREVIOUS)
+    )
+    assert best == previous != last  # of steps 7, 7 and 8
 
 
 @pytest.mark.parametrize("step", ["sync", "hash_file"])
