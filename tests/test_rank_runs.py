@@ -541,5 +541,8 @@ def test_a_budget_that_did_not_fit_is_never_raised(tmp_path: Path) -> None:
     assert fitting_budget(tmp_path, None, 512, (512, 128)) == (512, 128)
     assert fitting_budget(tmp_path, None, 256, None) is None
     assert fitting_budget(tmp_path, 512, 512, None) is None
+    for damaged in ("{", "[]", '{"fitting": 1}', '{"micro_batch_tokens": null, "fitting": "x"}'):
+        (tmp_path / FITTING_FILE).write_text(damaged)
+        assert fitting_budget(tmp_path, None, 512, (512, 384)) == (512, 384)
     fitting = Progress(fitting=(512, 256))  # not for what is chosen or set by now
     assert [fitting.budget(setting) for setting in (512, 1024, 128)] == [256, 1024, 128]

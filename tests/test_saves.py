@@ -22,11 +22,11 @@ import train
 from engine import memory, state
 from engine.ranks import ALONE
 from engine.together import parts_of
-from run import manifest, selftest, training_json
+from run import checkpoint, manifest, selftest, training_json
 from run.checkpoint import save_checkpoint
 from run.files import forget_what_was_said
 from run.manifest import BEST, LAST, PREVIOUS
-from run.saves import Snapshot
+from run.saves import Saves, Snapshot
 
 SECONDS = 60  # after which a test fails that would wait forever
 Tensors = Mapping[str, torch.Tensor]
@@ -317,6 +317,24 @@ def test_there_is_one_copy_at_a_time(call, every_4: dict[str, str]) -> None:
     assert call(train, *flags(every_4), copy=counted, save=save).code == 0
     assert copied == {"weights": 5, "state": 5} and (BEST, 7) in save.beside
     assert save.done.index((BEST, 7)) + 1 == save.done.index((LAST, 7))
+
+
+def test_at_the_end_of_saves_what_was_replaced_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a folder whose lock is released while a thread still deletes in it."""
+    removed = checkpoint._remove_quietly
+
+    def remove_slowly(folder: Path) -> None:
+        time.sleep(0.1)
+        removed(folder)
+
+    monkeypatch.setattr(checkpoint, "_remove_quietly", remove_slowly)
+    (tmp_path / ".previous.removed").mkdir()
+    parts = SimpleNamespace(save=None, copy=None)
+    with Saves(tmp_path, {}, {}, 7, None, {}, None, parts) as saves:
+        saves.removals.start(tmp_path / LAST)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_where_there_is_no_copy_training_waits(call, every_4: dict[str, str], whole: Path) -> None:
