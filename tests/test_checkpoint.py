@@ -458,6 +458,7 @@ def test_retention_touches_nothing_else(call, settings: dict[str, str], stopped:
     for folder in others:
         shutil.copytree(stopped / BEST, folder)
     before = [tree(folder) for folder in others]
+    (stopped / manifest.FITTING_FILE).write_text("{}")  # of a job that ran out of memory
     assert call(train, *flags(settings)).code == 0
     assert [tree(folder) for folder in others] == before
     kept = {"best", "last", "previous", "config.yaml", "metrics.jsonl", "last-of-mine", "best2"}

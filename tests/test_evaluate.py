@@ -24,6 +24,7 @@ from engine.strategy import Sampling, decode
 from grading import dataset, rules
 from grading.predictions import PredictionsFile
 from run.errors import Stopped, UserError
+from run.model_source import Source
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +189,23 @@ def test_rows_that_were_trained_on_are_no_validation(
     plain = ["--ckpt", settings["model"], "--split", "validation"]
     asked = settings | {flag[0].removeprefix("--"): flag[1]}
     assert call(script, *plain, *flags(asked)).code == 0
+
+
+def test_other_rows_are_taken_only_where_a_flag_names_them(settings: dict[str, str]) -> None:
+    """Guards against any other flag that lets changed rows pass, and a data set's own split."""
+    known = {"data": {"test_sha256": "t", "validation_sha256": "v"}}
+    known["settings"] = {"validation_size": 17, "seed": 0}
+
+    def source(*typed: str, **changed: str) -> Source:
+        config = make_config(settings | changed)
+        return Source("best", config, known, typed=frozenset(typed))
+
+    source().check_rows("test", "t")
+    for split in ("test", "validation"):
+        with pytest.raises(UserError, match=f"the {split} rows of dataset .* are not the ones"):
+            source("max_new_tokens", "dtype").check_rows(split, "other")
+        source("dataset").check_rows(split, "other")
+    source("dataset", "seed", seed="1").check_rows("validation", "other")
 
 
 def test_slots_change_nothing(call, run_folder: Path, tmp_path: Path) -> None:
