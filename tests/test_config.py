@@ -143,12 +143,26 @@ def test_all_faults_are_reported_together_by_name(call, tmp_path: Path) -> None:
         ("model", ""),
         ("dataset", ""),
         ("micro_batch_tokens", "1023"),
+        ("max_length", "1"),
+        ("seed", str(2**32)),
+        ("run_name", 129 * "a"),
+        ("output_dir", "a\rb"),
+        ("weight_decay", "-0.1"),
     ],
 )
 def test_values_out_of_range_are_refused(call, key: str, value: str) -> None:
     call(train, f"--{key}={value}").assert_user_error(
         f"{key}: ", "must" if "\\n" not in value else "real line break"
     )
+
+
+def test_the_ends_of_ranges_are_accepted() -> None:
+    """Guards against a limit that excludes what its message allows."""
+    ends = {"max_length": 2, "micro_batch_tokens": 2, "seed": 2**32 - 1, "run_name": 128 * "a"}
+    ends |= {"min_lr_ratio": 1.0, "warmup_ratio": 0.0, "weight_decay": 0.0}
+    typed = {key: str(value) for key, value in ends.items()}
+    made = config.load_config(config.CONFIG_FILE, typed)
+    assert {key: getattr(made, key) for key in ends} == ends
 
 
 @pytest.mark.parametrize(
@@ -423,6 +437,10 @@ def test_a_resolved_file_changes_what_its_run_changed(
     files.forget_what_was_said()
     train.read_arguments(["--config", str(overlay(tmp_path, "epochs: 3\n"))])
     assert capsys.readouterr().out.endswith("mine.yaml, which changes nothing\n")
+    files.forget_what_was_said()  # and a flag on top is no change of the file's
+    file = overlay(tmp_path, "epochs: 5\nlog_every: 3\n")
+    train.read_arguments(["--config", str(file), "--epochs", "7"])
+    assert capsys.readouterr().out == f"settings: 1 from {file}: log_every\n"
 
 
 @pytest.mark.parametrize("script", [train, evaluate, perplexity])
