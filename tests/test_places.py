@@ -15,6 +15,8 @@ import perplexity
 import train
 from grading import dataset
 from grading.dataset import Problem
+from run.places import has_moved
+from run.training_json import saved_settings
 
 
 @pytest.fixture
@@ -126,6 +128,29 @@ def test_folders_that_were_moved_are_said(
         f"model was '{here / 'base' / 'llama'}' and is '{elsewhere / 'base' / 'llama'}'"
         in outcome.out
     )
+
+
+def test_only_a_folder_of_the_same_name_is_the_moved_one(tmp_path: Path) -> None:
+    """Guards against a run that goes on under the name of another model."""
+    for name in ("llama", "other"):
+        (tmp_path / "new" / name).mkdir(parents=True)
+    gone = str(tmp_path / "old" / "llama")
+    assert has_moved(gone, str(tmp_path / "new" / "llama"))
+    assert not has_moved(gone, str(tmp_path / "new" / "other"))
+
+
+def test_a_place_relative_to_an_unknown_folder_is_not_guessed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a folder of that name where the command happens to be typed."""
+    (tmp_path / "base" / "llama").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    settings = {"output_dir": str(tmp_path / "runs"), "run_name": "test", "model": "base/llama"}
+    found = saved_settings(tmp_path / "runs" / "test" / "last", {"settings": settings})
+    assert "model" not in found
+    settings["output_dir"] = "runs"  # whose folder is known
+    found = saved_settings(tmp_path / "runs" / "test" / "last", {"settings": settings})
+    assert found["model"] == str(tmp_path / "base" / "llama")
 
 
 def make_relative(folder: Path, start: str = "") -> None:

@@ -631,6 +631,32 @@ def test_metrics_of_a_killed_run_are_cut_at_the_resumed_step(tmp_path: Path) -> 
     assert [(line["step"], line.get("a")) for line in lines] == [(1, 1), (2, 2), (4, None), (3, 30)]
 
 
+def test_an_evaluation_drops_no_line_of_training(tmp_path: Path) -> None:
+    """Guards against a file that is replaced while training appends to it."""
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "a": 1}\n{"step": 2, "a"')  # which is being written
+    before = file.stat().st_ino
+    with metrics_log.MetricsLog(tmp_path, wandb_run.NoTracker(), alone=False) as metrics:
+        metrics.write(1, 0.5, {"eval/exact_match": 0.5})
+    lines = file.read_text().splitlines()
+    assert lines[:2] == ['{"step": 1, "a": 1}', '{"step": 2, "a"'] and len(lines) == 3
+    assert file.stat().st_ino == before
+    assert metrics_log.is_logged(tmp_path, 1, {"eval/exact_match": 0.5})
+    for step, share in ((2, 0.5), (1, 0.25)):
+        assert not metrics_log.is_logged(tmp_path, step, {"eval/exact_match": share})
+
+
+def test_a_line_that_is_written_in_pieces_is_whole(tmp_path: Path) -> None:
+    """Guards against half a line on a disk that is nearly full."""
+    with metrics_log.MetricsLog(tmp_path, wandb_run.NoTracker()) as metrics:
+        write = metrics._file.write
+        in_pieces = SimpleNamespace(write=lambda content: write(content[:7]))
+        in_pieces.fileno, in_pieces.close = metrics._file.fileno, metrics._file.close
+        metrics._file = in_pieces
+        metrics.write(1, 0.5, {"train/loss": 1.0})
+    assert [line["train/loss"] for line in lines_of(tmp_path)] == [1.0]
+
+
 # ---------------------------------------------------------------- the best checkpoint
 
 

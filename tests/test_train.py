@@ -77,6 +77,37 @@ def measuring(*losses: float) -> Callable[..., Measurement]:
     return lambda *_: Measurement(loss := next(left), math.exp(loss), 1)
 
 
+def test_each_setting_of_the_update_has_its_effect(settings: dict[str, str]) -> None:
+    """Guards against two settings in each other's place, and one that is dropped on the way."""
+    settings |= {"adam_beta1": "0.8", "adam_beta2": "0.95", "adam_epsilon": "1e-3"}
+    settings |= {"weight_decay": "0.1", "max_grad_norm": "2.5", "lr_schedule": "linear"}
+    settings |= {"warmup_ratio": "0.3", "min_lr_ratio": "0.5", "learning_rate": "1.0"}
+    rates: list[float] = []
+
+    def step(
+        model: Any, optimizer: Any, batch: Any, rate: float, budget: int, norm: float, *_: Any
+    ) -> train.StepResult:
+        [group] = optimizer.param_groups
+        assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.95), 1e-3, 0.1)
+        assert (budget, norm) == (512, 2.5)
+        rates.append(rate)
+        return train.StepResult(1.0, 1, 1.0, budget)
+
+    train.main(make_config(settings), step=step, measure=measuring(1.0, 1.0))
+    falling = [0.5 + 0.5 * (1 - number / 9) for number in range(9)]
+    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, *falling])
+
+
+def test_a_step_is_made_at_its_rate(settings: dict[str, str], model: Any) -> None:
+    """Guards against an optimizer that stays at the rate it was made with."""
+    optimizer = train.build_optimizer(model.trained, 1.0, (0.9, 0.999), 1e-8, 0.0)
+    before = [weight.detach().clone() for weight in model.trained]
+    row = packing.Example([1, 5, 6, 2], [packing.IGNORE, 5, 6, 2])
+    train.train_step(model, optimizer, [row], 1e-3, 64, None)
+    moved = max((one - two).abs().max() for one, two in zip(model.trained, before, strict=True))
+    assert moved.item() == pytest.approx(1e-3, rel=1e-2)
+
+
 def assert_same_bits(ours: Path, theirs: Path) -> None:
     for name in ("model.safetensors", "state-00001.safetensors"):
         a, b = load_file(ours / name), load_file(theirs / name)
