@@ -91,6 +91,10 @@ def test_evaluation_of_a_run(call, settings: dict[str, str], run_folder: Path) -
         expected | {"data_sha256", "prompt", "max_new_tokens", "seconds", "tokens_per_second"}
         <= scores.keys()
     )
+    # All that a completion depends on, none of which may change where an evaluation goes on.
+    identity = json.loads((run_folder / "eval" / "test" / "evaluation.json").read_text())
+    depends = {"weights", "tokenizer", "split", "data_sha256", "prompt", "max_new_tokens", "dtype"}
+    assert identity.keys() - {"timing"} == depends | {"checkpoint", "num_problems"}
     assert scores["num_problems"] == 12 and set(scores["rules"]) == {
         "openai",
         "lm_eval_strict",
@@ -127,7 +131,10 @@ def test_exact_match_of_a_model_that_knows_the_answers(
     parts = evaluate.Parts(decode=oracle)
     outcome = call(evaluate, *arguments, *flags(settings), parts=parts)
     assert outcome.code == 0, outcome.err
-    assert read(tmp_path / "out")[1]["exact_match"] == 0.75
+    rows, scores = read(tmp_path / "out")
+    assert scores["exact_match"] == 0.75
+    for row in rows:  # whose tokens are those of its text, and EOS
+        assert row["num_tokens"] == len(tokenizer.ids_of([row["completion"]])[0]) + 1
 
 
 def test_best_of_the_configured_run_is_the_default(
@@ -225,12 +232,14 @@ def test_slots_change_nothing(call, run_folder: Path, tmp_path: Path) -> None:
     assert found[0] == found[1] == found[2]
 
 
-def test_limit_then_all_goes_on(call, run_folder: Path) -> None:
+def test_limit_then_all_goes_on(call, settings: dict[str, str], run_folder: Path) -> None:
     """A first look at a few problems is not wasted, nor logged as the run's score."""
     best = str(run_folder / "best")
     assert call(evaluate, "--ckpt", best, "--limit", "5").code == 0
     rows, scores = read(run_folder / "eval" / "test")
     assert sorted(row["id"] for row in rows) == list(range(5)) and scores["num_problems"] == 5
+    problems = dataset.load_problems(settings["dataset"], "test")
+    assert all(row["question"] == problems[row["id"]].question for row in rows)
     assert "eval/" not in (run_folder / "metrics.jsonl").read_text()
     outcome = call(evaluate, "--ckpt", best)
     assert "resuming: 5 of 12" in outcome.out

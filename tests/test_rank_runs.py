@@ -187,11 +187,14 @@ def check_files(folder: Path, alone: Path, size: int) -> None:
     torch.testing.assert_close(*(list(each.parameters()) for each in models), rtol=0, atol=1e-10)
     files = sorted((folder / LAST / "state").iterdir())
     assert len(files) == size
+    states = []
     for number, file in enumerate(files):
         with safe_open(file, "pt") as opened:
             names = {*opened.keys()}
-        assert ("random.cpu" if number == 0 else f"rank.{number}.random.cpu") in names
+            own = "random.cpu" if number == 0 else f"rank.{number}.random.cpu"
+            states.append(opened.get_tensor(own).numpy().tobytes())
         assert "optimizer.0.exp_avg" in names
+    assert len({*states}) == size  # or each rank would drop out the same
     suffixes = {file.suffix for file in folder.rglob("*") if file.is_file()}
     assert suffixes <= {".safetensors", ".json", ".jsonl", ".yaml", ".model"}
 

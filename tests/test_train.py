@@ -81,7 +81,7 @@ def test_each_setting_of_the_update_has_its_effect(settings: dict[str, str]) -> 
     """Guards against two settings in each other's place, and one that is dropped on the way."""
     settings |= {"adam_beta1": "0.8", "adam_beta2": "0.95", "adam_epsilon": "1e-3"}
     settings |= {"weight_decay": "0.1", "max_grad_norm": "2.5", "lr_schedule": "linear"}
-    settings |= {"warmup_ratio": "0.3", "min_lr_ratio": "0.5", "learning_rate": "1.0"}
+    settings |= {"warmup_ratio": "0.3", "min_lr_ratio": "0.5", "learning_rate": "1.0", "seed": "5"}
     rates: list[float] = []
 
     def step(
@@ -89,13 +89,42 @@ def test_each_setting_of_the_update_has_its_effect(settings: dict[str, str]) -> 
     ) -> train.StepResult:
         [group] = optimizer.param_groups
         assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.95), 1e-3, 0.1)
-        assert (budget, norm) == (512, 2.5)
+        assert (budget, norm, torch.initial_seed()) == (512, 2.5, 5)
         rates.append(rate)
         return train.StepResult(1.0, 1, 1.0, budget)
 
     train.main(make_config(settings), step=step, measure=measuring(1.0, 1.0))
     falling = [0.5 + 0.5 * (1 - number / 9) for number in range(9)]
     assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, *falling])
+    held_out = data.load_split(settings["dataset"], "validation", 17, seed=5)
+    recorded = training_json.read_description(run_folder(settings) / "last")["data"]
+    assert recorded["validation_sha256"] == data.fingerprint(held_out)
+
+
+def test_a_signal_in_the_last_step_ends_a_run_that_is_finished(
+    call, settings: dict[str, str]
+) -> None:
+    """Guards against a stop that asks for a command which has nothing left to do."""
+    arrives = partial(os.kill, os.getpid(), signal.SIGTERM)
+    outcome = call(train, *flags(settings | {"epochs": "1"}), step=step_that(arrives, at=7))
+    assert outcome.code == 0 and "done: " in outcome.out, outcome.err
+
+
+def test_the_space_for_a_run_is_that_of_its_optimizer(
+    settings: dict[str, str], wide_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a run with moments of 8 bits that needs room for others."""
+    needed: list[int] = []
+
+    def check(folder: Path, weights: int, state: int) -> None:
+        needed.append(state)
+        kill()
+
+    monkeypatch.setattr(train, "check_disk_space", check)
+    for name in ("adamw", "adamw_8bit"):
+        with pytest.raises(Killed):
+            train.main(make_config(settings | {"model": str(wide_folder), "optimizer": name}))
+    assert needed[1] < 0.5 * needed[0]
 
 
 def test_a_step_is_made_at_its_rate(settings: dict[str, str], model: Any) -> None:

@@ -156,6 +156,9 @@ def test_differences_in_bfloat16_are_counted(
     )
     scores = json.loads((tmp_path / "b" / "scores.json").read_text())
     assert scores["verified_batching"] == {"problems": 3, "differences": 3}
+    # One that is asked for is made, also where there has been another.
+    outcome = call(evaluate, *arguments, "--verify-batching", "2", parts=parts)
+    assert outcome.code == 0 and "verified: 0 of 2" in outcome.out
     call(evaluate, *arguments, "--verify-batching", "-1").assert_user_error(
         "'-1' must be zero or a positive integer"
     )
