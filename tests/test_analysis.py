@@ -166,7 +166,7 @@ def test_comparison_by_hand(lost: int, won: int, p_value: float) -> None:
     assert (low > 0 or high < 0) == (p_value < 0.05)
 
 
-@pytest.mark.parametrize("won", [0, 6, 34])
+@pytest.mark.parametrize("won", [0, 6, 34, 40])
 def test_the_interval_of_a_difference_by_hand(won: int) -> None:
     """Tango's equation has simple solutions if nothing is lost. One limit is Wilson's."""
     one, other = runs(0, 0, won, 40 - won)
@@ -249,8 +249,10 @@ def test_what_can_not_be_compared(first: list[dict], second: list[dict], fragmen
 
 
 def test_golds_that_differ_in_commas_are_of_the_same_problem() -> None:
-    """As the rule counts them, and as other programs write them."""
+    """As the rule counts them, and as other programs write them, some without the questions."""
     first, second = [row(0, True) | {"gold": "1,450"}], [row(0, True) | {"gold": "1450"}]
+    assert compare.compare(first, second, ("a", "b")).num_problems == 1
+    second[0] |= {"question": "How many?"}
     assert compare.compare(first, second, ("a", "b")).num_problems == 1
 
 
@@ -303,6 +305,10 @@ def test_compare_from_the_command_line(call, tmp_path: Path) -> None:
     ):
         assert fragment in outcome.out, fragment
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    # With --samples 1, a problem has one completion as well.
+    one = [each | {"sample": 0} for each in runs(5, 0, 6, 1)[0]]
+    Path(a).write_text("".join(json.dumps(each) + "\n" for each in one))
+    assert "12 problems in common" in call(evaluate, "--compare", a, b).out
     call(evaluate, "--compare", a, b, "--ckpt", "x").assert_user_error(
         "--ckpt can't be used with --compare"
     )

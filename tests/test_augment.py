@@ -33,6 +33,7 @@ from engine.loading import load_tokenizer
 from grading.dataset import Problem, load_problems
 from grading.next_steps import next_steps
 from grading.rules import gold_answer
+from grading.samples import read_samples
 from grading.selection import (
     STAGES,
     Sample,
@@ -378,6 +379,13 @@ def recorded(file: Path, **values: object) -> Path:
     return file
 
 
+def repeated(file: Path) -> Path:
+    """With its second line in place of the first."""
+    _, second, *others = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([second, second, *others]))
+    return file
+
+
 def pipe(file: Path) -> Path:
     os.mkfifo(file.with_name("pipe"))
     return file.with_name("pipe")
@@ -418,6 +426,7 @@ BAD_FILES: list[tuple[Callable[[Path, dict[str, list[Problem]]], Path], str]] = 
         "contains 500 different samples in 500 lines, but 600",
     ),
     (lambda f, _: (f.write_bytes(f.read_bytes() * 2), f)[1], "500 different samples in 1000 lines"),
+    (lambda f, _: repeated(f), "499 different samples in 500 lines"),
     (lambda f, _: recorded(f, num_samples="x"), "evaluation.json: is damaged"),
     (lambda f, _: recorded(f, temperature=[1]), "its temperature is '[1]', not a number"),
     (lambda f, _: recorded(f, validation_size="many"), "validation_size: 'many' must be"),
@@ -453,9 +462,23 @@ def test_the_same_draws_twice_are_refused(call, file: Path, tmp_path: Path) -> N
     for names in ([file, file], [file, copy], [file, more]):
         arguments = ["--samples", *map(str, names), "--output", str(tmp_path / "out")]
         call(augment, *arguments).assert_user_error(str(names[1]), "same draws", str(names[0]))
+    drawn_by = ("weights", "tokenizer", "prompt", "dtype", "seed", "with_calculator")
+    about = more.with_name("evaluation.json").read_text()
+    for key in drawn_by:
+        recorded(more, **{key: 5})
+        assert len(read_samples([file, more])) == 2
+        more.with_name("evaluation.json").write_text(about)
     recorded(more, temperature=1.0)
     arguments = ["--samples", str(file), str(more), "--output", str(tmp_path / "out")]
     assert call(augment, *arguments).code == 0
+
+
+def test_a_gold_may_lack_its_commas(call, file: Path, tmp_path: Path) -> None:
+    """As other programs write it, and as every rule reads it."""
+    text = file.read_text()
+    assert '"gold": "1,450,000"' in text
+    file.write_text(text.replace('"gold": "1,450,000"', '"gold": "1450000"'))
+    assert call(augment, "--samples", str(file), "--output", str(tmp_path / "out")).code == 0
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "other", "more", "changed", "the data set"])

@@ -246,6 +246,11 @@ def test_limit_then_all_goes_on(call, settings: dict[str, str], run_folder: Path
     assert read(run_folder / "eval" / "test")[0][:5] == rows
     outcome = call(evaluate, "--ckpt", best, "--limit", "5")
     outcome.assert_user_error("contains 12 problems, but 5 are asked for now", "--output")
+    file = run_folder / "eval" / "test" / "predictions.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text(next(line for line in lines if line.startswith('{"id": 11,')))
+    outcome = call(evaluate, "--ckpt", best, "--limit", "5")
+    outcome.assert_user_error("contains 12 problems, but 5 are asked for now")
 
 
 def test_an_interrupted_evaluation_goes_on(
