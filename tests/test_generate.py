@@ -20,6 +20,7 @@ from engine.device import cuda_kernels
 from engine.llama import Llama
 from engine.loading import load_model
 from engine.memory import CACHE_SHARE, plan_slots
+from engine.sampling import sampled
 from grading import dataset
 from run.errors import UserError
 
@@ -410,3 +411,56 @@ def test_free_memory(tmp_path: Path) -> None:
     assert memory.free_bytes(cpu, tmp_path) > 2**20
     (tmp_path / "memory.max").write_text("5000\n")
     assert memory.free_bytes(cpu, tmp_path) == 4230
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def test_a_token_without_probability_is_never_sampled() -> None:
+    """Guards against the ends of the distribution function, where rounding could reach one."""
+    random_logits = torch.randn(500, 999, generator=torch.Generator().manual_seed(3))
+    never = torch.full((500, 500), -torch.inf)
+    logits = torch.cat([never, random_logits, never], dim=1)
+    for number in (0.0, 1 - 2**-53):
+        tokens = sampled(1.0, logits, torch.full((500,), number, dtype=torch.float64))
+        assert ((tokens >= 500) & (tokens < 1499)).all()
+
+
+def test_sampling_follows_the_temperature() -> None:
+    """Guards against a temperature that multiplies, and a small one that gives NaN."""
+    logits = torch.tensor([1.0, 3.0, 2.0]).repeat(10_000, 1)
+    numbers = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    for temperature in (0.5, 1.0, 2.0):
+        shares = sampled(temperature, logits, numbers).bincount(minlength=3) / 10_000
+        expected = (logits[0] / temperature).softmax(dim=0)
+        torch.testing.assert_close(shares, expected, rtol=0, atol=2e-4)
+    assert (sampled(1e-310, logits, numbers) == 1).all()
+
+
+def test_the_longest_sequence_is_that_of_its_own_limit() -> None:
+    """Guards against a cache that is too short for a short prompt with a high limit."""
+    assert Queue([[1] * 5, [1] * 2], [1, 10]).longest == 12
+    assert Queue([[1] * 5, [1] * 2], [8, 10]).longest == 13
+
+
+def test_a_prefill_has_no_more_tokens_than_it_may() -> None:
+    """Guards against prompts that do not fit into memory together."""
+    queue = Queue([[1] * 4] * 5 + [[1] * 30], 1, prefill_tokens=10)
+    queue.open(8)
+    admitted = [[*map(len, queue.admit().values())] for _ in range(4)]
+    assert admitted == [[30], [4, 4], [4, 4], [4]]  # one that is longer is read alone
+
+
+def test_a_model_in_training_is_decoded_without_dropout(sharp: Llama) -> None:
+    """Guards against samples after an epoch, and an exact match, with dropout."""
+    training: list[bool] = []
+
+    def choose(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        training.append(sharp.training)
+        # All of their bits: one that is rounded to 1 would be beyond every token.
+        assert numbers.dtype == torch.float64
+        return logits.argmax(dim=-1)
+
+    sharp.train()
+    list(decode_queue(sharp, Queue([[1, 5]], 2, ["seed"]), choose, frozenset(), slots=1))
+    assert training == [False, False]

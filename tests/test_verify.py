@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def test_what_generate_writes_is_no_difference(model, prompts, completions) -> N
 
 def test_an_end_by_eos_is_no_difference(model, prompts, completions) -> None:
     """Guards against EOS taken for a token of the completion."""
-    eos = frozenset({completions[10].token_ids[3]})
+    eos = frozenset({1, completions[10].token_ids[3]})  # the first of which is never written
     limits = LIMITS | {"eos_token_ids": eos}
     again = {
         10 * one.index: one
@@ -57,8 +58,24 @@ def test_an_end_by_eos_is_no_difference(model, prompts, completions) -> None:
     assert verify.compare_with_generate(model, prompts, again, **limits) == {}
 
 
+@pytest.mark.parametrize("limit", range(1, 8))
+def test_a_result_at_the_limit_is_no_difference(model, prompts, limit: int) -> None:
+    """Guards against results that one of the two writes in full, or into the last token."""
+
+    class Fourth:
+        def after(self, token_ids: Sequence[int]) -> list[int]:
+            return [7, 8, 9] if len(token_ids) == 4 else []
+
+    limits = LIMITS | {"max_new_tokens": limit, "calculator": Fourth()}
+    found = greedy_decode(model, list(prompts.values()), slots=2, **limits)
+    batched = {10 * one.index: one for one in found}
+    for one in batched.values():  # the last token that fits is the model's own
+        assert limit <= 4 or one.token_ids[3:6] == [7, 8, 9][: limit - 3]
+    assert verify.compare_with_generate(model, prompts, batched, **limits) == {}
+
+
 def test_the_first_differing_token_is_shown_with_both_gaps(
-    model, prompts, completions, tokenizer
+    model, prompts, completions, tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = copy.deepcopy(completions)
     right = wrong[20].token_ids[4]
@@ -79,6 +96,11 @@ def test_the_first_differing_token_is_shown_with_both_gaps(
         and f"({right}) alone" in text
         and "ahead by" in text
     )
+    after = verify._logits_after
+    monkeypatch.setattr(verify, "_logits_after", lambda *each: 2 * after(*each))
+    [doubled] = verify.compare_with_generate(model, {20: prompts[20]}, wrong, **LIMITS).values()
+    assert doubled.gaps == pytest.approx((theirs, 2 * ours))
+    assert f"{theirs:.3g} in Transformers and by {2 * ours:.3g} here" in doubled.describe(tokenizer)
 
 
 def test_a_completion_that_ends_too_soon_or_too_late(
