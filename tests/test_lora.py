@@ -299,6 +299,23 @@ def test_dropout_is_recomputed_as_it_was(
     assert all(torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())
 
 
+def test_adapters_drop_the_share_of_their_inputs_that_is_set(wide_folder: Path) -> None:
+    """Guards against a lora_dropout that is recorded and does nothing, and one in evaluation."""
+    model = load_model(wide_folder, torch.float64, CPU, KERNELS, replace(NEW, dropout=0.25))
+    layer = next(one for one in model.pretrained.modules() if isinstance(one, AdaptedLinear))
+    inputs: list[torch.Tensor] = []
+    layer.down.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    ones = torch.ones(500, layer.in_features, dtype=torch.float64)
+    torch.manual_seed(0)
+    for model_mode in (model.train, model.eval):
+        model_mode()
+        layer(ones)
+    in_training, in_evaluation = inputs
+    assert in_training.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    assert (in_training == 0).double().mean() == pytest.approx(0.25, abs=0.02)
+    assert torch.equal(in_evaluation, ones)
+
+
 def test_compiled_layers_are_compared_by_what_is_trained(
     wide_folder: Path, examples: list[packing.Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
