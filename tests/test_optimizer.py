@@ -68,7 +68,7 @@ def test_weights_in_bfloat16_decay_as_in_float32() -> None:
         plain, decayed = after_steps(0.0, dtype, 1000), after_steps(0.1, dtype, 1000)
         return ((plain - decayed) @ plain / (plain @ plain)).item()
 
-    assert share(torch.bfloat16) == pytest.approx(share(torch.float32), rel=0.05)
+    assert share(torch.bfloat16) == pytest.approx(share(torch.float32), rel=0.005)
     one, other = (after_steps(0.1, torch.bfloat16, *each) for each in ((100,), (7, 30, 63)))
     assert torch.equal(one, other)
 
@@ -93,7 +93,9 @@ def test_betas_and_epsilon_are_those_that_were_asked_for(
         return weight.detach().double()
 
     expected = change(torch.float64, betas, epsilon)
-    torch.testing.assert_close(change(dtype, betas, epsilon), expected, rtol=0.03, atol=1e-4)
+    # The states have the weight's dtype, which is 8 bits in bfloat16: off by 1.7 %.
+    bounds = {"rtol": 1e-5, "atol": 0} if dtype == torch.float32 else {"rtol": 0.03, "atol": 1e-4}
+    torch.testing.assert_close(change(dtype, betas, epsilon), expected, **bounds)
 
 
 def test_a_decay_that_an_older_version_saved_is_not_optimis() -> None:
