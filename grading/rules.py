@@ -24,7 +24,8 @@ LM_EVAL_FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 LM_EVAL_STOPS = ("Question:", "</s>", "<|im_end|>")
 LM_EVAL_IGNORED = (",", r"\$", r"(?s).*#### ", r"\.$")
 
-GOLD = re.compile(r"-?([0-9][0-9,]*)?(\.[0-9]+)?")
+# Commas only between groups of three digits: the rules remove them, and would read 3,14 as 314.
+GOLD = re.compile(r"-?([0-9]+|[0-9]{1,3}(,[0-9]{3})+)?(\.[0-9]+)?")
 ANY_NUMBER = re.compile(f"-?{NUMBER}")
 
 
@@ -227,11 +228,13 @@ def check_gold(number: object) -> None:
     """Raises ValueError unless ``number`` is a string such as ``-1,450,000`` or ``0.5``."""
     if isinstance(number, str) and GOLD.fullmatch(number) and any(map(str.isdecimal, number)):
         return
-    unexpected = re.search("[^0-9.,-]", number) if isinstance(number, str) else None
-    reason = (
-        f" (it contains {visible(unexpected[0])}{_name_of(unexpected[0])})" if unexpected else ""
-    )
-    shown = visible(number[:60]) if isinstance(number, str) else repr(number)
+    shown, reason = repr(number), ""
+    if isinstance(number, str):
+        shown = visible(number[:60])
+        if unexpected := re.search("[^0-9.,-]", number):
+            reason = f" (it contains {visible(unexpected[0])}{_name_of(unexpected[0])})"
+        elif "," in number:
+            reason = " (a comma may only separate groups of three digits)"
     raise ValueError(
         f"the gold answer {shown} is not a number such as 18, -3, 1,450,000 or 0.5{reason}"
     )
@@ -273,11 +276,7 @@ def say_odd_golds(golds: Mapping[str, str], where: str) -> None:
     Args:
         golds: valid gold answers, by the place where each was found.
     """
-    odd = [
-        (place, gold)
-        for place, gold in golds.items()
-        if plain_number(gold) != gold.replace(",", "")
-    ]
+    odd = [row for row in golds.items() if plain_number(row[1]) != row[1].replace(",", "")]
     if odd:
         place, gold = odd[0]
         print(
