@@ -49,7 +49,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import data
-from grading.dataset import Problem, load_problems
+from grading.dataset import Problem, check_disjoint, load_problems
 from grading.next_steps import RUNS_OWN
 from grading.report import augmentation_table
 from grading.results import IDENTITY_FILE
@@ -77,7 +77,7 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
 
     # The rows, of which those to validate and to test on must not be trained on
     rows, test = (load_problems(config.dataset, split) for split in ("train", "test"))
-    data.check_disjoint(rows, test)
+    check_disjoint(rows, test)
     train, validation = data.carve_validation(rows, config.validation_size, config.seed)
 
     # The samples that are right, sound and new

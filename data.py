@@ -29,8 +29,8 @@ from engine.masking import Masking, replacements
 from engine.packing import IGNORE, Example
 from engine.shape import read_config
 from grading.answer_parts import classes_of
-from grading.dataset import Problem, load_problems
-from run.errors import UserError, one_line
+from grading.dataset import Problem, check_disjoint, load_problems
+from run.errors import UserError
 
 if TYPE_CHECKING:
     from engine.tokenizer import Tokenizer
@@ -62,36 +62,41 @@ def load_for_training(dataset: str, validation_size: int, seed: int) -> Training
     return TrainingProblems(train, validation, sha256)
 
 
-def load_split(dataset: str, split: str, validation_size: int, seed: int) -> list[Problem]:
-    """The rows of ``train`` (without the validation rows), ``validation`` or ``test``."""
+def load_split(
+    dataset: str, split: str, validation_size: int, seed: int
+) -> tuple[list[Problem], dict[str, str]]:
+    """The rows of ``train`` (without the validation rows), ``validation`` or ``test``.
+
+    Returns:
+        The rows, and by the name of a split the fingerprint of its rows, as in `TrainingProblems`,
+        which show whether a run used them.
+    """
     if split == "test":
-        return load_problems(dataset, "test")
-    train, validation = carve_validation(load_problems(dataset, "train"), validation_size, seed)
-    return train if split == "train" else validation
+        problems = load_problems(dataset, "test")
+        return problems, {"test": fingerprint(problems)}
+    rows = load_problems(dataset, "train")
+    train, validation = carve_validation(rows, validation_size, seed)
+    sha256 = {"validation": fingerprint(validation)}
+    if split == "validation":
+        return validation, sha256
+    return train, {"train": fingerprint(rows)} | sha256
 
 
 def load_questions(
     dataset: str, split: str, validation_size: int, seed: int
 ) -> tuple[list[Problem], dict[str, str]]:
-    """The rows of ``split`` to ask a model, and fingerprints that show whether a run used them.
+    """`load_split`, but only the first row of each question of ``train``.
 
-    Augmented data has several rows of one question, whose samples would be the same. Of ``train``,
-    only the first row of each question is returned.
-
-    Returns:
-        The rows, and by the name of a split the fingerprint of its rows, as in `TrainingProblems`.
+    Augmented data has several rows of one question, whose samples would be the same.
     """
+    problems, sha256 = load_split(dataset, split, validation_size, seed)
     if split != "train":
-        problems = load_split(dataset, split, validation_size, seed)
-        return problems, {split: fingerprint(problems)}
-    rows = load_problems(dataset, "train")
-    train, validation = carve_validation(rows, validation_size, seed)
-    sha256 = {"train": fingerprint(rows), "validation": fingerprint(validation)}
+        return problems, sha256
     first: dict[str, Problem] = {}
-    for problem in train:
+    for problem in problems:
         first.setdefault(problem.question, problem)
-    if len(first) < len(train):
-        print(f"train: {len(train)} rows of {len(first)} questions, each of which is asked once")
+    if len(first) < len(problems):
+        print(f"train: {len(problems)} rows of {len(first)} questions, each of which is asked once")
     return list(first.values()), sha256
 
 
@@ -125,16 +130,6 @@ def carve_validation(
         )
     train = [problem for problem in problems if problem.question not in chosen]
     return train, [problem for problem in problems if problem.question in chosen]
-
-
-def check_disjoint(train: Iterable[Problem], test: Iterable[Problem]) -> None:
-    """Raises UserError if a test question is in ``train``, which would make the score worthless."""
-    shared = {problem.question for problem in train} & {problem.question for problem in test}
-    if shared:
-        raise UserError(
-            f"{len(shared)} questions are in both train and test, one is "
-            f"{one_line(min(shared))[:80]!r}: remove them from train"
-        )
 
 
 def fingerprint(problems: Iterable[Problem]) -> str:

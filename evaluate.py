@@ -153,7 +153,7 @@ def evaluate(
     calculator = ForcedResults(tokenizer) if config.calculator else None
     rows = config.dataset, split, config.validation_size, config.seed
     all_problems, sha256 = data.load_questions(*rows)
-    source.check_questions(split, sha256)
+    source.check_rows(split, sha256)
     data_sha256 = data.fingerprint(all_problems)
     problems = all_problems[: arguments.limit]
     prompts = data.encode_prompts(tokenizer, problems, config.prompt)

@@ -79,10 +79,9 @@ def measure_source(
     folder = fetch(source.model)
     tokenizer_folder = source.tokenizer(folder)
     tokenizer = load_tokenizer(tokenizer_folder, tokenizer_record(tokenizer_folder))
-    problems = data.load_split(config.dataset, split, config.validation_size, config.seed)
-    data_sha256 = data.fingerprint(problems)
-    if split != "train":  # for which a run's hash includes the validation rows
-        source.check_rows(split, data_sha256)
+    rows = config.dataset, split, config.validation_size, config.seed
+    problems, sha256 = data.load_split(*rows)
+    source.check_rows(split, sha256)
     examples = data.encode(tokenizer, problems[:limit], config.prompt, by_class=True)
     examples = data.leave_out_long(examples, config.max_length, split)
 
@@ -98,7 +97,7 @@ def measure_source(
     # tokens than a CPU takes would be as fast.
     budget = config.micro_batch_tokens or MOST_TOKENS
     here.check_same(
-        {"weights": weights, "data_sha256": data_sha256, "rows": len(examples), "budget": budget}
+        {"weights": weights, "data_sha256": sha256[split], "rows": len(examples), "budget": budget}
         | {key: getattr(config, key) for key in ("prompt", "dtype")}
     )
     check_same_on_all(model, examples)

@@ -67,6 +67,16 @@ def load_problems(dataset: str, split: str) -> list[Problem]:
     return problems
 
 
+def check_disjoint(train: Iterable[Problem], test: Iterable[Problem]) -> None:
+    """Raises UserError if a test question is in ``train``, which would make the score worthless."""
+    shared = {problem.question for problem in train} & {problem.question for problem in test}
+    if shared:
+        raise UserError(
+            f"{len(shared)} questions are in both train and test, one is "
+            f"{one_line(min(shared))[:80]!r}: remove them from train"
+        )
+
+
 def _download(dataset: str, split: str) -> list[Problem]:
     import datasets
     import huggingface_hub

@@ -76,58 +76,54 @@ class Source:
         check_base(self.adapter.folder, self.description, weights)
         return f"{weights_identity(self.adapter.folder)} on {weights}"
 
-    def check_rows(self, split: str, sha256: str) -> None:
-        """Raises UserError if the rows of ``split`` differ from those that the run used.
+    def check_rows(self, split: str, sha256: Mapping[str, str]) -> None:
+        """Check that the rows of ``split`` are those that the run used.
 
         This detects a hub id that is now the name of a folder, and a folder whose content has
-        changed. If a flag asks for other rows, they are accepted, but not as validation rows if
-        this run was trained on them.
+        changed. If a flag asks for other rows, they are accepted, but not as rows to validate on
+        if this run was trained on them, nor the other way round.
+
+        Args:
+            sha256: by the name of a split, the fingerprint of its rows, from `data.load_split`.
+
+        Raises:
+            UserError: they are not.
         """
-        known = {} if self.description is None else self.description["data"]
-        if known.get(f"{split}_sha256", sha256) == sha256:
+        if self.description is None:
             return
-        if split == "validation" and self._has_own_data_set():
-            self._check_split("may have been trained on", "--limit takes fewer rows")
-        if not self.typed & {"dataset", "validation_size", "seed"}:
-            raise UserError(
-                f"{self.path}: the {split} rows of dataset {self.config.dataset!r} are not the "
-                "ones that this run used: name the run's own data set with --dataset, or this one "
-                "to use these rows nevertheless"
-            )
+        if split == "train":
+            self._check_division("was validated on, not trained")
+        known = self.description["data"]
+        for name, now in sha256.items():
+            if known.get(f"{name}_sha256", now) == now:
+                continue
+            if split == "validation" and self._has_own_data_set():
+                self._check_division("may have been trained on")
+            if not self.typed & {"dataset", "validation_size", "seed"}:
+                raise UserError(
+                    f"{self.path}: the {name} rows of dataset {self.config.dataset!r} are not the "
+                    "ones that this run used: name the run's own data set with --dataset, or this "
+                    "one to use these rows nevertheless"
+                )
 
     def _has_own_data_set(self) -> bool:
         before = saved_settings(Path(self.path), self.description).get("dataset")
         now = self.config.dataset
         return now == before or (before is not None and is_same_folder(before, now, is_older=False))
 
-    def check_questions(self, split: str, sha256: Mapping[str, str]) -> None:
-        """`check_rows` before the questions of ``split`` are asked.
-
-        Args:
-            sha256: by the name of a split, the fingerprint of its rows.
-
-        Raises:
-            UserError: also if flags make questions of rows that this run was validated on.
-        """
-        if split == "train" and self.description is not None:
-            cure = "a larger --samples draws more samples"
-            self._check_split("was validated on, not trained", cure)
-        for name, value in sha256.items():
-            self.check_rows(name, value)
-
-    def _check_split(self, used: str, cure: str) -> None:
+    def _check_division(self, used: str) -> None:
         """Raises UserError if flags divide the train rows otherwise than this run did.
 
         Args:
             used: for what this run used the rows that would be taken.
-            cure: what does what the flags may have been meant to do.
         """
         for key in ("validation_size", "seed"):
             trained, now = self.description["settings"].get(key), getattr(self.config, key)
             if now != trained:
                 raise UserError(
                     f"command line: --{key} {now}: would take rows that {self.path} {used} "
-                    f"({key} was {trained}): leave it out; {cure}"
+                    f"({key} was {trained}): leave it out; --limit takes fewer rows, and a larger "
+                    "--samples of evaluate.py draws more samples"
                 )
 
     def check_unchanged(self) -> None:

@@ -205,7 +205,7 @@ def write_samples(
 def rows_of(data_folder: Path) -> dict[str, list[Problem]]:
     """The rows of each split of the data set that the tests use."""
     names = ("train", "validation", "test")
-    return {name: data.load_split(str(data_folder), name, 17, 0) for name in names}
+    return {name: data.load_split(str(data_folder), name, 17, 0)[0] for name in names}
 
 
 @pytest.fixture
@@ -231,7 +231,7 @@ def test_an_augmented_folder(
     for seed, size in ((0, 17), (0, 5)):
         split = "validation", size, seed
         assert data.load_split(str(output), *split) == data.load_split(str(data_folder), *split)
-    assert data.load_split(str(output), "validation", 17, 0) == rows_of["validation"]
+    assert data.load_split(str(output), "validation", 17, 0)[0] == rows_of["validation"]
     golds = {problem.question: problem.gold for problem in rows_of["train"]}
     assert all(row.gold == golds[row.question] for row in after[len(before) :])
 
@@ -697,7 +697,9 @@ def test_other_rows_than_the_run_was_trained_on_are_noticed(
     train_file = tmp_path / "data" / "train.jsonl"
     train_file.write_text("".join(train_file.read_text().splitlines(keepends=True)[:-1]))
     arguments = ["--ckpt", str(stopped / "best"), "--split", "train"]
-    call(evaluate, *arguments).assert_user_error("the train rows of dataset", "are not the ones")
+    for script in (evaluate, perplexity):
+        outcome = call(script, *arguments)
+        outcome.assert_user_error("the train rows of dataset", "are not the ones")
 
 
 def knowing(problems: Sequence[Problem]) -> Callable[..., Iterator[Completion]]:

@@ -235,7 +235,9 @@ def test_rows_of_a_single_question_can_not_be_split(size: int) -> None:
 
 def test_real_splits_are_disjoint() -> None:
     folder = str(real_folder("GSM8K_DIR"))
-    splits = [data.load_split(folder, split, 305, 0) for split in ("train", "validation", "test")]
+    splits = [
+        data.load_split(folder, split, 305, 0)[0] for split in ("train", "validation", "test")
+    ]
     assert [len(split) for split in splits] == [7168, 305, 1319]
     questions = [{problem.question for problem in split} for split in splits]
     assert len(set.union(*questions)) == sum(map(len, questions)) == 8792
@@ -243,8 +245,8 @@ def test_real_splits_are_disjoint() -> None:
 
 def test_a_test_question_in_train_is_refused(problems: list[Problem]) -> None:
     with pytest.raises(UserError, match="1 questions are in both train and test"):
-        data.check_disjoint(problems[:20], problems[19:30])
-    data.check_disjoint(problems[:20], problems[20:30])
+        dataset.check_disjoint(problems[:20], problems[19:30])
+    dataset.check_disjoint(problems[:20], problems[20:30])
 
 
 def test_rows_of_a_run_are_disjoint_and_have_fingerprints(

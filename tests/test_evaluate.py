@@ -172,7 +172,7 @@ def test_validation_split_is_the_one_training_held_out(
     """Guards against an evaluation that ignores the seed or the size of the split."""
     assert call(evaluate, "--ckpt", str(run_folder / "best"), "--split", "validation").code == 0
     rows, _ = read(run_folder / "eval" / "validation")
-    expected = data.load_split(settings["dataset"], "validation", 17, 0)
+    expected = data.load_split(settings["dataset"], "validation", 17, 0)[0]
     assert [row["question"] for row in sorted(rows, key=lambda row: row["id"])] == [
         p.question for p in expected
     ]
@@ -181,16 +181,15 @@ def test_validation_split_is_the_one_training_held_out(
 
 @pytest.mark.parametrize("flag", [("--seed", "1"), ("--validation_size", "30")])
 @pytest.mark.parametrize("script", [evaluate, perplexity])
-def test_rows_that_were_trained_on_are_no_validation(
+def test_rows_are_divided_as_in_training(
     call, settings: dict[str, str], run_folder: Path, script: Any, flag: tuple[str, str]
 ) -> None:
     """Guards against --seed for other samples, which takes other rows as well."""
-    arguments = ["--ckpt", str(run_folder / "best"), "--split", "validation", *flag]
-    for where in ([], ["--dataset", f"{settings['dataset']}/."]):
-        outcome = call(script, *arguments, *where)
-        outcome.assert_user_error(
-            f"{' '.join(flag)}: would take rows that", "may have been trained"
-        )
+    best = ["--ckpt", str(run_folder / "best")]
+    for split, used in (("validation", "may have been trained on"), ("train", "was validated on")):
+        for where in ([], ["--dataset", f"{settings['dataset']}/."]):
+            outcome = call(script, *best, "--split", split, *flag, *where)
+            outcome.assert_user_error(f"{' '.join(flag)}: would take rows that", used)
     assert not (run_folder / "eval").exists()
     # Of a model without a record, nobody knows.
     plain = ["--ckpt", settings["model"], "--split", "validation"]
@@ -207,12 +206,12 @@ def test_other_rows_are_taken_only_where_a_flag_names_them(settings: dict[str, s
         config = make_config(settings | changed)
         return Source("best", config, known, typed=frozenset(typed))
 
-    source().check_rows("test", "t")
+    source().check_rows("test", {"test": "t"})
     for split in ("test", "validation"):
         with pytest.raises(UserError, match=f"the {split} rows of dataset .* are not the ones"):
-            source("max_new_tokens", "dtype").check_rows(split, "other")
-        source("dataset").check_rows(split, "other")
-    source("dataset", "seed", seed="1").check_rows("validation", "other")
+            source("max_new_tokens", "dtype").check_rows(split, {split: "other"})
+        source("dataset").check_rows(split, {split: "other"})
+    source("dataset", "seed", seed="1").check_rows("validation", {"validation": "other"})
 
 
 def test_slots_change_nothing(call, run_folder: Path, tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_script_reports_what_measure_says(
     for split, count in (("train", 100), ("validation", 17), ("test", 12)):
         outcome = call(perplexity, "--ckpt", settings["model"], "--split", split, *flags(settings))
         assert outcome.code == 0, outcome.err
-        problems = data.load_split(settings["dataset"], split, 17, 0)
+        problems, _ = data.load_split(settings["dataset"], split, 17, 0)
         assert len(problems) == count
         expected = measure(model, data.encode(tokenizer, problems, PROMPT), 512)
         printed = dict(line.split() for line in outcome.out.splitlines()[-2:])

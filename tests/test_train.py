@@ -96,7 +96,7 @@ def test_each_setting_of_the_update_has_its_effect(settings: dict[str, str]) -> 
     train.main(make_config(settings), step=step, measure=measuring(1.0, 1.0))
     falling = [0.5 + 0.5 * (1 - number / 9) for number in range(9)]
     assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, *falling])
-    held_out = data.load_split(settings["dataset"], "validation", 17, seed=5)
+    held_out = data.load_split(settings["dataset"], "validation", 17, seed=5)[0]
     recorded = training_json.read_description(run_folder(settings) / "last")["data"]
     assert recorded["validation_sha256"] == data.fingerprint(held_out)
 
@@ -396,7 +396,7 @@ def test_best_by_exact_match(
     """
     settings |= {"epochs": "3", "best_by": "val_exact_match", "validation_size": "16"}
     config, left = make_config(settings), iter(matches)
-    rows = data.load_split(config.dataset, "validation", 16, config.seed)
+    rows = data.load_split(config.dataset, "validation", 16, config.seed)[0]
 
     def complete(*arguments: Any) -> list[tuple[str, str]]:
         prompts = arguments[-1]
