@@ -44,7 +44,18 @@ def check_folder(folder: Path) -> None:
         raise adapter_found(folder)
     _check_weight_files(folder)
     if (folder / "generation_config.json").exists():
-        read_json(folder / "generation_config.json")  # Transformers would ignore a damaged one
+        # Transformers would ignore a damaged one.
+        _check_generation(folder, read_json(folder / "generation_config.json"))
+
+
+def _check_generation(folder: Path, settings: Mapping[str, Any]) -> None:
+    ids = settings.get("eos_token_id")
+    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(isinstance(each, int) for each in listed):
+        raise UserError(
+            f"model {folder}: its generation_config.json has eos_token_id {ids!r}: it must be the "
+            "id of a token, or a list of ids"
+        )
 
 
 def check_config(folder: Path) -> None:
@@ -62,6 +73,19 @@ def check_config(folder: Path) -> None:
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(
             f"model {folder}: its hidden_act is {config['hidden_act']!r}: only 'silu' is supported"
+        )
+    for part in (config, config.get("rope_parameters"), config.get("rope_scaling")):
+        rotated = part.get("partial_rotary_factor", 1) if isinstance(part, dict) else 1
+        if rotated not in (None, 1):
+            raise UserError(
+                f"model {folder}: its config.json has partial_rotary_factor {rotated!r}: only 1 is "
+                "supported, since a Llama rotates all of each head"
+            )
+    dropout = config.get("attention_dropout", 0.0)
+    if isinstance(dropout, int | float) and not 0 <= dropout <= 1:
+        raise UserError(
+            f"model {folder}: its config.json has attention_dropout {dropout}: it must be from 0 "
+            "to 1"
         )
     pad, rows = config.get("pad_token_id"), config.get("vocab_size")
     if isinstance(pad, int) and isinstance(rows, int) and not -rows <= pad < rows:

@@ -19,6 +19,8 @@ from engine.hub import fetch
 from engine.loading import load_model, load_tokenizer
 from engine.packing import Example, collate
 
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+
 
 def edit(file: Path, **changes: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
@@ -218,6 +220,24 @@ def two_vocabularies(folder: Path) -> None:
         (
             lambda f: edit(f / "config.json", hidden_act="gelu"),
             "its hidden_act is 'gelu': only 'silu'",
+        ),
+        (
+            lambda f: edit(
+                f / "config.json", rope_parameters=LINEAR | {"partial_rotary_factor": 0.5}
+            ),
+            "has partial_rotary_factor 0.5: only 1 is supported",
+        ),
+        (
+            lambda f: edit(f / "config.json", partial_rotary_factor=0.5),
+            "has partial_rotary_factor 0.5: only 1 is supported",
+        ),
+        (
+            lambda f: edit(f / "config.json", attention_dropout=2.0),
+            "has attention_dropout 2.0: it must be from 0 to 1",
+        ),
+        (
+            lambda f: edit(f / "generation_config.json", eos_token_id="</s>"),
+            "has eos_token_id '</s>': it must be the id of a token, or a list of ids",
         ),
         (
             lambda f: edit(f / "config.json", intermediate_size=64),
