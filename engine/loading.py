@@ -241,7 +241,8 @@ def check_positions(model: Llama, longest: int, what: str, cure: str) -> None:
 
     LongRoPE (arXiv:2402.13753) has other frequencies for sequences longer than the original ones.
     Transformers chooses them by the longest of all that it computes together, so the loss of a
-    shorter one would depend on the others.
+    shorter one would depend on the others. With a sliding window, its `generate` forgets what lies
+    before the window, but its loss does not.
     """
     positions = model.config.max_position_embeddings
     limit = f"{positions} positions"
@@ -249,6 +250,10 @@ def check_positions(model: Llama, longest: int, what: str, cure: str) -> None:
     if rope["rope_type"] == "longrope" and rope["original_max_position_embeddings"] < positions:
         positions = rope["original_max_position_embeddings"]
         limit = f"{positions} original positions (longrope)"
+    window = getattr(model.config, "sliding_window", None)
+    if isinstance(window, int) and window < positions:
+        positions = window
+        limit = f"sliding_window of {window} (null in its config.json if it attends to all tokens)"
     if longest > positions:
         raise UserError(f"{what} has {longest} tokens, over the model's {limit}: {cure}")
 

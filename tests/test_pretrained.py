@@ -240,6 +240,10 @@ def two_vocabularies(folder: Path) -> None:
             "has eos_token_id '</s>': it must be the id of a token, or a list of ids",
         ),
         (
+            lambda f: edit(f / "config.json", sliding_window=8),
+            "over the model's sliding_window of 8 (null in its config.json if it attends to all",
+        ),
+        (
             lambda f: edit(f / "config.json", intermediate_size=64),
             "mlp.down_proj.weight has the shape (32, 48), but its",
         ),
