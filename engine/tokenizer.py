@@ -23,7 +23,7 @@ from engine.sentencepiece_bpe import (
     first_mismatch,
     probes_of,
 )
-from engine.tokenizer_export import SpecialTokens, boundaries, export, write_files
+from engine.tokenizer_export import SpecialTokens, boundaries, export, stop_at, write_files
 from engine.tokenizer_files import (
     CONFIG_FILE,
     SENTENCEPIECE_FILE,
@@ -183,6 +183,7 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         """Write files from which this program and Transformers 4 and 5 produce the same ids."""
+        stop_at(folder, self.eos_token_id)
         if self._exported:
             write_files(folder, self._exported)
             return

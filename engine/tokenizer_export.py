@@ -66,6 +66,23 @@ def export(
     return exported
 
 
+def stop_at(folder: Path, eos_token_id: int) -> None:
+    """Add the token to those at which ``generate`` stops with the model in ``folder``.
+
+    A base's generation_config.json may lack the EOS of its tokenizer, or name another token. An
+    adapter has none; its base's is used.
+    """
+    file = folder / "generation_config.json"
+    if not file.exists():
+        return
+    config = json.loads(file.read_bytes())
+    known = config.get("eos_token_id")
+    listed = known if isinstance(known, list) else [] if known is None else [known]
+    if eos_token_id not in listed:
+        config["eos_token_id"] = [eos_token_id, *listed] if listed else eos_token_id
+        file.write_bytes(_json_bytes(config))
+
+
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     for name, content in files.items():
         (folder / name).write_bytes(content)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import flags
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import evaluate
 import perplexity
@@ -380,6 +380,22 @@ def test_rope_is_written_as_both_generations_read_it(
         LlamaConfig.from_pretrained(best).rope_parameters
         == LlamaConfig.from_pretrained(folder).rope_parameters
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "written"), [(None, 2), (5, [2, 5]), ([5, 7], [2, 5, 7]), (2, 2), ([5, 2], [5, 2])]
+)
+def test_generate_stops_at_the_eos_that_was_learned(
+    call, settings: dict[str, str], tmp_path: Path, given: object, written: object
+) -> None:
+    """Guards against completions that end here, but nowhere else: the base may name another EOS."""
+    shutil.copytree(settings["model"], folder := tmp_path / "base")
+    edit(folder / "config.json", eos_token_id=given)
+    edit(folder / "generation_config.json", eos_token_id=given)
+    assert call(train, *flags(settings | {"model": str(folder), "epochs": "1"})).code == 0
+    for name in ("best", "last"):  # of which the second one is not the first save
+        saved = Path(settings["output_dir"]) / "test" / name
+        assert GenerationConfig.from_pretrained(saved).eos_token_id == written
 
 
 def test_the_loss_is_the_same_in_transformers_own_model(call, settings: dict[str, str]) -> None:
