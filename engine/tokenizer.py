@@ -153,8 +153,8 @@ class Tokenizer:
         return [_starts(encoding.offsets) for encoding in encodings]
 
     def say_special(self, prompt: str) -> None:
-        """Print, once, which special tokens are written out in ``prompt``."""
-        say_special(self._backend, prompt, self.name)
+        """Print, once, where special tokens are read or added otherwise than in other programs."""
+        say_special(self._backend, prompt, self.bos_token_id, self.name)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, without special tokens and with every space unchanged."""

@@ -21,6 +21,10 @@ LLAMA_CLASSES = (
     "CodeLlamaTokenizerFast",
 )
 
+# What other programs are to add to a prompt. Each sequence that we train on or decode begins with
+# BOS, whatever the base's tokenizer does.
+TRAINED_WITH = {"add_bos_token": True, "add_eos_token": False}
+
 # Piece and id of "bos_token", "eos_token" and, if the tokenizer has one, "unk_token".
 SpecialTokens = Mapping[str, tuple[str, int]]
 
@@ -50,13 +54,11 @@ def export(
         config["tokenizer_class"] = GENERIC_CLASS
         for name, (piece, _) in special_tokens.items():  # the generic class has no defaults
             config.setdefault(name, piece)
+    config |= {name: value for name, value in TRAINED_WITH.items() if name in config}
     if config != original:
         exported[CONFIG_FILE] = _json_bytes(config)
         (folder / CONFIG_FILE).write_bytes(exported[CONFIG_FILE])
-    asks_for_boundaries = "add_bos_token" in config or "add_eos_token" in config
-    bos, eos = _boundary_tokens(config, special_tokens)
-    bounded = [*(index for _, index in bos), *probe_ids[0], *(index for _, index in eos)]
-    if asks_for_boundaries and not _adds_boundaries(folder, bounded):
+    if not _adds_boundaries(folder, [special_tokens["bos_token"][1], *probe_ids[0]]):
         vocabulary = json.loads(exported[VOCABULARY_FILE])
         backend = tokenizers.Tokenizer.from_str(exported[VOCABULARY_FILE].decode())
         backend.post_processor = boundaries(config, special_tokens)

@@ -131,11 +131,18 @@ def _added_token(flags: Mapping[str, Any]) -> AddedToken:
     )
 
 
-def say_special(backend: tokenizers.Tokenizer, prompt: str, model: str) -> None:
-    """Print, once, which special tokens are written out in ``prompt``.
+def say_special(backend: tokenizers.Tokenizer, prompt: str, bos_token_id: int, model: str) -> None:
+    """Print, once, where special tokens are read or added otherwise than in other programs.
 
-    `engine.tokenizer.Tokenizer` reads them as text. In a chat template they are meant as tokens.
+    `engine.tokenizer.Tokenizer` reads those in ``prompt`` as text. In a chat template they are
+    meant as tokens. It adds BOS in any case, which the tokenizer of Yi or SmolLM2 does not.
     """
+    if backend.encode("").ids[:1] != [bos_token_id]:
+        say_once(
+            "BOS",
+            f"model {model}: here each sequence begins with {backend.id_to_token(bos_token_id)!r}, "
+            "which the model's own tokenizer does not add",
+        )
     added = backend.get_added_tokens_decoder().values()
     found = [token.content for token in added if token.special and token.content in prompt]
     if found:

@@ -24,6 +24,7 @@ from engine.tokenizer import Tokenizer
 from engine.tokenizer_files import made_without_scores, read_files
 from grading.dataset import Problem
 from run.errors import UserError
+from run.files import forget_what_was_said
 from run.training_json import tokenizer_record
 
 
@@ -590,22 +591,55 @@ def test_a_class_that_one_generation_does_not_know_is_not_saved(
     assert (theirs.bos_token_id, theirs.eos_token_id) == (1, 2)
 
 
-@pytest.mark.parametrize(("bos", "eos"), [(True, False), (True, True), (False, False)])
-def test_borders_that_the_config_asks_for_are_in_what_is_saved(
-    tmp_path: Path, corpus: list[str], bos: bool, eos: bool
+@pytest.mark.parametrize("kind", ["LlamaTokenizerFast", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"add_bos_token": True, "add_eos_token": True},
+        {"add_bos_token": False, "add_eos_token": False},
+    ],
+)
+def test_what_is_saved_adds_bos_as_in_training(
+    tmp_path: Path, corpus: list[str], capsys: pytest.CaptureFixture[str], asked: dict, kind: str
 ) -> None:
-    """Transformers 4 takes them from the config, and 5 from the tokenizer.json alone."""
-    folder = byte_level(
-        tmp_path / "bytes",
-        corpus,
-        tokenizer_class="LlamaTokenizerFast",
-        add_bos_token=bos,
-        add_eos_token=eos,
-    )
+    """Guards against prompts that begin otherwise in other programs, whatever the base asks for.
+
+    Transformers 4 takes this from the config, and 5 from the tokenizer.json alone.
+    """
+    folder = byte_level(tmp_path / "bytes", corpus, tokenizer_class=kind, **asked)
     tokenizer = load_tokenizer(folder)
     tokenizer.save(folder)
     [ids] = tokenizer.ids_of([PROBES[0]])
-    assert AutoTokenizer.from_pretrained(folder)(PROBES[0]).input_ids == [0] * bos + ids + [1] * eos
+    assert AutoTokenizer.from_pretrained(folder)(PROBES[0]).input_ids == [0, *ids]
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    wanted = {"add_bos_token": True, "add_eos_token": False}
+    assert {name: config[name] for name in asked} == {name: wanted[name] for name in asked}
+    assert read_otherwise(folder, capsys) == ""
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer.model"])
+def test_a_tokenizer_that_adds_no_bos_is_named(
+    tmp_path: Path, corpus: list[str], tokenizer_folder: Path, capsys, file: str
+) -> None:
+    """Guards against a base that is measured otherwise than elsewhere, in silence."""
+    if file == "tokenizer.json":
+        folder = byte_level(tmp_path / "base", corpus)
+    else:
+        shutil.copytree(tokenizer_folder, folder := tmp_path / "base")
+        assert read_otherwise(folder, capsys) == ""
+        edit(folder / "tokenizer_config.json", lambda content: content.update(add_bos_token=False))
+    bos = "<|begin_of_text|>" if file == "tokenizer.json" else "<s>"
+    said = f"model {folder}: here each sequence begins with '{bos}', which the model's own"
+    assert said in read_otherwise(folder, capsys)
+
+
+def read_otherwise(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What is said before prompts are read."""
+    capsys.readouterr()
+    forget_what_was_said()
+    load_tokenizer(folder).say_special(PROMPT)
+    return capsys.readouterr().out
 
 
 def test_dropout_is_refused(tmp_path: Path, model_folder: Path) -> None:
