@@ -249,6 +249,12 @@ def check_names(folder: Path, missing: Iterable[str], unexpected: Iterable[str])
                 f"model {folder}: its files contain a PEFT adapter among the weights ({key}): "
                 "merge it into the model, and save the result"
             )
+    if missing and unknown:
+        raise UserError(
+            f"model {folder}: its files lack {len(missing)} weights, the first is {missing[0]}, "
+            f"and contain {len(unknown)} that its config.json has no place for, the first is "
+            f"{unknown[0]}: save it again under the names of the former, or copy both again"
+        )
     if missing:
         raise UserError(
             f"model {folder}: its files lack {len(missing)} weights, the first is {missing[0]}: "

@@ -107,6 +107,14 @@ def lora_inside(folder: Path) -> None:
     )
 
 
+def compiled_names(folder: Path) -> None:
+    def prefix(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith("model.")]:
+            tensors[f"_orig_mod.{name}"] = tensors.pop(name)
+
+    change_weights(folder, prefix)
+
+
 def adapted_names(folder: Path) -> None:
     def prefix(tensors: dict[str, torch.Tensor]) -> None:
         for name in list(tensors):
@@ -195,6 +203,11 @@ def two_vocabularies(folder: Path) -> None:
         (
             float8,
             "its weights are quantised (model.layers.0.mlp.down_proj.weight is stored as F8_E4M3)",
+        ),
+        (
+            compiled_names,
+            "the first is model.embed_tokens.weight, and contain 20 that its config.json has no "
+            "place for, the first is _orig_mod.model.embed_tokens.weight: save it again under the",
         ),
         (more_rows, "rows, but its config.json says vocab_size"),
         (
