@@ -74,7 +74,4 @@ def hide_home(text: str) -> str:
 
 def is_hub_id(name: str) -> bool:
     """Whether ``name`` has the form of a hub id, ``owner/name``, rather than of a path."""
-    owner, slash, rest = name.partition("/")
-    return (
-        bool(slash and owner and rest) and "/" not in rest and not name.startswith((".", "~", "/"))
-    )
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII))

@@ -256,6 +256,8 @@ def test_models_that_are_none(call, settings: dict[str, str], tmp_path: Path) ->
     for model, fragment in (
         (str(tmp_path / "nowhere"), "is neither a folder here nor a hub id"),
         ("no-slash", "is neither a folder here nor a hub id"),
+        ("my models/llama", "is neither a folder here nor a hub id"),
+        ("modèles/llama", "is neither a folder here nor a hub id"),
         (str(tmp_path / "file"), "is a file"),
         (str(tmp_path / "empty"), "config.json"),
     ):
