@@ -243,6 +243,13 @@ def test_lines_are_at_most_100_columns(document: Path) -> None:
     assert [number for number, line in enumerate(lines, start=1) if len(line) > 100] == []
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_word_is_divided_at_the_end_of_a_line(document: Path) -> None:
+    """Guards against "micro- batch": Markdown shows the end of a line as a space."""
+    text = without_code_blocks(document.read_text(encoding="utf-8"))
+    assert re.findall(r"\w+-\n", text) == []
+
+
 def test_picture_shows_the_losses_and_the_score(tmp_path: Path) -> None:
     """Guards against a picture that is not well-formed or shows another epoch than the best."""
     metrics = [
