@@ -20,6 +20,7 @@ import merge
 import perplexity
 import report
 import train
+from page import curves
 from run import config, folder
 
 ROOT = Path(config.__file__).parents[1]
@@ -150,6 +151,12 @@ def test_every_flag_is_in_the_reference(capsys: pytest.CaptureFixture[str]) -> N
         assert flags >= SETTINGS or name in PLAIN_SCRIPTS
         for flag in flags - SETTINGS:
             assert f"`--{flag}" in REFERENCE, (name, flag)
+
+
+def test_every_logged_number_is_in_the_reference() -> None:
+    """Guards against a curve that nobody can look up. Where one is logged, test_report.py looks."""
+    for name in " ".join(curves.TITLES).split():
+        assert f"`{name}" in REFERENCE, name
 
 
 def test_readme_tree_is_what_is_there() -> None:
