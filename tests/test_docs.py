@@ -20,6 +20,8 @@ import merge
 import perplexity
 import report
 import train
+from grading.dataset import Problem
+from grading.predictions import graded_row
 from page import curves
 from run import config, folder
 
@@ -157,6 +159,12 @@ def test_every_logged_number_is_in_the_reference() -> None:
     """Guards against a curve that nobody can look up. Where one is logged, test_report.py looks."""
     for name in " ".join(curves.TITLES).split():
         assert f"`{name}" in REFERENCE, name
+
+
+def test_every_key_of_a_prediction_is_in_the_reference() -> None:
+    row = graded_row(0, 0, Problem("1 + 1?", "1 + 1 = 2\n#### 2"), "3", "eos", 2)
+    listed = re.search(r"^A line of `predictions.jsonl` has (.+?)\n\n", REFERENCE, re.M | re.S)[1]
+    assert [key for key in re.findall(r"`(\w+)`", listed) if key in row] == list(row)
 
 
 def test_readme_tree_is_what_is_there() -> None:
