@@ -167,6 +167,14 @@ def test_every_key_of_a_prediction_is_in_the_reference() -> None:
     assert [key for key in re.findall(r"`(\w+)`", listed) if key in row] == list(row)
 
 
+def test_every_benchmark_is_in_the_reference() -> None:
+    """Guards against a command behind a number that only RESULTS.md knows."""
+    commands = code_blocks(REFERENCE)
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        if "__main__" in path.read_text(encoding="utf-8"):
+            assert f"python benchmarks/{path.name}" in commands, path.name
+
+
 def test_readme_tree_is_what_is_there() -> None:
     """Guards against a file tree that shows what is gone, or lacks what has come."""
     tree = re.search(r"^## Read the code\n.*?```\n(.*?)```", README, re.DOTALL | re.MULTILINE)[1]
