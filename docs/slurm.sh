@@ -20,7 +20,8 @@ cd "$SLURM_SUBMIT_DIR" || exit 2
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))
 
-# After Slurm's signal, torchrun would kill the processes within 30 seconds, in the middle of a save.
+# After Slurm's signal, torchrun would kill the processes within 30 seconds, in the middle of a save
+# (that of torch 2.11 does so all the same).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=270
 
 # Weights are spread over the GPUs of a node, and between nodes only gradients travel. Since Slurm
