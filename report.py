@@ -31,7 +31,7 @@ def read_arguments(argv: list[str]) -> tuple[argparse.Namespace]:
         help="folder of a run, or one with a predictions.jsonl; a second one to compare",
     )
     add("--split", metavar="NAME", help="which evaluation: a folder's name under eval (test)")
-    add("--output", type=Path, metavar="FILE", help="the file to write (report.html in the folder)")
+    add("--output", type=Path, metavar="FILE", help="the file to write (a report in the last DIR)")
     arguments = parser.parse_args(argv)
     if len(arguments.run) > 2:
         raise UserError(
