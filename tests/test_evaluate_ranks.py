@@ -404,21 +404,38 @@ def test_perplexity_is_that_of_one_process(
     assert len(passes[1]) == 3 and max(passes[1]) < passes[0][0] / 2  # each measures a part
 
 
-def measure_other(copy: Path, argv: list[str]) -> None:
-    """``argv`` begins with --ckpt and a model."""
-    run("perplexity", [argv[0], str(copy), *argv[2:]] if rank() == 1 else argv)
+def run_other(other: dict[str, str], name: str, argv: list[str]) -> None:
+    """With the words in ``other`` in place of ours on rank 1."""
+    run(name, [other.get(word, word) if rank() == 1 else word for word in argv])
 
 
-def test_perplexity_of_two_models_is_refused(
-    model_folder: Path, greedy: list[str], tmp_path: Path
+@pytest.mark.parametrize(
+    ("script", "differs"),
+    [("perplexity", "weights"), ("evaluate", "weights"), ("evaluate", "data_sha256")],
+)
+def test_other_weights_or_rows_on_one_process_are_refused(
+    model_folder: Path,
+    data_folder: Path,
+    greedy: list[str],
+    tmp_path: Path,
+    script: str,
+    differs: str,
 ) -> None:
-    """Guards against the loss of a mixture: a copy that is not the same, under the same name."""
-    copy = tmp_path / model_folder.name
-    shutil.copytree(model_folder, copy)
-    weights = load_file(copy / "model.safetensors")
-    weights["model.norm.weight"] *= 1.01
-    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    ended = jobs.Job(2, tmp_path / "job", measure_other, copy, greedy[:-1]).end()
+    """Guards against the result of a mixture: a copy that is not the same, under the same name."""
+    ours = model_folder if differs == "weights" else data_folder
+    copy = shutil.copytree(ours, tmp_path / ours.name)
+    if differs == "weights":
+        weights = load_file(copy / "model.safetensors")
+        weights["model.norm.weight"] *= 1.01
+        save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    else:
+        first, *others = (copy / "test.jsonl").read_text().splitlines(keepends=True)
+        (copy / "test.jsonl").write_text("".join([*others, first]))
+    output = tmp_path / "out"
+    arguments = greedy[:-1] if script == "perplexity" else [*greedy, str(output)]
+    other = {str(ours): str(copy)}
+    ended = jobs.Job(2, tmp_path / "job", partial(run_other, other), script, arguments).end()
     written = "".join(each.err for each in ended)
     assert [each.code for each in ended] == [2, 2], ended
-    assert written.startswith("error: torchrun: weights is ") and written.count("\n") == 1, ended
+    assert written.startswith(f"error: torchrun: {differs} is ") and written.count("\n") == 1, ended
+    assert not list(output.glob("*"))
