@@ -100,6 +100,8 @@ def about_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     ):
         monkeypatch.setattr(huggingface_hub, "snapshot_download", raises(error))
         yield line_of(fetch, name)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    yield line_of(fetch, MODEL)
     monkeypatch.setattr(datasets, "load_dataset", raises(ConnectionError("unreachable")))
     yield line_of(load_problems, "openai/gsm8k", "train")
 
