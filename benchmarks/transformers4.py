@@ -18,6 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from run.arguments import ArgumentParser
 from run.errors import UserError
 from run.script import run_script
 from standin import make_problems, make_tokenizer
@@ -41,6 +42,7 @@ print(json.dumps({"ids": ids, "losses": losses, "written": written}))
 
 
 def main() -> None:
+    ArgumentParser(__doc__).parse_args()  # only for --help
     texts = [
         f"Question: {row['question']}\nAnswer: {row['answer']}" for row in make_problems(40, seed=3)
     ]

@@ -34,6 +34,8 @@ from engine.strategy import Decoder, Greedy
 from engine.tokenizer import Tokenizer
 from grading.dataset import Problem
 from grading.predictions import PredictionsFile
+from run.arguments import ArgumentParser
+from run.script import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "Question: {question}\nAnswer:"
@@ -41,6 +43,7 @@ Step = tuple[str, str]  # file, function
 
 
 def main() -> None:
+    ArgumentParser(__doc__).parse_args()  # only for --help
     print("\n\n".join(map(report, trace().items())))
 
 
@@ -141,4 +144,4 @@ def listing(steps: list[Step]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

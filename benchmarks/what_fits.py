@@ -22,6 +22,7 @@ from transformers import LlamaConfig
 from engine.recipe import Recipe
 from engine.shape import ModelShape
 from plan import find_devices, job_of
+from run.arguments import ArgumentParser
 from run.config import CONFIG_FILE, load_config
 from run.script import run_script
 from run.train_arguments import PlanFor
@@ -43,6 +44,7 @@ RECIPES = {
 
 
 def main() -> None:
+    ArgumentParser(__doc__).parse_args()  # only for --help
     for line in table():
         print(line)
 

@@ -171,8 +171,9 @@ def test_every_benchmark_is_in_the_reference() -> None:
     """Guards against a command behind a number that only RESULTS.md knows."""
     commands = code_blocks(REFERENCE)
     for path in (ROOT / "benchmarks").glob("*.py"):
-        if "__main__" in path.read_text(encoding="utf-8"):
+        if "__main__" in (source := path.read_text(encoding="utf-8")):
             assert f"python benchmarks/{path.name}" in commands, path.name
+            assert "ArgumentParser(" in source, path.name  # so that --help is not a whole run
 
 
 def test_readme_tree_is_what_is_there() -> None:
