@@ -217,6 +217,16 @@ class SettingsFiles:
     def values(self) -> dict[str, str]:
         return {key: value for layer in self.layers.values() for key, value in layer.items()}
 
+    def unlike(self, others: Mapping[str, Any]) -> dict[str, str]:
+        """What a ``--config FILE`` sets otherwise than ``others`` do, as text."""
+        _, *overlays = self.layers.values()
+        return {
+            key: value
+            for overlay in overlays
+            for key, value in overlay.items()
+            if key in others and not _is_same(key, value, others)
+        }
+
     def with_flags(self, typed: Mapping[str, str]) -> Config:
         """The settings of the files, with the values from the command line on top."""
         return merge({**self.layers, COMMAND_LINE: typed})

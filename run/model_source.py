@@ -13,7 +13,7 @@ from run.config import (
     SettingsFiles,
     merge,
 )
-from run.errors import UserError
+from run.errors import UserError, one_line
 from run.manifest import (
     BEST,
     DESCRIPTION_FILE,
@@ -28,6 +28,12 @@ from run.paths import is_hub_id, is_same_folder, local_path
 from run.setting_types import PLACES, in_yaml
 from run.sweep import with_trial
 from run.training_json import read_description, saved_settings
+
+# The settings that matter to a checkpoint after its training.
+USED_LATER = (
+    *("dataset", "prompt", "max_length", "validation_size", "seed", "dtype", "micro_batch_tokens"),
+    *("max_new_tokens", "decode_slots", "calculator", "wandb_project", "wandb_mode"),
+)
 
 
 @dataclass(frozen=True)
@@ -179,10 +185,7 @@ def resolve_source(ckpt: str | None, files: SettingsFiles, typed: Mapping[str, s
             f"command line: --model {typed['model']}: {folder} contains all weights of a model, "
             "and needs no other: leave it out, or name the model to use with --ckpt"
         )
-    print(
-        f"settings: from {folder / DESCRIPTION_FILE}"
-        + (f", but {', '.join(typed)} from the command line" if typed else "")
-    )
+    _say_whose(files, folder / DESCRIPTION_FILE, known, typed)
     parent = folder.resolve().parent
     run_folder = parent if (parent / METRICS_FILE).is_file() else None
     adapter = None
@@ -191,6 +194,31 @@ def resolve_source(ckpt: str | None, files: SettingsFiles, typed: Mapping[str, s
         _check_base_is_there(adapter)
     found = description, run_folder, manifest, frozenset(typed), adapter
     return Source(str(folder), config, *found)
+
+
+def _say_whose(
+    files: SettingsFiles, record: Path, known: Mapping[str, Any], typed: Mapping[str, str]
+) -> None:
+    """Print where the settings come from, and what of a ``--config FILE`` has no effect.
+
+    Args:
+        known: the settings in the checkpoint's ``record``.
+    """
+    typed_too = f", but {', '.join(typed)} from the command line" if typed else ""
+    print(f"settings: from {record}{typed_too}")
+    ignored = [
+        key
+        for key, value in files.unlike(known).items()
+        if key in USED_LATER
+        and key not in typed
+        and not (key in PLACES and is_same_folder(str(known[key]), value, is_older=False))
+    ]
+    if ignored:
+        *_, file = files.layers
+        print(
+            f"settings: not from {one_line(file)}, since the checkpoint has its own: "
+            f"{', '.join(ignored)} (a flag overrides both)"
+        )
 
 
 def _check_base_is_there(adapter: Adapter) -> None:

@@ -166,6 +166,21 @@ def test_a_flag_overrides_the_checkpoint(call, run_folder: Path, tmp_path: Path)
     assert not (run_folder / "eval").exists()
 
 
+def test_a_settings_file_does_not_and_it_is_said(
+    call, settings: dict[str, str], run_folder: Path, tmp_path: Path
+) -> None:
+    """Guards against a file that was typed, and has no effect in silence."""
+    own, best = tmp_path / "own.yaml", str(run_folder / "best")
+    dataset = os.path.relpath(settings["dataset"])  # another spelling of the same
+    own.write_text(f"max_new_tokens: 3\nseed: 0\ndataset: {dataset}\nepochs: 9\n")
+    words = ["--ckpt", best, "--config", str(own), "--limit", "1", "--output", str(tmp_path / "a")]
+    outcome = call(evaluate, *words)
+    line = f"settings: not from {own}, since the checkpoint has its own: max_new_tokens (a flag "
+    assert outcome.code == 0 and outcome.out.count(line) == 1, outcome.err + outcome.out
+    outcome = call(evaluate, *words[:-1], str(tmp_path / "b"), "--max_new_tokens", "3")
+    assert outcome.code == 0 and "not from" not in outcome.out, outcome.err + outcome.out
+
+
 def test_validation_split_is_the_one_training_held_out(
     call, settings: dict[str, str], run_folder: Path
 ) -> None:
