@@ -1,10 +1,13 @@
 """Converts SentencePiece's BPE models to the `tokenizers` library, and compares the ids."""
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+
+from engine.many_texts import parts_of
 
 BLANK = "▁"  # SentencePiece's symbol for a space
 
@@ -149,7 +152,8 @@ def disagreement(reference: Any, texts: Sequence[str], ids: Sequence[list[int]])
     A text with a token that other files add is skipped, since SentencePiece does not know it.
     """
     size = reference.get_piece_size()
-    for text, ours, theirs in zip(texts, ids, reference.encode(list(texts)), strict=True):
+    theirs_of_each = chain.from_iterable(map(reference.encode, parts_of(texts)))
+    for text, ours, theirs in zip(texts, ids, theirs_of_each, strict=True):
         if ours != theirs and max(ours, default=0) < size:
             start = max(first_mismatch(ours, theirs) - 2, 0)
             near = [

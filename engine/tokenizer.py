@@ -15,6 +15,7 @@ from typing import Any
 
 import tokenizers
 
+from engine.many_texts import ids_of_each
 from engine.sentencepiece_bpe import (
     PROBES,
     convert_sentencepiece,
@@ -141,8 +142,7 @@ class Tokenizer:
 
     def ids_of(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` without its checks, for texts that the model never reads."""
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        return ids_of_each(self._backend, texts)
 
     def starts_of(self, texts: Sequence[str]) -> list[list[int]]:
         """The position in its text of the first character that each of `ids_of` writes.

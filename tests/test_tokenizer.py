@@ -18,8 +18,9 @@ import evaluate
 import perplexity
 import standin
 import train
+from engine import many_texts
 from engine.loading import load_tokenizer
-from engine.sentencepiece_bpe import PROBES
+from engine.sentencepiece_bpe import PROBES, disagreement
 from engine.tokenizer import Tokenizer
 from engine.tokenizer_files import made_without_scores, read_files
 from grading.dataset import Problem
@@ -278,6 +279,46 @@ def test_rows_are_compared_too(tokenizer_folder: Path) -> None:
     tokenizer.fault = lambda ids: signs
     with pytest.raises(UserError, match=r"can't reproduce the ids of its tokenizer\.model \("):
         tokenizer.encode(["How many?"])
+
+
+class CountingLibrary:
+    """A library's tokenizer that counts the texts of each call."""
+
+    def __init__(self, library: object):
+        self.library, self.calls = library, []
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.library, name)
+
+    def _counted(self, name: str, texts: list[str], **options: object) -> list:
+        self.calls.append(len(texts))
+        return getattr(self.library, name)(texts, **options)
+
+    def encode(self, texts: list[str]) -> list:
+        return self._counted("encode", texts)
+
+    def encode_batch_fast(self, texts: list[str], **options: object) -> list:
+        return self._counted("encode_batch_fast", texts, **options)
+
+
+def test_many_texts_are_encoded_in_parts_and_equal_ones_once(
+    tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against gigabytes and half a minute for the 88,000 rows of augmented data."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    some = [text for text in texts(20) for _ in range(3)]
+    wanted = [tokenizer.ids_of([text])[0] for text in some]
+    ours = tokenizer._backend = CountingLibrary(tokenizer._backend)
+    theirs = CountingLibrary(SentencePieceProcessor(str(tokenizer_folder / "tokenizer.model")))
+    monkeypatch.setattr(many_texts, "AT_ONCE", 8)
+    found = tokenizer.ids_of(some)
+    assert found == wanted and ours.calls == [8, 8, 4]
+    assert not disagreement(theirs, some, found) and theirs.calls == [8] * 7 + [4]
+    # A row takes 8 bytes a token, not 32 more for a number of its own.
+    numbers = [index for ids in found for index in ids]
+    assert len({id(index) for index in numbers}) == len(set(numbers)) < len(numbers)
+    changed = [*found[:-1], [*found[-1], found[-1][0]]]  # in the last part
+    assert disagreement(theirs, some, changed)
 
 
 def test_a_checkpoint_keeps_the_ids_that_it_was_trained_on(

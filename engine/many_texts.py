@@ -1,0 +1,30 @@
+"""Encodes many texts, such as the 100,000 rows of augmented data, in little memory."""
+
+from collections.abc import Iterator, Sequence
+
+import tokenizers
+
+# Texts in one call of a library: enough to keep all processors busy. What it returns of each takes
+# up to 20 kilobytes, so that of all texts at once would be gigabytes.
+AT_ONCE = 4096
+
+
+def parts_of(texts: Sequence[str]) -> Iterator[list[str]]:
+    """``texts`` in parts of at most `AT_ONCE`."""
+    for start in range(0, len(texts), AT_ONCE):
+        yield list(texts[start : start + AT_ONCE])
+
+
+def ids_of_each(backend: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """The token ids of each text, without special tokens at its borders.
+
+    Equal texts, such as the prompts of augmented data, are encoded once and get the same list.
+    """
+    ids: dict[str, list[int]] = {}
+    numbers: dict[int, int] = {}  # one object for each id, and not one for each token
+    for some in parts_of(list(dict.fromkeys(texts))):
+        encodings = backend.encode_batch_fast(some, add_special_tokens=False)
+        for text, encoding in zip(some, encodings, strict=True):
+            found = encoding.ids
+            ids[text] = list(map(numbers.setdefault, found, found))
+    return [ids[text] for text in texts]
