@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from grading.results import (
 )
 from grading.rules import count_steps, grade, grade_row
 from run.errors import UserError
-from run.files import naming, replace_file, sync_open
+from run.files import has_only, naming, replace_file, sync_open
 from run.locks import locked
 
 # A kill loses no line that was written. A power cut may lose the lines since the last sync, which
@@ -125,9 +126,10 @@ class PredictionsFile:
             return
         cure = f"choose another --output, or move {self.folder} away"
         not_ours = f"{self.file}: is not a {PREDICTIONS_FILE} of this program: {cure}"
-        content = self.file.read_bytes()
-        if b"\n" not in content:  # stopped before its first completion, so there is nothing to mix
-            if content[: len(FIRST_BYTES)] != FIRST_BYTES[: len(content)]:
+        with self.file.open("rb") as stream:
+            first = stream.readline()
+        if b"\n" not in first:  # stopped before its first completion, so there is nothing to mix
+            if first[: len(FIRST_BYTES)] != FIRST_BYTES[: len(first)]:
                 raise UserError(not_ours)
             return
         try:
@@ -139,7 +141,7 @@ class PredictionsFile:
                 f"{self.file}: belongs to another evaluation ({'; '.join(changed)}): {cure}"
             )
         self.rows, self._dropped = _read_repaired(self.file)
-        if not self.rows and content[: len(FIRST_BYTES)] != FIRST_BYTES:
+        if not self.rows and first[: len(FIRST_BYTES)] != FIRST_BYTES:
             raise UserError(not_ours)
         self._check_size(cure)
 
@@ -163,9 +165,9 @@ class PredictionsFile:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            intact = "".join(_json_line(row) for row in self.rows.values())
-            if self.file.exists() and self.file.read_bytes() != intact.encode():
-                replace_file(self.file, intact)  # without a line that a kill cut short
+            intact = partial(map, _json_line, self.rows.values())
+            if self.file.exists() and not has_only(self.file, intact()):
+                replace_file(self.file, "".join(intact()))  # without a line that a kill cut short
             if self._dropped:
                 print(
                     f"{self.file}: dropped {' and '.join(self._dropped)}, probably left by two "

@@ -2,6 +2,8 @@
 
 import codecs
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,17 +69,8 @@ def read_predictions(
         drop_cut_line: drop a last line that a kill cut short, instead of raising an error.
         damaged: collects the numbers of invalid lines. If None, the first one raises an error.
     """
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"{file}: can't be read ({error.strerror}): name a predictions.jsonl"
-        ) from None
-    lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")  # some editors add a BOM
-    if lines[-1] == b"" or drop_cut_line:
-        lines.pop()
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_lines(file, drop_cut_line), start=1):
         try:
             rows.append(_parse_row(line))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -92,6 +85,25 @@ def read_predictions(
     return rows
 
 
+def _lines(file: Path, drop_cut_line: bool) -> Iterator[bytes]:
+    """The lines of ``file`` without their ends, one at a time: a file of samples may be large."""
+    try:
+        with file.open("rb") as stream:
+            mark = codecs.BOM_UTF8  # which some editors add
+            for line in stream:
+                line, mark = line.removeprefix(mark), b""
+                if line.endswith(b"\n"):
+                    yield line[:-1]
+                    continue
+                if line and not drop_cut_line:
+                    yield line
+                return  # not on to what another process may have added by now
+    except OSError as error:
+        raise UserError(
+            f"{file}: can't be read ({error.strerror}): name a predictions.jsonl"
+        ) from None
+
+
 def _parse_row(line: bytes) -> dict[str, Any]:
     row = json.loads(line.decode("utf-8"))  # given bytes, json would guess the encoding
     if row.get("stop", "") is None:
@@ -99,7 +111,10 @@ def _parse_row(line: bytes) -> dict[str, Any]:
     for key, kind in TYPES.items():
         if (key in row or key in REQUIRED) and type(row[key]) is not kind:
             raise ValueError(f"{key!r} is {row[key]!r}, not of type {kind.__name__}")
-    return row
+    if type(row.get("question")) is str:
+        row["question"] = sys.intern(row["question"])
+    # Samples of a problem share its question, and all rows share their keys.
+    return {sys.intern(key): value for key, value in row.items()}
 
 
 def read_identity(file: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -109,6 +109,12 @@ def replace_file(file: Path, content: str | bytes, tries: int = 3) -> None:
         with suppress(OSError):  # an error above is the one to report
             staged.unlink(missing_ok=True)
     sync(file.parent)
+
+
+def has_only(file: Path, lines: Iterable[str]) -> bool:
+    """Whether ``file`` consists of ``lines``, each with its end. It may be larger than memory."""
+    with file.open("rb") as stream:
+        return all(stream.readline() == line.encode() for line in lines) and not stream.read(1)
 
 
 def remove_staged_files(folder: Path) -> None:

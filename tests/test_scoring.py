@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -249,6 +250,27 @@ def test_an_evaluation_goes_on_from_rows_without_verdict(tmp_path: Path) -> None
     with again:
         again.write(graded_row(3, None, problem, "#### 1", "eos", 1))
     assert again.num_correct == 3
+
+
+def test_many_samples_are_read_in_less_memory_than_their_file_takes(tmp_path: Path) -> None:
+    """Guards against gigabytes for the 717,000 samples of RFT's recipe, whose questions repeat."""
+    problem = dataset.Problem("How many? " * 150, "1\n#### 1")
+    with PredictionsFile(tmp_path, {}, 2, 1000) as file:
+        for index in range(2000):
+            row = graded_row(index % 2, index // 2, problem, f"{index}\n#### 1", "eos", 1)
+            file.write(row)
+    size = file.file.stat().st_size
+    tracemalloc.start()
+    try:
+        again = PredictionsFile(tmp_path, {}, 2, 1000)
+        with again:
+            assert tracemalloc.get_traced_memory()[1] < size
+    finally:
+        tracemalloc.stop()
+    assert list(again.rows.values()) == list(file.rows.values()) and not again.missing()
+    file.file.write_bytes(file.file.read_bytes() + b'{"id": 1, "sam')  # as a kill leaves it
+    with PredictionsFile(tmp_path, {}, 2, 1000):
+        assert file.file.stat().st_size == size
 
 
 @pytest.mark.parametrize("beside", ["evaluation.json", "scores.json"])
