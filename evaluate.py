@@ -18,7 +18,7 @@ resumes after a stop. scores.json and the table are written at the end.
 import argparse
 from pathlib import Path
 
-from run.script import check_platform, check_printed, read_command_line, run_script
+from run.script import check_platform, ends_early, read_command_line, run_script
 
 check_platform()  # before the imports that would fail
 
@@ -61,6 +61,11 @@ def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]
 if __name__ == "__main__":
     command_line = read_command_line(read_arguments)  # before the heavy imports
 
+from grading.rescore import judge_files
+
+if __name__ == "__main__" and ends_early(judge_files, command_line[0]):
+    raise SystemExit
+
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -79,12 +84,10 @@ from engine.ranks import Ranks
 from engine.strategy import Decoder, Greedy, How, Sampling, decode, eos_token_ids
 from engine.verify import check_finite, verify_batching
 from grading.calculator import ForcedResults
-from grading.compare import compare_files
 from grading.dataset import Problem
 from grading.next_steps import next_steps
 from grading.predictions import PredictionsFile, graded_row, open_files, writing_into
-from grading.report import comparison_table, evaluation_report
-from grading.rescore import rescore
+from grading.report import evaluation_report
 from grading.results import CALCULATOR, GREEDY, SAMPLES, CompletionId, folders_of, previous_timing
 from grading.samples import random_stream
 from grading.scores_file import Scored, score_predictions, write_all_scores
@@ -113,12 +116,7 @@ class Parts:
 
 
 def main(arguments: argparse.Namespace, typed: dict[str, str], *, parts: Parts = Parts()) -> None:
-    if arguments.rescore:
-        rescore(arguments.rescore, arguments.output)
-        return
-    if arguments.compare:
-        print(comparison_table(compare_files(*arguments.compare), [*map(str, arguments.compare)]))
-        check_printed()
+    if judge_files(arguments):
         return
     with ranks.job(pick_device()) as here:
         source = resolve_source(arguments.ckpt, arguments.config, typed)

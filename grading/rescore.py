@@ -1,11 +1,13 @@
-"""--rescore: scores predictions again, without a model."""
+"""--rescore and --compare: judge predictions again, without a model."""
 
+import argparse
 import os
 from pathlib import Path
 from typing import Any
 
+from grading.compare import compare_files
 from grading.predictions import writing_into
-from grading.report import evaluation_report
+from grading.report import comparison_table, evaluation_report
 from grading.results import (
     CALCULATOR,
     IDENTITY_FILE,
@@ -27,6 +29,20 @@ from grading.scores_file import (
     write_scores,
 )
 from run.errors import UserError
+from run.script import check_printed
+
+
+def judge_files(arguments: argparse.Namespace) -> bool:
+    """Do what evaluate.py's --rescore or --compare asks for; returns whether it was one of them.
+
+    This needs nothing that only an evaluation imports, which takes seconds.
+    """
+    if arguments.rescore:
+        rescore(arguments.rescore, arguments.output)
+    elif arguments.compare:
+        print(comparison_table(compare_files(*arguments.compare), [*map(str, arguments.compare)]))
+        check_printed()
+    return bool(arguments.rescore or arguments.compare)
 
 
 def rescore(file: Path, output: Path | None) -> None:

@@ -82,6 +82,26 @@ def test_help_shows_every_key_and_loads_nothing_heavy(script: str) -> None:
             assert " ".join(f"{comments[key]} (now {value!r})".split()) in shown
 
 
+def test_judging_files_loads_nothing_that_a_model_needs(tmp_path: Path) -> None:
+    """Guards against seconds for the imports of an evaluation, and half a GiB."""
+    file = tmp_path / "predictions.jsonl"
+    file.write_text('{"id": 0, "gold": "1", "completion": "#### 1"}\n')
+    for words in (["--rescore", str(file)], ["--compare", str(file), str(file)]):
+        code = (
+            "import runpy, sys\n"
+            f"sys.argv = {['evaluate.py', *words]!r}\n"
+            "try:\n"
+            "    runpy.run_path('evaluate.py', run_name='__main__')\n"
+            "except SystemExit as end:\n"
+            "    assert not end.code, end.code\n"
+            "assert not {'torch', 'transformers', 'data'} & set(sys.modules)\n"
+        )
+        result = run("-c", code)
+        assert result.returncode == 0, result.stderr
+        assert "100.00%   1 of 1" in result.stdout
+    assert (tmp_path / "scores.json").is_file()
+
+
 # ---------------------------------------------------------------- the hub
 
 

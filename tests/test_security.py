@@ -340,7 +340,7 @@ for sys.argv in json.loads(commands):
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
-        code = end.code
+        code = end.code or 0
     codes.append(code)
 with open(file, "w") as stream:
     json.dump(codes, stream)
