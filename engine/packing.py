@@ -155,11 +155,7 @@ def pack(
     Returns:
         Those of this rank, as many as every other one has.
     """
-    lengths = [len(example.input_ids) - 1 for example in examples]
-    bins = _first_fit(lengths, micro_batch_tokens)
-    missing = -len(bins) % ranks.size if ranks else 0
-    bins = _evenly(lengths, len(bins) + missing, micro_batch_tokens) or bins + [[]] * missing
-    mine = _dealt(bins, lengths, ranks) if ranks else bins
+    mine = distribute(lengths_of(examples), micro_batch_tokens, ranks)
     filler = min(examples, key=lambda example: len(example.input_ids))
     return [
         collate([examples[index] for index in sorted(members)], kernels)
@@ -167,6 +163,21 @@ def pack(
         else replace(collate([filler], kernels), num_labels=0, is_filler=True)
         for members in mine
     ]
+
+
+def lengths_of(examples: Sequence[Example]) -> list[int]:
+    """How many tokens each example has as an input, which its last one is not."""
+    return [len(example.input_ids) - 1 for example in examples]
+
+
+def distribute(
+    lengths: Sequence[int], micro_batch_tokens: int, ranks: "Ranks | None" = None
+) -> list[list[int]]:
+    """The indices of ``lengths`` in each micro-batch of `pack`, none of them in a filler."""
+    bins = _first_fit(lengths, micro_batch_tokens)
+    missing = -len(bins) % ranks.size if ranks else 0
+    bins = _evenly(lengths, len(bins) + missing, micro_batch_tokens) or bins + [[]] * missing
+    return _dealt(bins, lengths, ranks) if ranks else bins
 
 
 class Packer:

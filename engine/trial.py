@@ -2,15 +2,14 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from engine.device import cpu_kernels
 from engine.measure import StepResult, measure
 from engine.optimizer import Schedule, make_state
-from engine.packing import Batches, Example, Packer, pack
+from engine.packing import Batches, Example, Packer, distribute, lengths_of
 from engine.ranks import Ranks
 from run.errors import UserError
 from run.files import gigabytes
@@ -28,9 +27,12 @@ def count_tokens(rows: Sequence[Example]) -> int:
 
 def filled(batches: Batches, steps: int, micro_batch_tokens: int, ranks: Ranks) -> list[list[int]]:
     """The tokens of each micro-batch of this rank in each of the first ``steps``, unpadded."""
-    kernels = replace(cpu_kernels(with_onednn=False), row_multiple=1)
-    packed = (pack(batches[step], micro_batch_tokens, kernels, ranks) for step in range(steps))
-    return [[each.num_tokens for each in step if not each.is_filler] for step in packed]
+    found = []
+    for step in range(steps):
+        lengths = lengths_of(batches[step])
+        bins = distribute(lengths, micro_batch_tokens, ranks)
+        found.append([sum(lengths[index] for index in members) for members in bins if members])
+    return found
 
 
 @dataclass(frozen=True)
