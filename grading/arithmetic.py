@@ -138,12 +138,10 @@ class Equation(NamedTuple):
     """An ``<<expression=result>>`` or ``a op b = c`` in a text.
 
     Attributes:
-        order: where the symbols around it begin. Equations are sorted by this.
         start, end: where it is in the text. ``48/2 = <<48/2=24>>24`` contains another one.
         shown: itself, verbatim except for an annotation inside it.
     """
 
-    order: int
     start: int
     end: int
     shown: str
@@ -177,12 +175,12 @@ def equations(text: str) -> list[tuple[str, str]]:
 
 def find_equations(text: str) -> list[Equation]:
     """All equations in ``text`` and where they are, in order."""
-    return sorted(_equations(text), key=lambda equation: equation.order)
+    return sorted(_equations(text), key=lambda equation: equation.start)
 
 
 def _equations(text: str) -> Iterator[Equation]:
     for match in ANNOTATION.finditer(text):
-        yield Equation(match.start(), *match.span(), match[0], match[1], match[2])
+        yield Equation(*match.span(), match[0], match[1], match[2])
     # Replaced by spaces of the same length, so that all other positions remain the same.
     plain = ANNOTATION.sub(_blanks, text)
     for line in re.finditer(r"[^\n]+", plain):
@@ -193,10 +191,9 @@ def _equations(text: str) -> Iterator[Equation]:
         for match in _EQUATION.finditer(written):
             left = _LEADING_PUNCTUATION.sub("", match[1])
             if re.search(r"[-+*/]", left[1:]) and not _DANGLING_OPERATOR.match(left):
-                order, end = line.start() + match.start(), line.start() + match.end()
-                start = order + len(match[1]) - len(left)
+                start = line.start() + match.start() + len(match[1]) - len(left)
                 shown = f"{left.strip()} = {match[2]}"
-                yield Equation(order, start, end, shown, left, match[2])
+                yield Equation(start, line.start() + match.end(), shown, left, match[2])
 
 
 def _blanks(match: re.Match[str]) -> str:

@@ -128,6 +128,7 @@ def test_hostile_text_has_no_value(expression: str) -> None:
         ("2+3=5+1=7", "5+1 = 7"),
         (".5*60 = 30 and $.25 / $.05 = 5", None),
         ("- 5 + 6 = 11\n* 5 + 6 = 12", "5 + 6 = 12"),
+        (" <<2+2=5>>3+3=7", "<<2+2=5>>"),  # the space before it does not make the other the first
         ("5 = 6, = 7, <<=>>, <<x=5>>, <<1/0=5>>, <<2+2", None),  # nothing to check
         ("", None),
     ],
