@@ -39,6 +39,8 @@ from run.errors import UserError
         ("3*+6", Fraction(18)),
         ("560//10", Fraction(56)),
         ("7//2", Fraction(3)),
+        ("50%%", Fraction(1, 200)),
+        ("+".join(["1"] * 60), Fraction(60)),  # many terms are not nested
         (" 3 + 4 ", Fraction(7)),
     ],
 )
@@ -94,6 +96,7 @@ def test_values(expression: str, value: Fraction) -> None:
             "9" * 40,
         ),
         "*".join(["9999999999"] * 15),
+        "/".join(["9999999999"] * 15),
     ],
 )
 def test_hostile_text_has_no_value(expression: str) -> None:

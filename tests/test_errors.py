@@ -350,15 +350,19 @@ def test_sequences_beyond_the_models_positions_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "more"), [("float32", ""), ("bfloat16", ", or set dtype float32")]
+    ("dtype", "name", "value", "more"),
+    [
+        ("float32", "model.layers.1.mlp.up_proj.weight", "nan", ""),
+        ("bfloat16", "lm_head.weight", "inf", ", or set dtype float32"),  # one logit, and no NaN
+    ],
 )
 def test_a_model_whose_logits_are_not_finite_gets_no_score(
-    call, settings: dict[str, str], tmp_path: Path, dtype: str, more: str
+    call, settings: dict[str, str], tmp_path: Path, dtype: str, name: str, value: str, more: str
 ) -> None:
     """Guards against 0 % of a model that diverged, as if it had been asked."""
     shutil.copytree(settings["model"], folder := tmp_path / "diverged")
     weights = load_file(folder / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
+    weights[name][3, 3] = float(value)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     arguments = flags(settings | {"dtype": dtype})
     outcome = call(evaluate, "--ckpt", str(folder), "--output", str(tmp_path / "out"), *arguments)

@@ -17,7 +17,7 @@ from engine import packing
 from engine.llama import Llama
 from engine.loading import load_tokenizer
 from engine.loss import LinearCrossEntropy
-from engine.measure import measure, perplexity_of
+from engine.measure import StepResult, measure, perplexity_of
 from engine.tokenizer import Tokenizer, _starts
 from grading import dataset
 from grading.answer_parts import PARTS, part_of_each
@@ -68,6 +68,14 @@ def test_a_loss_that_is_no_number_has_no_perplexity() -> None:
     assert math.isnan(perplexity_of(math.nan))
     assert perplexity_of(1e4) == math.inf and perplexity_of(0.0) == 1
     assert perplexity_of(708.9) == math.exp(708.9)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_step_is_finite_by_its_loss_and_its_norm(value: float) -> None:
+    """Guards against weights that are lost in an optimizer step, for one of the two looks sound."""
+    assert StepResult(2.0, 4, 1.0, 64).is_finite
+    assert not StepResult(value, 4, 1.0, 64).is_finite
+    assert not StepResult(2.0, 4, value, 64).is_finite
 
 
 @pytest.mark.parametrize("with_gradients", [True, False])

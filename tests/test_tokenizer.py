@@ -692,13 +692,16 @@ def test_dropout_is_refused(tmp_path: Path, model_folder: Path) -> None:
         load_tokenizer(folder)
 
 
-def test_what_a_vocabulary_can_not_hold_is_said_with_its_line(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("encode", [data.encode, data.encode_prompts])
+def test_what_a_vocabulary_can_not_hold_is_said_with_its_line(
+    tokenizer: Tokenizer, encode: Callable[..., list]
+) -> None:
     """SentencePiece's sign for a blank is decoded as a blank."""
     with pytest.raises(
         UserError,
         match=r"loses text in line 7: '.*a▁b.*' becomes '.*a b.*remove what they can't represent",
     ):
-        data.encode(tokenizer, [Problem("a▁b", "1\n#### 1", line=7)], PROMPT)
+        encode(tokenizer, [Problem("a▁b", "1\n#### 1", line=7)], PROMPT)
 
 
 def test_a_pointer_of_git_is_said(tmp_path: Path, model_folder: Path) -> None:
