@@ -565,6 +565,9 @@ def test_another_base_is_refused_and_a_moved_one_is_named(
     assert outcome.code == 0 and outcome.out.splitlines()[-2:] == expected
     settings = runs["lora"] | {"output_dir": str(tmp_path), "epochs": "1"}
     call(train, *flags(settings | {"model": str(changed)})).assert_user_error("other weights")
+    call(train, *flags(settings | {"model": str(tmp_path / "gone")})).assert_user_error(
+        f"{last}: its base model {tmp_path / 'gone'} is not there any more", "--model DIR"
+    )
     call(train, *flags(settings | {"model": str(moved)})).assert_user_error("this run is finished")
 
 
@@ -638,6 +641,9 @@ def test_a_run_from_before_there_were_methods_trains_all_weights(
         seal(stopped / name)
     call(train, *flags(settings), "--method", "lora").assert_user_error(
         "cannot resume with these changes: method was 'full' and is 'lora'"
+    )
+    call(evaluate, "--ckpt", str(stopped / LAST), "--method", "lora").assert_user_error(
+        f"--method lora: {stopped / LAST} was trained with method full: leave it out"
     )
     assert call(train, *flags(settings)).code == 0
 

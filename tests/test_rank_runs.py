@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM
 import train
 from engine import device, memory
 from engine.sharding import slice_of
+from engine.slices import FOLDER, read_slices
 from engine.together import complete_together
 from run import folder as run_folders
 from run import run_log
@@ -133,6 +134,22 @@ def test_any_number_of_processes_resumes_a_run(
     assert not any(fault_of(run_folder(settings) / name) for name in (BEST, LAST, PREVIOUS))
     if size > 1:
         check_files(run_folder(settings), run_folder(settings).with_name("alone"), size)
+
+
+@pytest.mark.parametrize("saved", [("0",), ("0", "1", "2"), ("1", "2"), ()])
+def test_slices_of_another_optimizer_are_an_error(tmp_path: Path, saved: tuple[str, ...]) -> None:
+    """Guards against moments that are left at zero, and against a first save that has none."""
+    names = {f"optimizer.{number}.exp_avg" for number in saved} | {"random.cpu"}
+    (tmp_path / FOLDER).mkdir()
+    save_file({name: torch.ones(3) for name in names}, tmp_path / FOLDER / "1.safetensors")
+    ours = ("optimizer.0.exp_avg", "optimizer.1.exp_avg", "random.cpu")
+    tensors = {name: torch.zeros(3) for name in ours}
+    if saved:
+        with pytest.raises(ValueError, match=r"it lacks \[.*\], and has \["):
+            read_slices(tmp_path, tensors)
+    else:
+        [(name, tensor)] = read_slices(tmp_path, tensors).items()
+        assert name == "random.cpu" and tensor.eq(1).all()
 
 
 def test_a_run_of_adapters_spreads_and_resumes(tmp_path: Path, runs: dict[str, Any]) -> None:

@@ -319,22 +319,37 @@ def test_there_is_one_copy_at_a_time(call, every_4: dict[str, str]) -> None:
     assert save.done.index((BEST, 7)) + 1 == save.done.index((LAST, 7))
 
 
-def test_at_the_end_of_saves_what_was_replaced_is_gone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Guards against a folder whose lock is released while a thread still deletes in it."""
-    removed = checkpoint._remove_quietly
+@pytest.fixture
+def removed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Gets a word after each deletion of what was replaced, which takes a while."""
+    done, remove = [], checkpoint._remove_quietly
 
     def remove_slowly(folder: Path) -> None:
         time.sleep(0.1)
-        removed(folder)
+        remove(folder)
+        done.append("removed")
 
     monkeypatch.setattr(checkpoint, "_remove_quietly", remove_slowly)
+    return done
+
+
+def test_a_save_waits_until_what_was_replaced_is_gone(tmp_path: Path, removed: list[str]) -> None:
+    """Guards against a thread that deletes what the next save has begun to write."""
+    write = SimpleNamespace(save_pretrained=lambda folder, **_: removed.append("written"))
+    tokenizer = SimpleNamespace(save=lambda folder: None)
+    with checkpoint.Removals() as removals:
+        for _ in range(2):
+            save_checkpoint(tmp_path / LAST, write, tokenizer, {}, removals=removals)
+    assert removed == ["written", "removed"] * 2
+
+
+def test_at_the_end_of_saves_what_was_replaced_is_gone(tmp_path: Path, removed: list[str]) -> None:
+    """Guards against a folder whose lock is released while a thread still deletes in it."""
     (tmp_path / ".previous.removed").mkdir()
     parts = SimpleNamespace(save=None, copy=None)
     with Saves(tmp_path, {}, {}, 7, None, {}, None, parts) as saves:
         saves.removals.start(tmp_path / LAST)
-    assert not [*tmp_path.iterdir()]
+    assert removed and not [*tmp_path.iterdir()]
 
 
 def test_where_there_is_no_copy_training_waits(call, every_4: dict[str, str], whole: Path) -> None:
