@@ -1,5 +1,6 @@
 """Evaluation from end to end: complete lines, resuming, and the right settings."""
 
+import itertools
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import shutil
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ import train
 from engine.decoding import Completion
 from engine.loading import load_tokenizer
 from engine.strategy import Sampling, decode
-from grading import dataset, rules
+from grading import dataset, predictions, rules
 from grading.predictions import PredictionsFile
 from run.errors import Stopped, UserError
 from run.model_source import Source
@@ -286,7 +288,7 @@ def test_an_interrupted_evaluation_goes_on(
     }
 
 
-@pytest.mark.parametrize(("seconds", "syncs"), [(0.0, 12 + 1), (1000.0, 1)])
+@pytest.mark.parametrize(("seconds", "syncs"), [(0.0, 12 + 1), (4.0, 3 + 1), (1000.0, 1)])
 def test_lines_are_synced(
     call,
     settings: dict[str, str],
@@ -305,6 +307,8 @@ def test_lines_are_synced(
         original(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
+    clock = partial(next, itertools.count())  # a second passes with each line, and with each sync
+    monkeypatch.setattr(predictions, "time", SimpleNamespace(monotonic=clock))
     parts = evaluate.Parts(open_predictions=partial(PredictionsFile, seconds_between_syncs=seconds))
     file.parent.mkdir()
     with file.open("wb") as opened:
@@ -453,10 +457,12 @@ def test_a_score_on_other_data_is_not_logged_as_the_runs(
 
 
 def test_files_of_a_foreign_folder_are_not_replaced(call, run_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "scores.json").write_text("precious")
-    outcome = call(evaluate, "--ckpt", str(run_folder / "best"), "--output", str(tmp_path))
-    outcome.assert_user_error("contains scores.json of something else")
-    assert (tmp_path / "scores.json").read_text() == "precious"
+    arguments = ["--ckpt", str(run_folder / "best"), "--output", str(tmp_path)]
+    for name in ("scores.json", "evaluation.json"):
+        (tmp_path / name).write_text("precious")
+        call(evaluate, *arguments).assert_user_error(f"contains {name} of something else")
+        assert (tmp_path / name).read_text() == "precious"
+        (tmp_path / name).unlink()
 
 
 def test_last_has_a_folder_of_its_own(call, run_folder: Path) -> None:

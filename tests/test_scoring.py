@@ -241,6 +241,7 @@ def test_an_evaluation_goes_on_from_rows_without_verdict(tmp_path: Path) -> None
     with PredictionsFile(tmp_path, {}, 4) as file:
         for index, completion in enumerate(("#### 1", "#### 1", "#### 3")):
             file.write(graded_row(index, None, problem, completion, "eos", 1))
+        assert file.num_correct == 2
     rows = [json.loads(line) for line in file.file.read_text().splitlines()]
     del rows[0]["correct"], rows[0]["stop"]
     rows[1]["correct"], rows[2]["correct"] = False, True

@@ -304,8 +304,9 @@ def test_doubled_samples_are_mended(call, settings: dict[str, str], tmp_path: Pa
     assert call(evaluate, *arguments).code == 0
     file = tmp_path / "samples" / "predictions.jsonl"
     whole = file.read_bytes()
-    file.write_bytes(whole + whole[: whole.index(b"\n") + 1])
-    assert "dropped 1 duplicate line" in call(evaluate, *arguments).out
+    first = whole[: whole.index(b"\n") + 1]
+    file.write_bytes(whole + first + first.replace(b'"sample": ', b'"sample": -1'))
+    assert "dropped 1 duplicate line and 1 invalid line" in call(evaluate, *arguments).out
     assert file.read_bytes() == whole
 
 
@@ -322,7 +323,8 @@ def test_what_is_not_of_this_evaluation_is_not_mended(
         "is not a predictions.jsonl of this program", "--output"
     )
     assert file.read_bytes() == content
-    file.write_bytes(doubled(whole.splitlines(keepends=True)))
+    last = sorted(whole.splitlines(keepends=True), key=lambda line: json.loads(line)["id"])[-4:]
+    file.write_bytes(doubled(last))  # as an evaluation ends whose last problems were short
     before = tree(tmp_path)
     other = [*arguments, "--prompt", "{question}"]
     call(evaluate, *other).assert_user_error("belongs to another evaluation", "prompt was")
