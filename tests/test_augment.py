@@ -76,8 +76,11 @@ TRUE = "May: <<48/2=24>>24.\nAll: <<24+48=72>>72.\n#### 72"
         ("It is <<24+48=72>>72.</s>\nIt is 72.\n#### 72", "right"),
         ("\x1b[2J<<24+48=72>>72\n#### 72", "right"),
         ("So\r<<24+48=72>>72\n#### 72", "right"),
-        ("\ud83d <<24+48=72>>72\n#### 72", "right"),
-        ("\ufffd <<24+48=72>>72\n#### 72", "right"),
+        *(
+            (f"So{letter} <<24+48=72>>72\n#### 72", "right")
+            for letter in "\0\x08\x0b\x1f\x7f\x9f\ud800\udfff\ufffd"
+        ),
+        ("So\t<<24+48=72>>72\n#### 72", "true"),
         ("All in all 72 clips.\n#### 72", "well_formed"),
         ("48/2 and 24 + 48 give it.\n#### 72", "well_formed"),
         ("<<48/2=25>>24.\nAll: <<24+48=72>>72.\n#### 72", "with_equations"),
@@ -101,6 +104,7 @@ def test_how_far_a_sample_gets(completion: str, stage: str) -> None:
     assert bool(answer) == (stage not in ("drawn", "right"))
     if answer:
         assert gold_answer(answer) == "72" and answer.endswith("\n#### 72")
+        assert answer == answer.strip()
         answer.encode()
 
 
@@ -123,7 +127,7 @@ def kept(*completions: str) -> list[str]:
 
 
 def test_one_sample_of_each_new_list_is_kept_the_first() -> None:
-    other_words = TRUE.replace("May", "In May").replace("48/2=24", " 48 / 2 = 24 ")
+    other_words = TRUE.replace("May", "In May").replace("48/2=24", " 48\t/ 2 = 24 ")
     other_order = "<<24+48=72>>72 since <<48/2=24>>24.\n#### 72"
     other_form = TRUE.replace("48/2=24", "48*0.5=24")
     assert kept(TRUE, other_words) == [TRUE]
@@ -252,6 +256,7 @@ def test_an_augmented_folder(
     assert about["problems_by_kept"] == {"2": 100} and about["num_sampled"] == 100
     (source,) = about["samples"]
     assert source["temperature"] == 0.7 and source["checkpoint"] == "~/best"
+    assert source["weights"] == "5eed" and source["seed"] == 0
     assert source.items() >= about["total"].items()
     for shown in ("0.7: 200 of 500 kept", "317   117 original, 200 new", "by kept samples 2: 100"):
         assert shown in outcome.out
@@ -322,15 +327,20 @@ def test_a_second_round_adds_only_what_is_new(call, file: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("name", "run_name"),
-    [("rft-8", "rft-8"), ("it's new; $HOME", "it-s-new-HOME"), (".七", "augmented")],
+    [
+        ("rft-8", "rft-8"),
+        ("it's new; $HOME", "it-s-new-HOME"),
+        (".七", "augmented"),
+        ("x" * 129, "x" * 128),
+    ],
 )
 def test_the_next_command_trains_a_run_of_its_own(
     call, file: Path, settings: dict[str, str], tmp_path: Path, name: str, run_name: str
 ) -> None:
     """Guards against the finished run's name, another model, and other rows to validate on."""
     config = tmp_path / "a config.yaml"
-    written = settings.items() - {"validation_size": "17"}.items()
-    config.write_text("".join(f"{key}: {value}\n" for key, value in written))
+    written = settings | {"validation_size": "16", "seed": "1"}  # not those of the samples
+    config.write_text("".join(f"{key}: {value}\n" for key, value in written.items()))
     output = tmp_path / name
     arguments = ["--samples", str(file), "--output", str(output), "--config", str(config)]
     outcome = call(augment, *arguments)
@@ -386,6 +396,16 @@ def repeated(file: Path) -> Path:
     return file
 
 
+def overlapping(file: Path, rows: dict[str, list[Problem]]) -> Path:
+    """With a data set whose train rows contain a test row."""
+    folder = file.parents[1] / "overlapping"
+    folder.mkdir()
+    for split, more in (("train", rows["test"][:1]), ("test", [])):
+        written = augment.as_jsonl([*rows[split], *more])
+        (folder / f"{split}.jsonl").write_bytes(written)
+    return recorded(file, dataset=str(folder))
+
+
 def pipe(file: Path) -> Path:
     os.mkfifo(file.with_name("pipe"))
     return file.with_name("pipe")
@@ -433,6 +453,7 @@ BAD_FILES: list[tuple[Callable[[Path, dict[str, list[Problem]]], Path], str]] = 
     (lambda f, _: recorded(f, validation_size=200), "validation_size 200 leaves nothing"),
     (lambda f, _: recorded(f, validation_size=30), "is a validation question of "),
     (lambda f, _: recorded(f, dataset="./nowhere"), "dataset './nowhere' is neither"),
+    (overlapping, "1 questions are in both train and test"),
     (lambda f, _: (f.with_name("evaluation.json").write_text("[]"), f)[1], "json: is damaged"),
 ]
 
@@ -481,7 +502,9 @@ def test_a_gold_may_lack_its_commas(call, file: Path, tmp_path: Path) -> None:
     assert call(augment, "--samples", str(file), "--output", str(tmp_path / "out")).code == 0
 
 
-@pytest.mark.parametrize("kind", ["file", "link", "other", "more", "changed", "the data set"])
+@pytest.mark.parametrize(
+    "kind", ["file", "link", "dangling", "other", "more", "less", "changed", "the data set"]
+)
 def test_nothing_that_is_there_is_written_over(
     call, file: Path, data_folder: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -490,10 +513,14 @@ def test_nothing_that_is_there_is_written_over(
     if kind in ("more", "changed"):
         assert call(augment, *arguments).code == 0
         (output / ("notes.txt" if kind == "more" else "test.jsonl")).write_text("mine")
+    elif kind == "less":
+        assert call(augment, *arguments).code == 0
+        (output / "augment.json").unlink()
     elif kind == "file":
         output.write_text("mine")
-    elif kind == "link":
-        (tmp_path / "elsewhere").mkdir()
+    elif kind in ("link", "dangling"):
+        if kind == "link":
+            (tmp_path / "elsewhere").mkdir()
         output.symlink_to(tmp_path / "elsewhere")
     elif kind == "other":
         output.mkdir()
@@ -503,7 +530,7 @@ def test_nothing_that_is_there_is_written_over(
     before = tree(tmp_path), tree(data_folder)
     call(augment, *arguments).assert_user_error(arguments[-1], "--output")
     assert (tree(tmp_path), tree(data_folder)) == before
-    assert kind != "link" or output.is_symlink()
+    assert kind not in ("link", "dangling") or output.is_symlink()
 
 
 def test_an_empty_folder_is_filled_and_a_full_disk_leaves_none(
@@ -572,7 +599,8 @@ def test_flags_override_what_is_recorded(call, file: Path, tmp_path: Path) -> No
     assert call(augment, *arguments, "--validation_size", "5").code == 0
     about = json.loads((tmp_path / "out" / "augment.json").read_text())
     assert about["validation_size"] == 5 and about["num_problems"] == 112
-    assert about["problems_by_kept"] == {"0": 12, "2": 100}
+    assert about["problems_by_kept"] == {"0": 12, "2": 100} and about["num_sampled"] == 100
+    assert about["lists_per_problem"] == (112 + 200) / 112  # of the rows, and of what was kept
 
 
 def test_one_process_is_enough(
@@ -804,5 +832,8 @@ def test_the_whole_way(
     assert outcome.code == 0, outcome.err
     words = shlex.split(outcome.out.rpartition("next: ")[2])
     assert train.read_arguments(words[2:])[0].epochs == 9  # the file that is named, not the run's
+    outcome = call(augment, "--samples", str(file), str(again), *both[:2])
+    words = shlex.split(outcome.out.rpartition("next: ")[2])
+    assert train.read_arguments(words[2:])[0].epochs == trained["epochs"] != 1  # the first run's
     written = [(folder / "train.jsonl").read_bytes() for folder in (output, tmp_path / "both")]
     assert written[0] == written[1]  # the second run knows nothing new
