@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from fractions import Fraction
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from engine import usage
 from grading.compare import compare
 from page import write
 from page.curves import Logged, charts_of
+from page.facts import Epochs, Facts, epochs_of, facts_of, settings_of
 from page.plot import draw, number
 from page.problems import choices_of, entries_of
-from page.text import LONGEST, checked, visible
+from page.record import read_record
+from page.text import LONGEST, checked, in_digits, visible
 from run import run_log
 
 KINDS = ["right", "arithmetic", "right", "reasoning", "format", "cut", "flexible", "right"]
@@ -171,6 +174,9 @@ def test_the_scores_are_those_of_the_evaluation(run: Path) -> None:
         assert re.search(rf"{label} [a-z_ ,]+ {count} ", text), label
     for steps, count in scores["by_steps"].items():
         assert f" {steps} {count['num_correct'] / count['num_problems']:.1%} " in text, steps
+    for words, count in scores["by_question_words"].items():
+        assert f" {words} {count['num_correct'] / count['num_problems']:.1%} " in text, words
+    assert f"wrong by another {len(scores['rules_disagree'])} " in text and scores["rules_disagree"]
 
 
 def test_other_scores_are_shown(run: Path) -> None:
@@ -213,6 +219,65 @@ def test_the_curves_are_those_of_the_metrics() -> None:
     # Without a best checkpoint, the lowest loss marks the best.
     [loss, *_] = charts_of([Logged("run", lines, None)])
     assert loss.curves[1].best == (8, 0.25)
+
+
+def test_a_chart_shows_what_it_can_in_lines_and_in_words() -> None:
+    """Guards against a logarithm of 0, an empty chart, and a page that says nothing aloud."""
+    lines = [
+        {"step": 1, "train/loss": 0.0, "train/grad_norm": 0.01, "train/mfu": 0.5},
+        {"step": 2, "train/loss": 5.0, "train/grad_norm": 5.0, "val/exact_match": 0.5},
+        {"step": 4, "val/loss": 0.25, "val/loss_equations": 1.0, "val/exact_match": 0.75},
+        {"step": 8, "val/loss_equations": 0.5},
+    ]
+    charts = charts_of([Logged("one", lines, 4)])
+    titles = ["Loss", "Exact match on the validation rows", "Gradient norm"]
+    assert [(chart.title, chart.is_logarithmic) for chart in charts] == [
+        (title, False) for title in titles
+    ]
+    assert charts[0].summary == (
+        "Loss over optimizer steps. training: 0 at step 1 to 5 at step 2; validation: 0.25 at step "
+        "4 to 0.25 at step 4, best checkpoint at step 4 with 0.25."
+    )
+    assert charts[1].curves[0].best is None
+    [loss, *_] = charts_of([Logged("one", lines, 4), Logged("two", lines[:2], None)])
+    labels = ["one, training", "one, validation", "two, training"]
+    assert [curve.label for curve in loss.curves] == labels
+
+
+def test_the_facts_are_those_of_the_run() -> None:
+    """Guards against numbers of another step, and a speed that only the first step had."""
+    settings = {"model": "some/model", "epochs": 3, "batch_size": 128, "learning_rate": 2e-5}
+    best = {"step": 24, "epoch": 2.0, "validation_loss": 0.123456, "validation_perplexity": "high"}
+    speeds = [{"step": n, "train/tokens_per_second": 1000.0 * n * n} for n in (1, 2, 3)]
+    assert facts_of(settings, best, speeds, {"checkpoint": "runs/a/best"}) == Facts(
+        about=[
+            ("Checkpoint", "runs/a/best"),
+            ("Model", "some/model"),
+            ("Recipe", "3 epochs, batches of 128, learning rate 2e-5"),
+            ("Throughput", "4,000 tokens per second"),
+        ],
+        best=[("best epoch", "2"), ("validation loss", "0.1235")],
+    )
+    lines = [
+        {"step": 24, "epoch": 2.0, "val/loss": 0.4, "val/exact_match": 0.5},
+        {"step": 12, "epoch": 1.0, "val/loss": 0.5},  # from before a resume
+        {"step": 30, "train/loss": 1.0},
+        {"val/loss": 1.0},
+        {"step": 36, "val/exact_match": 0.25},
+    ]
+    assert epochs_of(lines, 24) == Epochs(
+        columns=["Loss", "Exact match"],
+        rows=[
+            ("1", 12, ["0.5", "–"], False),
+            ("2", 24, ["0.4", "0.5"], True),
+            ("–", 36, ["–", "0.25"], False),
+        ],
+    )
+    assert settings_of([{"a": 1, "b": 2e-5}, {"a": 1, "c": True}]) == [
+        ("a", ["1", "1"], False),
+        ("b", ["2e-5", "–"], True),
+        ("c", ["–", "true"], True),
+    ]
 
 
 def test_all_that_training_logs_has_a_title() -> None:
@@ -259,7 +324,9 @@ def test_numbers_of_axes_are_short(value: float, shown: str) -> None:
     assert number(value) == shown
 
 
-@pytest.mark.parametrize("missing", ["eval", "metrics.jsonl", "best", "settings", "stop and steps"])
+@pytest.mark.parametrize(
+    "missing", ["eval", "metrics.jsonl", "best", "settings", "stop and steps", "rows"]
+)
 def test_what_is_missing_is_left_out(run: Path, missing: str) -> None:
     """Guards against an old or unfinished run that can't be looked at."""
     if missing == "settings":
@@ -267,19 +334,50 @@ def test_what_is_missing_is_left_out(run: Path, missing: str) -> None:
     elif missing == "stop and steps":
         keys = ("id", "gold", "completion")
         rows = [{key: row[key] for key in keys} for row in made_up.rows_of(KINDS)]
+        rows[0]["steps"] = 1  # of the others it is unknown
         (run / "eval" / "test" / "predictions.jsonl").write_text(
             "".join(json.dumps(row) + "\n" for row in rows)
         )
+    elif missing == "rows":
+        (run / "eval" / "test" / "predictions.jsonl").write_text("")
     elif (run / missing).is_dir():
         shutil.rmtree(run / missing)
     else:
         (run / missing).unlink()
     page = page_of(run)
-    assert ("problems" in page.ids()) == (missing != "eval")
+    assert ("problems" in page.ids()) == (missing not in ("eval", "rows"))
+    assert "No evaluation is shown" not in page.text
     assert ("training" in page.ids()) == (missing != "metrics.jsonl")
     assert ("settings" in page.ids()) == (missing not in ("best", "settings"))
     if missing == "stop and steps":
         assert "cut stopped at max_new_tokens unknown" in page.text
+
+
+@pytest.mark.parametrize("place", ["last/training.json", "finished.json"])
+def test_without_a_best_checkpoint_the_newest_has_the_settings(run: Path, place: str) -> None:
+    (run / "last").mkdir()
+    (run / "best" / "training.json").rename(run / place)
+    record = read_record(run, None)
+    assert record.best == {} and record.description["settings"]["epochs"] == 3
+    (run / place).write_text('{"settings": []}')
+    assert read_record(run, None).description == {}
+
+
+def test_the_evaluation_is_the_one_that_is_named_or_the_test_split(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = run / "eval"
+    for name in ("validation", "last-test"):
+        made_up.write_predictions(places / name, made_up.rows_of(OTHER_KINDS))
+    monkeypatch.chdir(run)
+    record = read_record(Path("."), None)
+    assert record.name == "first" and list(record.exact_match) == sorted(record.exact_match)
+    assert record.evaluation.name == "test"
+    assert read_record(run, "last-test").evaluation.name == "last-test"
+    shutil.rmtree(places / "test")
+    assert read_record(run, None).evaluation.name == "validation"
+    shutil.rmtree(places / "validation")
+    assert read_record(run, None).evaluation.name == "last-test"
 
 
 @pytest.mark.parametrize("scores", ["[]", "{", '{"calculator": {}, "samples": [1]}'])
@@ -333,6 +431,11 @@ def test_an_evaluation_that_goes_on_is_shown_so_far(run: Path) -> None:
     text = page_of(run).text
     assert "Unfinished: 6 of 8 problems so far." in text
     assert "1 damaged lines of predictions.jsonl are left out." in text
+    file.write_text("".join([*lines, lines[0]]))  # which two processes have written
+    (file.parent / "scores.json").unlink()
+    (file.parent / "evaluation.json").write_text('{"num_problems": 7}')
+    evaluation = read_record(run, None).evaluation
+    assert (evaluation.num_problems, evaluation.are_samples) == (8, False)
 
 
 def test_an_evaluation_that_goes_on_with_more_problems_is_unfinished(run: Path) -> None:
@@ -358,6 +461,11 @@ def test_a_folder_of_predictions_is_enough(tmp_path: Path) -> None:
     page = page_of(folder)
     assert (folder / "report.html").is_file()
     assert page.text.startswith("some-model: report") and "problem-7" in page.ids()
+    # Its name, and that of its split, say which one it is.
+    other = shutil.move(folder, folder.with_name("greedy"))
+    for split in ("greedy", "test"):
+        assert "problem-7" in page_of(other, split=split).ids()
+    assert [file.name for file in other.glob("*.html")] == ["report.html"]
 
 
 # ---------------------------------------------------------------- completions
@@ -382,6 +490,17 @@ def test_a_folder_of_predictions_is_enough(tmp_path: Path) -> None:
             '<span class="false">333,333 / 2 = 166,666</span>'
             '<em class="value">false: it is 166,666.5</em>',
         ),
+        (
+            "1+1=3. 1+1=4.",
+            '<span class="false">1+1=3</span><em class="value">false: it is 2</em>. '
+            '<span class="false">1+1=4</span><em class="value">false: it is 2</em>.',
+        ),
+        (
+            "1+2=<<1+1=3>>4",  # the annotation is another equation
+            '<span class="false">1+2=&lt;&lt;1+1=3&gt;&gt;</span>'
+            '<em class="value">false: it is 2</em>'
+            '<span class="false">4</span><em class="value">false: it is 3</em>',
+        ),
         ("half of x = 3", "half of x = 3"),
         ("#### 5", '<span class="answer">#### 5</span>'),
         (
@@ -392,6 +511,21 @@ def test_a_folder_of_predictions_is_enough(tmp_path: Path) -> None:
 )
 def test_equations_and_answers_are_marked(completion: str, shown: str) -> None:
     assert checked(completion, correct=False) == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("1234567", "1,234,567"),
+        ("-1/3", "-0.333333"),
+        ("1000001/10", "100,000.1"),
+        ("-333333/2", "-166,666.5"),
+        ("370370367037/3", "123,456,789,012.33"),
+        ("200000000000000001/2", "1e17"),
+    ],
+)
+def test_what_an_equation_really_is_has_few_digits(value: str, shown: str) -> None:
+    assert in_digits(Fraction(value)) == shown
 
 
 def test_a_right_answer_is_marked_as_such() -> None:
@@ -420,6 +554,7 @@ def test_nothing_of_a_completion_is_lost(length: int) -> None:
         ("a\u200b\u00a0b", 'a<code title="ZERO WIDTH SPACE">U+200B</code>'
          '<code title="NO-BREAK SPACE">U+00A0</code>b'),
         ("a\n\tb é 七 €", "a\n\tb é 七 €"),
+        ("a\r", 'a<code title="control character">U+000D</code>'),
     ],
 )  # fmt: skip
 def test_what_is_invisible_is_shown(text: str, shown: str) -> None:
@@ -439,6 +574,7 @@ def test_two_runs_show_what_was_won_and_lost(run: Path, other: Path) -> None:
     assert (other / "report-against-first.html").is_file() and not (other / "report.html").exists()
     assert f"Won {len(expected.won)} , lost {len(expected.lost)}" in page.text
     assert f"(McNemar) {expected.p_value:.3g}: chance may well" in page.text
+    assert "+12.5 points from first to second" in page.text and " interval is −" in page.text
     assert "learning_rate 2e-5 1e-5" in page.text and "settings, 1 of which differ" in page.text
 
 
@@ -473,6 +609,23 @@ def test_each_badge_says_whose_it_is(run: Path, other: Path) -> None:
     text = page_of(run, other).text
     assert " 1 won first: arithmetic second: right Anna has 1 apples" in text
     assert "first: right" not in page_of(run).text
+
+
+def test_a_problem_shows_what_either_run_knows_of_it() -> None:
+    """Guards against rows of other programs that hide what evaluate.py has written beside them."""
+    plain = {"id": 3, "gold": "5", "completion": "#### 5"}
+    new = plain | {"completion": "Surely 5", "question": "2 + 3?", "steps": 2}
+    new |= {"num_tokens": 1234, "stop": "length"}
+    alone, both = entries_of([[plain], [new, plain | {"id": 1, "num_tokens": "?", "stop": "eos"}]])
+    assert (alone.number, alone.length, alone.tags) == (1, 6, ["second-right"])
+    assert (both.number, both.length, both.steps, both.question) == (3, 1234, 2, "2 + 3?")
+    assert [answer.ending for answer in both.answers] == ["", "cut at the limit, 1,234 tokens"]
+    assert [answer.result for answer in both.answers] == ["right", "cut"]
+    assert alone.answers[1].ending == "ended by itself"
+    seconds = ["second-wrong", "second-cut", "second-disagree"]
+    assert both.tags == ["lost", "first-right", *seconds]
+    for row, change in ((plain, "both-right"), (plain | {"completion": ""}, "both-wrong")):
+        assert entries_of([[row], [row]])[0].change == change
 
 
 def test_filters_count_what_they_find() -> None:
