@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import peft
 import pytest
 import torch
 from conftest import PROMPT, Killed, flags, kill, make_config, run_folder, seal, step_that, tree
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn, overrides
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -33,7 +34,7 @@ from engine.device import cpu_kernels, cuda_kernels
 from engine.footprint import activation_bytes
 from engine.llama import Llama
 from engine.loading import check_fits, load_model
-from engine.lora import TARGETS, AdaptedLinear, _merged, merge_adapters
+from engine.lora import TARGETS, AdaptedLinear, _merged, inject, merge_adapters
 from engine.nf4 import dequantised
 from engine.optimizer import checkpoint_bytes
 from engine.recipe import Recipe, Recomputation, Rows, gradient_bytes, state_bytes, weight_bytes
@@ -44,7 +45,7 @@ from grading.dataset import Problem
 from run.checkpoint import save_checkpoint
 from run.errors import UserError
 from run.manifest import BEST, LAST
-from run.method import Adapter
+from run.method import Adapter, adapter_of
 
 CPU = torch.device("cpu")
 KERNELS = cpu_kernels(with_onednn=False)
@@ -485,6 +486,32 @@ def test_merged_and_unmerged_have_the_same_loss_in_bfloat16(
     assert abs(merged / unmerged - 1) < 3e-4 < 0.1 < abs(base / unmerged - 1)
 
 
+def test_a_bias_of_the_base_is_merged_along(make_llama: Callable[..., LlamaForCausalLM]) -> None:
+    """Guards against a merged model whose biases are what happened to be in memory."""
+    pretrained = make_llama(50, attention_bias=True, mlp_bias=True)
+    layers = inject(pretrained, NEW, torch.float32).layers
+    hidden = torch.randn(3, 7, layers[0].in_features)
+    with torch.no_grad():
+        for weight in pretrained.parameters():
+            weight.normal_()
+        for layer in layers[:2]:
+            torch.testing.assert_close(_merged(layer, torch.float32)(hidden), layer(hidden))
+
+
+@pytest.mark.parametrize("change", [{"more": torch.zeros(1)}, None], ids=["more", "less"])
+def test_an_adapter_with_other_weights_is_refused(
+    runs: dict[str, dict[str, str]], wide_folder: Path, tmp_path: Path, change: dict | None
+) -> None:
+    """Guards against weights of a layer that this model does not have, left out in silence."""
+    file = "adapter_model.safetensors"
+    weights = load_file(run_folder(runs["lora"]) / BEST / file)
+    weights = weights | change if change else dict(list(weights.items())[1:])
+    save_file(weights, tmp_path / file)
+    adapter = replace(NEW, is_rank_stabilised=True, alpha=16, folder=tmp_path)
+    with pytest.raises(UserError, match="is not in both of the file and the model"):
+        load_model(wide_folder, torch.float32, CPU, None, adapter)
+
+
 def test_a_merge_overwrites_nothing_and_needs_an_adapter(
     call, runs: dict[str, dict[str, str]], wide_folder: Path, tmp_path: Path
 ) -> None:
@@ -598,6 +625,12 @@ def test_a_package_that_is_absent_is_named_with_its_version(
         f"method {how}: needs {pin}, which", f"pip install {pin}"
     )
     call(perplexity, "--ckpt", str(run_folder(runs[how]) / BEST)).assert_user_error(pin)
+
+
+def test_an_adapter_has_the_settings_of_its_run() -> None:
+    settings = {"method": "qlora", "model": "base", "dtype": "bfloat16", "lora_rank": 4}
+    settings |= {"lora_alpha": 8, "lora_rslora": True, "lora_dropout": 0.25, "seed": 7}
+    assert adapter_of(settings) == Adapter("base", "bfloat16", True, 4, 8, True, 0.25, 7, None)
 
 
 def test_full_fine_tuning_needs_no_package_of_adapters(
