@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 import shutil
+import statistics
 import sys
 import time
 import xml.etree.ElementTree as ET
@@ -35,8 +36,10 @@ from engine.packing import IGNORE
 from engine.ranks import ALONE
 from grading.next_steps import next_steps
 from run import progress_bar, streams, terminal
+from run.checkpoint import newest_intact
 from run.folder import find_opening
-from run.manifest import LAST, MANIFEST_FILE, PREVIOUS
+from run.manifest import FINISHED_FILE, LAST, MANIFEST_FILE, PREVIOUS
+from run.opening import newest_as_it_is
 from run.progress import Progress
 from run.retention import disk_space
 from run.shell import evaluation_command
@@ -81,6 +84,11 @@ def test_the_time_left_counts_validations_and_saves() -> None:
     assert seen[9] == (11 * 2.5 + 2 * 6.0, False)
     # Saves after steps 12 and 16; the one after step 20 belongs to the end of the epoch.
     assert seen[12] == (8 * 2.5 + 2 * 6.0 + 30.0, True)
+    left = TimeLeft(steps=10, steps_per_epoch=2, checkpoint_steps=5, clock=clock)
+    for step in range(1, 7):
+        with left.timed(step):
+            pass
+        assert left.after(step)[1] == (step == 6)  # when the save after step 5 is over
 
 
 @pytest.mark.parametrize("every", [None, 1, 3, 4, 5, 10, 25])
@@ -267,6 +275,12 @@ def test_a_look_without_a_terminal_is_plain_and_writes_nothing(
     outcome = look(epochs="3")
     assert outcome.code == 0, outcome.err
     assert tree(tmp_path) == before and not run_folder(settings).exists()
+    run = preflight.prospect(make_config(settings | {"epochs": "3"}), ALONE, TOOLS)
+    lengths = [len(each.input_ids) for each in run.rows]
+    tokens, labels = (
+        sum(len(each.labels) - drop * each.labels.count(IGNORE) for each in run.rows)
+        for drop in (0, 1)
+    )
     assert "\x1b" not in outcome.out and wide_lines(outcome.out) == []
     for shown in (
         "21: 3 epochs of 7",
@@ -278,10 +292,34 @@ def test_a_look_without_a_terminal_is_plain_and_writes_nothing(
         "micro_batch_tokens 512",
         "learning_rate 0.003, dtype float32, gradient_checkpointing false, max_new_tokens 8",
         "tokens a second",
+        f"train 100, with {tokens:,} tokens, of which {labels:,} ({labels / tokens:.1%}) are super",
+        "validation 17 left out 0 with",
+        f"{statistics.mean(lengths):.0f} tokens on average, median {statistics.median(lengths):g}, "
+        f"longest {max(lengths):,}",
+        f"Line {run.rows[0].line} of train",
+        f"{run.schedule.learning_rate(20):.3g} at the end",
     ):
         assert shown in " ".join(outcome.out.split()) or shown in outcome.out, shown
     counts = re.findall(r"^ +[\d,]+ to +[\d,]+ tokens +([\d,]+)", outcome.out, re.MULTILINE)
     assert sum(int(count) for count in counts) == 100
+
+
+def test_a_look_counts_the_rows_that_begin_and_end_as_they_should(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Guards against 100 % of rows whose EOS is not learnt, which would write without an end."""
+    tokenizer = SimpleNamespace(bos_token_id=1, eos_token_id=2, piece=str)
+    rows = [
+        packing.Example([1, 5, 2], [IGNORE, 5, 2]),
+        packing.Example([1, 5, 2], [1, 5, IGNORE]),
+        packing.Example([5, 1, 2, 6], [IGNORE, 1, 2, 6]),
+        packing.Example([1, 2, 5, 2], [IGNORE, 2, 5, 2]),
+        packing.Example([1, 1, 5, 2], [IGNORE, 1, 5, 2]),
+    ]
+    preflight.show_borders(terminal.open_console(), rows, tokenizer)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "begins 3 of 5 rows" in shown and "ends 3 of 5 rows" in shown
+    assert "only there 3 of 5 rows" in shown
 
 
 @pytest.mark.parametrize("no_color", ["", "1"])
@@ -353,6 +391,28 @@ def test_a_look_says_what_is_there_already(look, stopped: Path, is_complete: boo
     outcome = look()
     assert f"has a checkpoint of step {step}" in " ".join(outcome.out.split()), outcome.out
     assert tree(stopped) == before
+
+
+@pytest.mark.parametrize(
+    ("damaged", "is_finished", "found"),
+    [
+        ([LAST], False, PREVIOUS),
+        ([], True, LAST),  # the removal of the state has not begun
+        ([LAST], True, None),
+        ([LAST, PREVIOUS], True, None),
+    ],
+)
+def test_a_look_finds_what_training_would_go_on_from(
+    stopped: Path, damaged: list[str], is_finished: bool, found: str | None
+) -> None:
+    """Guards against a removal of the state that was cut, and is taken for damage."""
+    for name in damaged:
+        (stopped / name / MANIFEST_FILE).unlink()
+    if is_finished:
+        (stopped / FINISHED_FILE).write_text("{}")
+    before, expected = tree(stopped), found and stopped / found
+    assert newest_as_it_is(stopped) == expected and tree(stopped) == before
+    assert newest_intact(stopped) == expected
 
 
 def test_a_look_at_a_run_in_training_is_refused(look, stopped: Path) -> None:
@@ -559,12 +619,20 @@ def row(length: int) -> Any:
     return SimpleNamespace(input_ids=range(length))
 
 
-def test_a_disk_is_measured_before_the_folder_exists(tmp_path: Path) -> None:
+def test_a_disk_is_measured_before_the_folder_exists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run has there already counts, the slices of several processes too."""
     there, missing = tmp_path, tmp_path / "not" / "yet"
     assert disk_space(missing, 5, 7)[0] == 5 + 3 * 12
     # Others write to the disk meanwhile.
     assert disk_space(missing, 5, 7)[1] == pytest.approx(disk_space(there, 5, 7)[1], rel=0.01)
     assert not missing.exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    for place in ("best", "last/state", "previous/state", "eval/test"):
+        (there / place).mkdir(parents=True)
+        (there / place / "file").write_bytes(bytes(100))
+    assert disk_space(there, 5, 7)[1] == 10 + 3 * 100
 
 
 def step_of_both(

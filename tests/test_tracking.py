@@ -21,11 +21,11 @@ from conftest import Killed, flags, flip_a_byte, kill, processes, step_that
 import evaluate
 import train
 from engine.measure import Measurement
-from run import metrics_log, tracker, wandb_run
+from run import metrics_log, progress, tracker, wandb_run
 from run.config import CONFIG_FILE, load_config
 from run.errors import NotFiniteError
 from run.manifest import FITTING_FILE
-from run.progress import Progress
+from run.progress import Progress, Speed
 from run.run_log import RunLog, open_log
 from run.shell import evaluation_command
 
@@ -612,6 +612,20 @@ def test_every_line_is_on_the_disk_before_the_next(
         for step in (1, 2):
             metrics.write(step, 0.5, {"train/loss": 1.0})
             assert synced[-1] == (tmp_path / "metrics.jsonl").stat().st_size > 0
+
+
+def test_the_speed_is_that_of_the_steps_since_the_last_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Guards against a mean over the whole run, which hides that it has become slower."""
+    clock = [0.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    speed = Speed()
+    for seconds, tokens, expected in ((2.0, 100, None), (3.0, 400, 100.0), (8.0, 400, 50.0)):
+        with speed.timed(tokens):
+            clock[0] += seconds
+        clock[0] += 60.0  # a validation
+        assert expected is None or speed.take_tokens_per_second() == expected
 
 
 def test_metrics_of_a_killed_run_are_cut_at_the_resumed_step(tmp_path: Path) -> None:
