@@ -68,13 +68,21 @@ def load_problems(dataset: str, split: str) -> list[Problem]:
 
 
 def check_disjoint(train: Iterable[Problem], test: Iterable[Problem]) -> None:
-    """Raises UserError if a test question is in ``train``, which would make the score worthless."""
-    shared = {problem.question for problem in train} & {problem.question for problem in test}
+    """Raises UserError if a test question is in ``train``, which would make the score worthless.
+
+    Spaces and capitals do not make it another question.
+    """
+    of_test = {_essence(problem.question) for problem in test}
+    shared = {problem.question for problem in train if _essence(problem.question) in of_test}
     if shared:
         raise UserError(
             f"{len(shared)} questions are in both train and test, one is "
             f"{one_line(min(shared))[:80]!r}: remove them from train"
         )
+
+
+def _essence(question: str) -> str:
+    return " ".join(question.casefold().split())
 
 
 def _download(dataset: str, split: str) -> list[Problem]:

@@ -246,6 +246,9 @@ def test_real_splits_are_disjoint() -> None:
 def test_a_test_question_in_train_is_refused(problems: list[Problem]) -> None:
     with pytest.raises(UserError, match="1 questions are in both train and test"):
         dataset.check_disjoint(problems[:20], problems[19:30])
+    copied = Problem(f" {problems[20].question.upper()}".replace(" ", "\n "), "#### 0")
+    with pytest.raises(UserError, match="1 questions are in both train and test"):
+        dataset.check_disjoint([*problems[:20], copied, copied], problems[20:30])
     dataset.check_disjoint(problems[:20], problems[20:30])
 
 
