@@ -2,6 +2,7 @@
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from run.errors import UserError, one_line
@@ -16,7 +17,8 @@ def local_path(text: str) -> Path:
     """
     try:
         path = Path(text).expanduser()
-        path.exists()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()  # not exists(), which ignores every error since Python 3.14
         return path
     except PermissionError as error:
         raise UserError(

@@ -298,10 +298,12 @@ def test_a_folder_that_may_not_be_entered(
 ) -> None:
     """Guards against the advice to check how its path is spelt."""
 
-    def refuse(path: Path) -> bool:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    def refuse(path: Path, **options: bool) -> os.stat_result:
+        if path == Path("locked/best"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return os.stat(path, **options)
 
-    monkeypatch.setattr(Path, "exists", refuse)
+    monkeypatch.setattr(Path, "stat", refuse)
     outcome = call(evaluate, "--ckpt", "locked/best", *flags(settings))
     outcome.assert_user_error("'locked/best': Permission denied: check your permissions there")
 

@@ -126,6 +126,9 @@ class Broken(io.TextIOBase):
     def flush(self) -> None:
         self.write("")
 
+    def close(self) -> None:
+        """When it is collected, which must not fail."""
+
 
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes a minute pass between any two looks at the clock, so that each step writes a line."""
@@ -702,7 +705,7 @@ def test_the_packages_are_those_of_requirements_and_imported() -> None:
     ("change", "fragments"),
     [
         (
-            "sys.modules['fcntl'] = None; sys.platform = 'win32'",
+            "import shutil; sys.modules['fcntl'] = None; sys.platform = 'win32'",
             ["win32 has no file locks", "WSL2"],
         ),
         (
