@@ -23,7 +23,7 @@ from engine.shape import read_shape
 from engine.tokenizer_files import FILES
 from engine.trial import filled, time_facts, try_steps
 from run.config import CONFIG_FILE, Config, load_config
-from run.errors import UserError, one_line
+from run.errors import UserError, counted, one_line
 from run.files import gigabytes
 from run.model_source import find_start
 from run.paths import local_path
@@ -251,7 +251,7 @@ def show_steps(console: Console, run: Prospect) -> None:
     facts(
         console,
         {
-            "steps": f"{steps:,}: {run.config.epochs} epochs of {batches.per_epoch:,}",
+            "steps": f"{steps:,}: {counted(run.config.epochs, 'epoch')} of {batches.per_epoch:,}",
             "rows in a step": f"{first:,}{smaller}",
             "learning rate": f"{schedule.peak:g} at most, first in step {peak_step:,}; "
             f"{schedule.shape}; {schedule.learning_rate(steps - 1):.3g} at the end",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grading import rules
-from run.errors import UserError, first_few, one_line
+from run.errors import UserError, counted, first_few, one_line
 from run.files import LFS_POINTER
 from run.paths import is_hub_id, local_path
 
@@ -76,7 +76,7 @@ def check_disjoint(train: Iterable[Problem], test: Iterable[Problem]) -> None:
     shared = {problem.question for problem in train if _essence(problem.question) in of_test}
     if shared:
         raise UserError(
-            f"{len(shared)} questions are in both train and test, one is "
+            f"train and test share {counted(len(shared), 'question')}, such as "
             f"{one_line(min(shared))[:80]!r}: remove them from train"
         )
 

@@ -111,6 +111,11 @@ def storage_cure(error: Exception) -> str:
     return "check that disk or mount, and your permissions there"
 
 
+def counted(number: int, noun: str) -> str:
+    """Such as ``1 epoch`` or ``3 epochs``."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def first_few(values: Iterable[int | str]) -> str:
     """The first five of ``values``, and how many more there are."""
     values = list(values)

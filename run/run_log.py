@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from run.errors import NotFiniteError, Stopped, UserError, cause_of
+from run.errors import NotFiniteError, Stopped, UserError, cause_of, counted
 from run.manifest import BEST
 from run.metrics_log import MetricsLog, NoMetrics
 from run.progress import Progress, Speed
@@ -132,7 +132,7 @@ class RunLog:
         """Print a summary of the run before it starts."""
         print(
             f"training: {rows} rows, {self._steps} steps of {batch_size} sequences in "
-            f"{self._epochs} epochs, on {device} in {how}; validation: {held_out} rows"
+            f"{counted(self._epochs, 'epoch')}, on {device} in {how}; validation: {held_out} rows"
         )
 
     def __enter__(self) -> "RunLog":

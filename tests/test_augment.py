@@ -453,7 +453,7 @@ BAD_FILES: list[tuple[Callable[[Path, dict[str, list[Problem]]], Path], str]] = 
     (lambda f, _: recorded(f, validation_size=200), "validation_size 200 leaves nothing"),
     (lambda f, _: recorded(f, validation_size=30), "is a validation question of "),
     (lambda f, _: recorded(f, dataset="./nowhere"), "dataset './nowhere' is neither"),
-    (overlapping, "1 questions are in both train and test"),
+    (overlapping, "train and test share 1 question, such as"),
     (lambda f, _: (f.with_name("evaluation.json").write_text("[]"), f)[1], "json: is damaged"),
 ]
 

@@ -476,7 +476,7 @@ TABLE: list[tuple[str, str, Callable[[World], list[str]], str]] = [
         "data: a test question",
         "train",
         lambda w: w.with_line((w.data / "test.jsonl").read_bytes().split(b"\n")[0]),
-        "1 questions are in both train and test",
+        "train and test share 1 question, such as",
     ),
     (
         "data: split of evaluation",

@@ -244,10 +244,10 @@ def test_real_splits_are_disjoint() -> None:
 
 
 def test_a_test_question_in_train_is_refused(problems: list[Problem]) -> None:
-    with pytest.raises(UserError, match="1 questions are in both train and test"):
+    with pytest.raises(UserError, match="train and test share 1 question, such as"):
         dataset.check_disjoint(problems[:20], problems[19:30])
     copied = Problem(f" {problems[20].question.upper()}".replace(" ", "\n "), "#### 0")
-    with pytest.raises(UserError, match="1 questions are in both train and test"):
+    with pytest.raises(UserError, match="train and test share 1 question, such as"):
         dataset.check_disjoint([*problems[:20], copied, copied], problems[20:30])
     dataset.check_disjoint(problems[:20], problems[20:30])
 
@@ -270,7 +270,7 @@ def test_rows_of_a_run_are_disjoint_and_have_fingerprints(
     for other in ([reworded, *problems[1:12]], problems[11::-1]):
         assert data.fingerprint(other) != found.sha256["test_sha256"]
     write_rows(tmp_path / "test.jsonl", problems[:13])
-    with pytest.raises(UserError, match="1 questions are in both train and test"):
+    with pytest.raises(UserError, match="train and test share 1 question, such as"):
         data.load_for_training(str(tmp_path), 17, seed=3)
 
 

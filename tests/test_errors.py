@@ -21,6 +21,7 @@ import evaluate
 import perplexity
 import train
 from run import config
+from run.errors import counted
 
 ROOT = Path(config.__file__).parents[1]
 
@@ -519,3 +520,11 @@ def test_no_data_of_a_split(call, settings: dict[str, str], tmp_path: Path) -> N
         call(train, *flags(settings | {"dataset": str(dataset)})).assert_user_error(fragment)
     outcome = call(train, *flags(settings | {"validation_size": "5000"}))
     outcome.assert_user_error("validation_size 5000 leaves nothing of the 117 train rows")
+
+
+def test_one_of_a_kind_is_not_called_several() -> None:
+    assert [counted(n, "row") for n in (0, 1, 1000)] == [
+        "0 rows",
+        "1 row",
+        "1,000 rows",
+    ]
