@@ -356,6 +356,14 @@ def die_and_resume(settings: dict[str, str], at: int) -> int:
 
 
 @pytest.fixture(scope="session")
+def whole(model_folder: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `stopped`'s run that nothing interrupted. No test changes it."""
+    settings = small_run(model_folder, data_folder, tmp_path_factory.mktemp("whole"))
+    train.main(make_config(settings | {"checkpoint_steps": "4"}), report=lambda *_: None)
+    return run_folder(settings)
+
+
+@pytest.fixture(scope="session")
 def stopped_once(
     model_folder: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:

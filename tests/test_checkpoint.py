@@ -123,11 +123,14 @@ def test_the_hash_is_xxh3(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_last_is_named_and_its_predecessor_used(
-    call, settings: dict[str, str], stopped: Path, damage: Callable[[Path], Any], fault: str
+    call,
+    settings: dict[str, str],
+    stopped: Path,
+    whole: Path,
+    damage: Callable[[Path], Any],
+    fault: str,
 ) -> None:
     """And the run ends as if nothing had happened."""
-    whole = settings | {"run_name": "whole"}
-    assert call(train, *flags(whole)).code == 0
     damage(stopped / LAST)
     damaged = tree(stopped / LAST)
     outcome = call(train, *flags(settings))
@@ -139,7 +142,7 @@ def test_a_damaged_last_is_named_and_its_predecessor_used(
     for name in (BEST, LAST, PREVIOUS):
         assert manifest.fault_of(stopped / name) is None
         for file in (stopped / name).glob("*.safetensors"):
-            assert file.read_bytes() == (run_folder(whole) / name / file.name).read_bytes()
+            assert file.read_bytes() == (whole / name / file.name).read_bytes()
 
 
 def path_of(descriptor: int) -> Path:
@@ -225,11 +228,9 @@ def save_in_parts(folder: Path, part_bytes: int) -> None:
 
 
 def test_large_states_are_written_in_parts_and_read_back(
-    call, settings: dict[str, str], stopped: Path
+    call, settings: dict[str, str], stopped: Path, whole: Path
 ) -> None:
     """Guards against a second copy of all tensors on the way from a GPU, and an unread part."""
-    whole = settings | {"run_name": "whole"}
-    assert call(train, *flags(whole)).code == 0
     one = load_file(stopped / LAST / "state-00001.safetensors")
     for name in (BEST, LAST):
         save_in_parts(stopped / name, 50_000)
@@ -244,7 +245,7 @@ def test_large_states_are_written_in_parts_and_read_back(
         assert all(torch.equal(one[name], tensor) for name, tensor in tensors.items())
     assert call(evaluate, "--ckpt", str(stopped / BEST), "--limit", "2").code == 0
     assert call(train, *flags(settings)).code == 0
-    for file in (run_folder(whole) / LAST).glob("*.safetensors"):
+    for file in (whole / LAST).glob("*.safetensors"):
         assert file.read_bytes() == (stopped / LAST / file.name).read_bytes()
 
 
@@ -479,14 +480,12 @@ def test_remains_are_told_apart_by_any_name(tmp_path: Path, name: str) -> None:
 
 
 def test_space_for_all_checkpoints_is_checked_before_training(
-    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    call, settings: dict[str, str], whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error names the folder and how much is missing; what a resumed run has there counts."""
     usage = shutil.disk_usage("/")
-    assert call(train, *flags(settings | {"run_name": "other"})).code == 0
-    folder = run_folder(settings | {"run_name": "other"})
     weights = sum(
-        tensor.nbytes for tensor in load_file(folder / BEST / "model.safetensors").values()
+        tensor.nbytes for tensor in load_file(whole / BEST / "model.safetensors").values()
     )
     needed = weights + 3 * (weights + 2 * weights)
 
@@ -722,14 +721,13 @@ def test_a_checkpoint_that_is_replaced_while_it_is_loaded_is_not_evaluated(
 def test_a_rename_that_fails_loses_nothing(
     call,
     settings: dict[str, str],
+    whole: Path,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     fails: int,
     step: int,
 ) -> None:
     """Guards against deleting a complete staged checkpoint, and the previous one with it."""
-    whole = settings | {"run_name": "whole"}
-    assert call(train, *flags(whole)).code == 0
     with monkeypatch.context() as patch:
         original, seen = Path.rename, []
 
@@ -756,7 +754,7 @@ def test_a_rename_that_fails_loses_nothing(
     for folder in (BEST, LAST):
         assert manifest.fault_of(run_folder(settings) / folder) is None
         for file in (run_folder(settings) / folder).glob("*.safetensors"):
-            assert file.read_bytes() == (run_folder(whole) / folder / file.name).read_bytes()
+            assert file.read_bytes() == (whole / folder / file.name).read_bytes()
 
 
 def test_a_full_disk_under_the_tokenizer_is_one_line(
@@ -804,11 +802,9 @@ def test_a_folder_in_the_place_of_a_file_is_one_line(
 
 
 def test_a_disk_that_fills_up_under_the_metrics_is_one_line(
-    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    call, settings: dict[str, str], whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the run goes on from its last save when there is room again."""
-    whole = settings | {"run_name": "whole"}
-    assert call(train, *flags(whole)).code == 0
     with monkeypatch.context() as patch:
         calls = iter(range(1, 100))
         original = os.fsync
@@ -828,7 +824,7 @@ def test_a_disk_that_fills_up_under_the_metrics_is_one_line(
     )
     assert call(train, *flags(settings)).code == 0
     for file in (run_folder(settings) / LAST).glob("*.safetensors"):
-        assert file.read_bytes() == (run_folder(whole) / LAST / file.name).read_bytes()
+        assert file.read_bytes() == (whole / LAST / file.name).read_bytes()
     steps = [
         json.loads(line)["step"]
         for line in (run_folder(settings) / "metrics.jsonl").read_text().splitlines()

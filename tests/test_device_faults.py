@@ -116,13 +116,12 @@ def test_the_optimizers_state_is_there_before_the_first_step(
 def test_a_failed_update_ends_the_run_and_what_is_saved_stays(
     call,
     settings: dict[str, str],
+    whole: Path,
     monkeypatch: pytest.MonkeyPatch,
     error: Exception,
     after_update: bool,
 ) -> None:
     """Guards against a run that goes on with weights of which some were updated twice or never."""
-    whole = settings | {"run_name": "whole"}
-    assert call(train, *flags(whole)).code == 0
     saved: list[dict[str, bytes]] = []
     update = torch.optim.AdamW.step
 
@@ -144,7 +143,7 @@ def test_a_failed_update_ends_the_run_and_what_is_saved_stays(
     monkeypatch.setattr(torch.optim.AdamW, "step", update)
     assert call(train, *flags(settings)).code == 0
     ours, theirs = (
-        load_file(run_folder(one) / "last" / "model.safetensors") for one in (settings, whole)
+        load_file(folder / "last" / "model.safetensors") for folder in (run_folder(settings), whole)
     )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -152,18 +151,22 @@ def test_a_failed_update_ends_the_run_and_what_is_saved_stays(
 @pytest.mark.parametrize("error", [OUT_OF_MEMORY[0], DEVICE_FAULTS[0], DEVICE_FAULTS[3]], ids=str)
 @pytest.mark.parametrize("where", ["_load", "set_random_state"])
 def test_a_device_that_fails_on_resuming_has_damaged_no_checkpoint(
-    call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, where: str, error: Exception
+    call,
+    settings: dict[str, str],
+    stopped: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    error: Exception,
 ) -> None:
     """Guards against advice to start again, and to give up hours of training."""
-    assert call(train, *flags(settings)).code == 0
-    before = tree(run_folder(settings) / "last")
+    before = tree(stopped / "last")
     monkeypatch.setattr(state, where, raising(error))
     outcome = call(train, *flags(settings))
     outcome.assert_user_error("while restoring the optimizer's state (")
     is_out_of_memory = error in OUT_OF_MEMORY
     cure = "take a device with more memory" if is_out_of_memory else "look for the GPU's Xid"
     assert cure in outcome.err and "damaged" not in outcome.err
-    assert tree(run_folder(settings) / "last") == before
+    assert tree(stopped / "last") == before
 
 
 @pytest.mark.parametrize("part", ["measure", "save"])

@@ -464,21 +464,21 @@ def test_no_checkpoint_yet(call, settings: dict[str, str]) -> None:
         b"[" * 100_000,
     ],
 )
-def test_damaged_descriptions(call, settings: dict[str, str], content: bytes) -> None:
+def test_damaged_descriptions(
+    call, settings: dict[str, str], stopped: Path, content: bytes
+) -> None:
     """Guards against a run that starts again over a checkpoint that it can't read.
 
     Its manifest finds no fault.
     """
-    assert call(train, *flags(settings)).code == 0
-    folder = Path(settings["output_dir"]) / "test"
     for name in ("best", "last"):
-        (folder / name / "training.json").write_bytes(content)
-        seal(folder / name)
-    before = tree(folder)
+        (stopped / name / "training.json").write_bytes(content)
+        seal(stopped / name)
+    before = tree(stopped)
     call(train, *flags(settings)).assert_user_error("training.json: is damaged")
     for script in (evaluate, perplexity):
-        call(script, "--ckpt", str(folder / "best")).assert_user_error("training.json: is damaged")
-    assert tree(folder) == before
+        call(script, "--ckpt", str(stopped / "best")).assert_user_error("training.json: is damaged")
+    assert tree(stopped) == before
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,17 @@ from weakref import ref
 
 import pytest
 import torch
-from conftest import Killed, flags, kill, named, run_folder, step_that, tree
+from conftest import (
+    Killed,
+    flags,
+    kill,
+    make_config,
+    named,
+    run_folder,
+    small_run,
+    step_that,
+    tree,
+)
 from safetensors import safe_open
 
 import train
@@ -99,12 +109,13 @@ def every_4(settings: dict[str, str]) -> dict[str, str]:
     return settings
 
 
-@pytest.fixture
-def whole(call, every_4: dict[str, str]) -> Path:
-    """The folder of the same run, whose training waited for its saves."""
-    settings = every_4 | {"run_name": "whole"}
+@pytest.fixture(scope="module")
+def whole(model_folder: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the same run, whose training waited for its saves. No test changes it."""
+    settings = small_run(model_folder, data_folder, tmp_path_factory.mktemp("whole-4"))
+    settings["checkpoint_steps"] = "4"
     save = Save()
-    assert call(train, *flags(settings), save=save).code == 0
+    train.main(make_config(settings), save=save, report=lambda *_: None)
     assert save.beside == []  # by default on a CPU
     return run_folder(settings)
 

@@ -624,15 +624,14 @@ def test_where_folders_can_not_be_renamed_they_are_copied(
     call,
     settings: dict[str, str],
     stopped: Path,
+    whole: Path,
     monkeypatch: pytest.MonkeyPatch,
     number: int,
 ) -> None:
     """As on overlayfs. The run ends as any other, with a damaged last set aside whole."""
-    whole = settings | {"run_name": "whole"}
     if number == errno.EXDEV:
         flip_a_byte(stopped / LAST / "model.safetensors")
         damaged = tree(stopped / LAST)
-    assert call(train, *flags(whole)).code == 0
     monkeypatch.setattr(Path, "rename", fail(Path.rename, number, lambda self, *_: self.is_dir()))
     outcome = call(train, *flags(settings))
     assert outcome.code == 0, outcome.err
@@ -641,7 +640,7 @@ def test_where_folders_can_not_be_renamed_they_are_copied(
     for name in (BEST, LAST, PREVIOUS):
         assert manifest.fault_of(stopped / name) is None
         for file in (stopped / name).glob("*.safetensors"):
-            assert file.read_bytes() == (run_folder(whole) / name / file.name).read_bytes()
+            assert file.read_bytes() == (whole / name / file.name).read_bytes()
     if number == errno.EXDEV:
         assert tree(stopped / "last.damaged") == damaged
 
