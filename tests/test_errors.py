@@ -30,13 +30,17 @@ def tree(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def online() -> dict[str, str]:
+    """The environment of a process that may ask a hub."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
     """A script as the user starts it."""
-    variables = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     return subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
-        env=variables | environment,
+        env=online(),
         capture_output=True,
         text=True,
         timeout=120,
@@ -123,20 +127,20 @@ class RefusingHub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-# What train.py does with each of the models, one after the other: exit code and standard error.
+# What train.py does with each model that it reads: exit code and standard error.
 TRAIN_EACH = """
 import contextlib, io, json, sys
 import train
 from run.script import run_script
 
-for model in sys.argv[1].split():
+for model in map(str.strip, sys.stdin):
     with contextlib.redirect_stderr(io.StringIO()) as err:
         try:
-            run_script(lambda: train.main(*train.read_arguments([*sys.argv[2:], "--model", model])))
+            run_script(lambda: train.main(*train.read_arguments([*sys.argv[1:], "--model", model])))
             code = 0
         except SystemExit as end:
             code = end.code
-    print(json.dumps([model, code, err.getvalue()]))
+    print(json.dumps([model, code, err.getvalue()]), flush=True)
 """
 
 
@@ -144,19 +148,37 @@ for model in sys.argv[1].split():
 def hub_refusals(
     tmp_path_factory: pytest.TempPathFactory, data_folder: Path
 ) -> dict[str, tuple[int, str]]:
-    """Of each model: exit code and standard error, from one process that knows only this hub."""
+    """Of each model: exit code and standard error, from one process that knows only this hub.
+
+    The hub is gone before the last model, owner/model.
+    """
     folder = tmp_path_factory.mktemp("hub")
-    models = " ".join(f"owner/{status}-{code}" for status, code, _ in HUB_REFUSALS)
     arguments = flags({"dataset": str(data_folder), "output_dir": str(folder / "runs")})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), RefusingHub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        hub = f"http://127.0.0.1:{server.server_port}"
-        variables = {"HF_ENDPOINT": hub, "HF_HOME": str(folder / "hf")}
-        result = run("-c", TRAIN_EACH, models, *arguments, **variables)
-        server.shutdown()
-    assert result.returncode == 0 and not result.stderr, result.stderr
-    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[")]
-    return {model: (code, err) for model, code, err in lines}
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), RefusingHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hub = f"http://127.0.0.1:{server.server_port}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", TRAIN_EACH, *arguments],
+        cwd=ROOT,
+        env=online() | {"HF_ENDPOINT": hub, "HF_HOME": str(folder / "hf")},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    found = {}
+    for model in (*(f"owner/{status}-{code}" for status, code, _ in HUB_REFUSALS), "owner/model"):
+        if model == "owner/model":
+            server.shutdown()
+            server.server_close()
+        print(model, file=process.stdin, flush=True)
+        answer = next((line for line in process.stdout if line.startswith("[")), "")
+        assert answer, process.communicate()
+        name, *found[model] = json.loads(answer)
+        assert name == model
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and not err, err
+    return found
 
 
 HUB_REFUSALS = [
@@ -183,14 +205,15 @@ def test_hub_refusals_say_what_to_do(
         assert fragment in err
 
 
-def test_hub_out_of_reach(call, settings: dict[str, str], dead_port: int, tmp_path: Path) -> None:
-    environment = {"HF_ENDPOINT": f"http://127.0.0.1:{dead_port}", "HF_HOME": str(tmp_path / "hf")}
-    result = run("train.py", *flags(settings | {"model": "owner/model"}), **environment)
-    assert result.returncode == 2, result.stderr
-    assert result.stderr.startswith(
+def test_hub_out_of_reach(
+    call, settings: dict[str, str], hub_refusals: dict[str, tuple[int, str]]
+) -> None:
+    exit_code, err = hub_refusals["owner/model"]
+    assert exit_code == 2, err
+    assert err.startswith(
         "error: model 'owner/model' can't be loaded from the hub (ConnectionRefusedError"
     )
-    assert "check the network" in result.stderr and result.stderr.count("\n") == 1
+    assert "check the network" in err and err.count("\n") == 1
     # Offline, since the data set's client takes half a minute of retries to believe in a dead port.
     # As all tests of this process are.
     call(train, *flags(settings | {"dataset": "owner/rows"})).assert_user_error(

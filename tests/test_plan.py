@@ -15,6 +15,7 @@ from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -479,40 +480,57 @@ def test_six_devices_instead_of_four_pay_with_less_than_a_doubling(printed) -> N
     assert 1.45 < float(gain) < 1.5
 
 
-def train_py(words: list[str], before: str = "", expected_code: int = 0) -> tuple[str, str]:
-    """What train.py prints, and that it has loaded nothing that only training needs."""
-    code = (
-        f"import runpy, sys\nsys.argv = {['train.py', *words]!r}\nsys.path.insert(0, '.')\n"
-        f"{before}\n"
-        "try:\n"
-        "    runpy.run_path('train.py', run_name='__main__')\n"
-        "except SystemExit as end:\n"
-        f"    assert (end.code or 0) == {expected_code}, end.code\n"
-        "needless = {'data', 'engine.loading', 'transformers.modeling_utils', 'scipy'}\n"
-        "assert not needless & set(sys.modules), needless & set(sys.modules)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout, result.stderr
+# What train.py does with each of several command lines: exit code, standard output, standard error,
+# and what it has loaded by then that only training needs.
+TRAIN_EACH = """
+import contextlib, io, json, runpy, sys
+sys.path.insert(0, ".")
+needless = {"data", "engine.loading", "transformers.modeling_utils", "scipy"}
+for before, *words in json.loads(sys.argv[1]):
+    exec(before)
+    sys.argv, code = ["train.py", *words], 0
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            try:
+                runpy.run_path("train.py", run_name="__main__")
+            except SystemExit as end:
+                code = end.code or 0
+    loaded = sorted(needless & set(sys.modules))
+    print(json.dumps([code, out.getvalue(), err.getvalue(), loaded]))
+"""
 
 
-def test_the_plan_waits_for_nothing_that_only_training_needs(tmp_path: Path) -> None:
-    """Guards against the seconds that its imports take, such as those of Llama's layers."""
-    LLAMA_2_7B.config.save_pretrained(tmp_path)
-    words = ["--plan", "--model", str(tmp_path), "--device_memory", "80"]
-    output, errors = train_py(words)
-    assert "plan: micro_batch_tokens 4352" in output and errors == ""
-
-
-def test_a_new_run_that_cannot_train_is_refused_as_early(tmp_path: Path) -> None:
-    """Guards against the same seconds, and against the folder of a run that never was."""
-    model, runs = tmp_path / "model", tmp_path / "runs"
-    LLAMA_2_7B.config.save_pretrained(model)
-    words = ["--model", str(model), "--dataset", str(tmp_path / "none"), "--output_dir", str(runs)]
+@pytest.fixture(scope="module")
+def early(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[Any]]]:
+    """A folder, and how two commands ended: one that only plans, and one that can't train in it."""
+    folder = tmp_path_factory.mktemp("early")
+    LLAMA_2_7B.config.save_pretrained(folder / "model")
+    model = ["--model", str(folder / "model")]
+    places = ["--dataset", str(folder / "none"), "--output_dir", str(folder / "runs")]
     small = "from engine import memory\nmemory.total_bytes = lambda device: 16 * 2**30"
-    _, errors = train_py(words, small, expected_code=2)
+    commands = ["", "--plan", *model, "--device_memory", "80"], [small, *model, *places]
+    command = [sys.executable, "-c", TRAIN_EACH, json.dumps(commands)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    return folder, [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_the_plan_waits_for_nothing_that_only_training_needs(
+    early: tuple[Path, list[list[Any]]],
+) -> None:
+    """Guards against the seconds that its imports take, such as those of Llama's layers."""
+    _, [(code, output, errors, loaded), _] = early
+    assert (code, errors, loaded) == (0, "", []) and "plan: micro_batch_tokens 4352" in output
+
+
+def test_a_new_run_that_cannot_train_is_refused_as_early(
+    early: tuple[Path, list[list[Any]]],
+) -> None:
+    """Guards against the same seconds, and against the folder of a run that never was."""
+    folder, [_, (code, _, errors, loaded)] = early
+    assert (code, loaded) == (2, []), errors
     assert "takes 64.0 GiB" in errors and "over the 16.0 GiB" in errors and errors.count("\n") == 1
-    assert not runs.exists()
+    assert not (folder / "runs").exists()
 
 
 def test_a_run_that_is_there_is_not_held_against_its_base(
