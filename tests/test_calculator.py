@@ -448,20 +448,27 @@ def slowly(
     return written[:limit], results
 
 
+COUNTING = [
+    [1, *(3 + (7 * n + 11 * number) % 400 for number in range(1 + 5 * n % 40))] for n in range(12)
+]
+
+
+@pytest.fixture(scope="module")
+def counted(counting_folder: Path, tokenizer: Tokenizer) -> list[tuple[list[int], int]]:
+    """What the slow reference writes to each prompt, and how many results are in it."""
+    return [slowly(counting_folder, tokenizer, prompt, 40) for prompt in COUNTING]
+
+
 @pytest.mark.parametrize("slots", [1, 3, 16])
 def test_batched_calculator_decoding_equals_a_slow_reference(
-    counting_folder: Path, tokenizer: Tokenizer, forced: ForcedResults, slots: int
+    counting_folder: Path, counted: list[tuple[list[int], int]], forced: ForcedResults, slots: int
 ) -> None:
     """Guards against a result in a neighbour's text, and one that is missing in the cache."""
-    prompts = [
-        [1, *(3 + (7 * n + 11 * number) % 400 for number in range(1 + 5 * n % 40))]
-        for n in range(12)
-    ]
+    prompts, expected = COUNTING, counted
     model = load_model(counting_folder, torch.float32, torch.device("cpu"))
     limits = {"max_new_tokens": 40, "eos_token_ids": frozenset({2})}
     found = list(greedy_decode(model, prompts, slots=slots, calculator=forced, **limits))
     plain = list(greedy_decode(model, prompts, slots=slots, **limits))
-    expected = [slowly(counting_folder, tokenizer, prompt, 40) for prompt in prompts]
     assert sum(results for _, results in expected) >= 10
     assert {one.index: one.token_ids for one in found} == dict(
         enumerate(ids for ids, _ in expected)

@@ -36,7 +36,7 @@ def trained_once(
     """The output folder of `run_folder`'s run, which each test gets a copy of."""
     folder = tmp_path_factory.mktemp("trained")
     settings = small_run(model_folder, data_folder, folder)
-    train.main(make_config(settings | {"max_new_tokens": "12"}))
+    train.main(make_config(settings | {"max_new_tokens": "12"}), report=lambda *_: None)
     return folder / "runs"
 
 
