@@ -188,6 +188,15 @@ def write_rows(file: Path, problems: list[Problem]) -> None:
 @pytest.fixture(scope="session")
 def data_folder(tmp_path_factory: pytest.TempPathFactory, problems: list[Problem]) -> Path:
     folder = tmp_path_factory.mktemp("data")
+    write_rows(folder / "train.jsonl", problems[-43:])
+    write_rows(folder / "test.jsonl", problems[:12])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def many_rows(tmp_path_factory: pytest.TempPathFactory, problems: list[Problem]) -> Path:
+    """The same test rows, and more of those to train on: 117."""
+    folder = tmp_path_factory.mktemp("many")
     write_rows(folder / "train.jsonl", problems[12:])
     write_rows(folder / "test.jsonl", problems[:12])
     return folder
@@ -195,7 +204,7 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory, problems: list[Problem
 
 @pytest.fixture
 def settings(model_folder: Path, data_folder: Path, tmp_path: Path) -> dict[str, str]:
-    """Flags of a run that trains 117 - 17 = 100 rows: 7 steps an epoch, the last window partial."""
+    """Flags of a run that trains 43 - 17 = 26 rows: 7 steps an epoch, the last window partial."""
     return small_run(model_folder, data_folder, tmp_path)
 
 
@@ -208,8 +217,8 @@ def small_run(model_folder: Path, data_folder: Path, folder: Path) -> dict[str, 
         "max_length": "256",
         "validation_size": "17",
         "epochs": "2",
-        "batch_size": "16",
-        "micro_batch_tokens": "512",
+        "batch_size": "4",
+        "micro_batch_tokens": "256",
         "learning_rate": "3e-3",
         "dtype": "float32",
         "gradient_checkpointing": "false",

@@ -203,7 +203,7 @@ def test_a_resumed_run_repeats_every_draw(
         "optimizer": "adamw_8bit",
         "dtype": str(dtype).removeprefix("torch."),
         "epochs": "1",
-        "validation_size": "70",  # leaves 3 steps
+        "validation_size": "31",  # leaves 3 steps
         "checkpoint_steps": "1",
         "weight_decay": "0.1",
     }

@@ -230,7 +230,7 @@ def test_an_augmented_folder(
     outcome = call(augment, "--samples", str(file), "--output", str(output))
     assert outcome.code == 0, outcome.err
     before, after = (load_problems(str(folder), "train") for folder in (data_folder, output))
-    assert after[: len(before)] == before and len(after) == len(before) + 2 * 100
+    assert after[: len(before)] == before and len(after) == len(before) + 2 * 26
     assert (output / "test.jsonl").read_bytes() == (data_folder / "test.jsonl").read_bytes()
     for seed, size in ((0, 17), (0, 5)):
         split = "validation", size, seed
@@ -244,21 +244,21 @@ def test_an_augmented_folder(
     assert tuple(about["total"]) == STAGES and sorted(reached, reverse=True) == reached
     own = [judge(row.answer, row.gold)[0] for row in rows_of["train"]]
     assert own.count("right") == 1  # which contains </s>
-    assert reached[:3] == [500, 400, 399] and reached[-1] == 200
+    assert reached[:3] == [130, 104, 103] and reached[-1] == 52
     assert reached[3:6] == [
-        300 + 99 - own.count("well_formed"),
-        300 + own.count("true"),
-        200 + own.count("true"),
+        78 + 25 - own.count("well_formed"),
+        78 + own.count("true"),
+        52 + own.count("true"),
     ]
     trained = data.load_for_training(str(output), 17, 0).sha256
     assert about["data"].items() >= trained.items()
-    assert about["rows"] == {"original": len(before), "added": 200}
-    assert about["problems_by_kept"] == {"2": 100} and about["num_sampled"] == 100
+    assert about["rows"] == {"original": len(before), "added": 52}
+    assert about["problems_by_kept"] == {"2": 26} and about["num_sampled"] == 26
     (source,) = about["samples"]
     assert source["temperature"] == 0.7 and source["checkpoint"] == "~/best"
     assert source["weights"] == "5eed" and source["seed"] == 0
     assert source.items() >= about["total"].items()
-    for shown in ("0.7: 200 of 500 kept", "317   117 original, 200 new", "by kept samples 2: 100"):
+    for shown in ("0.7: 52 of 130 kept", "95   43 original, 52 new", "by kept samples 2: 26"):
         assert shown in outcome.out
 
 
@@ -299,12 +299,12 @@ def test_several_files_are_merged_in_their_order(
     output = tmp_path / "out"
     outcome = call(augment, "--samples", *names, "--output", str(output))
     assert outcome.code == 0, outcome.err
-    assert "temperature 0.7: 100 of 500" in outcome.out and "1 of 1 kept" in outcome.out
+    assert "temperature 0.7: 26 of 130" in outcome.out and "1 of 1 kept" in outcome.out
     assert "the files differ in their temperature" in outcome.out
     about = json.loads((output / "augment.json").read_text())
     assert [source["temperature"] for source in about["samples"]] == [1.0, 0.7, None]
-    new = [row.answer for row in load_problems(str(output), "train")[117:]]
-    assert sum("One finds" in answer for answer in new) == 100  # the first, of the file named first
+    new = [row.answer for row in load_problems(str(output), "train")[43:]]
+    assert sum("One finds" in answer for answer in new) == 26  # the first, of the file named first
     assert not any("It is" in answer for answer in new)
     assert new[3].startswith("<<2*9=18>>")
 
@@ -322,7 +322,7 @@ def test_a_second_round_adds_only_what_is_new(call, file: Path, tmp_path: Path) 
         json.loads((folder / "augment.json").read_text())["data"] for folder in (first, second)
     ]
     assert hashes[1]["dataset_train_sha256"] == hashes[0]["train_sha256"]
-    assert json.loads((second / "augment.json").read_text())["problems_by_kept"] == {"0": 100}
+    assert json.loads((second / "augment.json").read_text())["problems_by_kept"] == {"0": 26}
 
 
 @pytest.mark.parametrize(
@@ -416,7 +416,7 @@ BAD_FILES: list[tuple[Callable[[Path, dict[str, list[Problem]]], Path], str]] = 
     (lambda f, _: f.parent, "is not a file"),
     (lambda f, _: pipe(f), "is not a file"),
     (lambda f, _: (f.write_bytes(b""), f)[1], "is empty"),
-    (lambda f, _: (os.truncate(f, f.stat().st_size - 9), f)[1], "line 500: is not a valid predict"),
+    (lambda f, _: (os.truncate(f, f.stat().st_size - 9), f)[1], "line 130: is not a valid predict"),
     (lambda f, _: (f.write_bytes(b"{" * 10**6 + b"\n"), f)[1], "line 1: is not a valid prediction"),
     (lambda f, _: (f.write_bytes(b"\xff\xfe\n"), f)[1], "line 1: is not a valid prediction"),
     (lambda f, _: changed(f, "gold", None), "line 2: is not a valid prediction (KeyError: 'gold'"),
@@ -443,10 +443,10 @@ BAD_FILES: list[tuple[Callable[[Path, dict[str, list[Problem]]], Path], str]] = 
     ),
     (
         lambda f, _: recorded(f, num_samples=6),
-        "contains 500 different samples in 500 lines, but 600",
+        "contains 130 different samples in 130 lines, but 156",
     ),
-    (lambda f, _: (f.write_bytes(f.read_bytes() * 2), f)[1], "500 different samples in 1000 lines"),
-    (lambda f, _: repeated(f), "499 different samples in 500 lines"),
+    (lambda f, _: (f.write_bytes(f.read_bytes() * 2), f)[1], "130 different samples in 260 lines"),
+    (lambda f, _: repeated(f), "129 different samples in 130 lines"),
     (lambda f, _: recorded(f, num_samples="x"), "evaluation.json: is damaged"),
     (lambda f, _: recorded(f, temperature=[1]), "its temperature is '[1]', not a number"),
     (lambda f, _: recorded(f, validation_size="many"), "validation_size: 'many' must be"),
@@ -598,9 +598,9 @@ def test_flags_override_what_is_recorded(call, file: Path, tmp_path: Path) -> No
     outcome.assert_user_error("is a validation question of")
     assert call(augment, *arguments, "--validation_size", "5").code == 0
     about = json.loads((tmp_path / "out" / "augment.json").read_text())
-    assert about["validation_size"] == 5 and about["num_problems"] == 112
-    assert about["problems_by_kept"] == {"0": 12, "2": 100} and about["num_sampled"] == 100
-    assert about["lists_per_problem"] == (112 + 200) / 112  # of the rows, and of what was kept
+    assert about["validation_size"] == 5 and about["num_problems"] == 38
+    assert about["problems_by_kept"] == {"0": 12, "2": 26} and about["num_sampled"] == 26
+    assert about["lists_per_problem"] == (38 + 52) / 38  # of the rows, and of what was kept
 
 
 def test_one_process_is_enough(
@@ -642,12 +642,12 @@ def test_only_the_rows_to_train_on_are_sampled_and_more_samples_go_on(
     assert f"{scores['seconds']:,.1f} s at {scores['tokens_per_second']:,.1f} tok" in outcome.out
 
     outcome = call(evaluate, *base, "2", "--output", str(output))
-    assert "resuming: 100 of 200 samples" in outcome.out
+    assert "resuming: 26 of 52 samples" in outcome.out
     both = lines_of(output / "samples")
     assert [row for row in both if row["sample"] == 0] == first
     second = [row["completion"] for row in both if row["sample"] == 1]
     pairs = zip(second, (row["completion"] for row in first), strict=True)
-    assert sum(one != other for one, other in pairs) > 50
+    assert sum(one != other for one, other in pairs) > 13
 
 
 def test_another_model_draws_other_random_numbers(
@@ -686,12 +686,12 @@ def test_samples_of_train_go_on_after_a_kill(call, base: list[str], tmp_path: Pa
         file = tmp_path / name / "samples" / "predictions.jsonl"
         file.write_bytes(file.read_bytes()[:-999])
         outcome = call(augment, "--samples", str(file), "--output", str(tmp_path / "new"))
-        outcome.assert_user_error("line 19", "evaluate")
+        outcome.assert_user_error("line 4", "evaluate")
         os.truncate(file, file.read_bytes().rindex(b"\n") + 1)
         outcome = call(augment, "--samples", str(file), "--output", str(tmp_path / "new"))
-        outcome.assert_user_error("but 200 were asked for", "it resumes where it stopped")
+        outcome.assert_user_error("but 52 were asked for", "it resumes where it stopped")
     assert call(evaluate, *base, "2", "--output", str(tmp_path / "a")).code == 0
-    assert len(lines_of(tmp_path / "a" / "samples")) == 200
+    assert len(lines_of(tmp_path / "a" / "samples")) == 52
     assert not (tmp_path / "new").exists()
 
 
@@ -816,16 +816,16 @@ def test_the_whole_way(
     assert outcome.code == 0 and "resuming" in outcome.out, outcome.err
     best = run_folder(new) / "best"
     about = json.loads((best / "training.json").read_text())
-    assert about["step"] == 19  # 117 - 17 + 200 rows
+    assert about["step"] == 20  # 43 - 17 + 52 rows
     assert (
         json.loads((output / "augment.json").read_text())["data"].items() >= about["data"].items()
     )
     assert call(evaluate, "--ckpt", str(best), "--limit", "2").code == 0
 
     outcome = call(evaluate, *sampling, str(best), parts=parts)
-    assert "300 rows of 100 questions, each of which is asked once" in outcome.out, outcome.err
+    assert "78 rows of 26 questions, each of which is asked once" in outcome.out, outcome.err
     again = file.parents[4] / "new" / "eval" / "train" / "samples" / "predictions.jsonl"
-    assert len(lines_of(again.parent)) == 400
+    assert len(lines_of(again.parent)) == 104
     (tmp_path / "mine.yaml").write_text("epochs: 9\n")
     both = ["--output", str(tmp_path / "both"), "--config", str(tmp_path / "mine.yaml")]
     outcome = call(augment, "--samples", str(file), str(again), *both)

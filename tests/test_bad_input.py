@@ -310,7 +310,7 @@ TABLE: list[tuple[str, str, Callable[[World], list[str]], str]] = [
         "--validation_size",
         "train",
         lambda w: w.train(validation_size="5000"),
-        "leaves nothing of the 117 train rows",
+        "leaves nothing of the 43 train rows",
     ),
     ("an unknown flag", "train", lambda w: ["--epoch", "3"], "unrecognized arguments: --epoch 3"),
     ("a flag twice", "train", lambda w: ["--epochs", "3", "--epochs=4"], "--epochs is given twice"),

@@ -174,6 +174,7 @@ def test_a_device_that_fails_on_resuming_has_damaged_no_checkpoint(
 def test_a_fault_between_steps_ends_training_in_one_line(
     call, settings: dict[str, str], part: str, error: Exception
 ) -> None:
+    settings["batch_size"] = "26"  # one step an epoch
     outcome = call(train, *flags(settings), **{part: raising(error)})
     outcome.assert_user_error("while training (")
 

@@ -542,7 +542,7 @@ def test_no_data_of_a_split(call, settings: dict[str, str], tmp_path: Path) -> N
     ):
         call(train, *flags(settings | {"dataset": str(dataset)})).assert_user_error(fragment)
     outcome = call(train, *flags(settings | {"validation_size": "5000"}))
-    outcome.assert_user_error("validation_size 5000 leaves nothing of the 117 train rows")
+    outcome.assert_user_error("validation_size 5000 leaves nothing of the 43 train rows")
 
 
 def test_one_of_a_kind_is_not_called_several() -> None:

@@ -202,6 +202,7 @@ def test_a_run_that_runs_out_once_goes_on_with_the_smaller_budget(
     call, settings: dict[str, str]
 ) -> None:
     """The rest of the run, resumed or not, is bit-identical to one with the smaller limit."""
+    settings["micro_batch_tokens"] = "512"
     small = settings | {"run_name": "small", "micro_batch_tokens": "256"}
     assert call(train, *flags(small)).code == 0
     calls: list[list[int]] = []

@@ -28,7 +28,8 @@ def here(settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPat
     folder = tmp_path / "here"
     shutil.copytree(settings["model"], folder / "base" / "llama")
     shutil.copytree(settings["dataset"], folder / "demo" / "data")
-    settings |= {"model": "base/llama", "dataset": "demo/data", "epochs": "1"}
+    settings |= {"model": "base/llama", "dataset": "demo/data"}
+    settings |= {"epochs": "1", "batch_size": "26"}  # one step an epoch
 
     def hub(*_: object, **__: object) -> None:
         pytest.fail("the hub was asked")

@@ -83,13 +83,13 @@ def check_numbers(folder: Path, expected: list[tuple[int, str, float]]) -> None:
 
 @pytest.fixture(scope="module")
 def runs(
-    tmp_path_factory: pytest.TempPathFactory, model_folder: Path, data_folder: Path
+    tmp_path_factory: pytest.TempPathFactory, model_folder: Path, many_rows: Path
 ) -> dict[str, Any]:
     """The settings of a run of 7 steps, which ran alone, and died with 1 and with 2 processes."""
     folder = tmp_path_factory.mktemp("runs")
     settings = {
         "model": str(model_folder),
-        "dataset": str(data_folder),
+        "dataset": str(many_rows),
         "output_dir": str(folder),
         "max_length": "256",
         "validation_size": "17",

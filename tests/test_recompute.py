@@ -199,4 +199,4 @@ def test_the_setting_chooses(call, settings: dict[str, str], setting: str, numbe
         ),
     )
     assert outcome.code == 0 and found == [(number, True)]
-    assert ("plan: micro_batch_tokens 512, no layer is" in outcome.out) == (setting == "null")
+    assert ("plan: micro_batch_tokens 256, no layer is" in outcome.out) == (setting == "null")

@@ -284,15 +284,15 @@ def test_a_look_without_a_terminal_is_plain_and_writes_nothing(
     assert "\x1b" not in outcome.out and wide_lines(outcome.out) == []
     for shown in (
         "21: 3 epochs of 7",
-        "16, 4 in the last of an epoch",
-        "begins 117 of 117 rows, not supervised",
-        "ends 117 of 117 rows, supervised",
-        "only there      117 of 117 rows",
+        "4, 2 in the last of an epoch",
+        "begins 43 of 43 rows, not supervised",
+        "ends 43 of 43 rows, supervised",
+        "only there      43 of 43 rows",
         "0 with more than 256 tokens",
-        "micro_batch_tokens 512",
+        "micro_batch_tokens 256",
         "learning_rate 0.003, dtype float32, gradient_checkpointing false, max_new_tokens 8",
         "tokens a second",
-        f"train 100, with {tokens:,} tokens, of which {labels:,} ({labels / tokens:.1%}) are super",
+        f"train 26, with {tokens:,} tokens, of which {labels:,} ({labels / tokens:.1%}) are super",
         "validation 17 left out 0 with",
         f"{statistics.mean(lengths):.0f} tokens on average, median {statistics.median(lengths):g}, "
         f"longest {max(lengths):,}",
@@ -301,7 +301,7 @@ def test_a_look_without_a_terminal_is_plain_and_writes_nothing(
     ):
         assert shown in " ".join(outcome.out.split()) or shown in outcome.out, shown
     counts = re.findall(r"^ +[\d,]+ to +[\d,]+ tokens +([\d,]+)", outcome.out, re.MULTILINE)
-    assert sum(int(count) for count in counts) == 100
+    assert sum(int(count) for count in counts) == 26
 
 
 def test_a_look_counts_the_rows_that_begin_and_end_as_they_should(
@@ -514,8 +514,8 @@ def test_the_look_is_at_what_training_does(
     run = preflight.prospect(make_config(settings | {"run_name": "new"}), ALONE, TOOLS)
     with monkeypatch.context() as counting:  # 689 steps of augmented rows must not take long
         counting.setattr(packing, "collate", None)
-        assert trial.filled(run.batches, 7, 512, ALONE) == packed[:7]
-    assert max(map(max, packed[:7])) <= 512 and min(map(len, packed[:7])) >= 1
+        assert trial.filled(run.batches, 7, 256, ALONE) == packed[:7]
+    assert max(map(max, packed[:7])) <= 256 and min(map(len, packed[:7])) >= 1
     assert needed == [run.sizes]
     last = {step for name, step in saved if name == "last" and step}
     assert len(last) == count_saves(2, 7, 3)
@@ -656,7 +656,7 @@ def test_of_several_processes_one_shows_what_all_measure(
     settings: dict[str, str], tmp_path: Path
 ) -> None:
     """Guards against each measuring all rows, or one alone, and a count of what one would pack."""
-    settings["batch_size"] = "50"  # two steps an epoch, which are those that are tried
+    settings["batch_size"] = "13"  # two steps an epoch, which are those that are tried
     first, second = jobs.run(2, tmp_path / "printed", look_together, settings)
     counts = [int(count) for count in re.findall(r"packed (\d+)", first.out)]
     number = " to ".join(str(count) for count in sorted({*counts}))

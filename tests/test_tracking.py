@@ -140,7 +140,7 @@ def test_wandb_gets_the_settings_and_every_line_of_metrics(
     settings["wandb_mode"] = "online"
     assert call(train, *flags(settings)).code == 0
     [(arguments, run)] = fake
-    assert arguments["config"]["learning_rate"] == 3e-3 and arguments["config"]["batch_size"] == 16
+    assert arguments["config"]["learning_rate"] == 3e-3 and arguments["config"]["batch_size"] == 4
     assert (arguments["name"], arguments["mode"], arguments["project"]) == (
         "test",
         "online",

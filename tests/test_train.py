@@ -44,7 +44,7 @@ from run import checkpoint, manifest, training_json
 from run.config import Config
 from run.errors import Stopped, UserError
 
-STEPS = 14  # 2 epochs of 7 steps: 100 rows in batches of 16, the last one of 4
+STEPS = 14  # 2 epochs of 7 steps: 26 rows in batches of 4, the last one of 2
 
 
 def run_folder(settings: dict[str, str]) -> Path:
@@ -89,7 +89,7 @@ def test_each_setting_of_the_update_has_its_effect(settings: dict[str, str]) -> 
     ) -> train.StepResult:
         [group] = optimizer.param_groups
         assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.95), 1e-3, 0.1)
-        assert (budget, norm, torch.initial_seed()) == (512, 2.5, 5)
+        assert (budget, norm, torch.initial_seed()) == (256, 2.5, 5)
         rates.append(rate)
         return train.StepResult(1.0, 1, 1.0, budget)
 
@@ -245,7 +245,7 @@ def test_micro_batches_may_change_on_resume_and_change_no_step(
     train.main(make_config(whole))
     with pytest.raises(Killed):
         train.main(make_config(settings), step=step_that(kill, at=10))
-    train.main(make_config(settings | {"micro_batch_tokens": "256"}))
+    train.main(make_config(settings | {"micro_batch_tokens": "512"}))
     ours, theirs = (
         [line["train/loss"] for line in logged(s) if "train/loss" in line]
         for s in (settings, whole)
@@ -256,7 +256,7 @@ def test_micro_batches_may_change_on_resume_and_change_no_step(
 @pytest.mark.parametrize(
     ("change", "fragment"),
     [
-        ({"batch_size": "8"}, "batch_size was 16 and is 8"),
+        ({"batch_size": "8"}, "batch_size was 4 and is 8"),
         (
             {"seed": "1", "learning_rate": "1e-3"},
             "seed was 0 and is 1; learning_rate was 0.003 and is 0.001",
@@ -285,7 +285,7 @@ def test_what_may_change_on_resume_is_said(call, settings: dict[str, str]) -> No
     outcome = call(train, *flags(settings | {"log_every": "3", "micro_batch_tokens": "300"}))
     assert outcome.code == 0
     assert (
-        "resuming: micro_batch_tokens was 512 and is 300; log_every was 1 and is 3\n" in outcome.out
+        "resuming: micro_batch_tokens was 256 and is 300; log_every was 1 and is 3\n" in outcome.out
     )
 
 
@@ -327,7 +327,7 @@ def test_other_rows_are_refused(
     shutil.copytree(settings["dataset"], folder)
     settings["dataset"] = str(folder)
     assert call(train, *flags(settings)).code == 0
-    write_rows(folder / "train.jsonl", problems[13:])
+    write_rows(folder / "train.jsonl", problems[-42:])
     call(train, *flags(settings)).assert_user_error("the rows of the data set are not the same")
 
 
@@ -820,7 +820,7 @@ def test_not_finite_names_the_rows_that_caused_it(
     marked = [Problem(f"{name} of 九九?", "#### 81") for name in ("七", "八")]
     data_folder = tmp_path / "data"
     shutil.copytree(settings["dataset"], data_folder)
-    rows = [*problems[12:60], marked[0], *problems[60:], marked[1]]
+    rows = [*problems[-43:-20], marked[0], *problems[-20:], marked[1]]
     write_rows(data_folder / "train.jsonl", rows)
     tokenizer = load_tokenizer(Path(settings["model"]))
     tokens = [data.encode(tokenizer, [problem], PROMPT)[0].input_ids[:-1] for problem in marked]
@@ -847,7 +847,7 @@ def test_not_finite_names_the_rows_that_caused_it(
     assert outcome.err.startswith(
         f"stopped: step {step + 1}: loss {'nan' if where == 'loss' else ''}"
     )
-    assert f"caused by 1 of its 16 rows of train, line {lines[0]};" in outcome.err
+    assert f"caused by 1 of its 4 rows of train, line {lines[0]};" in outcome.err
     last_line = metrics(settings)[-1]  # the NaN is in the log, whatever comes after
     assert last_line["step"] == step + 1 and math.isnan(last_line["train/grad_norm"])
     assert math.isnan(last_line["train/loss"]) == (where == "loss")
