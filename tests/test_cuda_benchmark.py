@@ -1,6 +1,7 @@
 """What benchmarks/cuda.py promises of its steps, on a CPU: see its docstring."""
 
 import gc
+import importlib.util
 import json
 import os
 import subprocess
@@ -35,8 +36,10 @@ def results(process: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
 def work(step: str, folder: Path) -> None:
     """What the process of one step does."""
     sys.path.insert(0, str(BENCHMARK.parent))
-    import cuda
-
+    # By its path: newer builds of PyTorch bring a package of the same name, and import it.
+    spec = importlib.util.spec_from_file_location("benchmark", BENCHMARK)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
     with (folder / "printed").open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -46,8 +49,9 @@ def work(step: str, folder: Path) -> None:
         # Both take seconds.
         cuda_small.compile_layers = lambda model: None
         os.environ.pop("TOKENIZER_DIR", None)
-    options = "--dry", "--worker", step, "--scratch", str(folder), "--output", str(folder)
-    sys.exit(cuda.main(cuda.read_arguments([*options, "--smollm", str(folder / "smollm")])))
+    options = ["--dry", "--worker", step, "--scratch", str(folder), "--output", str(folder)]
+    arguments = benchmark.read_arguments([*options, "--smollm", str(folder / "smollm")])
+    sys.exit(benchmark.main(arguments))
 
 
 def work_short_of_memory(step: str, folder: Path) -> None:
