@@ -28,3 +28,21 @@ def ids_of_each(backend: tokenizers.Tokenizer, texts: Sequence[str]) -> list[lis
             found = encoding.ids
             ids[text] = list(map(numbers.setdefault, found, found))
     return [ids[text] for text in texts]
+
+
+def starts_of_each(backend: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """The position in its text of the first character that each of its ids writes."""
+    return [
+        _starts(encoding.offsets)
+        for some in parts_of(texts)
+        for encoding in backend.encode_batch(some, add_special_tokens=False)
+    ]
+
+
+def _starts(offsets: Sequence[tuple[int, int]]) -> list[int]:
+    """The first of each pair, or the end before it where a tokenizer trims spaces off its pairs."""
+    starts, end_before = [], 0
+    for start, end in offsets:
+        starts.append(min(start, end_before))
+        end_before = end
+    return starts

@@ -15,7 +15,7 @@ from typing import Any
 
 import tokenizers
 
-from engine.many_texts import ids_of_each
+from engine.many_texts import ids_of_each, starts_of_each
 from engine.sentencepiece_bpe import (
     PROBES,
     convert_sentencepiece,
@@ -149,8 +149,7 @@ class Tokenizer:
 
         A character of several bytes, each a token of its own, is the first of all of these.
         """
-        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
-        return [_starts(encoding.offsets) for encoding in encodings]
+        return starts_of_each(self._backend, texts)
 
     def say_special(self, prompt: str) -> None:
         """Print, once, where special tokens are read or added otherwise than in other programs."""
@@ -279,15 +278,6 @@ class Tokenizer:
             f"model {self.name}: the tokenizers library can't reproduce the ids of its "
             f"{SENTENCEPIECE_FILE} ({difference}): add the {VOCABULARY_FILE} that was made for it"
         )
-
-
-def _starts(offsets: Sequence[tuple[int, int]]) -> list[int]:
-    """The first of each pair, or the end before it where a tokenizer trims spaces off its pairs."""
-    starts, end_before = [], 0
-    for start, end in offsets:
-        starts.append(min(start, end_before))
-        end_before = end
-    return starts
 
 
 def _first_difference(text: str, decoded: str) -> str:

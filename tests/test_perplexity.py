@@ -17,8 +17,9 @@ from engine import packing
 from engine.llama import Llama
 from engine.loading import load_tokenizer
 from engine.loss import LinearCrossEntropy
+from engine.many_texts import _starts
 from engine.measure import StepResult, measure, perplexity_of
-from engine.tokenizer import Tokenizer, _starts
+from engine.tokenizer import Tokenizer
 from grading import dataset
 from grading.answer_parts import PARTS, part_of_each
 

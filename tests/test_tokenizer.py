@@ -297,6 +297,9 @@ class CountingLibrary:
     def encode(self, texts: list[str]) -> list:
         return self._counted("encode", texts)
 
+    def encode_batch(self, texts: list[str], **options: object) -> list:
+        return self._counted("encode_batch", texts, **options)
+
     def encode_batch_fast(self, texts: list[str], **options: object) -> list:
         return self._counted("encode_batch_fast", texts, **options)
 
@@ -308,11 +311,14 @@ def test_many_texts_are_encoded_in_parts_and_equal_ones_once(
     tokenizer = load_tokenizer(tokenizer_folder)
     some = [text for text in texts(20) for _ in range(3)]
     wanted = [tokenizer.ids_of([text])[0] for text in some]
+    starts = [tokenizer.starts_of([text])[0] for text in some]
     ours = tokenizer._backend = CountingLibrary(tokenizer._backend)
     theirs = CountingLibrary(SentencePieceProcessor(str(tokenizer_folder / "tokenizer.model")))
     monkeypatch.setattr(many_texts, "AT_ONCE", 8)
     found = tokenizer.ids_of(some)
     assert found == wanted and ours.calls == [8, 8, 4]
+    ours.calls.clear()
+    assert tokenizer.starts_of(some) == starts and ours.calls == [8] * 7 + [4]
     assert not disagreement(theirs, some, found) and theirs.calls == [8] * 7 + [4]
     # A row takes 8 bytes a token, not 32 more for a number of its own.
     numbers = [index for ids in found for index in ids]
