@@ -11,7 +11,7 @@ from engine.measure import StepResult, measure
 from engine.optimizer import Schedule, make_state
 from engine.packing import Batches, Example, Packer, distribute, lengths_of
 from engine.ranks import Ranks
-from run.errors import UserError
+from run.errors import UserError, counted
 from run.files import gigabytes
 from run.progress_bar import clock
 
@@ -140,8 +140,9 @@ def time_facts(
         "the two steps": f"{first:.3g} s and {second:.3g} s, loss {losses[0]:.4f} and "
         f"{losses[1]:.4f}, then {trial.tokens_per_second:,.0f} tokens a second{reduced}",
         "training": clock(training),
-        "validation": f"{clock(validation)} in {epochs} epochs, by the speed on some of its rows",
-        "saves": f"{clock(saving)} for {gigabytes(written)}, {num_saves} times last and up to "
-        f"{epochs} times best, at an assumed 1 GB a second",
+        "validation": f"{clock(validation)} in {counted(epochs, 'epoch')}, by the speed on some of "
+        "its rows",
+        "saves": f"{clock(saving)} for {gigabytes(written)}, {counted(num_saves, 'time')} last and "
+        f"up to {counted(epochs, 'time')} best, at an assumed 1 GB a second",
         "in all": f"about {clock(training + validation + saving)}, and what decoding takes",
     }

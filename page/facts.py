@@ -63,7 +63,7 @@ def facts_of(
     recipe = [
         words.format(_short(settings[key]))
         for key, words in (
-            ("epochs", "{} epochs"),
+            ("epochs", "{} epoch" if settings.get("epochs") == 1 else "{} epochs"),
             ("batch_size", "batches of {}"),
             ("learning_rate", "learning rate {}"),
             ("dtype", "{}"),

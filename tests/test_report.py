@@ -258,6 +258,7 @@ def test_the_facts_are_those_of_the_run() -> None:
         ],
         best=[("best epoch", "2"), ("validation loss", "0.1235")],
     )
+    assert facts_of({"epochs": 1}, {}, [], {}).about == [("Recipe", "1 epoch")]
     lines = [
         {"step": 24, "epoch": 2.0, "val/loss": 0.4, "val/exact_match": 0.5},
         {"step": 12, "epoch": 1.0, "val/loss": 0.5},  # from before a resume

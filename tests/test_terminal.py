@@ -613,6 +613,9 @@ def test_the_time_is_composed_of_steps_validations_and_saves() -> None:
     small = trial.time_facts(tried, rows, held_out, 3, 5, (10**6, 3 * 10**6))
     assert small["saves"].startswith("0:00:00 for 24.0 MB, ")  # as the disk is said to be needed
     assert "after memory ran out, with micro_batch_tokens 512" in facts["the two steps"]
+    one = trial.time_facts(tried, rows, held_out, 1, 1, (10**9, 3 * 10**9))
+    assert " in 1 epoch, " in one["validation"]
+    assert " 1 time last and up to 1 time best, " in one["saves"]
 
 
 def row(length: int) -> Any:
