@@ -211,7 +211,7 @@ def _say_whose(
         for key, value in files.unlike(known).items()
         if key in USED_LATER
         and key not in typed
-        and not (key in PLACES and is_same_folder(str(known[key]), value, is_older=False))
+        and not (key in PLACES and _leads_to(value, str(known[key])))
     ]
     if ignored:
         *_, file = files.layers
@@ -219,6 +219,13 @@ def _say_whose(
             f"settings: not from {one_line(file)}, since the checkpoint has its own: "
             f"{', '.join(ignored)} (a flag overrides both)"
         )
+
+
+def _leads_to(place: str, folder: str) -> bool:
+    try:
+        return is_same_folder(folder, place, is_older=False)
+    except UserError:  # no usable path here, which is no error where it has no effect
+        return False
 
 
 def _check_base_is_there(adapter: Adapter) -> None:

@@ -181,6 +181,9 @@ def test_a_settings_file_does_not_and_it_is_said(
     assert outcome.code == 0 and outcome.out.count(line) == 1, outcome.err + outcome.out
     outcome = call(evaluate, *words[:-1], str(tmp_path / "b"), "--max_new_tokens", "3")
     assert outcome.code == 0 and "not from" not in outcome.out, outcome.err + outcome.out
+    own.write_text("dataset: ~no-such-user/gsm8k\n")  # as of a file from another machine
+    outcome = call(evaluate, *words[:-1], str(tmp_path / "c"))
+    assert outcome.code == 0 and "has its own: dataset (a flag" in outcome.out, outcome.err
 
 
 def test_validation_split_is_the_one_training_held_out(
