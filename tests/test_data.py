@@ -375,6 +375,19 @@ def test_local_folder_is_read_to_the_letter(problems: list[Problem], tmp_path: P
     assert dataset.load_problems(str(tmp_path), "train") == problems
 
 
+def test_rows_as_other_programs_write_them(problems: list[Problem], tmp_path: Path) -> None:
+    """Files put together by cat, a single row with a list of tags, an array after a blank line."""
+    file = tmp_path / "train.jsonl"
+    one, *_ = rows = [json.dumps({"question": p.question, "answer": p.answer}) for p in problems]
+    for text, count in (
+        ("".join(f"\ufeff{row}\n" for row in rows), len(rows)),
+        (json.dumps(json.loads(one) | {"tags": ["a"]}), 1),
+        (f"\n [{one}]", 1),
+    ):
+        file.write_text(text)
+        assert dataset.load_problems(str(tmp_path), "train") == problems[:count]
+
+
 def test_real_data_is_the_published_one() -> None:
     folder = real_folder("GSM8K_DIR")
     for split in ("train", "test"):
@@ -548,6 +561,11 @@ FORMS: dict[str, Callable[[Path, Sequence[Problem]], None]] = {
         rows,
         question=pyarrow.array([p.question for p in rows], pyarrow.large_string()),
     ),
+    "parquet of text views": lambda folder, rows: write_parquet(
+        folder / "train.parquet",
+        rows,
+        question=pyarrow.array([p.question for p in rows], pyarrow.string_view()),
+    ),
     "shards": write_shards,
     "parquet in main": lambda folder, rows: write_parquet(folder / "main" / "train.parquet", rows),
     "clone": write_clone,
@@ -561,6 +579,8 @@ def test_every_form_gives_the_same_rows(
     """Guards against rows that are lost, changed, out of order or taken from another file."""
     FORMS[form](tmp_path, problems)
     write_rows(tmp_path / "trains.jsonl", problems[:1])  # of no split
+    write_parquet(tmp_path / "valid-00000-of-00001.parquet", problems[:1])
+    (tmp_path / "train-00000-of-00001.parquet.part").touch()  # of a download that was cut
     found = dataset.load_problems(str(tmp_path), "train")
     assert found == problems and [problem.line for problem in found] == list(
         range(1, len(problems) + 1)
@@ -610,6 +630,7 @@ ROW = {"question": ["1 + 1?"], "answer": ["2\n#### 2"]}
     [
         ("train.json", b"[]", "is empty"),
         ("train.json", b"[1]", "train.json, row 1: is not a JSON object"),
+        ("train.json", f'[{{"question": {[5] * 999}}}]'.encode(), "row 1: 'question' is [5, 5, "),
         ("train.json", f"[{GOOD}, {{}}]".encode(), "train.json, row 2: 'question' is missing"),
         (
             "train.json",
@@ -625,10 +646,17 @@ ROW = {"question": ["1 + 1?"], "answer": ["2\n#### 2"]}
             f'{{"rows": [{GOOD}]}}'.encode(),
             "train.json, line 1: 'question' is missing",
         ),
+        ("train.json", b'{"rows": ' * 100_000, "train.json, line 1: is not valid JSON"),
+        ("train.json", GOOD.encode("utf-16-le"), "train.json, line 1: is not valid JSON"),
         ("train.json", b"\xef\xbb\xbf", "is empty"),
         ("train.parquet", b"", "is damaged or not a Parquet file"),
         ("train.parquet", b"PAR1" * 9, "is damaged or not a Parquet file"),
         ("train.parquet", {"question": ["x"]}, "has 0 columns 'answer'"),
+        (
+            "train.parquet",
+            pyarrow.table([["x"], ["y"], ["2\n#### 2"]], ["question", "question", "answer"]),
+            "has 2 columns 'question'",
+        ),
         ("train.parquet", ROW | {"answer": [5]}, "its column 'answer' is of type int64"),
         ("train.parquet", ROW | {"answer": [b"x"]}, "its column 'answer' is of type binary"),
         ("train.parquet", ROW | {"answer": [None]}, "its column 'answer' is of type null"),
@@ -693,6 +721,7 @@ def test_a_clone_of_the_hub_in_either_layout(
     (tmp_path / place).mkdir()
     for split, rows in (("train", problems[1:]), ("test", problems[:1])):
         write_parquet(tmp_path / place / f"{split}-00000-of-00001.parquet", rows)
+        write_rows(tmp_path / place / f"{split}.jsonl", problems[1:2])  # somebody's, of no form
     assert dataset.load_problems(str(tmp_path), "train") == problems[1:]
     assert dataset.load_problems(str(tmp_path), "test") == problems[:1]
     write_parquet(tmp_path / "train.parquet", problems)
@@ -710,6 +739,13 @@ def test_a_file_that_git_has_not_fetched_is_said(tmp_path: Path, name: str) -> N
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
     (tmp_path / name).write_text(pointer)
     with pytest.raises(UserError, match=f"{name}: is a pointer .*: run git lfs pull"):
+        dataset.load_problems(str(tmp_path), "train")
+
+
+def test_a_bad_row_is_counted_in_its_own_part(tmp_path: Path, problems: list[Problem]) -> None:
+    for number, row in enumerate((problems[0], Problem("x", "none"))):
+        write_parquet(tmp_path / f"train-{number:05}-of-00002.parquet", [row])
+    with pytest.raises(UserError, match=r"train-00001-of-00002\.parquet, row 1: the answer"):
         dataset.load_problems(str(tmp_path), "train")
 
 
