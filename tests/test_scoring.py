@@ -1,7 +1,9 @@
 """The published rules to the letter, and no score of incomplete predictions."""
 
+import errno
 import itertools
 import json
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 from conftest import real_folder
 
 import evaluate
-from grading import dataset, rules, score
+from grading import dataset, rescore, rules, score
 from grading.predictions import PredictionsFile, graded_row
 from run.errors import UserError
 
@@ -141,6 +143,8 @@ def test_rescore_writes_scores_beside_the_file_or_elsewhere(call, tmp_path: Path
     assert (tmp_path / "new" / "scores.json").read_bytes() == (
         tmp_path / "scores.json"
     ).read_bytes()
+    here = str(tmp_path / "new" / "..")  # in another spelling
+    assert call(evaluate, "--rescore", str(file), "--output", here).code == 0
     assert file.read_bytes() == before
 
 
@@ -283,6 +287,14 @@ def test_rescore_knows_how_many_problems_were_asked(call, tmp_path: Path, beside
         "missing ids 2"
     )
     assert beside == "scores.json" or not (tmp_path / "scores.json").exists()
+
+
+def test_samples_with_no_file_beside_them_are_counted_by_their_problems(
+    call, tmp_path: Path
+) -> None:
+    write(tmp_path / "p.jsonl", [bare(index) | {"sample": n} for index in (0, 1) for n in (0, 1)])
+    outcome = call(evaluate, "--rescore", str(tmp_path / "p.jsonl"))
+    assert outcome.code == 0 and "assuming that it contains all 2\n" in outcome.out, outcome.err
 
 
 @pytest.mark.parametrize(
@@ -490,6 +502,19 @@ def test_odd_golds_are_said_when_a_file_is_scored_again(call, tmp_path: Path) ->
     assert "spelt" not in call(evaluate, "--rescore", str(tmp_path / "q.jsonl")).out
 
 
+def test_scores_that_can_not_be_written_say_what_helps(
+    call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write(tmp_path / "p.jsonl", [bare(0)])
+    monkeypatch.setattr(rescore, "write_scores", refuse)
+    call(evaluate, "--rescore", str(tmp_path / "p.jsonl")).assert_user_error(
+        f"{tmp_path}: can't be written ({os.strerror(errno.ENOSPC)}): choose another --output"
+    )
+
+
 def test_rescore_goes_with_no_model_flags(call, tmp_path: Path) -> None:
     outcome = call(evaluate, "--rescore", "x", "--ckpt", "y", "--dtype", "float32")
     outcome.assert_user_error("--ckpt, --dtype can't be used with --rescore")
@@ -585,6 +610,8 @@ def test_no_score_of_samples_that_are_not_whole(rows: list[dict], fragment: str)
         ("timing", {"seconds": 2.0}),
         ("seconds", "x"),
         ("seconds", 2.0),
+        ("calculator", {"exact_match": 0.5}),
+        ("samples", {"num_samples": 4}),
     ],
 )
 def test_scores_that_someone_wrote_beside_the_settings_are_not_taken_over(
@@ -601,3 +628,4 @@ def test_scores_that_someone_wrote_beside_the_settings_are_not_taken_over(
     scores = json.loads((tmp_path / "scores.json").read_text())
     expected = {"1": 1.0, "2": 1.0} if num_samples > 1 else None
     assert scores.get("maj_at") == scores.get("pass_at") == expected
+    assert scores.get(key) in (None, expected, 2.0)

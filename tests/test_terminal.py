@@ -38,7 +38,7 @@ from grading.next_steps import next_steps
 from run import progress_bar, streams, terminal
 from run.checkpoint import newest_intact
 from run.folder import find_opening
-from run.manifest import FINISHED_FILE, LAST, MANIFEST_FILE, PREVIOUS
+from run.manifest import BEST, FINISHED_FILE, LAST, MANIFEST_FILE, PREVIOUS
 from run.opening import newest_as_it_is
 from run.progress import Progress
 from run.retention import disk_space
@@ -521,13 +521,17 @@ def test_the_look_is_at_what_training_does(
     assert len(last) == count_saves(2, 7, 3)
 
 
-@pytest.mark.parametrize(("shape", "warmup"), [("cosine", 0.03), ("linear", 0.0), ("constant", 1)])
+@pytest.mark.parametrize(
+    ("shape", "warmup", "masked"),
+    [("cosine", 0.03, 0.0), ("linear", 0.0, 0.25), ("constant", 1, 0.0)],
+)
 def test_a_look_at_many_steps_computes_few_of_their_rates(
     settings: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     shape: str,
     warmup: float,
+    masked: float,
 ) -> None:
     """Guards against a look that seems to hang, where a run is given too many epochs."""
     run = preflight.prospect(make_config(settings | {"run_name": "new"}), ALONE, TOOLS)
@@ -542,12 +546,15 @@ def test_a_look_at_many_steps_computes_few_of_their_rates(
 
     monkeypatch.setattr(Schedule, "learning_rate", learning_rate)
     capsys.readouterr()
-    preflight.show_steps(terminal.open_console(), replace(run, schedule=schedule))
+    run = replace(run, schedule=schedule, config=replace(run.config, mask_rate=masked))
+    preflight.show_steps(terminal.open_console(), run)
     said = " ".join(capsys.readouterr().out.split())
     assert "steps 5,000: " in said and " 0.1 " in said and said.endswith("step 1 step 5,000")
     first = rates.index(max(rates)) + 1
     assert f"0.1 at most, first in step {first:,}; {shape}; {rates[-1]:.3g} at the end" in said
     assert len(computed) <= terminal.WIDTH
+    assert ("masked 25% of the answers' tokens, at the end" in said) == bool(masked)
+    assert ("masked" in said) == bool(masked)
 
 
 def test_supervised_tokens_are_underlined(
@@ -636,6 +643,27 @@ def test_a_disk_is_measured_before_the_folder_exists(
         (there / place).mkdir(parents=True)
         (there / place / "file").write_bytes(bytes(100))
     assert disk_space(there, 5, 7)[1] == 10 + 3 * 100
+
+
+def test_a_look_says_whether_the_disk_is_large_enough(
+    settings: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = preflight.prospect(make_config(settings), ALONE, TOOLS)
+    run = replace(run, sizes=(2 * 10**9, 3 * 10**9))
+    (run.folder / BEST).mkdir(parents=True)
+    (run.folder / BEST / "file").write_bytes(bytes(100))
+    for missing, verdict in ((0, "enough"), (1, "NOT ENOUGH: training would be refused")):
+        free = 17 * 10**9 - 100 - missing
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        capsys.readouterr()
+        preflight.show_disk(terminal.open_console(), run)
+        said = " ".join(capsys.readouterr().out.split())
+        assert said.endswith(
+            "needed 17.0 GB: best 2.0 GB; last, previous and one being written 5.0 GB each "
+            f"available 17.0 GB, {verdict}"
+        )
 
 
 def step_of_both(

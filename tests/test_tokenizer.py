@@ -320,6 +320,7 @@ def test_many_texts_are_encoded_in_parts_and_equal_ones_once(
     ours.calls.clear()
     assert tokenizer.starts_of(some) == starts and ours.calls == [8] * 7 + [4]
     assert not disagreement(theirs, some, found) and theirs.calls == [8] * 7 + [4]
+    assert found[0] is found[1]
     # A row takes 8 bytes a token, not 32 more for a number of its own.
     numbers = [index for ids in found for index in ids]
     assert len({id(index) for index in numbers}) == len(set(numbers)) < len(numbers)
