@@ -21,7 +21,8 @@ import evaluate
 import perplexity
 import train
 from run import config
-from run.errors import counted
+from run.errors import UserError, counted
+from run.paths import local_path
 
 ROOT = Path(config.__file__).parents[1]
 
@@ -315,6 +316,15 @@ def test_models_that_are_none(call, settings: dict[str, str], tmp_path: Path) ->
 @pytest.mark.parametrize("path", ["~nobody-of-this-name/x", "x" * 300])
 def test_paths_that_no_file_can_have(call, settings: dict[str, str], key: str, path: str) -> None:
     call(train, *flags(settings | {key: path})).assert_user_error("is not a usable path")
+
+
+def test_a_path_is_usable_if_a_file_may_have_it(tmp_path: Path) -> None:
+    """Guards against a traceback for a null byte, and a fault of spelling where nothing is yet."""
+    (tmp_path / "file").touch()
+    for name in ("none", "file/none"):
+        assert local_path(str(tmp_path / name)) == tmp_path / name
+    with pytest.raises(UserError, match="is not a usable path"):
+        local_path("a\0b")
 
 
 def test_a_folder_that_may_not_be_entered(

@@ -15,6 +15,7 @@ import perplexity
 import train
 from grading import dataset
 from grading.dataset import Problem
+from run.paths import is_same_folder, is_same_place
 from run.places import has_moved
 from run.training_json import saved_settings
 
@@ -138,6 +139,18 @@ def test_only_a_folder_of_the_same_name_is_the_moved_one(tmp_path: Path) -> None
     gone = str(tmp_path / "old" / "llama")
     assert has_moved(gone, str(tmp_path / "new" / "llama"))
     assert not has_moved(gone, str(tmp_path / "new" / "other"))
+
+
+def test_a_relative_path_is_the_whole_end_of_an_absolute_one(tmp_path: Path) -> None:
+    """Guards against another model of the same name, and a traceback where one is gone."""
+    (tmp_path / "base" / "llama").mkdir(parents=True)
+    absolute, gone = str(tmp_path / "base" / "llama"), str(tmp_path / "gone")
+    assert is_same_place("base/llama", absolute) and not is_same_place("other/llama", absolute)
+    assert not is_same_place("llama", "base/llama")
+    assert is_same_folder("base/llama", absolute, is_older=True)
+    assert not is_same_folder("base/llama", absolute, is_older=False)
+    assert is_same_folder(absolute, f"{absolute}/../llama", is_older=False)
+    assert not is_same_folder(absolute, gone, is_older=False)
 
 
 def test_a_place_relative_to_an_unknown_folder_is_not_guessed(
