@@ -22,7 +22,7 @@ import perplexity
 import train
 from run import config
 from run.errors import UserError, counted
-from run.paths import local_path
+from run.paths import is_hub_id, local_path
 
 ROOT = Path(config.__file__).parents[1]
 
@@ -325,6 +325,13 @@ def test_a_path_is_usable_if_a_file_may_have_it(tmp_path: Path) -> None:
         assert local_path(str(tmp_path / name)) == tmp_path / name
     with pytest.raises(UserError, match="is not a usable path"):
         local_path("a\0b")
+
+
+def test_a_hub_id_has_two_names_and_begins_with_neither_dot_nor_slash() -> None:
+    """Guards against a path that is looked for at the hub, for minutes if that can't be reached."""
+    assert is_hub_id("openai/gsm8k") and is_hub_id("a.b/c-d_1")
+    for path in ("gsm8k", "./gsm8k", "a/.b", "/a", "a/", "a/b/c", "~/a", "é/a"):
+        assert not is_hub_id(path)
 
 
 def test_a_folder_that_may_not_be_entered(

@@ -426,6 +426,10 @@ def test_a_home_behind_a_link_is_hidden_and_a_home_of_all_is_none(
     (tmp_path / "link").symlink_to(tmp_path / "real")
     monkeypatch.setenv("HOME", str(tmp_path / "link"))
     assert paths.hide_home(f"{tmp_path}/real/x and {tmp_path}/link/y") == "~/x and ~/y"
+    for other in (f"/mnt{tmp_path}/real/x", f"{tmp_path}/real-2/x", f"{tmp_path}/real.x"):
+        assert paths.hide_home(other) == other
+    monkeypatch.setenv("HOME", "/nowhere/me (x86+)")
+    assert paths.hide_home("/nowhere/me (x86+)/x") == "~/x"
     here = tmp_path / "real" / "model"
     here.mkdir()
     monkeypatch.chdir(here.parent)  # which a container's user without a home had for one
