@@ -519,6 +519,13 @@ def test_a_merge_overwrites_nothing_and_needs_an_adapter(
     call(merge, "--ckpt", str(best), "--output", str(tmp_path)).assert_user_error(
         f"{tmp_path}: exists already: name another folder with --output"
     )
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    (tmp_path / "file").touch()
+    for name in ("link", "file"):
+        call(merge, "--ckpt", str(best), "--output", str(tmp_path / name)).assert_user_error(
+            f"{tmp_path / name}: exists already"
+        )
+        (tmp_path / name).unlink()
     inside, before = str(best / "merged"), tree(best.parent)
     call(merge, "--ckpt", str(best), "--output", inside).assert_user_error("is in a checkpoint")
     assert tree(best.parent) == before

@@ -93,5 +93,7 @@ def test_each_trial_has_its_folder_and_goes_on_in_it(
     assert outcome.code == 0 and (runs / f"{BASE}-one" / "eval" / "test" / "scores.json").exists()
     config, *_ = train.read_arguments(flags(settings))
     assert config.run_name == run_folder(settings).name == "test"
-    monkeypatch.delenv("WANDB_SWEEP_ID")
-    assert train.read_arguments(flags(typed))[0].run_name == BASE
+    for name in ("WANDB_SWEEP_ID", "WANDB_RUN_ID"):  # the other alone makes no trial
+        with monkeypatch.context() as alone:
+            alone.delenv(name)
+            assert train.read_arguments(flags(typed))[0].run_name == BASE
