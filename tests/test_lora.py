@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes
@@ -46,6 +47,7 @@ from run.checkpoint import save_checkpoint
 from run.errors import UserError
 from run.manifest import BEST, LAST
 from run.method import Adapter, adapter_of
+from run.shell import evaluation_command
 
 CPU = torch.device("cpu")
 KERNELS = cpu_kernels(with_onednn=False)
@@ -448,6 +450,7 @@ def test_merged_and_unmerged_write_the_same_completions(
     monkeypatch.setattr(merge, "save_checkpoint", save)
     output = tmp_path / "merged"
     outcome = call(merge, "--ckpt", str(best), "--output", str(output))
+    assert outcome.out.endswith(f"merged: {output}; next: {evaluation_command(output)}\n")
     assert ThroughPageLocked in modes
     assert outcome.code == 0 and not [n for n in tree(output) if n.startswith("adapter")]
     found = {}
@@ -536,6 +539,15 @@ def test_a_merge_overwrites_nothing_and_needs_an_adapter(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_merge_records_what_it_was_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against the state of a training, which it has not, and the name of a home."""
+    monkeypatch.setenv("HOME", "/nowhere/me")
+    made = {"step": 7, "base": {"model": "b"}}
+    source = SimpleNamespace(path="/nowhere/me/last", description=made | {"state": {"ranks": 1}})
+    merged = {"adapter": "~/last", "weights": "w", "base": {"model": "b"}}
+    assert merge.description(source, "w") == {"step": 7, "merged": merged}
+
+
 def test_a_merge_is_not_done_by_many(
     call, runs: dict[str, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -567,7 +579,11 @@ def test_a_gpu_finds_the_base_from_any_folder_and_names_a_forgotten_method(
 
 
 def test_another_base_is_refused_and_a_moved_one_is_named(
-    call, runs: dict[str, dict[str, str]], wide_folder: Path, tmp_path: Path
+    call,
+    runs: dict[str, dict[str, str]],
+    wide_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Guards against adapters on weights that they were not trained on."""
     shutil.copytree(run_folder(runs["lora"]), tmp_path / "run")
@@ -603,6 +619,26 @@ def test_another_base_is_refused_and_a_moved_one_is_named(
         f"{last}: its base model {tmp_path / 'gone'} is not there any more", "--model DIR"
     )
     call(train, *flags(settings | {"model": str(moved)})).assert_user_error("this run is finished")
+    for file in moved.glob("tokenizer*"):  # the adapter has its own
+        file.unlink()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(memory, "total_bytes", lambda device: 2**40)
+    words = ["--ckpt", str(best), "--model", str(moved), "--output"]
+    outcome = call(merge, *words, "~/merged", "--dtype", "bfloat16")
+    assert outcome.code == 0, outcome.err
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {weight.dtype for weight in merged.values()} == {torch.bfloat16}
+
+    def replaced(*arguments: Any) -> Any:
+        with (best / "training.json").open("a") as file:
+            file.write("\n")
+        seal(best)
+        return load_model(*arguments)
+
+    monkeypatch.setattr(merge, "load_model", replaced)
+    call(merge, *words, str(tmp_path / "late")).assert_user_error(
+        "training has just saved another one"
+    )
 
 
 def test_an_adapter_is_no_base(call, runs: dict[str, dict[str, str]], tmp_path: Path) -> None:
