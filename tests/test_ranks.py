@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import jobs
 import pytest
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data
 import train
 from engine import sharding
+from engine.agreement import check_same_on_all
 from engine.footprint import gathered_bytes
 from engine.loading import load_model
 from engine.masking import Masking
@@ -74,6 +76,18 @@ def test_processes_of_a_restart_find_each_other(tmp_path: Path, late: list[int])
     ended = again.end(20)
     assert [each.code for each in ended] == [0, 0, 0], ended
     assert [each.out for each in ended] == ["heard\n", "", ""]
+
+
+def test_rows_with_other_labels_alone_are_other_rows() -> None:
+    def of(row: Example) -> str:
+        said: list[dict[str, str]] = []
+        ranks = SimpleNamespace(size=2, check_same=said.append)
+        check_same_on_all(SimpleNamespace(ranks=ranks, pretrained=torch.nn.Module()), [row])
+        return said[0]["rows"]
+
+    rows = [Example([1, 5, 2], [-100, 5, 2]), Example([1, 5, 2], [-100, -100, 2])]
+    rows.append(Example([1, 6, 2], [-100, 5, 2]))
+    assert len(set(map(of, rows))) == 3
 
 
 class NoCopies(TorchDispatchMode):

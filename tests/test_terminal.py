@@ -666,6 +666,22 @@ def test_a_look_says_whether_the_disk_is_large_enough(
         )
 
 
+def test_a_look_times_the_run_itself(
+    settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a time of other rows, epochs or saves."""
+    run = preflight.prospect(make_config(settings | {"checkpoint_steps": "3"}), ALONE, TOOLS)
+    built: list[Any] = []
+    taken: list[Any] = []
+    monkeypatch.setattr(preflight, "try_steps", lambda *arguments: arguments)
+    monkeypatch.setattr(preflight, "time_facts", lambda *arguments: taken.extend(arguments) or {})
+    tools = replace(TOOLS, build=lambda *arguments: built.extend(arguments) or (None, None))
+    preflight.show_time(terminal.open_console(), run, tools)
+    assert built[2:] == [run.planned, run.rows + run.held_out, run.prompts, ALONE]
+    assert len(run.prompts) == len(run.held_out) == 17 and taken[0][6] == run.held_out
+    assert taken[1:] == [run.rows, run.held_out, 2, count_saves(2, 7, 3), run.sizes]
+
+
 def step_of_both(
     model: Any, optimizer: Any, batch: Any, rate: float, budget: int, norm: Any, packer: Any
 ) -> Any:
