@@ -622,8 +622,10 @@ def test_another_base_is_refused_and_a_moved_one_is_named(
     for file in moved.glob("tokenizer*"):  # the adapter has its own
         file.unlink()
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(memory, "total_bytes", lambda device: 2**40)
     words = ["--ckpt", str(best), "--model", str(moved), "--output"]
+    monkeypatch.setattr(memory, "total_bytes", lambda device: 1)
+    call(merge, *words, str(tmp_path / "large")).assert_user_error("GB of the device")
+    monkeypatch.setattr(memory, "total_bytes", lambda device: 2**40)
     outcome = call(merge, *words, "~/merged", "--dtype", "bfloat16")
     assert outcome.code == 0, outcome.err
     merged = load_file(tmp_path / "merged" / "model.safetensors")
