@@ -50,12 +50,16 @@ def check_folder(folder: Path) -> None:
 
 def _check_generation(folder: Path, settings: Mapping[str, Any]) -> None:
     ids = settings.get("eos_token_id")
-    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    if not all(isinstance(each, int) for each in listed):
+    if not all(isinstance(each, int) for each in each_of(ids)):
         raise UserError(
             f"model {folder}: its generation_config.json has eos_token_id {ids!r}: it must be the "
             "id of a token, or a list of ids"
         )
+
+
+def each_of(ids: Any) -> list[Any]:
+    """The ids of an ``eos_token_id``, which may be one, a list, or None."""
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def check_config(folder: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from engine.dealing import Deal, Ids, Worker
 from engine.decoding import Calculator, Completion, greedy_decode, sample_decode
 from engine.llama import Llama
+from engine.refusals import each_of
 from engine.tokenizer import Tokenizer
 
 
@@ -171,6 +172,5 @@ def complete(
 
 def eos_token_ids(model: Llama, tokenizer: Tokenizer) -> frozenset[int]:
     """The tokens that end a completion: the tokenizer's EOS, and any that the model lists."""
-    configured = model.pretrained.generation_config.eos_token_id
-    listed = configured if isinstance(configured, list) else [configured]
-    return frozenset({tokenizer.eos_token_id, *listed} - {None})
+    listed = each_of(model.pretrained.generation_config.eos_token_id)
+    return frozenset({tokenizer.eos_token_id, *listed})

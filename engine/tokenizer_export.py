@@ -8,6 +8,7 @@ from typing import Any
 import tokenizers
 from tokenizers import processors
 
+from engine.refusals import each_of
 from engine.sentencepiece_bpe import PROBES
 from engine.tokenizer_files import CONFIG_FILE, VOCABULARY_FILE
 
@@ -78,8 +79,7 @@ def stop_at(folder: Path, eos_token_id: int) -> None:
     if not file.exists():
         return
     config = json.loads(file.read_bytes())
-    known = config.get("eos_token_id")
-    listed = known if isinstance(known, list) else [] if known is None else [known]
+    listed = each_of(config.get("eos_token_id"))
     if eos_token_id not in listed:
         config["eos_token_id"] = [eos_token_id, *listed] if listed else eos_token_id
         file.write_bytes(_json_bytes(config))
