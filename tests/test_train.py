@@ -134,7 +134,8 @@ def test_a_step_is_made_at_its_rate(settings: dict[str, str], model: Any) -> Non
     row = packing.Example([1, 5, 6, 2], [packing.IGNORE, 5, 6, 2])
     train.train_step(model, optimizer, [row], 1e-3, 64, None)
     moved = max((one - two).abs().max() for one, two in zip(model.trained, before, strict=True))
-    assert moved.item() == pytest.approx(1e-3, rel=1e-2)
+    # Adam's first update is the rate itself; a weight near 1 is rounded by up to 6e-8.
+    assert moved.item() == pytest.approx(1e-3, rel=1e-4)
 
 
 def assert_same_bits(ours: Path, theirs: Path) -> None:
