@@ -76,10 +76,13 @@ def scores_of(rows: Sequence[Mapping[str, Any]], recorded: Mapping[str, Any]) ->
     """Score ``rows``, which need not be all that were asked.
 
     Args:
-        recorded: the content of ``scores.json``, for what is not in the rows.
+        recorded: the content of ``scores.json``, for what is not in the rows. It may be of greedy
+            predictions, with the scores of samples in it, or of samples alone.
     """
     verdicts = [grade_row(row) for row in rows]
-    analysis, samples = analyse(rows), _samples(recorded)
+    analysis = analyse(rows)
+    drawn = recorded if "maj_at" in recorded else recorded.get("samples")
+    samples = _samples(drawn)
     return Scores(
         rules=[
             Share(*RULE_NAMES[name], sum(verdict.by_rule[name] for verdict in verdicts), len(rows))
@@ -91,7 +94,7 @@ def scores_of(rows: Sequence[Mapping[str, Any]], recorded: Mapping[str, Any]) ->
         disagree=len(analysis["rules_disagree"]),
         calculator=_calculator(recorded),
         samples=samples,
-        are_calculated=bool(samples) and recorded["samples"].get("with_calculator") is True,
+        are_calculated=bool(samples) and drawn.get("with_calculator") is True,
     )
 
 
@@ -105,10 +108,10 @@ def _calculator(recorded: Mapping[str, Any]) -> tuple[float, int, int, float] | 
         return None
 
 
-def _samples(recorded: Mapping[str, Any]) -> list[tuple[str, float, float]]:
-    """What ``scores.json`` says of samples; nothing if it is not all there."""
+def _samples(drawn: Any) -> list[tuple[str, float, float]]:
+    """What the scores ``drawn`` say of samples; nothing if it is not all there."""
     try:
-        voted, passed = (recorded["samples"][name] for name in ("maj_at", "pass_at"))
+        voted, passed = drawn["maj_at"], drawn["pass_at"]
         return [(str(k), float(share), float(passed[k])) for k, share in voted.items()]
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
         return []

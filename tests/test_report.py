@@ -150,6 +150,11 @@ def test_of_samples_the_first_is_shown_and_said_to_be(tmp_path: Path) -> None:
     text = page_of(tmp_path).text
     assert "100.0% 95 % interval" in text and "3 of 3 correct" in text
     assert "Of each problem, this is only the first of its samples." in text
+    assert "samples per problem" not in text
+    scores = {"num_problems": 3, "maj_at": {"1": 0.5}, "pass_at": {"1": 0.55}}
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    text = page_of(tmp_path).text
+    assert "samples per problem, k maj@k pass@k 1 50.0% 55.0%" in text
     file.write_text("".join(json.dumps(row) + "\n" for row in rows[3:6]))
     assert "its samples" not in page_of(tmp_path).text
 
