@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from run.checkpoint import newest_intact
 from run.common import Ranks, check_same_folder
 from run.config import KEYS, Config, idle_settings
-from run.errors import OutOfMemory, UserError, one_line
+from run.errors import OutOfMemory, UserError, counted, one_line
 from run.files import replace_file
 from run.locks import check_free, locked
 from run.manifest import (
@@ -201,7 +201,7 @@ def check_same_run(folder: Path, settings: Mapping[str, Any], data_sha256: str) 
 def check_unfinished(step: int, total_steps: int, run_folder: Path) -> None:
     if step < total_steps:
         return
-    finished = f"{run_folder}: this run is finished ({total_steps} steps)"
+    finished = f"{run_folder}: this run is finished ({counted(total_steps, 'step')})"
     if fault := fault_of(run_folder / BEST):
         raise UserError(
             f"{finished}, and its {BEST} is damaged or gone ({fault}): "
@@ -232,8 +232,8 @@ def find_opening(config: Config, data_sha256: str, steps: int) -> Path | None:
     check_same_run(resume_from, asdict(anchored(config, resume_from)), data_sha256)
     if ends := late_ends(resume_from, steps, asdict(config)):
         raise UserError(
-            f"{folder}: this run is finished ({steps} steps): the same without --preflight only "
-            f"{' and '.join(ends)}"
+            f"{folder}: this run is finished ({counted(steps, 'step')}): the same without "
+            f"--preflight only {' and '.join(ends)}"
         )
     check_unfinished(read_description(resume_from)["step"], steps, folder)
     return resume_from

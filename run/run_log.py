@@ -131,8 +131,9 @@ class RunLog:
     def start(self, rows: int, held_out: int, batch_size: int, device: str, how: str) -> None:
         """Print a summary of the run before it starts."""
         print(
-            f"training: {rows} rows, {self._steps} steps of {batch_size} sequences in "
-            f"{counted(self._epochs, 'epoch')}, on {device} in {how}; validation: {held_out} rows"
+            f"training: {counted(rows, 'row')}, {counted(self._steps, 'step')} of "
+            f"{counted(batch_size, 'sequence')} in {counted(self._epochs, 'epoch')}, on {device} "
+            f"in {how}; validation: {counted(held_out, 'row')}"
         )
 
     def __enter__(self) -> "RunLog":

@@ -101,6 +101,13 @@ def test_each_setting_of_the_update_has_its_effect(settings: dict[str, str]) -> 
     assert recorded["validation_sha256"] == data.fingerprint(held_out)
 
 
+def test_one_row_and_one_step_are_counted_as_one(call, settings: dict[str, str]) -> None:
+    words = flags(settings | {"epochs": "1", "validation_size": "1", "batch_size": "64"})
+    shown = "training: 42 rows, 1 step of 64 sequences in 1 epoch, on cpu in float32; "
+    assert f"{shown}validation: 1 row\n" in call(train, *words).out
+    call(train, *words).assert_user_error("this run is finished (1 step): ")
+
+
 def test_a_signal_in_the_last_step_ends_a_run_that_is_finished(
     call, settings: dict[str, str]
 ) -> None:
