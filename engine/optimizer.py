@@ -11,13 +11,13 @@ import torch
 
 from engine import adamw_8bit, memory
 from engine.device_errors import cure_for_kernels, is_of_a_kernel
+from engine.recipe import ADAMW, ADAMW_8BIT, check_is_adamw
 from engine.sharding import is_spread
 from run.errors import cause_of, root_cause
 
 # The share of a weight by which it decays at once in bfloat16, where its rounding error is up to
 # 2**-8 of it, and is itself rounded by up to 2**-17 of the weight.
 LEAST_DECAY = 2**-14
-ADAMW, ADAMW_8BIT = "adamw", "adamw_8bit"  # the names that the setting optimizer allows
 
 
 def check_optimizer(name: str) -> None:
@@ -53,6 +53,7 @@ def build_optimizer(
         return adamw_8bit.AdamW8bit(
             parameters, learning_rate, betas, epsilon, weight_decay, compiled
         )
+    check_is_adamw(name, "optimizer.py, build_optimizer")
     if first.dtype == torch.bfloat16:
         optimizer = optimi.AdamW(
             parameters,
@@ -138,7 +139,11 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
 
     Raises:
         UserError: the state does not fit into memory.
+        TypeError: the optimizer's state is not known here.
     """
+    if not isinstance(optimizer, adamw_8bit.AdamW8bit | optimi.AdamW | torch.optim.AdamW):
+        kind = type(optimizer).__name__
+        raise TypeError(f"{kind} is unknown to engine/optimizer.py, make_state: add a case for it")
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.device.type == "cpu" and parameter.grad is None:
@@ -169,6 +174,7 @@ def state_bytes(shape: torch.Size, dtype: torch.dtype, name: str = ADAMW) -> int
     """
     if name == ADAMW_8BIT:
         return adamw_8bit.state_bytes(shape)
+    check_is_adamw(name, "optimizer.py, state_bytes")
     return (2 + has_compensation(dtype)) * dtype.itemsize * math.prod(shape)
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 # Of a frozen weight in NF4: half a byte, an 8-bit scale for 64 weights, and a float32 scale for 256
 # of those (double quantisation, arXiv:2305.14314).
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+ADAMW, ADAMW_8BIT = "adamw", "adamw_8bit"  # the names that the setting optimizer allows
 # Of two moments in 8 bits, with a float32 scale for 256 values of each.
 STATE_BYTES_8BIT = 2 * (1 + 4 / 256)
 
@@ -24,7 +25,7 @@ class Recipe:
         method: ``full``, ``lora`` or ``qlora``.
         rank: of an adapter to every linear layer of the blocks.
         has_dropout: whether some of the adapters' inputs are dropped.
-        optimizer: ``adamw`` or ``adamw_8bit``.
+        optimizer: one of the names above.
         fp8: whether the blocks' products are computed in 8-bit floats.
         devices: how many compute the rows of a step.
         shard_over: how many of them share one copy of weights, gradients and optimizer states
@@ -37,7 +38,7 @@ class Recipe:
     method: str = "full"
     rank: int = 0
     has_dropout: bool = False
-    optimizer: str = "adamw"
+    optimizer: str = ADAMW
     fp8: bool = False
     devices: int = 1
     shard_over: int | None = None
@@ -51,7 +52,7 @@ class Recipe:
     @property
     def spreads(self) -> bool:
         """Whether several devices can share the weights and the optimizer's state."""
-        return self.method != "qlora" and self.optimizer != "adamw_8bit"
+        return self.method != "qlora" and self.optimizer != ADAMW_8BIT
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,16 @@ def gradient_bytes(shape: "ModelShape", recipe: Recipe) -> int:
 def state_bytes(shape: "ModelShape", recipe: Recipe) -> int:
     """Two moments; in bfloat16 and 32-bit AdamW also the rounding error of each weight."""
     trained, each = trained_parameters(shape, recipe), shape.dtype.itemsize
-    if recipe.optimizer == "adamw_8bit":
+    if recipe.optimizer == ADAMW_8BIT:
         return math.ceil(trained * STATE_BYTES_8BIT)
+    check_is_adamw(recipe.optimizer, "recipe.py, state_bytes")
     return trained * each * (3 if shape.dtype == torch.bfloat16 else 2)
+
+
+def check_is_adamw(optimizer: str, where: str) -> None:
+    """Raises ValueError for an ``optimizer`` that has no case of its own in ``where``.
+
+    It would be AdamW, or be counted as AdamW, under a name of its own.
+    """
+    if optimizer != ADAMW:
+        raise ValueError(f"optimizer {optimizer!r} is unknown to engine/{where}: add a case for it")

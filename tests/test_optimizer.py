@@ -1,23 +1,27 @@
 """Updates in bfloat16 do what float32's do; the gradient norm; the learning rate of each step."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 from conftest import PROMPT, gain
+from transformers import LlamaConfig
 
 import data
-from engine import packing
+from engine import packing, recipe
 from engine.device import kernels_for
 from engine.gradients import clipping, scale
 from engine.loading import load_model
-from engine.optimizer import Schedule, build_optimizer, make_state
+from engine.optimizer import Schedule, build_optimizer, make_state, state_bytes
+from engine.shape import ModelShape
 from engine.state import pack_state, unpack_state
 from engine.tokenizer import Tokenizer
 from grading import dataset
+from run.config import Config
 
 CPU = torch.device("cpu")
 SETTINGS = {"betas": (0.9, 0.999), "weight_decay": 0.0}
@@ -172,6 +176,46 @@ def test_state_made_before_the_first_step_changes_no_bit(dtype: torch.dtype) -> 
     assert [*map(id, kept)] == [
         id(tensor) for state in early_optimizer.state.values() for tensor in state.values()
     ]
+
+
+def bytes_of(state: Mapping[str, Any]) -> dict[str, int]:
+    tensors = {name: each for name, each in state.items() if isinstance(each, torch.Tensor)}
+    return {name: tensor.nbytes for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", get_args(get_type_hints(Config)["optimizer"]))
+def test_every_optimizer_is_built_and_its_state_counted(name: str, dtype: torch.dtype) -> None:
+    """Guards against a setting that is AdamW under another name, or has AdamW's state as well."""
+    shape = torch.Size([64, 64])  # large enough for 8 bits
+    weight = torch.nn.Parameter(torch.ones(shape, dtype=dtype))
+    optimizer = build_optimizer([weight], 1e-3, (0.9, 0.999), 1e-8, 0.0, name)
+    make_state(optimizer)
+    made = bytes_of(optimizer.state[weight])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert made == bytes_of(optimizer.state[weight])
+    held = sum(size for name, size in made.items() if name != "step")
+    assert state_bytes(shape, dtype, name) == held
+    llama = ModelShape(LlamaConfig(), dtype)
+    planned = recipe.state_bytes(llama, recipe.Recipe(optimizer=name))
+    assert planned / llama.parameters == pytest.approx(held / weight.numel(), rel=1e-6)
+
+
+def test_an_optimizer_that_is_unknown_is_not_taken_for_adamw() -> None:
+    """Guards against a name that the settings allow, and one of these places does not know."""
+    weight, shape = torch.nn.Parameter(torch.ones(4)), ModelShape(LlamaConfig(), torch.float32)
+    for where, ask in (
+        ("optimizer.py, build_optimizer", partial(build_optimizer, [weight], 1, (0, 0), 1, 0)),
+        ("optimizer.py, state_bytes", partial(state_bytes, weight.shape, weight.dtype)),
+        (
+            "recipe.py, state_bytes",
+            lambda name: recipe.state_bytes(shape, recipe.Recipe(optimizer=name)),
+        ),
+        ("optimizer.py, make_state", lambda name: make_state(torch.optim.SGD([weight]))),
+    ):
+        with pytest.raises((ValueError, TypeError), match=f"engine/{where}: add a case for it"):
+            ask("sgd")
 
 
 def clip_gradients(parameters: list[torch.nn.Parameter], max_norm: float | None) -> torch.Tensor:
