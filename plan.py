@@ -11,7 +11,7 @@ from engine import memory
 from engine.device import Kernels, check_computes, cuda_kernels, kernels_for, pick_device
 from engine.footprint import footprint
 from engine.hub import fetch
-from engine.optimizer import check_optimizer
+from engine.optimizer import Schedule, check_optimizer
 from engine.packing import IGNORE, Example
 from engine.plan import GIB, Device, Plan, Wishes, choose, saved_plan
 from engine.plan_report import (
@@ -91,6 +91,12 @@ def wishes_of(config: Config) -> Wishes:
     chosen = config.micro_batch_tokens, config.gradient_checkpointing, config.compile
     when = config.reduce_gradients
     return Wishes(*chosen, None if when is None else when == "each")
+
+
+def schedule_of(config: Config, steps: int) -> Schedule:
+    """The learning rate of each of a run's ``steps``."""
+    shape = config.lr_schedule, config.warmup_ratio, config.min_lr_ratio
+    return Schedule(steps, config.learning_rate, *shape)
 
 
 def rows_of(examples: Sequence[Example], batch_size: int) -> Rows:

@@ -50,12 +50,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Tools:
     """What training works with: `run.folder.find_opening`, `engine.loading.load_tokenizer`,
-    `plan.plan_run`, `train.build` and `train.train_step`.
+    `plan.plan_run`, `plan.schedule_of`, `train.build` and `train.train_step`.
     """
 
     find_opening: Callable[[Config, str, int], Path | None]
     load_tokenizer: Callable[..., "Tokenizer"]
     plan_run: Callable[..., Plan]
+    schedule_of: Callable[[Config, int], Schedule]
     build: Callable[..., tuple[Any, torch.optim.Optimizer]]
     step: Callable[..., StepResult]
 
@@ -119,7 +120,6 @@ def prospect(config: Config, ranks: Ranks, tools: Tools) -> Prospect:
     rows, held_out = data.encode_for_training(tokenizer, problems, config.prompt, config.max_length)
     batches = data.batches_of(rows, asdict(config), tokenizer, model)
     steps, train_sha256 = config.epochs * batches.per_epoch, problems.sha256["train_sha256"]
-    decay = config.lr_schedule, config.warmup_ratio, config.min_lr_ratio
     shape = read_shape(model, getattr(torch, config.dtype))
     with redirect_stdout(io.StringIO()) as line:  # which is one of the facts below
         planned = tools.plan_run(config, model, rows, None, ranks)
@@ -136,7 +136,7 @@ def prospect(config: Config, ranks: Ranks, tools: Tools) -> Prospect:
         planned=planned,
         plan_line=line.getvalue().strip() or planned.describe(shape.layers),
         batches=batches,
-        schedule=Schedule(steps, config.learning_rate, *decay),
+        schedule=tools.schedule_of(config, steps),
         sizes=(gradient_bytes(shape, recipe), state_bytes(shape, recipe)),
     )
 

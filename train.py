@@ -45,7 +45,7 @@ from engine.device import pick_device, prepare_process
 from engine.hub import fetch
 from engine.llama import Llama
 from engine.measure import Measurement, StepResult, measure, perplexity_of
-from engine.optimizer import Schedule, build_optimizer, checkpoint_bytes, make_state
+from engine.optimizer import build_optimizer, checkpoint_bytes, make_state
 from engine.packing import NOT_AHEAD, Example, MicroBatch, Packer
 from engine.plan import Plan
 from engine.ranks import ALONE, Ranks, job
@@ -93,8 +93,7 @@ def train(config: Config, folder: Path, resume_from: Path | None, parts: "Parts"
     planned = plan.plan_run(config, start.weights, rows, resume_from, ranks)
     model, optimizer = build(config, start, planned, rows + held_out, prompts, ranks)
     packer = Packer(batches, ranks)
-    shape = config.lr_schedule, config.warmup_ratio, config.min_lr_ratio
-    schedule = Schedule(steps, config.learning_rate, *shape)
+    schedule = plan.schedule_of(config, steps)
     decode = partial(parts.complete, model, tokenizer, config.max_new_tokens, config.decode_slots)
 
     # Where it left off
@@ -286,8 +285,8 @@ def main(
             return run_selftest(config, partial(load_problems, config.dataset))
         if wanted is Look.PREFLIGHT:
             plan.check_trains(config, None, ranks.size)
-            tools = find_opening, loading.load_tokenizer, plan.plan_run, build, train_step
-            return preflight.look(config, ranks, preflight.Tools(*tools))
+            opening = find_opening, loading.load_tokenizer, plan.plan_run, plan.schedule_of
+            return preflight.look(config, ranks, preflight.Tools(*opening, build, train_step))
         folder, budget = local_path(config.output_dir) / config.run_name, config.micro_batch_tokens
         with claimed_by_all(folder, config.resume, ranks, budget) as resume_from:
             config = anchored(config, resume_from)

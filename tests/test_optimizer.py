@@ -288,7 +288,8 @@ def test_a_run_takes_no_implementation_along_to_another_device(
 
 
 def test_schedule() -> None:
-    """Guards against a first step at rate zero, a peak never reached, and a floor ignored."""
+    """Guards against a first step at rate zero, a peak never reached, a floor ignored, and a name
+    that the settings allow and no schedule has."""
 
     def rates(schedule: str, minimum: float = 0.0) -> list[float]:
         made = Schedule(100, peak=2.0, shape=schedule, warmup_ratio=0.03, min_ratio=minimum)
@@ -297,7 +298,7 @@ def test_schedule() -> None:
     # A part of a step is a whole one.
     assert Schedule(174, 2.0, "cosine", 0.03, 0.0).warmup_steps == 6
 
-    for schedule in ("cosine", "linear", "constant"):
+    for schedule in get_args(get_type_hints(Config)["lr_schedule"]):
         assert rates(schedule)[:4] == pytest.approx([2 / 3, 4 / 3, 2.0, 2.0])
     assert rates("constant")[-1] == 2.0
     assert rates("linear")[50] == pytest.approx(2 * (1 - 47 / 97))

@@ -22,7 +22,7 @@ import pytest
 from conftest import flags, held_by_another_process, make_config, run_folder, tree
 from rich.cells import cell_len
 from safetensors.torch import load_file, save_file
-from test_train import STEPS, measuring
+from test_train import STEPS, measuring, metrics
 
 import evaluate
 import plan
@@ -254,7 +254,8 @@ def commands(printed: str) -> list[list[str]]:
 # ---------------------------------------------------------------- a look before the run
 
 
-TOOLS = preflight.Tools(find_opening, load_tokenizer, plan.plan_run, train.build, train.train_step)
+OPENING = find_opening, load_tokenizer, plan.plan_run, plan.schedule_of
+TOOLS = preflight.Tools(*OPENING, train.build, train.train_step)
 
 
 @pytest.fixture
@@ -490,7 +491,7 @@ def test_a_look_says_that_a_loss_is_not_finite(
 def test_the_look_is_at_what_training_does(
     call, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards against other rows, micro-batches, saves or sizes than those of the run itself."""
+    """Guards against other rows, micro-batches, rates, saves or sizes than those of the run."""
     packed: list[list[int]] = []
     saved: list[tuple[str, int]] = []
     needed: list[tuple[int, int]] = []
@@ -510,6 +511,7 @@ def test_the_look_is_at_what_training_does(
     monkeypatch.setattr(packing, "pack", pack)
     monkeypatch.setattr(train, "check_disk_space", lambda _, *sizes: needed.append(sizes))
     settings |= {"checkpoint_steps": "3", "seed": "5"}
+    settings |= {"lr_schedule": "linear", "warmup_ratio": "0.3", "min_lr_ratio": "0.2"}
     assert call(train, *flags(settings), save=save).code == 0
     run = preflight.prospect(make_config(settings | {"run_name": "new"}), ALONE, TOOLS)
     with monkeypatch.context() as counting:  # 689 steps of augmented rows must not take long
@@ -517,6 +519,9 @@ def test_the_look_is_at_what_training_does(
         assert trial.filled(run.batches, 7, 256, ALONE) == packed[:7]
     assert max(map(max, packed[:7])) <= 256 and max(map(len, packed[:7])) > 1
     assert needed == [run.sizes]
+    key = "train/learning_rate"
+    rates = [line[key] for line in metrics(settings) if key in line]
+    assert rates == [run.schedule.learning_rate(step) for step in range(14)]
     last = {step for name, step in saved if name == "last" and step}
     assert len(last) == count_saves(2, 7, 3)
 
