@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from run.checkpoint import newest_intact
 from run.common import Ranks, check_same_folder
 from run.config import KEYS, Config, idle_settings
-from run.errors import OutOfMemory, UserError, counted, one_line
+from run.errors import OutOfMemory, UserError, counted, first_few, one_line
 from run.files import replace_file
 from run.locks import check_free, locked
 from run.manifest import (
@@ -60,7 +60,13 @@ FREE_SETTINGS = frozenset(
 )
 
 # What was so before there was a setting for it.
-OLDER = {"method": FULL, "optimizer": "adamw", "mask_rate": 0.0, "fp8": False}
+OLDER = {
+    "method": FULL,
+    "optimizer": "adamw",
+    "mask_rate": 0.0,
+    "fp8": False,
+    "best_by": "val_loss",
+}
 
 HELD = "another process is training this run: wait for it, or choose another --run_name"
 LOCK_SECONDS = 1.0  # how long to wait for the lock, since an evaluation holds it only briefly
@@ -182,7 +188,7 @@ def check_same_run(folder: Path, settings: Mapping[str, Any], data_sha256: str) 
     differences = {
         key: f"{key} was {quoted(before[key])} and is {quoted(settings[key])}"
         for key in KEYS
-        if key in before  # a newer setting did not exist when the checkpoint was saved
+        if key in before
         and before[key] != settings[key]
         and not (key in PLACES and is_same_folder(str(before[key]), settings[key], is_older))
     }
@@ -193,6 +199,12 @@ def check_same_run(folder: Path, settings: Mapping[str, Any], data_sha256: str) 
         raise UserError(
             f"{folder}: cannot resume with these changes: {'; '.join(changed)}: restore the old "
             "values, or start again under another --run_name"
+        )
+    if missing := [key for key in KEYS if key not in before and key not in free]:
+        raise UserError(
+            f"{folder}: cannot resume, since it was saved before there was {first_few(missing)}: "
+            "add what was so then to OLDER in run/folder.py, or start again under another "
+            "--run_name"
         )
     if differences:
         print(f"resuming: {'; '.join(differences.values())}")

@@ -575,3 +575,50 @@ def test_what_has_no_effect_may_change(
             config.merge(layers)
         problem = f"command line: {key}: has no effect with {other} {idle}: leave it out, or set "
         assert problem in str(typed.value)
+
+
+# ---------------------------------------------------------------- settings of a later version
+
+# Those of the first version, without those that may change when a run is resumed.
+FIRST = (
+    "model dataset prompt max_length validation_size seed epochs batch_size learning_rate "
+    "lr_schedule warmup_ratio min_lr_ratio weight_decay adam_beta1 adam_beta2 adam_epsilon "
+    "max_grad_norm dtype"
+)
+# What belongs to a setting in `folder.OLDER`, and had no effect before that was there.
+BELONGING = {*config.ADAPTER_SETTINGS, "mask_warmup_ratio", "mask_token"}
+
+
+def test_what_was_so_before_there_was_a_setting_is_known() -> None:
+    """Guards against a new setting for which a run of an older version can't be resumed.
+
+    Add it to OLDER in run/folder.py with what was so before, or to FREE_SETTINGS there if it
+    changes no gradient.
+    """
+    known = {*FIRST.split(), *folder.OLDER, *BELONGING}
+    assert set(config.KEYS) - folder.FREE_SETTINGS == known
+
+
+def test_a_setting_that_a_checkpoint_lacks_does_not_begin_in_mid_run(
+    call, settings: dict[str, str], stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a run whose second half was trained, or judged, otherwise than its first."""
+    for name in ("last", "previous"):
+        file = stopped / name / "training.json"
+        description = json.loads(file.read_text())
+        for key in ("best_by", "weight_decay"):  # the second as if it were of a later version
+            del description["settings"][key]
+        file.write_text(json.dumps(description))
+        seal(stopped / name)
+    call(train, *flags(settings), "--best_by", "val_exact_match").assert_user_error(
+        "best_by was 'val_loss' and is 'val_exact_match'"
+    )
+    call(train, *flags(settings), "--weight_decay", "0.1").assert_user_error(
+        f"{stopped / 'last'}: cannot resume, since it was saved before there was weight_decay: "
+        "add what was so then to OLDER in run/folder.py, or start again under another --run_name"
+    )
+    monkeypatch.setitem(folder.OLDER, "weight_decay", 0.0)
+    call(train, *flags(settings), "--weight_decay", "0.1").assert_user_error(
+        "weight_decay was 0.0 and is 0.1"
+    )
+    assert call(train, *flags(settings)).code == 0
