@@ -56,7 +56,7 @@ from grading.results import IDENTITY_FILE
 from grading.samples import EVALUATE, SampleFile, by_question, read_samples
 from grading.selection import STAGES, Selection, select
 from run.config import COMMAND_LINE, CONFIG_FILE, Config, SettingsFiles, merge, read_files
-from run.errors import UserError
+from run.errors import UserError, counted
 from run.manifest import METRICS_FILE
 from run.new_folder import write_folder
 from run.paths import hide_home, local_path
@@ -101,12 +101,23 @@ def main(arguments: argparse.Namespace, typed: dict[str, str]) -> None:
     is_new = write_data_set(output, contents)
     print(augmentation_table(description))
     if not selection.added:
-        print(
-            "nothing was added, so its rows are the original ones: sample more, or at a higher "
-            f"temperature into another folder ({EVALUATE} --temperature T --output DIR)"
-        )
+        print(f"nothing was added, so its rows are the original ones: {cure(selection.total)}")
     done = "data set" if is_new else "unchanged since it was last written"
     print(f"{done}: {output}; next: {next_command}")
+
+
+def cure(total: Mapping[str, int]) -> str:
+    """What to do where no sample was kept, by how many reached each of the `STAGES`."""
+    if total["right"] and not total["with_equations"]:
+        return (
+            f"of {counted(total['right'], 'right sample')}, none is a solution with an equation "
+            "such as 48/2=24, and no other is kept: more samples help only if rows of the data "
+            "set have equations"
+        )
+    return (
+        "sample more, or at a higher temperature into another folder "
+        f"({EVALUATE} --temperature T --output DIR)"
+    )
 
 
 def settings_for(

@@ -325,6 +325,20 @@ def test_a_second_round_adds_only_what_is_new(call, file: Path, tmp_path: Path) 
     assert json.loads((second / "augment.json").read_text())["problems_by_kept"] == {"0": 26}
 
 
+@pytest.mark.parametrize("before", ["", "It is so.\n"])
+def test_samples_without_equations_are_no_reason_to_draw_more(
+    call, data_folder: Path, rows_of: dict[str, list[Problem]], tmp_path: Path, before: str
+) -> None:
+    """Guards against days of sampling for a data set whose answers are numbers alone."""
+    about = {"dataset": str(data_folder), "validation_size": 17, "seed": 0}
+    written = write_samples(
+        tmp_path / "samples", rows_of["train"], lambda row: [f"{before}#### {row.gold}"], **about
+    )
+    outcome = call(augment, "--samples", str(written), "--output", str(tmp_path / "out"))
+    assert outcome.code == 0 and "of 26 right samples, none is a solution with an" in outcome.out
+    assert "sample more" not in outcome.out
+
+
 @pytest.mark.parametrize(
     ("name", "run_name"),
     [
