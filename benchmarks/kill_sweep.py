@@ -33,7 +33,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -123,6 +122,18 @@ def no_report(folder: Path) -> None:
 
 def start(config: Config, log: Path, on_point: Callable[[str], None] | None = None) -> int:
     """Fork a process that trains, and return its number."""
+
+    def training() -> None:
+        if on_point is not None:
+            watch(str(Path(config.output_dir) / config.run_name), on_point)
+        step = watched(train.train_step, "step", on_point) if on_point else train.train_step
+        train.main(config, step=step, copy=copy, report=no_report)
+
+    return forked(log, training)
+
+
+def forked(log: Path, story: Callable[[], None]) -> int:
+    """Fork a process that calls ``story`` as a script's last line does, and return its number."""
     process = os.fork()
     if process:
         return process
@@ -131,10 +142,7 @@ def start(config: Config, log: Path, on_point: Callable[[str], None] | None = No
         stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(stream, 1)
         os.dup2(stream, 2)
-        if on_point is not None:
-            watch(str(Path(config.output_dir) / config.run_name), on_point)
-        step = watched(train.train_step, "step", on_point) if on_point else train.train_step
-        run_script(partial(train.main, step=step, copy=copy, report=no_report), config)
+        run_script(story)
         code = 0
     except SystemExit as end:
         code = end.code

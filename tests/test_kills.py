@@ -29,22 +29,39 @@ def run_as_typed(out: Path, script: str, *arguments: str) -> None:
     os.dup2(stream, 1)
     os.dup2(stream, 2)
     sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).parent))
     runpy.run_path(script, run_name="__main__")
     sys.stdout.flush()
+
+
+def typed(folder: Path, *words: str) -> tuple[str, int | None]:
+    """What a command printed, and its exit code."""
+    process = processes.Process(target=run_as_typed, args=[folder / "out", *words])
+    process.start()
+    process.join(400)
+    ended = process.exitcode
+    process.kill()
+    return (folder / "out").read_text(), ended
 
 
 def test_kills_lose_nothing(tmp_path: Path) -> None:
     """The short sweep; what it looks for stands in benchmarks/kill_sweep.py."""
     sweep = str(ROOT / "benchmarks" / "kill_sweep.py"), "--points", "12", "--random", "4"
-    process = processes.Process(target=run_as_typed, args=[tmp_path / "out", *sweep])
-    process.start()
-    process.join(400)
-    ended = process.exitcode
-    process.kill()
-    printed = (tmp_path / "out").read_text()
+    printed, ended = typed(tmp_path, *sweep)
     assert ended == 0 and "0 losses" in printed, printed
     assert int(re.search(r"^(\d+) kills", printed, re.MULTILINE)[1]) >= 10, printed
     assert "beside training" in printed
+
+
+def test_what_holds_for_any_settings_holds_for_some(tmp_path: Path) -> None:
+    """Two of those that benchmarks/any_settings.py draws, which says what that is.
+
+    Each dies after a save. One trains all weights, the other adapters with dropout.
+    """
+    drawn = str(ROOT / "benchmarks" / "any_settings.py"), "--first", "579", "--seeds", "2"
+    printed, ended = typed(tmp_path, *drawn)
+    assert ended == 0 and "2 runs drawn, 0 failed" in printed, printed
+    assert "method full" in printed and "lora_dropout 0.2" in printed
 
 
 # ---------------------------------------------------------------- the self-test
