@@ -11,6 +11,8 @@ from page.curves import Chart, Curve
 INCHES = (4.7, 2.5)  # at 72 pixels an inch: as wide as a phone, so that text stays readable there
 MARGINS = {"left": 0.14, "right": 0.98, "top": 0.955, "bottom": 0.2}
 COLOURS = 4  # how many the style sheet has for curves; further curves begin again
+DECADES = 3  # up to which a logarithmic axis has room for 1, 2 and 5 of each power of ten
+NARROWEST = 1e-3  # a linear axis' extent at least, as a share of its values: labels have 6 digits
 
 # Matplotlib wants real colours. These are replaced by variables of the style sheet.
 INK, GRID, PAPER = "#010203", "#010204", "#010205"
@@ -67,9 +69,12 @@ def draw(chart: Chart, name: str) -> Markup:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         if chart.is_logarithmic:
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+            low, high = axes.get_ylim()
+            within = (1, 2, 5) if high < 10**DECADES * low else (1,)
+            axes.yaxis.set_major_locator(LogLocator(subs=within, numticks=8))
             axes.yaxis.set_minor_formatter(NullFormatter())
         else:
+            axes.set_ylim(_widened(*axes.get_ylim()))
             axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
@@ -108,11 +113,15 @@ def _add(axes: "object", curve: Curve) -> None:
         )
 
 
+def _widened(low: float, high: float) -> tuple[float, float]:
+    """The limits of a linear axis, so far apart that its labels differ."""
+    lacking = NARROWEST * max(abs(low), abs(high)) - (high - low)
+    return (low - lacking / 2, high + lacking / 2) if lacking > 0 else (low, high)
+
+
 def number(value: float) -> str:
-    """A value of an axis, such as ``0.5``, ``12,000`` or ``2e-5``."""
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return re.sub("e([+-])0*", lambda sign: "e" + sign[1].strip("+"), f"{value:.6g}")
+    """A value of an axis, such as ``0.5``, ``12,000``, ``2e6`` or ``2e-5``."""
+    return re.sub("e([+-])0*", lambda sign: "e" + sign[1].strip("+"), f"{value:,.6g}")
 
 
 def _inline(svg: str, name: str) -> Markup:

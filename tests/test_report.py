@@ -10,6 +10,7 @@ import subprocess
 import sys
 from fractions import Fraction
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import train
 from engine import usage
 from grading.compare import compare
 from page import write
-from page.curves import Logged, charts_of
+from page.curves import Chart, Curve, Logged, charts_of
 from page.facts import Epochs, Facts, epochs_of, facts_of, settings_of
 from page.plot import draw, number
 from page.problems import choices_of, entries_of
@@ -326,10 +327,28 @@ def test_a_drawing_has_all_points_and_takes_its_colours_from_the_page() -> None:
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(0.5, "0.5"), (12000, "12,000"), (2e-5, "2e-5"), (0, "0"), (1e-10, "1e-10")],
-)
+    [(0.5, "0.5"), (12000, "12,000"), (2e-5, "2e-5"), (0, "0"), (1e-10, "1e-10"),
+     (1.5e24, "1.5e24"), (1000.2, "1,000.2"), (-2.5e6, "-2.5e6")],
+)  # fmt: skip
 def test_numbers_of_axes_are_short(value: float, shown: str) -> None:
     assert number(value) == shown
+
+
+@pytest.mark.parametrize(
+    ("values", "is_logarithmic"),
+    [((6.2, 450_000.0), True), ((0.05, 5e24), True), ((1.1, 900.0), True), ((4.0, 3e24), False),
+     ((14_930.0, 14_930.9), False), ((6.2383246, 6.2383247), False)],
+    ids=["diverged", "far", "falling", "exploded", "steady", "stuck"],
+)  # fmt: skip
+def test_the_labels_of_an_axis_are_apart(values: tuple[float, ...], is_logarithmic: bool) -> None:
+    """Guards against labels that overlap, are cut off, or say one number at different heights."""
+    curve = Curve("training", list(enumerate(values, start=1)), colour=1)
+    svg = str(draw(Chart("Loss", "nats", [curve], is_logarithmic), "one"))
+    labels = re.findall(r'text-anchor: end[^>]* y="([0-9.]+)"[^>]*>([^<]+)<', svg)
+    heights = sorted(float(height) for height, _ in labels)
+    assert len(labels) >= 3 and len({text for _, text in labels}) == len(labels)
+    assert min(upper - lower for lower, upper in pairwise(heights)) > 10  # at 11.5 pixels
+    assert max(len(text) for _, text in labels) <= 7
 
 
 @pytest.mark.parametrize(
