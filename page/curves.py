@@ -1,9 +1,13 @@
 """Which curves a page shows, from the lines of metrics.jsonl."""
 
+from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any
+
+from run.errors import counted
 
 Point = tuple[float, float]  # optimizer step, value
 
@@ -56,6 +60,7 @@ class Curve:
     Attributes:
         label: what the legend says.
         points: finite values by optimizer step.
+        gaps: the steps of what is infinite or no number, in their order.
         colour: its number in the style sheet, from 1.
         is_dotted: whether each point is marked, as those of a validation are.
         is_dashed: whether the line is dashed, as those of a second run are.
@@ -64,10 +69,22 @@ class Curve:
 
     label: str
     points: list[Point]
+    gaps: list[float]
     colour: int
     is_dotted: bool = False
     is_dashed: bool = False
     best: Point | None = None
+
+    @property
+    def pieces(self) -> list[list[Point]]:
+        """The points, parted at the gaps: a line across one would show what was never logged."""
+        parted = groupby(self.points, lambda point: bisect(self.gaps, point[0]))
+        return [list(piece) for _, piece in parted]
+
+    @property
+    def lack(self) -> str:
+        """What the line does not show, in words; empty if it shows all."""
+        return f"off the chart in {counted(len(self.gaps), 'step')}" if self.gaps else ""
 
 
 @dataclass(frozen=True)
@@ -88,6 +105,8 @@ class Chart:
             words = f"{curve.label}: {start:.4g} at step {first:g} to {end:.4g} at step {last:g}"
             if curve.best:
                 words += f", best checkpoint at step {curve.best[0]:g} with {curve.best[1]:.4g}"
+            if curve.lack:
+                words += f", {curve.lack}"
             parts.append(words)
         return f"{self.title} over optimizer steps. {'; '.join(parts)}."
 
@@ -132,6 +151,7 @@ def _curves(runs: Sequence[Logged], members: Sequence[str]) -> list[Curve]:
                 Curve(
                     label=", ".join(filter(None, (shown, label))) or _label(member),
                     points=points,
+                    gaps=gaps_of(run.metrics, member),
                     colour=colour,
                     is_dotted=member.startswith("val/"),
                     is_dashed=number > 0,
@@ -149,6 +169,12 @@ def series_of(metrics: Sequence[Mapping[str, Any]], name: str) -> list[Point]:
         if is_number(step) and is_number(value):
             found[step] = value
     return sorted(found.items())
+
+
+def gaps_of(metrics: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    """The steps at which a metric was logged, and never with a value that `series_of` has."""
+    logged = {line["step"] for line in metrics if name in line and is_number(line.get("step"))}
+    return sorted(logged.difference(step for step, _ in series_of(metrics, name)))
 
 
 def is_number(value: object) -> bool:

@@ -86,18 +86,19 @@ def draw(chart: Chart, name: str) -> Markup:
 def _add(axes: "object", curve: Curve) -> None:
     """Add a curve to matplotlib's ``axes``."""
     colour = f"#0102{15 + (curve.colour - 1) % COLOURS + 1:02x}"
-    steps, values = zip(*curve.points, strict=True)
-    dots = {"marker": "o", "markersize": 4.2} if curve.is_dotted or len(steps) == 1 else {}
-    axes.plot(
-        steps,
-        values,
-        color=colour,
-        linewidth=1.9 if curve.is_dotted else 1.4,
-        linestyle=(0, (4, 2)) if curve.is_dashed else "-",
-        solid_joinstyle="round",
-        zorder=3 if curve.is_dotted else 2,
-        **dots,
-    )
+    for piece in curve.pieces:
+        steps, values = zip(*piece, strict=True)
+        dots = {"marker": "o", "markersize": 4.2} if curve.is_dotted or len(steps) == 1 else {}
+        axes.plot(
+            steps,
+            values,
+            color=colour,
+            linewidth=1.9 if curve.is_dotted else 1.4,
+            linestyle=(0, (4, 2)) if curve.is_dashed else "-",
+            solid_joinstyle="round",
+            zorder=3 if curve.is_dotted else 2,
+            **dots,
+        )
     if curve.best:
         step, value = curve.best
         axes.axvline(step, color=colour, linewidth=0.9, linestyle=(0, (1, 3)), zorder=1)

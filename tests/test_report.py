@@ -250,6 +250,22 @@ def test_a_chart_shows_what_it_can_in_lines_and_in_words() -> None:
     assert [curve.label for curve in loss.curves] == labels
 
 
+def test_a_line_does_not_cross_what_it_can_not_show() -> None:
+    """Guards against a run that diverged and looks steady between its few finite perplexities."""
+    infinite = float("inf")
+    values = [500.0, infinite, 1e213, 510.0, 512.0, float("nan"), 512.0, infinite]
+    lines = [{"step": step, "train/perplexity": value} for step, value in enumerate(values, 1)]
+    lines += [{"step": 2, "train/loss": 9.0}, {"step": 8, "train/perplexity": 511.0}]  # resumed
+    [chart] = charts_of([Logged("run", lines, None)])
+    assert chart.curves[0].pieces == [
+        [(1, 500.0)], [(4, 510.0), (5, 512.0)], [(7, 512.0), (8, 511.0)],
+    ]  # fmt: skip
+    assert chart.summary.endswith(" to 511 at step 8, off the chart in 3 steps.")
+    svg = str(draw(chart, "one"))
+    assert svg.count("var(--curve-1); stroke-width: 1.4") == 3
+    assert len(re.findall(r"<use [^>]*var\(--curve-1\)", svg)) == 1
+
+
 def test_the_facts_are_those_of_the_run() -> None:
     """Guards against numbers of another step, and a speed that only the first step had."""
     settings = {"model": "some/model", "epochs": 3, "batch_size": 128, "learning_rate": 2e-5}
@@ -342,7 +358,7 @@ def test_numbers_of_axes_are_short(value: float, shown: str) -> None:
 )  # fmt: skip
 def test_the_labels_of_an_axis_are_apart(values: tuple[float, ...], is_logarithmic: bool) -> None:
     """Guards against labels that overlap, are cut off, or say one number at different heights."""
-    curve = Curve("training", list(enumerate(values, start=1)), colour=1)
+    curve = Curve("training", list(enumerate(values, start=1)), gaps=[], colour=1)
     svg = str(draw(Chart("Loss", "nats", [curve], is_logarithmic), "one"))
     labels = re.findall(r'text-anchor: end[^>]* y="([0-9.]+)"[^>]*>([^<]+)<', svg)
     heights = sorted(float(height) for height, _ in labels)
