@@ -10,6 +10,7 @@ from run.paths import hide_home
 from run.setting_types import in_yaml
 
 Metrics = Sequence[Mapping[str, Any]]
+SHARES = {"val/exact_match"}  # shown in percent, as the scores are
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def epochs_of(metrics: Metrics, best_step: float | None) -> Epochs:
         (
             _four_digits(line.get("epoch")),
             step,
-            [_four_digits(line.get(name)) for name in names],
+            [(_percent if name in SHARES else _four_digits)(line.get(name)) for name in names],
             step == best_step,
         )
         for step, line in sorted(lines.items())
@@ -125,6 +126,10 @@ def _values(runs: Sequence[Mapping[str, Any]], name: str) -> list[str]:
 
 def _four_digits(value: object) -> str:
     return f"{value:,.4g}" if is_number(value) else "–"
+
+
+def _percent(value: object) -> str:
+    return f"{value:.1%}" if is_number(value) else "–"
 
 
 def _short(value: object) -> str:

@@ -292,8 +292,8 @@ def test_the_facts_are_those_of_the_run() -> None:
         columns=["Loss", "Exact match"],
         rows=[
             ("1", 12, ["0.5", "–"], False),
-            ("2", 24, ["0.4", "0.5"], True),
-            ("–", 36, ["–", "0.25"], False),
+            ("2", 24, ["0.4", "50.0%"], True),  # as the scores, which are above it
+            ("–", 36, ["–", "25.0%"], False),
         ],
     )
     assert settings_of([{"a": 1, "b": 2e-5}, {"a": 1, "c": True}]) == [
