@@ -187,6 +187,18 @@ def test_a_link_leads_to_a_problem(show: Opener, one: Path) -> None:
     playwright.expect(page.locator("#problems-title")).to_be_in_viewport()
 
 
+def test_each_link_to_problems_finds_some(show: Opener, rows: list[dict], tmp_path: Path) -> None:
+    """Guards against a link that says 0 and lists all, since there is no such filter."""
+    for name in ("first", "second"):
+        made_up.make_run(tmp_path / name, rows[:2] if name == "second" else rows[:1])
+    page = show(write_report([tmp_path / "first", tmp_path / "second"]))
+    links = page.locator("main a[href^='#show=']")
+    assert [link.get_attribute("href") for link in links.all()] == ["#show=second-arithmetic"]
+    links.click()
+    playwright.expect(page.locator("#hits")).to_have_text("1 of 2 problems")
+    assert "Won 0, lost 0." in page.inner_text("#comparison")
+
+
 def test_reset_after_a_link_to_a_problem(show: Opener, one: Path) -> None:
     """Guards against controls in their first state above a list that is still filtered."""
     page = show(one, "#show=cut")
