@@ -644,7 +644,11 @@ def test_two_runs_without_a_common_evaluation_show_their_curves(run: Path, other
     assert "training" in page.ids() and not {"scores", "problems"} & set(page.ids())
     # A run that is not evaluated yet hides nothing of the other.
     shutil.rmtree(other / "eval")
-    assert {"training", "scores", "problems"} <= set(page_of(run, other).ids())
+    page = page_of(run, other)
+    assert {"training", "scores", "problems"} <= set(page.ids())
+    # Nor is there a score or an answer that could be either run's.
+    assert "Scores first Exact match on test, by rule" in page.text
+    assert page.text.count("steps #1 first It is") == 1
 
 
 def test_each_badge_says_whose_it_is(run: Path, other: Path) -> None:
