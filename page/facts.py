@@ -10,6 +10,7 @@ from run.paths import hide_home
 from run.setting_types import in_yaml
 
 Metrics = Sequence[Mapping[str, Any]]
+HASHED = ("test", "validation")  # the splits whose own rows training.json has the hash of
 SHARES = {"val/exact_match"}  # shown in percent, as the scores are
 
 
@@ -88,6 +89,29 @@ def facts_of(
         if is_number(best.get(key))
     ]
     return Facts([(label, hide_home(text)) for label, text in about], numbers)
+
+
+def deviations_of(run: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]:
+    """What an evaluation was given, or decoded with, other than the settings of its run say.
+
+    Args:
+        run: the description of a checkpoint; empty if unknown.
+        evaluation: see `facts_of`.
+
+    Returns:
+        words such as ``max_new_tokens 20``.
+    """
+    pairs = [
+        (f"{key} {in_yaml(evaluation[key])}", evaluation[key], run["settings"][key])
+        for key in ("prompt", "max_new_tokens", "dtype")
+        if key in evaluation and key in run.get("settings", {})
+    ]
+    # That of train is recorded with the validation rows in it.
+    split, known = evaluation.get("split"), run.get("data")
+    rows = known.get(f"{split}_sha256") if split in HASHED and isinstance(known, dict) else None
+    if rows is not None and "data_sha256" in evaluation:
+        pairs.insert(0, ("rows of another data set", evaluation["data_sha256"], rows))
+    return [hide_home(words) for words, used, own in pairs if used != own]
 
 
 def epochs_of(metrics: Metrics, best_step: float | None) -> Epochs:

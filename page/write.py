@@ -9,7 +9,7 @@ from typing import Any
 from grading.compare import compare
 from grading.results import PREDICTIONS_FILE
 from page.curves import Logged, charts_of
-from page.facts import epochs_of, facts_of, settings_of
+from page.facts import deviations_of, epochs_of, facts_of, settings_of
 from page.plot import draw
 from page.problems import choices_of, entries_of
 from page.record import FIRST_SHOWN, Record, read_records
@@ -178,16 +178,17 @@ def _training(records: Sequence[Record]) -> dict[str, Any]:
 def _evaluations(records: Sequence[Record]) -> dict[str, Any]:
     """What the template shows of what the runs wrote."""
     shown = [
-        (name, record.evaluation)
+        (name, record.evaluation, record.description)
         for name, record in zip(distinct_names(records), records, strict=True)
         if record.evaluation and record.evaluation.rows
     ]
-    names, rows = [name for name, _ in shown], [evaluation.rows for _, evaluation in shown]
+    names, rows = [name for name, *_ in shown], [evaluation.rows for _, evaluation, _ in shown]
     entries = entries_of(rows)
     return {
         "evaluated": names,
-        "evaluations": [evaluation for _, evaluation in shown],
-        "scores": [scores_of(evaluation.rows, evaluation.scores) for _, evaluation in shown],
+        "evaluations": [evaluation for _, evaluation, _ in shown],
+        "deviations": [deviations_of(run, evaluation.scores) for _, evaluation, run in shown],
+        "scores": [scores_of(evaluation.rows, evaluation.scores) for _, evaluation, _ in shown],
         "comparison": compare(*rows, tuple(names)) if len(rows) > 1 else None,
         "entries": entries,
         "steps": sorted({entry.steps for entry in entries if entry.steps is not None}),

@@ -26,7 +26,7 @@ from engine import usage
 from grading.compare import compare
 from page import write
 from page.curves import Chart, Curve, Logged, charts_of
-from page.facts import Epochs, Facts, epochs_of, facts_of, settings_of
+from page.facts import Epochs, Facts, deviations_of, epochs_of, facts_of, settings_of
 from page.plot import draw, number
 from page.problems import choices_of, entries_of
 from page.record import read_record
@@ -464,6 +464,26 @@ def test_the_recipe_says_in_what_a_run_computes(run: Path, fp8: bool | None) -> 
     training = json.loads(file.read_text())
     file.write_text(json.dumps(training | {"settings": {"dtype": "bfloat16", "fp8": fp8}}))
     assert ("Recipe bfloat16, products in FP8" in page_of(run).text) is (fp8 is True)
+
+
+def test_what_an_evaluation_did_not_take_from_its_run_is_said(run: Path) -> None:
+    """Guards against a score of other rows below the name of the run's data set."""
+    settings = {"prompt": "{question}", "max_new_tokens": 512, "dtype": "bfloat16"}
+    trained = {"settings": settings, "data": {"test_sha256": "t", "train_sha256": "of more"}}
+    same = settings | {"split": "test", "data_sha256": "t"}
+    other = same | {"data_sha256": "u"}
+    for known, evaluation in ((trained, same), (trained, same | {"split": "train"}), ({}, other),
+                              (trained | {"data": None}, other)):  # fmt: skip
+        assert deviations_of(known, evaluation) == []
+    file = run / "best" / "training.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | trained))
+    assert "Evaluated with other settings" not in page_of(run).text
+    scores = {"data_sha256": "u", "max_new_tokens": 20, "prompt": "Q:\n{question}"}
+    made_up.write_predictions(run / "eval" / "test", made_up.rows_of(KINDS), **same | scores)
+    assert (
+        "Evaluated with other settings than the run's: rows of another data set, "
+        'prompt "Q:\\n{question}", max_new_tokens 20.'
+    ) in page_of(run).text
 
 
 def test_an_evaluation_that_goes_on_is_shown_so_far(run: Path) -> None:
