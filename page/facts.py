@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import floor
 from statistics import median
 from typing import Any
 
 from page.curves import in_words, is_number, series_of
+from run.errors import counted
 from run.paths import hide_home
 from run.setting_types import in_yaml
 
@@ -89,6 +91,19 @@ def facts_of(
         if is_number(best.get(key))
     ]
     return Facts([(label, hide_home(text)) for label, text in about], numbers)
+
+
+def progress_of(newest: Mapping[str, Any]) -> str:
+    """``0.53 of 3 epochs`` of a training that is not finished; empty if it is, or this is unknown.
+
+    Args:
+        newest: the description of the newest checkpoint; empty if unknown.
+    """
+    made, epochs = newest.get("epoch"), newest.get("settings", {}).get("epochs")
+    if not (is_number(made) and is_number(epochs) and made < epochs):
+        return ""
+    hundredths = floor(100 * made)  # not rounded up to all of them
+    return f"{hundredths / 100:g} of {counted(epochs, 'epoch')}"
 
 
 def deviations_of(run: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]:

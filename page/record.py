@@ -52,7 +52,8 @@ class Record:
         name: the run's, or that of a folder of predictions.
         metrics: the lines of ``metrics.jsonl``.
         best: ``training.json`` of the best checkpoint, or empty.
-        description: the same, or that of the newest checkpoint if there is no best one.
+        newest: that of the newest checkpoint, or empty.
+        description: of the best checkpoint or, if there is none, of the newest.
         evaluation: the one to show; None if there is none.
         exact_match: of every evaluation of the run, by the name of its folder; None if it is not
             scored yet.
@@ -61,6 +62,7 @@ class Record:
     name: str
     metrics: list[dict[str, Any]] = field(default_factory=list)
     best: Mapping[str, Any] = field(default_factory=dict)
+    newest: Mapping[str, Any] = field(default_factory=dict)
     description: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Evaluation | None = None
     exact_match: Mapping[str, float | None] = field(default_factory=dict)
@@ -114,6 +116,7 @@ def read_record(folder: Path, split: str | None) -> Record:
         name=folder.resolve().name,
         metrics=metrics,
         best=best,
+        newest=newest,
         description=best or newest,
         evaluation=name and read_evaluation(folder / EVALUATIONS / name),
         exact_match={name: _exact_match(folder / EVALUATIONS / name) for name in found},

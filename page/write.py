@@ -9,7 +9,7 @@ from typing import Any
 from grading.compare import compare
 from grading.results import PREDICTIONS_FILE
 from page.curves import Logged, charts_of
-from page.facts import deviations_of, epochs_of, facts_of, settings_of
+from page.facts import deviations_of, epochs_of, facts_of, progress_of, settings_of
 from page.plot import draw
 from page.problems import choices_of, entries_of
 from page.record import FIRST_SHOWN, Record, read_records
@@ -160,6 +160,7 @@ def _training(records: Sequence[Record]) -> dict[str, Any]:
             (chart, draw(chart, f"chart-{place}")) for place, chart in enumerate(charts_of(runs))
         ],
         "epochs": [epochs_of(run.metrics, run.best) for run in runs],
+        "progress": [progress_of(record.newest) for record in records],
         "settings": settings_of(described),
         "facts": [
             facts_of(

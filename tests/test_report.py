@@ -26,7 +26,15 @@ from engine import usage
 from grading.compare import compare
 from page import write
 from page.curves import Chart, Curve, Logged, charts_of
-from page.facts import Epochs, Facts, deviations_of, epochs_of, facts_of, settings_of
+from page.facts import (
+    Epochs,
+    Facts,
+    deviations_of,
+    epochs_of,
+    facts_of,
+    progress_of,
+    settings_of,
+)
 from page.plot import draw, number
 from page.problems import choices_of, entries_of
 from page.record import read_record
@@ -464,6 +472,24 @@ def test_the_recipe_says_in_what_a_run_computes(run: Path, fp8: bool | None) -> 
     training = json.loads(file.read_text())
     file.write_text(json.dumps(training | {"settings": {"dtype": "bfloat16", "fp8": fp8}}))
     assert ("Recipe bfloat16, products in FP8" in page_of(run).text) is (fp8 is True)
+
+
+@pytest.mark.parametrize(
+    ("made", "epochs", "words"),
+    [(0.537, 3, "0.53 of 3 epochs"), (2.999, 3, "2.99 of 3 epochs"), (0.5, 1, "0.5 of 1 epoch"),
+     (3.0, 3, ""), (3.0, None, ""), ("high", 3, "")],
+)  # fmt: skip
+def test_a_training_that_is_not_finished_says_so(
+    run: Path, other: Path, made: float, epochs: int, words: str
+) -> None:
+    """Guards against the curves of half an epoch below the words "3 epochs"."""
+    newest = {"epoch": made, "settings": {"epochs": epochs}}
+    assert progress_of(newest) == words and progress_of({}) == ""
+    (other / "last").mkdir()
+    (other / "last" / "training.json").write_text(json.dumps(newest))
+    said = f"Unfinished: {words} so far."
+    assert (said in page_of(other).text) is bool(words)
+    assert (said.replace(":", ": second has saved") in page_of(run, other).text) is bool(words)
 
 
 def test_what_an_evaluation_did_not_take_from_its_run_is_said(run: Path) -> None:
