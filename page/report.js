@@ -75,11 +75,10 @@ function update() {
       problem.element.hidden = !isShown;
     }
   }
-  const total = problems.length.toLocaleString("en");
+  const noun = problems.length === 1 ? "problem" : "problems";
+  const total = `${problems.length.toLocaleString("en")} ${noun}`;
   hits.textContent =
-    found === problems.length
-      ? `${total} problems`
-      : `${found.toLocaleString("en")} of ${total} problems`;
+    found === problems.length ? total : `${found.toLocaleString("en")} of ${total}`;
   more.hidden = found <= limit;
   more.textContent = `Show all ${found.toLocaleString("en")}`;
 }

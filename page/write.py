@@ -15,7 +15,7 @@ from page.problems import choices_of, entries_of
 from page.record import FIRST_SHOWN, Record, read_records
 from page.scores import RULE_NAMES, scores_of
 from page.text import visible
-from run.errors import UserError, cause_of
+from run.errors import UserError, cause_of, counted
 from run.files import replace_file
 from run.paths import hide_home
 
@@ -132,6 +132,7 @@ def render(records: Sequence[Record]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
+        "counted": counted,
         "percent": "{:.1%}".format,
         "points": lambda share: f"{100 * share:+.1f}".replace("-", "−"),
         "visible": lambda text: visible(str(text)),

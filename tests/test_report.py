@@ -209,6 +209,17 @@ def test_other_scores_are_shown(run: Path) -> None:
     assert "Samples, drawn with the calculator" in page_of(run).text
 
 
+def test_one_problem_is_not_called_problems(run: Path, other: Path) -> None:
+    calculator = {"exact_match": 1.0, "won": [0], "lost": [], "p_value": 1.0}
+    for folder in (run, other):
+        rows = made_up.rows_of(["arithmetic"])
+        made_up.write_predictions(folder / "eval" / "test", rows, calculator=calculator)
+    text = page_of(run, other).text
+    assert "With the calculator: 100.0% , 1 problem won and 0 lost, p = 1." in text
+    assert "on the 1 problem that both have" in text and "Reset 1 problem " in text
+    assert " 1 problems" not in text
+
+
 def test_the_curves_are_those_of_the_metrics() -> None:
     lines = [
         {"step": 2, "train/loss": 3.0, "train/unheard_of": 7.0},
@@ -519,7 +530,7 @@ def test_an_evaluation_that_goes_on_is_shown_so_far(run: Path) -> None:
     (run / "metrics.jsonl").write_text('{"step": 1, "train/loss": 1.0}\n{"step": 2, "tr')
     text = page_of(run).text
     assert "Unfinished: 6 of 8 problems so far." in text
-    assert "1 damaged lines of predictions.jsonl are left out." in text
+    assert "Left out: 1 damaged line of predictions.jsonl." in text
     file.write_text("".join([*lines, lines[0]]))  # which two processes have written
     (file.parent / "scores.json").unlink()
     (file.parent / "evaluation.json").write_text('{"num_problems": 7}')
@@ -664,7 +675,7 @@ def test_two_runs_show_what_was_won_and_lost(run: Path, other: Path) -> None:
     assert f"Won {len(expected.won)} , lost {len(expected.lost)}" in page.text
     assert f"(McNemar) {expected.p_value:.3g}: chance may well" in page.text
     assert "+12.5 points from first to second" in page.text and " interval is −" in page.text
-    assert "learning_rate 2e-5 1e-5" in page.text and "settings, 1 of which differ" in page.text
+    assert "learning_rate 2e-5 1e-5" in page.text and ", 1 of which differs setting" in page.text
 
 
 def test_two_runs_show_an_evaluation_that_both_have(run: Path, other: Path) -> None:

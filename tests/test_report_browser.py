@@ -191,6 +191,8 @@ def test_each_link_to_problems_finds_some(show: Opener, rows: list[dict], tmp_pa
     """Guards against a link that says 0 and lists all, since there is no such filter."""
     for name in ("first", "second"):
         made_up.make_run(tmp_path / name, rows[:2] if name == "second" else rows[:1])
+    page = show(write_report([tmp_path / "first"]))
+    playwright.expect(page.locator("#hits")).to_have_text("1 problem")
     page = show(write_report([tmp_path / "first", tmp_path / "second"]))
     links = page.locator("main a[href^='#show=']")
     assert [link.get_attribute("href") for link in links.all()] == ["#show=second-arithmetic"]
