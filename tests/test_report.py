@@ -415,6 +415,22 @@ def test_what_is_missing_is_left_out(run: Path, missing: str) -> None:
         assert "cut stopped at max_new_tokens unknown" in page.text
 
 
+def test_a_training_too_short_for_a_chart_is_shown(run: Path) -> None:
+    """Guards against a validation that is nowhere, and a link to a place that is not there."""
+    shutil.rmtree(run / "eval")
+    last = made_up.metrics()[-2:]  # one line each of training and validation
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in last))
+    page = page_of(run)
+    assert "Skip to the training" in page.text and "training" in page.ids()
+    assert "Validation epoch step loss perplexity" in page.text and " 3 36 0.45 1.568" in page.text
+    assert not [tag for tag, _ in page.elements if tag in ("svg", "figure")]
+    (run / "metrics.jsonl").write_text(json.dumps(last[0]))
+    shutil.rmtree(run / "best")
+    page = page_of(run)
+    links = [attributes.get("href") for tag, attributes in page.elements if tag == "a"]
+    assert links == [] and "1,036 tokens per second" in page.text
+
+
 @pytest.mark.parametrize("place", ["last/training.json", "finished.json"])
 def test_without_a_best_checkpoint_the_newest_has_the_settings(run: Path, place: str) -> None:
     (run / "last").mkdir()
