@@ -74,6 +74,8 @@ def plain(text: str) -> Markup:
 
 
 def _rest(text: str) -> Markup:
+    if not text.strip(" \n\t"):  # or its place would look like one that was not filled
+        return Markup('<em class="value">{}</em>').format("only spaces" if text else "no text")
     if len(text) <= LONGEST:
         return Markup("")
     return Markup('<em class="value">{:,} more characters in the file</em>').format(

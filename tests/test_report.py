@@ -618,6 +618,9 @@ def test_a_folder_of_predictions_is_enough(tmp_path: Path) -> None:
             '<span class="false">4</span><em class="value">false: it is 3</em>',
         ),
         ("half of x = 3", "half of x = 3"),
+        ("", '<em class="value">no text</em>'),
+        (" \n", ' \n<em class="value">only spaces</em>'),
+        ("\u00a0", '<code title="NO-BREAK SPACE">U+00A0</code>'),
         ("#### 5", '<span class="answer">#### 5</span>'),
         (
             "#### 1\nQuestion: 1+1=3",
