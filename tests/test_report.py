@@ -728,8 +728,9 @@ def test_two_runs_without_a_common_evaluation_show_their_curves(run: Path, other
 
 
 def test_each_badge_says_whose_it_is(run: Path, other: Path) -> None:
-    """Guards against "right wrong" as all that a screen reader says of two runs."""
+    """Guards against "right wrong" as all that is said of two runs, aloud or to the eye."""
     text = page_of(run, other).text
+    assert "Before each question are the results of first and second, in this order." in text
     assert " 1 won first: arithmetic second: right Anna has 1 apples" in text
     assert "first: right" not in page_of(run).text
 
