@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import floor
+from math import floor, inf
 from statistics import median
 from typing import Any
 
@@ -164,6 +164,8 @@ def _values(runs: Sequence[Mapping[str, Any]], name: str) -> list[str]:
 
 
 def _four_digits(value: object) -> str:
+    if value == inf:  # the perplexity of a loss of 710
+        return "∞"
     return f"{value:,.4g}" if is_number(value) else "–"
 
 

@@ -305,14 +305,14 @@ def test_the_facts_are_those_of_the_run() -> None:
         {"step": 12, "epoch": 1.0, "val/loss": 0.5},  # from before a resume
         {"step": 30, "train/loss": 1.0},
         {"val/loss": 1.0},
-        {"step": 36, "val/exact_match": 0.25},
+        {"step": 36, "val/loss": float("inf"), "val/exact_match": 0.25},
     ]
     assert epochs_of(lines, 24) == Epochs(
         columns=["Loss", "Exact match"],
         rows=[
             ("1", 12, ["0.5", "–"], False),
             ("2", 24, ["0.4", "50.0%"], True),  # as the scores, which are above it
-            ("–", 36, ["–", "25.0%"], False),
+            ("–", 36, ["∞", "25.0%"], False),
         ],
     )
     assert settings_of([{"a": 1, "b": 2e-5}, {"a": 1, "c": True}]) == [
