@@ -123,6 +123,9 @@ function follow() {
     change();
     remember();
     document.getElementById("problems").scrollIntoView();
+  } else if (!wanted && chosen().toString()) {
+    form.reset(); // back from a filter to the address without any
+    change();
   }
 }
 

@@ -212,6 +212,23 @@ def test_reset_after_a_link_to_a_problem(show: Opener, one: Path) -> None:
     assert shown(page) == list(range(AT_FIRST)) and page.url == one.as_uri()
 
 
+def test_the_way_back_leads_out_of_a_filter(show: Opener, one: Path) -> None:
+    """Guards against an address without a filter above a list that is still filtered."""
+    page = show(one)
+    page.locator("#more").click()
+    page.evaluate("location.hash = '#problem-900'")
+    page.go_back()
+    playwright.expect(page).to_have_url(one.as_uri())
+    assert len(shown(page)) == NUM_PROBLEMS  # what is listed without a filter stays
+    page.locator("a[href='#show=cut']").click()
+    playwright.expect(page.locator("#hits")).to_have_text("165 of 1,319 problems")
+    page.go_back()
+    playwright.expect(page.locator("#hits")).to_have_text("1,319 problems")
+    assert shown(page) == list(range(AT_FIRST))
+    page.go_forward()
+    playwright.expect(page.locator("#hits")).to_have_text("165 of 1,319 problems")
+
+
 @pytest.mark.parametrize("link", ["#show=nonsense&sort=x&find=", "#problem-99999", "#=&&=%", "#a"])
 def test_a_wrong_link_shows_all(show: Opener, one: Path, link: str) -> None:
     page = show(one, link)
