@@ -47,6 +47,11 @@ class Stopped(BaseException):
         self.exit_code = 128 + signal_number
 
 
+def exit_code_of(error: BaseException | None) -> int:
+    """The exit code of a script that ``error`` ends: 0 for none, and Python's 1 for a bug."""
+    return 0 if error is None else getattr(error, "exit_code", 1)
+
+
 def one_line(text: object) -> str:
     """``text`` on one line, with escape sequences for unprintable characters.
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from run.errors import UserError, storage_cure
+from run.errors import UserError, exit_code_of, storage_cure
 from run.files import replace_file, sync_open
 from run.manifest import METRICS_FILE
 from run.metrics_file import parsed_line, read_metrics
@@ -80,10 +80,10 @@ class MetricsLog:
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
         with suppress(OSError):  # `write` has reported it
             self._file.close()
-        self._tracker.finish()
+        self._tracker.finish(exit_code_of(error))
 
 
 class NoMetrics:

@@ -47,7 +47,8 @@ class Tracker(Protocol):
     def upload(self, folder: Path) -> None:
         """Keep a copy of a checkpoint's ``folder`` as an artifact, unless W&B has it already."""
 
-    def finish(self) -> None: ...
+    def finish(self, exit_code: int = 0) -> None:
+        """End the run, which W&B shows as failed if ``exit_code`` is not 0."""
 
 
 class NoTracker:
@@ -65,7 +66,7 @@ class NoTracker:
     def upload(self, folder: Path) -> None:
         pass
 
-    def finish(self) -> None:
+    def finish(self, exit_code: int = 0) -> None:
         pass
 
 
@@ -180,9 +181,9 @@ class WandbTracker:
             why = f"{type(error).__name__}: {one_line(error)[:120]}"  # some have no text
             print(f"W&B: {one_line(folder)} was not uploaded ({why}); to upload it later: {later}")
 
-    def finish(self) -> None:
+    def finish(self, exit_code: int = 0) -> None:
         try:
-            self._run.finish()
+            self._run.finish(exit_code)
         except Exception as error:  # as in `log`
             print(
                 f"W&B: did not finish cleanly ({one_line(error)[:120]}); "

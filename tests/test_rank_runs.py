@@ -240,7 +240,7 @@ class SlowTracker(NoTracker):
     def __init__(self, file: Path):
         self._file = file
 
-    def finish(self) -> None:
+    def finish(self, exit_code: int = 0) -> None:
         time.sleep(1)
         self._file.touch()
 

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import socket
 import threading
 import time
@@ -53,6 +54,7 @@ class FakeRun:
         self.waits: list[float] = []
         self.summary: dict[str, Any] = {}
         self.step = 0
+        self.exit_code: int | None = None
 
     def define_metric(
         self, name: str, step_metric: str | None = None, summary: str | None = None
@@ -79,10 +81,10 @@ class FakeRun:
         """W&B uploads in another process, which alone knows whether that succeeds."""
         self.waits.append(seconds)
 
-    def finish(self) -> None:
+    def finish(self, exit_code: int | None = None) -> None:
         if self.fail:
             raise ConnectionError("gone")
-        self.finished = True
+        self.finished, self.exit_code = True, exit_code
 
 
 @pytest.fixture
@@ -175,6 +177,29 @@ def test_a_resumed_run_continues_the_same_wandb_run(call, settings: dict[str, st
     assert [line["step"] for line in run.lines if "train/loss" in line] == list(range(8, 15))
     lines = lines_of(folder_of(settings))
     assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 15))
+
+
+@pytest.mark.parametrize("end", ["done", "SIGTERM", "SIGINT", "nan", "killed"])
+def test_wandb_is_told_how_a_run_ended(call, settings: dict[str, str], fake, end: str) -> None:
+    """Guards against a run that was stopped or diverged, and that W&B shows as finished."""
+    settings["wandb_mode"] = "online"
+    step = train.train_step
+    if end.startswith("SIG"):
+        step = step_that(lambda: signal.raise_signal(signal.Signals[end]), at=10)
+    if end == "nan":
+        settings |= {"learning_rate": "1e30", "max_grad_norm": "null"}
+    if end == "killed":
+        step = step_that(kill, at=10)
+        with pytest.raises(Killed):
+            call(train, *flags(settings), step=step)
+    else:
+        code = call(train, *flags(settings), step=step).code
+        assert code == {"done": 0, "SIGTERM": 143, "SIGINT": 130, "nan": 3}[end]
+    expected = 1 if end == "killed" else code
+    assert fake[-1][1].exit_code == expected
+    if end != "nan":
+        arguments = ["--ckpt", str(folder_of(settings) / "best"), "--verify-batching", "0"]
+        assert call(evaluate, *arguments).code == fake[-1][1].exit_code == 0
 
 
 # ---------------------------------------------------------------- whose run it is

@@ -86,6 +86,17 @@ def test_wandb_has_exactly_the_numbers_of_metrics(tracked: tuple[Path, list[Path
     assert {"eval/exact_match", "eval/calculator_exact_match"} <= lines[-1].keys()
 
 
+def test_wandb_knows_how_each_process_ended(tracked: tuple[Path, list[Path]]) -> None:
+    """Guards against a run that W&B shows as finished after a crash."""
+    ended = [
+        record["exit"].get("exit_code", 0)
+        for file in tracked[1]
+        for record in map(json.loads, read(file).splitlines())
+        if record["type"] == "exit"
+    ]
+    assert ended == [1, 0, 0]
+
+
 def test_every_number_has_its_axis_and_its_summary(tracked: tuple[Path, list[Path]]) -> None:
     """Guards against a pattern that W&B lets another one override, now and then."""
     for file in tracked[1]:
