@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from run.errors import UserError
-from run.locks import locked_if_free
+from run.locks import is_free, locked_if_free
 from run.manifest import BEST, FINISHED_FILE, LAST, check_no_links
 from run.metrics_log import MetricsLog, is_logged
 from run.paths import local_path
@@ -17,6 +17,8 @@ from run.wandb_run import saved_run, start_tracker
 
 # Of a prediction, what a table in W&B shows.
 COLUMNS = ("id", "correct", "label", "question", "gold", "completion", "answer", "stop")
+
+LOCKED_SECONDS = 1.0  # for how long another evaluation may lock a run, at most
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,10 @@ def log_scores(
     if not unlogged:
         return
     newest = newest_description(run_folder) or description
+    # W&B mixes up what two processes log in one run. Training passes on what we add to its metrics.
+    if wandb_mode != "disabled" and not is_free(run_folder, LOCKED_SECONDS):
+        print("W&B: this run is being trained, and its training logs the score, without the table")
+        wandb_mode = "disabled"
     tracker = start_tracker(
         wandb_mode,
         run=saved_run(newest, wandb_project, trained.get("wandb_project")),

@@ -72,11 +72,18 @@ def locked_if_free(folder: Path) -> Iterator[bool]:
 
 def check_free(folder: Path, refusal: str, patience: float = 0.0) -> None:
     """Raises UserError where `locked` would. The folder stays as it is."""
+    if not is_free(folder, patience):
+        raise UserError(refusal)
+
+
+def is_free(folder: Path, patience: float = 0.0) -> bool:
+    """Whether no process holds the lock of ``folder``, at least once in ``patience`` seconds."""
     until = time.monotonic() + patience
     while not _is_free(folder):
         if time.monotonic() >= until:
-            raise UserError(refusal)
+            return False
         time.sleep(0.02)
+    return True
 
 
 def _is_free(folder: Path) -> bool:

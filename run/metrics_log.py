@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from run.errors import UserError, exit_code_of, storage_cure
 from run.files import replace_file, sync_open
@@ -45,6 +46,7 @@ class MetricsLog:
             self._file = file.open("a+b", buffering=0)
             if not alone:
                 self._end_line()
+            self._end = os.fstat(self._file.fileno()).st_size
         except OSError as error:
             raise self._not_written(error) from None
 
@@ -62,14 +64,28 @@ class MetricsLog:
         """Log ``numbers`` at ``step``; ``epoch`` is the number of passes over the training rows."""
         line = {"step": step, "epoch": round(epoch, 6), "time": round(time.time(), 3), **numbers}
         content = json.dumps(line).encode() + b"\n"
+        length = len(content)
         try:
             while content:  # a nearly full disk may accept only a part
                 content = content[self._file.write(content) :]
             # By the time a checkpoint is on disk, all lines before it must be, too.
             sync_open(self._file.fileno(), self._path)
+            end = os.lseek(self._file.fileno(), 0, os.SEEK_CUR)
+            self._track_evaluations(end - length)
         except OSError as error:
             raise self._not_written(error) from None
+        self._end = end
         self._tracker.log(line)
+
+    def _track_evaluations(self, until: int) -> None:
+        """Tell the tracker what evaluations have added since the last line, up to byte ``until``.
+
+        They leave that to us (`run.evaluation.log_scores`).
+        """
+        added = os.pread(self._file.fileno(), max(0, until - self._end), self._end)
+        for line in map(parsed_line, added.splitlines()):
+            if _is_of_evaluation(line):
+                self._tracker.log(line)
 
     def _not_written(self, error: OSError) -> UserError:
         return UserError(
@@ -82,6 +98,7 @@ class MetricsLog:
 
     def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
         with suppress(OSError):  # `write` has reported it
+            self._track_evaluations(os.fstat(self._file.fileno()).st_size)
             self._file.close()
         self._tracker.finish(exit_code_of(error))
 
@@ -113,7 +130,11 @@ def _is_kept(line: bytes, resume_step: float) -> bool:
     try:
         content = json.loads(line)
         return line.endswith(b"\n") and (
-            content["step"] <= resume_step or any(key.startswith("eval/") for key in content)
+            content["step"] <= resume_step or _is_of_evaluation(content)
         )
     except (ValueError, KeyError, TypeError, RecursionError):
         return False
+
+
+def _is_of_evaluation(line: Mapping[str, Any]) -> bool:
+    return any(name.startswith("eval/") for name in line)

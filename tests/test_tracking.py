@@ -25,6 +25,7 @@ from engine.measure import Measurement
 from run import metrics_log, progress, tracker, wandb_run
 from run.config import CONFIG_FILE, load_config
 from run.errors import NotFiniteError
+from run.locks import locked
 from run.manifest import FITTING_FILE
 from run.progress import Progress, Speed
 from run.run_log import RunLog, open_log
@@ -200,6 +201,32 @@ def test_wandb_is_told_how_a_run_ended(call, settings: dict[str, str], fake, end
     if end != "nan":
         arguments = ["--ckpt", str(folder_of(settings) / "best"), "--verify-batching", "0"]
         assert call(evaluate, *arguments).code == fake[-1][1].exit_code == 0
+
+
+def test_training_logs_what_an_evaluation_adds_meanwhile(tmp_path: Path) -> None:
+    """Guards against two processes in one W&B run, one of which overwrites the other's lines."""
+    run = FakeRun()
+    with metrics_log.MetricsLog(tmp_path, wandb_run.WandbTracker(run), resume_step=0) as training:
+        for step in (1, 2):
+            training.write(step, 0.5, {"train/loss": 1.0})
+            with metrics_log.MetricsLog(tmp_path, wandb_run.NoTracker(), alone=False) as evaluation:
+                evaluation.write(1, 0.5, {"eval/exact_match": step / 4})
+    assert len(run.lines) == 4 and run.lines == lines_of(tmp_path)
+    assert run.summary == {"eval/exact_match": {"max": 0.5}}
+
+
+def test_an_evaluation_leaves_the_run_to_its_training(call, settings: dict[str, str], fake) -> None:
+    """Guards against a score that W&B loses, and a run that it shows as finished too early."""
+    settings |= {"wandb_mode": "online"}
+    stop_in_epoch_2(call, settings)
+    folder = folder_of(settings)
+    arguments = ["--ckpt", str(folder / "best"), "--verify-batching", "0"]
+    with locked(folder, "held"):
+        outcome = call(evaluate, *arguments)
+    assert outcome.code == 0 and "W&B: this run is being trained" in outcome.out
+    assert len(fake) == 1 and "eval/exact_match" in lines_of(folder)[-1]
+    assert call(evaluate, *arguments, "--split", "validation").code == 0
+    assert len(fake) == 2
 
 
 # ---------------------------------------------------------------- whose run it is
