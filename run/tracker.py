@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -111,6 +112,7 @@ class WandbTracker:
         self.run: RunPath | None = RunPath(run.id, run.project, run.entity or None)
         self._defined: set[str] = set()
         self._extremes: dict[str, float] = {}
+        self._said: set[str] = set()
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
 
@@ -132,7 +134,7 @@ class WandbTracker:
             if summary:
                 self._run.summary.update(summary)
         except Exception as error:  # no error of W&B may end the run
-            print(f"W&B: a line was not logged ({one_line(error)[:120]}); metrics.jsonl has it")
+            self._say("a line was not logged", error, "metrics.jsonl has it, and any later ones")
 
     def _find_extremes(self, numbers: Mapping[str, Any]) -> dict[str, float]:
         """The lowest or highest of each of ``numbers`` that is summed up so, in the whole run."""
@@ -154,10 +156,10 @@ class WandbTracker:
             table = wandb.Table(columns=columns, data=cells, allow_mixed_types=True)
             # Bound by us, it is a file of the run. Otherwise W&B would make it an artifact as well:
             # it would ask its server, wait for the answer, and note a path in the user's home.
-            table.bind_to_run(self._run, name, self._run.step)
+            table.bind_to_run(self._run, name, step)
             self._run.log({"step": step, name: table})
         except Exception as error:  # as in `log`
-            print(f"W&B: the table {name} was not logged ({one_line(error)[:120]})")
+            self._say(f"the table {name} was not logged", error)
 
     def upload(self, folder: Path) -> None:
         name, later = artifact_name(folder), upload_command(self.run, folder)
@@ -178,14 +180,22 @@ class WandbTracker:
             logged = self._run.log_artifact(artifact, aliases=["best"])
             logged.wait(UPLOAD_SECONDS)  # otherwise an upload that fails later would say nothing
         except Exception as error:  # as in `log`
-            why = f"{type(error).__name__}: {one_line(error)[:120]}"  # some have no text
-            print(f"W&B: {one_line(folder)} was not uploaded ({why}); to upload it later: {later}")
+            self._say(f"{one_line(folder)} was not uploaded", error, f"to upload it later: {later}")
 
     def finish(self, exit_code: int = 0) -> None:
         try:
             self._run.finish(exit_code)
         except Exception as error:  # as in `log`
-            print(
-                f"W&B: did not finish cleanly ({one_line(error)[:120]}); "
-                "metrics.jsonl has every number"
-            )
+            self._say("did not finish cleanly", error, "metrics.jsonl has every number")
+            with suppress(Exception):  # or W&B would fail once more at exit, with a traceback
+                import wandb
+
+                wandb.teardown()
+
+    def _say(self, what: str, error: Exception, rest: str = "") -> None:
+        """Print what failed, but once, since each line after it may fail for the same reason."""
+        why = f"{type(error).__name__}: {one_line(error)[:120]}"  # some have no text
+        line = "; ".join(filter(None, (f"W&B: {what} ({why})", rest)))
+        if line not in self._said:
+            self._said.add(line)
+            print(line)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,7 +55,6 @@ class FakeRun:
         self.artifacts: list[tuple[Any, list[str]]] = []
         self.waits: list[float] = []
         self.summary: dict[str, Any] = {}
-        self.step = 0
         self.exit_code: int | None = None
 
     def define_metric(
@@ -540,6 +540,43 @@ def test_a_wandb_that_does_not_answer_falls_back_to_offline_in_bounded_time(
     assert [line["step"] for line in lines_of(folder_of(settings)) if "train/loss" in line] == list(
         range(1, 15)
     )
+
+
+def lose_the_service(out: Path, *argv: str) -> None:
+    """`train_to_the_end`, but W&B's own process is killed before step 10."""
+    from wandb.sdk.lib.service import service_process
+
+    started: list[service_process.ServiceProcess] = []
+    start = service_process.start
+    service_process.start = lambda settings: (started.append(start(settings)), started[-1])[1]
+
+    def lose() -> None:
+        started[0]._process.kill()
+        started[0].join()
+
+    train.main = partial(train.main, step=step_that(lose, at=10))
+    train_to_the_end({"WANDB_MODE": "offline"}, out, *argv)
+
+
+def test_a_wandb_whose_own_process_dies_is_said_and_costs_nothing(
+    settings: dict[str, str], tmp_path: Path
+) -> None:
+    """As by a system that runs out of memory.
+
+    Guards against a line for each step, one without a reason, and W&B's traceback at the end.
+    """
+    out = tmp_path / "out"
+    arguments = [out, *flags(settings | {"wandb_mode": "offline"})]
+    process = processes.Process(target=lose_the_service, args=arguments)
+    process.start()
+    process.join(100)  # against waiting for ever, not a measurement
+    ended = process.exitcode
+    process.kill()
+    said = out.read_text()
+    assert ended == 0 and "Traceback" not in said, said
+    lost = re.findall(r"W&B: (a line was|the table val/samples was|did) not .*\((\w+): ", said)
+    assert [what for what, _ in lost] == ["a line was", "the table val/samples was", "did"], said
+    assert [line["step"] for line in lines_of(folder_of(settings))][-1] == 14
 
 
 def test_null_means_offline_where_not_logged_in_said_in_one_line(
