@@ -167,8 +167,9 @@ def _init(
     folder: Path,
     settings: Mapping[str, Any],
 ) -> Any:
-    logging.getLogger("wandb").addFilter(_hide_home)
-    return wandb.init(
+    logger = logging.getLogger("wandb")
+    logger.addFilter(_hide_home)
+    opened = wandb.init(
         project=run.project,
         entity=run.entity,
         name=name,
@@ -188,6 +189,10 @@ def _init(
             x_disable_meta=True,  # the metadata would contain the command line and local paths
         ),
     )
+    for handler in logger.handlers:
+        # It would print a traceback if W&B's debug.log can't be written, as on a full disk.
+        handler.handleError = lambda _: None
+    return opened
 
 
 def _hide_home(record: logging.LogRecord) -> bool:

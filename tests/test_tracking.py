@@ -2,6 +2,7 @@
 
 import atexit
 import json
+import logging
 import math
 import os
 import re
@@ -577,6 +578,25 @@ def test_a_wandb_whose_own_process_dies_is_said_and_costs_nothing(
     lost = re.findall(r"W&B: (a line was|the table val/samples was|did) not .*\((\w+): ", said)
     assert [what for what, _ in lost] == ["a line was", "the table val/samples was", "did"], said
     assert [line["step"] for line in lines_of(folder_of(settings))][-1] == 14
+
+
+def test_a_log_of_wandb_that_can_not_be_written_shows_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Guards against Python's own report of a debug.log on a full disk, in the terminal."""
+    import wandb
+
+    wandb.teardown()  # it reads the environment once
+    run = wandb_run.RunPath("full", "p")
+    tracker = wandb_run.start_tracker("offline", run=run, name="n", folder=tmp_path, settings={})
+    logger = logging.getLogger("wandb")
+    [handler] = [one for one in logger.handlers if isinstance(one, logging.FileHandler)]
+    with monkeypatch.context() as patch:
+        patch.setattr(handler, "format", lambda _: os.write(-1, b""))
+        logger.info("said")
+    tracker.finish()
+    wandb.teardown()
+    assert capsys.readouterr().err == ""
 
 
 def test_null_means_offline_where_not_logged_in_said_in_one_line(
