@@ -172,7 +172,8 @@ def _init(
     opened = wandb.init(
         project=run.project,
         entity=run.entity,
-        name=name,
+        # Given here, it would replace the one that a run was given in W&B in the meantime.
+        name=name if mode == "offline" else "",
         id=run.run_id,
         dir=str(folder.absolute()),
         mode=mode,
@@ -192,6 +193,8 @@ def _init(
     for handler in logger.handlers:
         # It would print a traceback if W&B's debug.log can't be written, as on a full disk.
         handler.handleError = lambda _: None
+    if mode != "offline" and not opened.resumed:
+        opened.name = name
     return opened
 
 

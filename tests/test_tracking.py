@@ -57,6 +57,7 @@ class FakeRun:
         self.waits: list[float] = []
         self.summary: dict[str, Any] = {}
         self.exit_code: int | None = None
+        self.resumed, self.name = False, ""
 
     def define_metric(
         self, name: str, step_metric: str | None = None, summary: str | None = None
@@ -105,8 +106,12 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Any], FakeRun]
         run_id = given.get("id") or os.environ["WANDB_RUN_ID"]
         project = given.get("project") or os.environ.get("WANDB_PROJECT", "uncategorized")
         entity = given.get("entity") or os.environ.get("WANDB_ENTITY", "me")
-        calls.append((arguments, FakeRun(run_id=run_id, project=project, entity=entity)))
-        return calls[-1][1]
+        run = FakeRun(run_id=run_id, project=project, entity=entity)
+        before = [known for _, known in calls if known.id == run_id]
+        run.resumed = bool(before) and arguments["resume"] == "allow"
+        run.name = arguments["name"] or (before[-1].name if before else "fearless-1")
+        calls.append((arguments, run))
+        return run
 
     for name in AGENTS:
         monkeypatch.delenv(name, raising=False)
@@ -145,7 +150,7 @@ def test_wandb_gets_the_settings_and_every_line_of_metrics(
     assert call(train, *flags(settings)).code == 0
     [(arguments, run)] = fake
     assert arguments["config"]["learning_rate"] == 3e-3 and arguments["config"]["batch_size"] == 4
-    assert (arguments["name"], arguments["mode"], arguments["project"]) == (
+    assert (run.name, arguments["mode"], arguments["project"]) == (
         "test",
         "online",
         "llama-2-gsm8k",
@@ -179,6 +184,19 @@ def test_a_resumed_run_continues_the_same_wandb_run(call, settings: dict[str, st
     assert [line["step"] for line in run.lines if "train/loss" in line] == list(range(8, 15))
     lines = lines_of(folder_of(settings))
     assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 15))
+
+
+def test_a_name_that_was_given_in_wandb_stays(call, settings: dict[str, str], fake) -> None:
+    """Guards against a run that has its old name back once it is resumed or evaluated."""
+    settings["wandb_mode"] = "online"
+    stop_in_epoch_2(call, settings)
+    assert fake[0][1].name == "test"
+    fake[0][1].name = "for the paper"
+    assert call(train, *flags(settings)).code == 0
+    assert call(evaluate, "--ckpt", str(folder_of(settings) / "best")).code == 0
+    assert [run.name for _, run in fake] == ["for the paper"] * 3
+    assert call(train, *flags(settings | {"run_name": "other", "wandb_mode": "offline"})).code == 0
+    assert fake[-1][0]["name"] == fake[-1][1].name == "other"
 
 
 @pytest.mark.parametrize("end", ["done", "SIGTERM", "SIGINT", "nan", "killed"])
