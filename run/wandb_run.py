@@ -104,10 +104,21 @@ def start_tracker(
         expected = {run.run_id, os.environ.get("WANDB_RUN_ID") or run.run_id}
         if others := " or ".join(sorted(expected - {opened.id})):
             print(one_line(f"W&B: logged as run {opened.id}, not as {others}")[:240])
+        _say_ignored("WANDB_PROJECT", "wandb_project", opened.project)
+        _say_ignored("WANDB_NAME", "run_name", name)
+        _say_ignored("WANDB_DIR", "output_dir", str(folder))
         return tracker
     except Exception as error:  # no error of W&B may end the run
         print(f"W&B: off ({one_line(error)[:120]}); metrics.jsonl has every number")
         return NoTracker()
+
+
+def _say_ignored(variable: str, setting: str, value: str) -> None:
+    """Say that not W&B's own ``variable`` counts but our ``setting``, if they differ."""
+    asked = os.environ.get(variable) or value
+    if asked != value:
+        place = f"the setting {setting} ({value}) takes its place"
+        print(one_line(f"W&B: {variable}={asked[:80]} is ignored: {place}"))
 
 
 def _drop_refused_run_id() -> None:

@@ -374,6 +374,26 @@ def test_an_id_that_wandb_refuses_gets_into_no_checkpoint(
     assert len(found) == 8 and wandb.Settings(run_id=found).run_id == found
 
 
+def test_a_variable_that_a_setting_overrides_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake, capsys
+) -> None:
+    """Guards against a run that is sought under the project and name that the user has set."""
+    asked = {"WANDB_PROJECT": "theirs\x1b[0m", "WANDB_NAME": "nice", "WANDB_DIR": "/else"}
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    start(tmp_path, wandb_run.new_run("mine"))
+    said = [line for line in capsys.readouterr().out.splitlines() if "is ignored" in line]
+    assert len(said) == 3 and all(line.isprintable() for line in said)
+    settings = ("wandb_project", "mine"), ("run_name", "x"), ("output_dir", str(tmp_path))
+    for line, name, (setting, value) in zip(said, asked, settings, strict=True):
+        assert line.startswith(f"W&B: {name}=") and f"{setting} ({value})" in line
+    agent(monkeypatch)  # which sets the project itself
+    monkeypatch.delenv("WANDB_NAME")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    start(tmp_path, wandb_run.new_run("mine"))
+    assert "is ignored" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("run_id", ["", " ", "bad/id", "x" * 129, "a\x1b[0mb"])
 def test_an_id_that_wandb_refuses_is_said_and_not_heeded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake, capsys, run_id: str
