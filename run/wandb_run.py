@@ -190,8 +190,7 @@ def _init(
         mode=mode,
         # Whatever opens a run later has no settings, and leaves it those of its training.
         config={**settings, "commit": code_commit()} if settings else None,
-        # Offline runs can't be resumed, but 'wandb sync' joins them by their id.
-        resume=None if mode == "offline" else "allow",
+        resume="allow",  # offline, too, where it tells 'wandb sync' to resume the run
         settings=wandb.Settings(
             init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT") or INIT_SECONDS),
             finish_timeout=FINISH_SECONDS,

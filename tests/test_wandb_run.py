@@ -97,6 +97,20 @@ def test_wandb_knows_how_each_process_ended(tracked: tuple[Path, list[Path]]) ->
     assert ended == [1, 0, 0]
 
 
+def test_what_is_synced_later_goes_on_from_what_was_synced_before(
+    tracked: tuple[Path, list[Path]],
+) -> None:
+    """Guards against an evaluation that 'wandb sync' takes for the whole run.
+
+    Its config and summary would take the place of the training's. What it does with this mark was
+    seen with a server that records its requests.
+    """
+    records = [json.loads(line) for file in tracked[1] for line in read(file).splitlines()]
+    runs = [record["run"] for record in records if record["type"] == "run"]
+    assert [run.get("resume") for run in runs] == [True] * 3
+    assert len({run["run_id"] for run in runs}) == 1
+
+
 def test_every_number_has_its_axis_and_its_summary(tracked: tuple[Path, list[Path]]) -> None:
     """Guards against a pattern that W&B lets another one override, now and then."""
     for file in tracked[1]:
