@@ -117,9 +117,19 @@ class WandbTracker:
         run.define_metric("*", step_metric="step")
 
     def go_on_from(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Count ``lines``, which earlier processes of the run have logged, in its summary."""
+        """Begin with the summary of ``lines``, which earlier processes of the run have logged.
+
+        W&B itself knows it only online.
+        """
+        summary: dict[str, Any] = {}
         for line in lines:
+            summary |= line
             self._find_extremes(line)
+        summary |= {name: {summary_of(name): value} for name, value in self._extremes.items()}
+        try:
+            self._run.summary.update(summary)
+        except Exception as error:  # as in `log`
+            self._say("the summary of what was logged before is missing", error)
 
     def log(self, numbers: Mapping[str, float]) -> None:
         try:

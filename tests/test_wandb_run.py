@@ -132,6 +132,9 @@ def test_summaries_are_those_of_the_whole_run(tracked: tuple[Path, list[Path]]) 
     for name in ("val/loss", "val/perplexity", "val/perplexity_reasoning"):
         assert summaries[0][name] == summaries[1][name] == {"min": first[name]}, name
     assert summaries[1]["train/loss"] == [n["train/loss"] for n in lines if "train/loss" in n][-1]
+    for line in lines[:-1]:  # an evaluation that is synced later takes the summary's place
+        for name in line.keys() - {"step", "epoch", "time"}:
+            assert summaries[2][name] == summaries[1][name], name
     scores = json.loads((run / "eval" / "test" / "scores.json").read_text())
     shown = {name: value for name, value in summaries[2].items() if name.startswith("eval/")}
     assert shown["eval/exact_match"] == {"max": scores["exact_match"]}
