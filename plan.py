@@ -193,7 +193,7 @@ def refuse_too_large(
     cures = [one.flags for one in fitting if one.flags.startswith("--")]
     cures.append("a larger device or a smaller model")
     raise UserError(
-        f"model {name}: training its {shape.parameters / 1e9:.2f} billion parameters takes "
+        f"model {name}: training its {shape.size} takes "
         f"{least.total / GIB:.1f} GiB (weights {least.weights / GIB:.1f}, gradients "
         f"{least.gradients / GIB:.1f}, optimizer states {least.states / GIB:.1f}), over the "
         f"{total / GIB:.1f} GiB of the device: take {', or '.join(cures)}"
@@ -237,7 +237,7 @@ def report(config: Config, shape: ModelShape, wanted: PlanFor) -> list[str]:
     job = job_of(config, shape, kernels, here.count)
     lines = [
         *found,
-        f"model: {shape.parameters / 1e9:.2f} billion parameters, method {job.recipe.method}, "
+        f"model: {shape.size}, method {job.recipe.method}, "
         f"{job.recipe.optimizer} in {config.arithmetic}",
         f"rows: as in GSM8K, {ROW_TOKENS:.0f} tokens on average, {job.rows.longest} at most, "
         f"{job.rows.batch_size} in a step",

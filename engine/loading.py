@@ -101,7 +101,7 @@ def check_fits(
     if needed > available:
         smaller = "set dtype bfloat16, or " if dtype == torch.float32 else ""
         raise UserError(
-            f"model {name}: the weights of its {number / 1e9:.2f} billion parameters take "
+            f"model {name}: the weights of its {shape.size} take "
             f"{needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')} ({needed / number:.3g} "
             f"bytes each), over the {available / 1e9:.1f} GB of the device: {smaller}take a larger "
             "device or a smaller model"

@@ -61,7 +61,7 @@ class Job:
 
 
 def memory_table(job: Job, plan: Plan, device: Device) -> list[str]:
-    """What training takes on each device, by part."""
+    """What training takes on each device, by part; below the total, what has to remain free."""
     recipe = Recipe(**plan.recipe)
     tokens = min(plan.micro_batch_tokens, most_in_a_step(job.rows, device.count))
     used = footprint(job.shape, recipe, job.kernels, job.rows, tokens, plan.recomputation)
@@ -71,7 +71,7 @@ def memory_table(job: Job, plan: Plan, device: Device) -> list[str]:
     parts += [("of other devices", used.gathered)] if device.count > 1 else []
     parts += [("activations", used.activations), ("head, or a layer's backward", used.head)]
     parts += [("heap", used.heap)] if used.heap else []
-    parts += [("fragmentation", lost), ("total", used.total + lost)]
+    parts += [("total", used.total), ("lost to fragmentation", lost)]
     lines = [f"  {name:<28}{_gib(size):>7}" for name, size in parts]
     return ["training" + " " * 24 + "GiB", *lines]
 

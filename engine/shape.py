@@ -22,6 +22,15 @@ class ModelShape:
     config: LlamaConfig
     dtype: torch.dtype
 
+    @property
+    def size(self) -> str:
+        """Such as ``6.74 billion parameters`` or ``134.5 million parameters``."""
+        number = self.parameters
+        for unit, word, digits in ((1e9, "billion", 2), (1e6, "million", 1)):
+            if number >= unit:
+                return f"{number / unit:.{digits}f} {word} parameters"
+        return f"{number:,} parameters"
+
     @cached_property
     def layers(self) -> int:
         return self.config.num_hidden_layers
