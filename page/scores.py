@@ -45,6 +45,21 @@ class Share:
 
 
 @dataclass(frozen=True)
+class Samples:
+    """The scores of several samples of each problem.
+
+    Attributes:
+        by_k: k, maj@k and pass@k, for each k that was scored.
+        how: in which ways they were drawn, such as ``at temperature 0.7``.
+        interval: the 95 % interval of maj@k for the last k; None if unknown.
+    """
+
+    by_k: list[tuple[str, float, float]]
+    how: list[str]
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
 class Scores:
     """The scores of an evaluation.
 
@@ -54,8 +69,7 @@ class Scores:
         by_steps, by_words: the accuracy by steps of the gold answer, and by words of the question.
         disagree: on how many problems the rules disagree.
         calculator: its exact match, how many problems it won and lost, and the p-value; or None.
-        samples: k, maj@k and pass@k, for each k that was scored.
-        are_calculated: whether the samples were drawn with the calculator.
+        samples: None if there are none.
     """
 
     rules: list[Share]
@@ -64,8 +78,7 @@ class Scores:
     by_words: list[Share]
     disagree: int
     calculator: tuple[float, int, int, float] | None
-    samples: list[tuple[str, float, float]]
-    are_calculated: bool
+    samples: Samples | None
 
     @property
     def headline(self) -> Share:
@@ -81,8 +94,6 @@ def scores_of(rows: Sequence[Mapping[str, Any]], recorded: Mapping[str, Any]) ->
     """
     verdicts = [grade_row(row) for row in rows]
     analysis = analyse(rows)
-    drawn = recorded if "maj_at" in recorded else recorded.get("samples")
-    samples = _samples(drawn)
     return Scores(
         rules=[
             Share(*RULE_NAMES[name], sum(verdict.by_rule[name] for verdict in verdicts), len(rows))
@@ -93,8 +104,7 @@ def scores_of(rows: Sequence[Mapping[str, Any]], recorded: Mapping[str, Any]) ->
         by_words=_shares(analysis["by_question_words"]),
         disagree=len(analysis["rules_disagree"]),
         calculator=_calculator(recorded),
-        samples=samples,
-        are_calculated=bool(samples) and drawn.get("with_calculator") is True,
+        samples=_samples(recorded if "maj_at" in recorded else recorded.get("samples")),
     )
 
 
@@ -108,13 +118,22 @@ def _calculator(recorded: Mapping[str, Any]) -> tuple[float, int, int, float] | 
         return None
 
 
-def _samples(drawn: Any) -> list[tuple[str, float, float]]:
-    """What the scores ``drawn`` say of samples; nothing if it is not all there."""
+def _samples(drawn: Any) -> Samples | None:
+    """What the scores ``drawn`` say of samples; None if the shares are not all there."""
     try:
         voted, passed = drawn["maj_at"], drawn["pass_at"]
-        return [(str(k), float(share), float(passed[k])) for k, share in voted.items()]
+        by_k = [(str(k), float(share), float(passed[k])) for k, share in voted.items()]
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
-        return []
+        return None
+    how = [f"at temperature {drawn['temperature']}"] if "temperature" in drawn else []
+    if drawn.get("with_calculator") is True:
+        how.append("drawn with the calculator")
+    try:
+        low, high = map(float, drawn["ci95"])
+        interval = low, high
+    except (KeyError, TypeError, ValueError, OverflowError):
+        interval = None
+    return Samples(by_k, how, interval) if by_k else None
 
 
 def _shares(counts: Mapping[str, Mapping[str, int]]) -> list[Share]:

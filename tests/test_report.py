@@ -204,9 +204,12 @@ def test_other_scores_are_shown(run: Path) -> None:
     assert "With the calculator: 62.5% , 2 problems won and 1 lost, p = 0.25." in text
     assert "1 50.0% 55.0% 4 75.0% 87.5%" in text and "drawn with" not in text
     assert "All evaluations: test 37.5%, validation 50.0%." in text
-    scores["samples"]["with_calculator"] = True
+    assert "The 95 % interval of maj@" not in text
+    scores["samples"] |= {"with_calculator": True, "temperature": 0.7, "ci95": [0.6125, 0.85]}
     made_up.write_predictions(run / "eval" / "test", made_up.rows_of(KINDS), **scores)
-    assert "Samples, drawn with the calculator" in page_of(run).text
+    text = page_of(run).text
+    assert "Samples, at temperature 0.7, drawn with the calculator" in text
+    assert "The 95 % interval of maj@4 is 61.3% – 85.0%." in text
 
 
 def test_one_problem_is_not_called_problems(run: Path, other: Path) -> None:
@@ -484,7 +487,8 @@ def test_a_damaged_number_costs_only_itself(run: Path, damaged: Any) -> None:
         "num_problems": damaged,
         "exact_match": damaged,
         "calculator": {"exact_match": damaged, "won": [], "lost": [], "p_value": damaged},
-        "samples": {"maj_at": {"1": damaged}, "pass_at": {"1": damaged}},
+        "samples": {"maj_at": {"1": damaged}, "pass_at": {"1": damaged}}
+        | {"ci95": damaged, "temperature": damaged},
     }
     file = run / "eval" / "test" / "scores.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | scores))
