@@ -26,6 +26,7 @@ from engine.strategy import Sampling, decode
 from grading import dataset, predictions, rules
 from grading.predictions import PredictionsFile
 from run.errors import Stopped, UserError
+from run.evaluation import Score, log_scores
 from run.model_source import Source
 
 
@@ -457,6 +458,21 @@ def test_a_score_on_other_data_is_not_logged_as_the_runs(
     outcome = call(evaluate, *arguments, str(tmp_path / "out"))
     assert outcome.code == 0 and "not logged as the run's score" in outcome.out
     assert "eval/" not in (run_folder / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("key", ["prompt", "max_new_tokens", "dtype", "data_sha256"])
+def test_a_score_by_other_settings_is_not_logged_as_the_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    """Guards against a curve whose points have been decoded in different ways."""
+    settings = {"prompt": "p", "max_new_tokens": 8, "dtype": "float32"}
+    description = {"settings": settings, "data": {"test_sha256": "a"}}
+    identity = settings | {"split": "test", "data_sha256": "a"} | {key: "other"}
+    named = {"run_name": "test", "wandb_mode": "disabled", "wandb_project": "p"}
+    score = Score({"exact_match": 1.0}, True, {})
+    log_scores(tmp_path, description, identity, [score], **named)
+    assert "not logged as the run's score" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_of_a_foreign_folder_are_not_replaced(call, run_folder: Path, tmp_path: Path) -> None:

@@ -150,11 +150,12 @@ def test_script_reports_what_measure_says(
 
 def test_parts_of_an_answer() -> None:
     """Guards against a result that counts twice, and against an EOS of no part."""
-    answer = "48/2 = <<48/2=24>>24, <<x>> < <<\n1>>.\n#### 24<<1=1>>"
+    answer = "48/2 = <<48/2=24>>24, <<x>> <<>> < <<\n1>>.\n#### 24<<1=1>>"
     shown = "".join("REF"[part] for part in part_of_each(answer))
-    assert shown == "RRRRRRR" + "E" * 11 + "RRRR" + "EEEEE" + "R" * 11 + "F" * 15
+    assert shown == "RRRRRRR" + "E" * 11 + "RRRR" + "EEEEE" + "REEEE" + "R" * 11 + "F" * 15
     assert len(shown) == len(answer) + 1
     assert part_of_each("no mark") == bytes(7) + bytes([2])
+    assert part_of_each("#### 8") == bytes([2] * 7)
     assert PARTS == ("reasoning", "equations", "final_answer")
 
 

@@ -13,6 +13,8 @@ from conftest import real_folder
 import evaluate
 from grading import dataset, rescore, rules, score
 from grading.predictions import PredictionsFile, graded_row
+from grading.results import GREEDY, SAMPLES
+from grading.scores_file import Scored, additional_scores, score_predictions, write_all_scores
 from run.errors import UserError
 
 # Where the rules disagree; verified with the code of grade-school-math and lm-evaluation-harness.
@@ -629,3 +631,63 @@ def test_scores_that_someone_wrote_beside_the_settings_are_not_taken_over(
     expected = {"1": 1.0, "2": 1.0} if num_samples > 1 else None
     assert scores.get("maj_at") == scores.get("pass_at") == expected
     assert scores.get(key) in (None, expected, 2.0)
+
+
+# ---------------------------------------------------------------- scores.json
+
+
+def test_each_rule_is_logged_with_an_interval_of_its_own() -> None:
+    """Guards against the headline's interval around another rule, and shares that are cut off."""
+    shares = {"openai": 0.5, "lm_eval_strict": 0.29, "lm_eval_flexible": 0.58}
+    assert [int(share * 100) for share in shares.values()] == [50, 28, 57]
+    numbers = {"num_correct": 50, "num_problems": 100, "rules": shares}
+    numbers["errors"] = {"arithmetic": 0, "cut": None}
+    logged = Scored([], {}, numbers).logged
+    for name, count in (("exact_match", 50), ("lm_eval_strict", 29), ("lm_eval_flexible", 58)):
+        assert logged[name] == count / 100
+        assert (logged[f"{name}_low"], logged[f"{name}_high"]) == score.wilson_interval(count, 100)
+    assert logged["errors_arithmetic"] == 0 and "errors_cut" not in logged
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, "other") for key in ("weights", "split", "data_sha256", "prompt", "dtype")),
+        ("max_new_tokens", 4),
+        ("num_problems", 1),
+        ("num_samples", 3),
+    ],
+)
+def test_samples_of_another_evaluation_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, value: object
+) -> None:
+    """Guards against a majority vote beside the exact match of other weights, rows or prompts."""
+    names = ("weights", "split", "data_sha256", "prompt", "max_new_tokens", "dtype")
+    identity = {name: name for name in names} | {"num_problems": 2}
+    of_samples = identity | {"num_samples": 2}
+    greedy = score_predictions([prediction(0), prediction(1)], identity, tmp_path, {})
+    rows = [*drawn(0, ["8", "7"]), *drawn(1, ["7", "8"])]
+    (tmp_path / "samples").mkdir()
+    file, beside = (
+        tmp_path / "samples" / name for name in ("predictions.jsonl", "evaluation.json")
+    )
+    write(file, rows)
+    with file.open("a") as stream:  # as a kill leaves it
+        stream.write('{"id": 1, "sam')
+    beside.write_text(json.dumps(of_samples))
+    assert additional_scores(greedy, tmp_path)["samples"]["num_samples"] == 2
+    write(file, [row for row in rows if key != "num_problems" or row["id"] < value])
+    beside.write_text(json.dumps(of_samples | {key: value}))
+    assert additional_scores(greedy, tmp_path) == {}
+    assert "belongs to another evaluation: left out of scores.json" in capsys.readouterr().out
+
+
+def test_samples_take_no_place_of_greedy_scores(tmp_path: Path) -> None:
+    """Guards against a mean of samples as the exact match of a greedy decoding that was not done,
+    and a table in W&B of 700,000 rows."""
+    rows = [*drawn(0, ["8", "7"]), *drawn(1, ["7", "8"])]
+    samples = score_predictions(rows, {"num_problems": 2, "num_samples": 2}, tmp_path, {})
+    (tmp_path / "samples").mkdir()
+    assert write_all_scores(tmp_path, {GREEDY: None, SAMPLES: samples}) == {}
+    assert write_all_scores(tmp_path, {SAMPLES: samples}) == samples.content
+    assert not (tmp_path / "scores.json").exists() and not samples.tables
