@@ -26,8 +26,9 @@ from engine.strategy import Sampling, decode
 from grading import dataset, predictions, rules
 from grading.predictions import PredictionsFile
 from run.errors import Stopped, UserError
-from run.evaluation import Score, log_scores
+from run.evaluation import COLUMNS, Score, log_scores
 from run.model_source import Source
+from run.tracker import RunPath
 
 
 @pytest.fixture(scope="module")
@@ -473,6 +474,41 @@ def test_a_score_by_other_settings_is_not_logged_as_the_runs(
     log_scores(tmp_path, description, identity, [score], **named)
     assert "not logged as the run's score" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("newest", ["last/training.json", "finished.json"])
+def test_scores_are_logged_at_the_step_of_their_checkpoint(tmp_path: Path, newest: str) -> None:
+    """Guards against the step of a later checkpoint, of which only the run in W&B is taken, and one
+    of two scores or tables that takes the other's place."""
+    settings = {"prompt": "p", "max_new_tokens": 8, "dtype": "float32", "wandb_project": "before"}
+    best = {"settings": settings, "data": {"test_sha256": "a"}, "step": 7, "epoch": 1.0}
+    best |= {"wandb_run_id": "old", "wandb_project": "before"}
+    later = {"step": 14, "epoch": 2.0, "wandb_run_id": "new", "wandb_project": "moved"}
+    (tmp_path / "last").mkdir()
+    (tmp_path / newest).write_text(json.dumps(best | later))
+    tables: list[tuple[int, str, list[Any]]] = []
+    runs: list[Any] = []
+
+    def start(mode: str, *, run: Any, **given: Any) -> Any:
+        runs.append(run)
+        return SimpleNamespace(
+            go_on_from=lambda lines: None,
+            log=lambda line: None,
+            table=lambda *table: tables.append(table),
+            finish=lambda _: None,
+        )
+
+    named = {"run_name": "test", "wandb_mode": None, "wandb_project": "before"}
+    identity = {**settings, "split": "test", "data_sha256": "a"}
+    rows = [{"id": 0, "seconds": 2}]
+    scores = [Score({name: 0.5}, True, {f"{name}s": rows}) for name in ("one", "other")]
+    log_scores(tmp_path, best, identity, scores, start_tracker=start, **named)
+    [line] = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    expected = {"step": 7, "epoch": 1.0, "eval/one": 0.5, "eval/other": 0.5}
+    assert {key: value for key, value in line.items() if key != "time"} == expected
+    assert runs == [RunPath("new", "moved")]
+    assert [table[:2] for table in tables] == [(7, "eval/ones"), (7, "eval/others")]
+    assert tables[0][2] == [dict.fromkeys(COLUMNS) | {"id": 0}]
 
 
 def test_files_of_a_foreign_folder_are_not_replaced(call, run_folder: Path, tmp_path: Path) -> None:

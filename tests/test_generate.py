@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import PROMPT
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import data
-from engine import device, memory
+from engine import device, llama, memory
 from engine.cpu.kernels import BLOCK, PagedCache, most_probable
 from engine.cuda.cache import StaticCache
 from engine.decoding import Completion, Queue, greedy_decode, sample_decode
@@ -449,6 +450,19 @@ def test_a_prefill_has_no_more_tokens_than_it_may() -> None:
     queue.open(8)
     admitted = [[*map(len, queue.admit().values())] for _ in range(4)]
     assert admitted == [[30], [4, 4], [4, 4], [4]]  # one that is longer is read alone
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_in_decoding_is_that_of_training(dtype: torch.dtype) -> None:
+    """Guards against an epsilon that is left out, which large hidden states would not reveal, and
+    against one that is computed in 8 bits."""
+    norm = LlamaRMSNorm(96, eps=1e-5).to(dtype)
+    torch.nn.init.uniform_(norm.weight)
+    hidden = torch.randn(7, 96).to(dtype) / 300  # as an embedding's: a square is about epsilon
+    with torch.no_grad():
+        found = llama._norm_in_decoding(hidden, norm)
+        exact = norm(hidden)
+    torch.testing.assert_close(found, exact, rtol=2e-6 * (dtype == torch.float32), atol=0)
 
 
 def test_a_model_in_training_is_decoded_without_dropout(sharp: Llama) -> None:
