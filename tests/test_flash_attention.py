@@ -5,6 +5,7 @@ A CPU has no kernels for them. Here they are computed by the textbook, from the 
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -258,3 +259,34 @@ def test_a_backward_pass_that_fails_leaves_no_switch_behind(
         output.sum().backward()
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "is_taken"),
+    [
+        (torch.bfloat16, 128, True),
+        (torch.float16, 256, True),
+        (torch.bfloat16, 264, False),
+        (torch.bfloat16, 36, False),
+        (torch.float32, 128, False),
+    ],
+)
+def test_flash_attention_is_for_what_its_kernels_take(
+    dtype: torch.dtype, head_dim: int, is_taken: bool
+) -> None:
+    query = SimpleNamespace(shape=(7, 4, head_dim), dtype=dtype, is_cuda=True)
+    assert attention.is_for_flash_attention(query) == is_taken
+    query.is_cuda = False
+    assert not attention.is_for_flash_attention(query)
+
+
+def test_dropout_of_attention_is_left_out_by_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against training without the dropout that a model's config.json asks for."""
+    for name in ("is_for_flash_attention", "is_for_efficient_attention"):
+        monkeypatch.setattr(attention, name, lambda query: True)
+    micro_batch = collate(examples(9, 4, 7), replace(cuda_kernels(CPU), device=CPU))
+    query, key = torch.randn(2, micro_batch.num_tokens, 64, 8)
+    found = attention.packed_attention(micro_batch, 0.5, 0, query, key, torch.ones_like(query))
+    first = micro_batch.cu_seqlens[:-1]  # each of which sees itself alone
+    assert set(found[first].flatten().tolist()) == {0.0, 2.0}
+    assert found.mean().item() == pytest.approx(1, abs=0.1)

@@ -27,7 +27,7 @@ import evaluate
 import merge
 import perplexity
 import train
-from engine import llama, loading, memory, packing
+from engine import llama, loading, memory, nf4, packing
 from engine.compiling import compile_layers
 from engine.cuda.layers import fused_weights
 from engine.decoding import greedy_decode
@@ -250,6 +250,30 @@ def test_rows_that_are_no_whole_blocks_are_refused_on_a_cpu(model_folder: Path) 
     """Guards against bitsandbytes' wrong numbers for them, which it gives without a word."""
     with pytest.raises(UserError, match=r"not a multiple of 64.*: set method lora"):
         load_model(model_folder, torch.float32, CPU, None, replace(NEW, is_base_quantised=True))
+
+
+def test_rows_that_are_no_whole_blocks_are_for_a_gpu(
+    make_llama: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, devices = make_llama(420), []
+    monkeypatch.setattr(nf4, "_quantised", lambda layer, device: devices.append(device) or layer)
+    nf4.quantise(model, Path(), torch.device("cuda"))
+    assert devices == [torch.device("cuda")] * 14
+
+
+def test_a_layer_in_4_bits_keeps_its_bias(make_llama: Callable[..., LlamaForCausalLM]) -> None:
+    """Guards against a base without its biases, whose loss is that of another model."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "attention_bias": True, "mlp_bias": True}
+    model = make_llama(420, **sizes)
+    for layer in model.model.layers:
+        nn.init.normal_(layer.self_attn.o_proj.bias)
+        nn.init.normal_(layer.mlp.down_proj.bias)
+    ends = [(layer.self_attn.o_proj.bias, layer.mlp.down_proj.bias) for layer in model.model.layers]
+    nf4.quantise(model, Path(), CPU)
+    hidden = torch.zeros(3, 64)
+    for layer, (bias, other) in zip(model.model.layers, ends, strict=True):
+        assert torch.equal(layer.self_attn.o_proj(hidden), bias.expand(3, 64))
+        assert torch.equal(layer.mlp.down_proj(hidden), other.expand(3, 64))
 
 
 def test_new_adapters_repeat_and_draw_nothing_else(
@@ -600,6 +624,7 @@ def test_another_base_is_refused_and_a_moved_one_is_named(
         description = json.loads((folder / "training.json").read_text())
         for where in (description["base"], description["settings"]):
             where["model"] = str(tmp_path / "gone")
+        description["tokenizer"]["other_ids"] = True  # of which each script is to tell
         (folder / "training.json").write_text(json.dumps(description))
         seal(folder)
     words = ["--ckpt", str(best), "--limit", "4"]
@@ -628,6 +653,7 @@ def test_another_base_is_refused_and_a_moved_one_is_named(
     monkeypatch.setattr(memory, "total_bytes", lambda device: 2**40)
     outcome = call(merge, *words, "~/merged", "--dtype", "bfloat16")
     assert outcome.code == 0, outcome.err
+    assert f"model {best}: was trained by an older version" in outcome.out
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     assert {weight.dtype for weight in merged.values()} == {torch.bfloat16}
 
