@@ -123,7 +123,7 @@ def prospect(config: Config, ranks: Ranks, tools: Tools) -> Prospect:
     shape = read_shape(model, getattr(torch, config.dtype))
     with redirect_stdout(io.StringIO()) as line:  # which is one of the facts below
         planned = tools.plan_run(config, model, rows, None, ranks)
-    recipe = Recipe(**planned.recipe | {"devices": 1, "shard_over": None})
+    recipe = Recipe(**planned.recipe)
     return Prospect(
         config=config,
         ranks=ranks,

@@ -37,6 +37,8 @@ from engine.ranks import ALONE
 from grading.next_steps import next_steps
 from run import progress_bar, streams, terminal
 from run.checkpoint import newest_intact
+from run.config import CONFIG_FILE, load_config
+from run.files import gigabytes
 from run.folder import find_opening
 from run.manifest import BEST, FINISHED_FILE, LAST, MANIFEST_FILE, PREVIOUS
 from run.opening import newest_as_it_is
@@ -687,6 +689,34 @@ def test_a_look_times_the_run_itself(
     assert taken[1:] == [run.rows, run.held_out, 2, count_saves(2, 7, 3), run.sizes]
 
 
+def test_a_look_counts_the_micro_batches_of_an_epoch(
+    settings: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against an epoch without its last step, and `1 to 1` of them in each."""
+    run = preflight.prospect(make_config(settings | {"run_name": "new"}), ALONE, TOOLS)
+    for budget in (256, 4096):
+        filled = trial.filled(run.batches, 7, budget, ALONE)
+        counts = sorted({*map(len, filled)})
+        assert len(counts) == (2 if budget == 256 else 1) and len(run.rows) == 26
+        capsys.readouterr()
+        planned = replace(run.planned, micro_batch_tokens=budget)
+        preflight.show_batches(terminal.open_console(), replace(run, planned=planned))
+        number = " to ".join(map(str, counts))
+        shown = f"in a step {number}, {sum(map(len, filled))} in the first epoch"
+        assert shown in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_look_at_the_settings_of_config_yaml_says_so(
+    settings: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = preflight.prospect(make_config(settings | {"run_name": "new"}), ALONE, TOOLS)
+    capsys.readouterr()
+    run = replace(run, config=load_config(CONFIG_FILE, {}))
+    preflight.show_run(terminal.open_console(), run)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.endswith("llama-2-7b-gsm8k: new settings those of config.yaml")
+
+
 def step_of_both(
     model: Any, optimizer: Any, batch: Any, rate: float, budget: int, norm: Any, packer: Any
 ) -> Any:
@@ -714,6 +744,8 @@ def test_of_several_processes_one_shows_what_all_measure(
     number = " to ".join(str(count) for count in sorted({*counts}))
     shown = f"in a step {number} on each of 2 devices, {sum(counts)} in the first epoch"
     assert len(counts) == 2 and shown in " ".join(first.out.split()), first.out
+    sizes = preflight.prospect(make_config(settings), ALONE, TOOLS).sizes
+    assert re.search(rf"best\s+{gigabytes(sizes[0])};", first.out), sizes  # of all slices together
     assert re.search(r"then\s+[\d,]+\s+tokens\s+a\s+second", first.out)
     assert second.out == first.err == second.err == ""
 
