@@ -16,8 +16,10 @@ import evaluate
 import perplexity
 import train
 from engine.hub import fetch
-from engine.loading import load_model, load_tokenizer
-from engine.packing import Example, collate
+from engine.llama import Llama
+from engine.loading import check_data, check_lengths, load_model, load_tokenizer
+from engine.packing import IGNORE, Example, collate
+from run.errors import UserError
 
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
 
@@ -428,3 +430,39 @@ def test_the_loss_is_the_same_in_transformers_own_model(call, settings: dict[str
 def test_a_folder_is_fetched_as_it_is(settings: dict[str, str]) -> None:
     assert fetch(settings["model"]) == Path(settings["model"])
     assert evaluate.fetch is fetch
+
+
+# ---------------------------------------------------------------- the limits of a model
+
+
+@pytest.mark.parametrize("kind", ["positions", "longrope", "window"])
+def test_what_just_fits_is_trained_and_decoded(model: Llama, kind: str) -> None:
+    """Guards against positions that the model has not learned, and against a limit one too low."""
+    model.config.max_position_embeddings = 20 if kind == "positions" else 40
+    if kind == "longrope":
+        model.config.rope_parameters = {"rope_type": kind, "original_max_position_embeddings": 20}
+    model.config.sliding_window = 20 if kind == "window" else 30
+    row = Example([1] * 20, [IGNORE] * 12 + [1] * 8)
+    prompt = [1] * 12
+    check_lengths(model, [row], [prompt], 8)
+    for rows, prompts, new, words in (
+        ([row, Example([1] * 21, [IGNORE] * 12 + [1] * 9)], [prompt], 8, "row has 21 tokens"),
+        ([row], [prompt], 9, "with max_new_tokens has 21 tokens, over the model's"),
+        ([row], [prompt, [*prompt, 1]], 8, "with max_new_tokens has 21 tokens"),
+        ([row, Example([1] * 20, [IGNORE] * 13 + [1] * 7)], [prompt], 8, "max_new_tokens has 21"),
+        ([row], [[1] * 21], 0, "the longest prompt has 21 tokens"),
+    ):
+        with pytest.raises(UserError, match=words):
+            check_lengths(model, rows, prompts, new)
+
+
+def test_the_last_id_of_the_embedding_is_the_largest(model: Llama) -> None:
+    """Guards against a lookup outside the embedding, of the rows or of validation's prompts."""
+    size = model.pretrained.get_input_embeddings().num_embeddings
+    row = Example([1, 2], [IGNORE, 2])
+    check_data(model, [Example([1, size - 1], [IGNORE, 2])], [[size - 1]], 8, "name")
+    for rows, prompts in (([Example([1, size], [IGNORE, 2])], [[1]]), ([row], [[1], [size]])):
+        with pytest.raises(
+            UserError, match=f"the id {size}, but its embedding has only {size} row"
+        ):
+            check_data(model, rows, prompts, 8, "name")
