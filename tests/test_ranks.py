@@ -5,9 +5,11 @@ import signal
 import sys
 import time
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jobs
 import pytest
@@ -20,6 +22,7 @@ import train
 from engine import sharding
 from engine.agreement import check_same_on_all
 from engine.footprint import gathered_bytes
+from engine.joining import part_of_this_start
 from engine.loading import load_model
 from engine.masking import Masking
 from engine.measure import measure
@@ -32,8 +35,12 @@ from engine.sharding import shard, slice_of, whole
 from engine.together import gather_on_main, gathered_model
 from engine.tokenizer import Tokenizer
 from grading.dataset import Problem
+from run.checkpoint import set_damaged_aside
+from run.common import common_settings, go_on_together
+from run.config import CONFIG_FILE, load_config
 from run.errors import Stopped, UserError
 from run.method import Adapter
+from run.progress import Progress
 from run.script import run_script
 
 CPU = torch.device("cpu")
@@ -78,6 +85,14 @@ def test_processes_of_a_restart_find_each_other(tmp_path: Path, late: list[int])
     assert [each.out for each in ended] == ["heard\n", "", ""]
 
 
+def test_a_rank_0_that_does_not_answer_is_waited_for_no_longer_than_was_said() -> None:
+    """Guards against a process that goes on in the part of the store of an earlier start."""
+    store = jobs.new_store()
+    store.add("starts", 1)
+    with pytest.raises(RuntimeError, match="rank 0 does not answer rank 1"):
+        part_of_this_start(store, 1, 2, timedelta(seconds=0.2))
+
+
 def test_rows_with_other_labels_alone_are_other_rows() -> None:
     def of(row: Example) -> str:
         said: list[dict[str, str]] = []
@@ -88,6 +103,36 @@ def test_rows_with_other_labels_alone_are_other_rows() -> None:
     rows = [Example([1, 5, 2], [-100, 5, 2]), Example([1, 5, 2], [-100, -100, 2])]
     rows.append(Example([1, 6, 2], [-100, 5, 2]))
     assert len(set(map(of, rows))) == 3
+
+
+def test_processes_may_have_paths_of_their_own_and_nothing_else() -> None:
+    """Guards against paths that must be the same on all machines, and a mixture of two runs."""
+    first = common_settings(load_config(CONFIG_FILE, {}))
+    own = {"model": "/other", "dataset": "/other", "output_dir": "/other"}
+    own |= {"wandb_mode": "disabled", "wandb_project": "other"}
+    assert common_settings(load_config(CONFIG_FILE, own)) == first
+    for key, value in {"seed": "5", "run_name": "other", "micro_batch_tokens": "2048"}.items():
+        assert common_settings(load_config(CONFIG_FILE, {key: value})) != first
+
+
+def test_all_processes_go_on_as_rank_0_does(tmp_path: Path) -> None:
+    """Guards against a damaged best that each of them moves, or that one of them still counts."""
+    best, last = (tmp_path / name for name in ("best", "last"))
+    best.mkdir()
+    said: list[dict[str, Any]] = []
+
+    def once(function: Any, *arguments: Any) -> None:  # on a rank that only waits
+        assert (function, *arguments) == (set_damaged_aside, tmp_path, last)
+        best.rename(tmp_path / "aside")
+
+    def broadcast(progress: dict[str, Any]) -> dict[str, Any]:
+        said.append(progress)
+        return progress | {"fitting": [512, 256]}
+
+    ranks = SimpleNamespace(once=once, broadcast=broadcast)
+    found = go_on_together(tmp_path, last, Progress(step=7, best_loss=1.5), ranks)
+    assert said[0]["best_loss"] is None and (tmp_path / "aside").exists()
+    assert found == Progress(step=7, fitting=[512, 256]) and found.budget(512) == 256
 
 
 class NoCopies(TorchDispatchMode):
