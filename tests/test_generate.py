@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import data
-from engine import device, llama, memory
+from engine import device, llama, memory, strategy
 from engine.cpu.kernels import BLOCK, PagedCache, most_probable
 from engine.cuda.cache import StaticCache
 from engine.decoding import Completion, Queue, greedy_decode, sample_decode
@@ -22,6 +23,8 @@ from engine.llama import Llama
 from engine.loading import load_model
 from engine.memory import CACHE_SHARE, plan_slots
 from engine.sampling import sampled
+from engine.strategy import Decoder, Greedy, Sampling, complete, eos_token_ids
+from engine.tokenizer import Tokenizer
 from grading import dataset
 from run.errors import UserError
 
@@ -450,6 +453,57 @@ def test_a_prefill_has_no_more_tokens_than_it_may() -> None:
     queue.open(8)
     admitted = [[*map(len, queue.admit().values())] for _ in range(4)]
     assert admitted == [[30], [4, 4], [4, 4], [4]]  # one that is longer is read alone
+
+
+def test_completions_are_in_the_order_of_their_prompts_and_end_with_every_eos(
+    plain_sharp: Llama,
+    references,
+    prompts: list[list[int]],
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Guards against a sample beside another problem, and one that goes on after its end."""
+    eos = frozenset({2, *references[0]})
+    config = plain_sharp.pretrained.generation_config
+    for listed, ends in ((None, {2}), (5, {2, 5}), (sorted(references[0]), eos)):
+        monkeypatch.setattr(config, "eos_token_id", listed)
+        assert eos_token_ids(plain_sharp, tokenizer) == ends
+    expected = decode(plain_sharp, prompts, eos, 2)
+    limits = {"max_new_tokens": NEW_TOKENS, "eos_token_ids": eos, "slots": 2}
+    assert [one.index for one in greedy_decode(plain_sharp, prompts, **limits)] != [
+        one.index for one in expected
+    ]
+    assert complete(plain_sharp, tokenizer, NEW_TOKENS, 2, prompts) == [
+        (tokenizer.decode(one.token_ids), one.stop) for one in expected
+    ]
+
+
+def test_a_question_is_decoded_by_its_text_and_within_the_limits(plain_sharp: Llama) -> None:
+    """Guards against samples that depend on the other rows, and slots that were set in vain."""
+    asked: list[Any] = []
+
+    def look(model: Llama, *words: Any, **limits: Any) -> list[Completion]:
+        asked.append((model, *words, limits))
+        return []
+
+    ends = frozenset({2})
+    decoder = Decoder(plain_sharp, None, ["a", "b"], [[1], [1, 5]], 4, ends, slots=3, decode=look)
+    how = Sampling(0.7, 0)
+    decoder.completions([(1, 6), (0, 6)], how)
+    limits = {"max_new_tokens": 4, "eos_token_ids": ends, "slots": 3, "arrived": list}
+    assert asked == [(plain_sharp, [[1, 5], [1]], how, ["6/b", "6/a"], limits)]
+
+
+def test_a_calculator_is_used_however_tokens_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against scores that claim a calculator, or a temperature, that was not used."""
+    calculator, used = object(), []
+    for name in ("greedy_decode", "sample_decode"):
+        monkeypatch.setattr(strategy, name, lambda *words, **how: used.append((words, how)))
+    for how in (Greedy(calculator), Sampling(0.5, 7, calculator)):
+        strategy.decode(None, [[1]], how, ["0/a"], slots=3)
+    with_it = {"calculator": calculator, "slots": 3}
+    sampled_so = (None, [[1]], ["7/0/a"]), with_it | {"temperature": 0.5}
+    assert used == [((None, [[1]]), with_it), sampled_so]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
