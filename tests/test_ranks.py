@@ -36,7 +36,7 @@ from engine.together import gather_on_main, gathered_model
 from engine.tokenizer import Tokenizer
 from grading.dataset import Problem
 from run.checkpoint import set_damaged_aside
-from run.common import common_settings, go_on_together
+from run.common import check_same_folder, common_settings, go_on_together
 from run.config import CONFIG_FILE, load_config
 from run.errors import Stopped, UserError
 from run.method import Adapter
@@ -113,6 +113,23 @@ def test_processes_may_have_paths_of_their_own_and_nothing_else() -> None:
     assert common_settings(load_config(CONFIG_FILE, own)) == first
     for key, value in {"seed": "5", "run_name": "other", "micro_batch_tokens": "2048"}.items():
         assert common_settings(load_config(CONFIG_FILE, {key: value})) != first
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_looks_for_the_file_of_rank_0_while_it_is_there(tmp_path: Path, rank: int) -> None:
+    """Guards against a folder that is refused because one rank is faster than the other."""
+    mark = tmp_path / ".seen.00000000.staged"
+    waits: list[bool] = []
+
+    def wait() -> None:
+        waits.append(mark.exists())
+        if rank:
+            mark.touch()
+
+    here = {"size": 2, "rank": rank, "is_main": not rank, "wait": wait}
+    check_same_folder(tmp_path, SimpleNamespace(**here, broadcast=lambda _: mark.name))
+    assert waits == ([False, True] if rank else [True, True])
+    assert mark.exists() == bool(rank)  # rank 0 removes it
 
 
 def test_all_processes_go_on_as_rank_0_does(tmp_path: Path) -> None:
