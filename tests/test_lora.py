@@ -310,6 +310,7 @@ def test_a_base_in_another_dtype_is_the_one_that_was_trained_with(wide_folder: P
     found = load_model(wide_folder, torch.float32, CPU, None, adapter).head.weight
     plain = load_model(wide_folder, torch.float32, CPU).head.weight
     assert torch.equal(found, plain.bfloat16().float()) and not torch.equal(found, plain)
+    assert found.dtype == torch.float32  # which `equal` does not compare
 
 
 def test_dropout_is_recomputed_as_it_was(

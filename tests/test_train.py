@@ -607,6 +607,7 @@ def test_the_export_is_tried_before_the_first_step(
         "top_p": 0.9,
         "bos_token_id": 1,
         "eos_token_id": 2,
+        "pad_token_id": 0,
         "max_length": 4096,
     }
     (base / "generation_config.json").write_text(json.dumps(own))
@@ -615,7 +616,7 @@ def test_the_export_is_tried_before_the_first_step(
     last = run_folder(settings) / "last"
     assert training_json.read_description(last)["step"] == 0
     exported = json.loads((last / "generation_config.json").read_text())
-    assert exported["eos_token_id"] == 2
+    assert [exported[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [1, 2, 0]
     assert not {"temperature", "top_p", "max_length"} & {
         key for key, value in exported.items() if value is not None
     }
