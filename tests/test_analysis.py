@@ -294,12 +294,15 @@ def test_compare_from_the_command_line(call, tmp_path: Path) -> None:
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     outcome = call(evaluate, "--compare", a, b)
     assert outcome.code == 0, outcome.err
+    low, high = compare.compare(*runs(5, 0, 6, 1), (a, b)).interval
+    assert low < 0.5 < high
     for fragment in (
         "12 problems in common",
-        "41.67%",
-        "91.67%",
-        "+50.00%",
-        "0.03125",
+        f" 41.67%   5 of 12   {a}\n",
+        f" 91.67%   11 of 12   {b}\n",
+        "difference (second minus first)  +50.00%\n",
+        f" {low:+.2%} to {high:+.2%}\n",
+        "p-value (McNemar)   0.03125\n",
         "won 6: ids 5, 6",
         "lost 0",
     ):
@@ -319,3 +322,107 @@ def test_compare_from_the_command_line(call, tmp_path: Path) -> None:
         "--dtype can't be used with --compare"
     )
     call(evaluate, "--compare", a, str(tmp_path / "none")).assert_user_error("none: can't be read")
+
+
+# ---------------------------------------------------------------- as text
+
+SAMPLED = {
+    "num_samples": 2,
+    "temperature": 0.7,
+    "with_calculator": True,
+    "exact_match": 0.5,
+    "maj_at": {"1": 0.5, "2": 0.6},
+    "pass_at": {"1": 0.51, "2": 0.8},
+    "ci95": [0.3, 0.85],
+}
+SCORES = {
+    "exact_match": 0.95,
+    "num_correct": 19,
+    "num_problems": 20,
+    "ci95": [0.7639, 0.9911],
+    "rules": {"openai": 0.95, "lm_eval_strict": 0.9, "lm_eval_flexible": 1.0},
+    "stopped_by_length": 1,
+    "stop_unknown": 2,
+    "errors": {"arithmetic": 1, "reasoning": 0, "format": None},
+    "rules_disagree": [3, 4],
+    "by_steps": {
+        "1": {"num_correct": 3, "num_problems": 4},
+        "2": {"num_correct": 1, "num_problems": 2},
+    },
+    "by_question_words": {"1-30": {"num_correct": 1, "num_problems": 4}},
+    "calculator": {
+        "exact_match": 1.0,
+        "num_correct": 20,
+        "num_problems": 20,
+        "won": [7, 8],
+        "lost": [1],
+        "p_value": 0.04,
+    },
+    "samples": SAMPLED,
+}
+REPORT = """\
+best on test
+  exact match                95.00%   19 of 20
+  95 % interval (Wilson)     76.39% to 99.11%
+    OpenAI (headline)         95.00%
+    lm-eval strict-match      90.00%
+    lm-eval flexible-extract 100.00%
+  cut by max_new_tokens           1   and unknown for 2
+  wrong, by kind           arithmetic 1, reasoning 0, format unknown
+  rules disagree                  2   ids 3, 4
+  by steps of the gold     1: 75%, 2: 50%
+  by words of question     1-30: 25%
+  with the calculator       100.00%   20 of 20, won 2, lost 1, p = 0.04
+  sampled: 2 samples per problem at temperature 0.7, with the calculator
+    mean of all               50.00%
+    maj@1 50.00%, maj@2 60.00%
+    pass@1 51.00%, pass@2 80.00%
+    95 % interval of maj@2     30.00% to 85.00%"""
+EFFORT = """
+    tokens of all samples      1,234
+    last decoding took           2.0 s at 617.0 tokens per second"""
+
+
+def test_a_report_has_each_number_in_its_place() -> None:
+    """Guards against an interval or a share that stands where another one belongs."""
+    assert report.evaluation_report(SCORES, "best on test") == REPORT
+    samples = SAMPLED | {"num_tokens": 1234, "seconds": 2.0, "tokens_per_second": 617.0}
+    of_samples = REPORT.partition("  sampled")[2]
+    assert report.evaluation_report(samples, "train") == f"train{of_samples}{EFFORT}"
+
+
+def test_a_report_of_augmented_rows_has_each_number_in_its_place() -> None:
+    files = [("a", 0.7, 3), ("b", None, 2)]
+    stages = zip(report.STAGE_NAMES, (40, 20, 16, 12, 10, 8, 5), strict=True)
+    description = {
+        "num_problems": 37,
+        "num_sampled": 36,
+        "samples": [
+            {"file": file, "temperature": temperature, "kept": kept, "drawn": 20}
+            for file, temperature, kept in files
+        ],
+        "total": dict(stages),
+        "rows": {"original": 10, "added": 5},
+        "lists_per_problem": 1.5,
+        "problems_by_kept": {"0": 1, "1": 2, "2": 3, "3": 4, "4": 5, "5": 6, "8": 7, "9": 9},
+    }
+    assert (
+        report.augmentation_table(description)
+        == """\
+36 of 37 train problems are sampled
+  temperature 0.7: 3 of 20 kept   a
+  temperature greedy or unknown: 2 of 20 kept   b
+  the files differ in their temperature
+  samples                         40   100.00%
+  right                           20    50.00%
+    in the data's format          16    40.00%
+    with equations                12    30.00%
+    all equations true            10    25.00%
+    distinct lists of them         8    20.00%
+    new for their problem          5    12.50%
+  lists of equations            1.50   per problem, with the row's own
+  train rows                      15   10 original, 5 new
+  problems by kept samples 0: 1, 1: 2, 2: 3, 3-4: 9, 5-8: 13, 9-16: 9"""
+    )
+    description["samples"][1]["temperature"] = 0.7
+    assert "differ" not in report.augmentation_table(description)
