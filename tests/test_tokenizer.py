@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +100,21 @@ def test_other_kinds_of_sentencepiece_models(
     reference = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     for text in (f"x{text}" for text in [*corpus[:50], *texts(200)]):
         assert tokenizer.ids_of([text]) == [reference.encode(text)], text
+    for ids in (reference.encode(" Two  blanks"), reference.encode("x")):
+        assert tokenizer.decode(ids) == reference.decode(ids)
+
+
+def test_what_a_tokenizer_json_cuts_and_pads_is_whole(
+    tmp_path: Path, tokenizer_folder: Path, corpus: list[str]
+) -> None:
+    """Guards against rows without their end, or that are refused for it."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer.save(tmp_path)
+    cut = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    pad = {"strategy": {"Fixed": 600}, "direction": "Right", "pad_to_multiple_of": None}
+    pad |= {"pad_id": 2, "pad_type_id": 0, "pad_token": "</s>"}
+    edit(tmp_path / "tokenizer.json", lambda content: content.update(truncation=cut, padding=pad))
+    assert load_tokenizer(tmp_path).encode(corpus[:9]) == tokenizer.encode(corpus[:9])
 
 
 def test_a_unigram_model_is_refused(tmp_path: Path, corpus: list[str]) -> None:
@@ -369,7 +385,8 @@ def test_a_checkpoint_keeps_the_ids_that_it_was_trained_on(
     outcome = call(evaluate, "--ckpt", str(best), "--limit", "1", "--verify-batching", "0")
     assert outcome.code == 0
     assert "was trained with ids other than its tokenizer.model's; they are kept" in outcome.out
-    assert load_tokenizer(best, tokenizer_record(best)).ids_of(some) == kept
+    again = load_tokenizer(best, tokenizer_record(best))
+    assert again.ids_of(some) == kept and again.describe()["other_ids"]
 
 
 # ---------------------------------------------------------------- no text is lost
@@ -436,15 +453,37 @@ def test_a_tokenizer_that_loses_text_is_refused(
         call(evaluate, *rows).assert_user_error(words)
 
 
-def test_text_never_becomes_a_special_token(tmp_path: Path, corpus: list[str]) -> None:
-    """If it does, no text is lost, but the sequence ends in its middle."""
+@pytest.mark.parametrize("number", [0, 1])
+def test_text_never_becomes_a_special_token(tmp_path: Path, corpus: list[str], number: int) -> None:
+    """If it does, no text is lost, but the sequence ends in its middle, or begins there again."""
     folder = byte_level(tmp_path / "bytes", corpus)
-    assert load_tokenizer(folder).encode(["a <|end_of_text|> b"])
+    token = load_tokenizer(folder).piece(number)
+    assert load_tokenizer(folder).encode([f"a {token} b"])
     edit(
-        folder / "tokenizer.json", lambda content: content["added_tokens"][1].update(special=False)
+        folder / "tokenizer.json",
+        lambda content: content["added_tokens"][number].update(special=False),
     )
-    with pytest.raises(UserError, match=r"reads text as its special token '<\|end_of_text\|>'"):
-        load_tokenizer(folder).encode(["a <|end_of_text|> b"])
+    with pytest.raises(
+        UserError, match=f"reads text as its special token {re.escape(repr(token))}"
+    ):
+        load_tokenizer(folder).encode([f"a {token} b"])
+
+
+def test_blanks_at_the_end_are_not_lost(tmp_path: Path, model_folder: Path) -> None:
+    """Guards against a prompt whose last blank or line end the model does not see."""
+    shutil.copytree(model_folder, folder := tmp_path / "losing")
+    (folder / "tokenizer.model").unlink()
+    assert load_tokenizer(folder).encode(["Answer: ", "Answer:\n"])
+    strip = {"type": "Strip", "strip_left": False, "strip_right": True}
+    edit(folder / "tokenizer.json", lambda c: c["normalizer"]["normalizers"].insert(0, strip))
+    for text in ("Answer: ", "Answer:\n"):
+        with pytest.raises(UserError, match="its tokenizer loses text"):
+            load_tokenizer(folder).encode([text])
+
+
+def test_special_tokens_are_no_text_of_a_completion(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.ids_of(["It is 7."])[0]
+    assert tokenizer.decode([*ids[:2], 1, *ids[2:], 2]) == "It is 7."
 
 
 def test_blanks_and_peculiar_signs_are_no_loss(
@@ -493,6 +532,18 @@ def test_special_tokens_that_are_none(
     edit(folder / "tokenizer_config.json", lambda content: content.update(change))
     with pytest.raises(UserError, match=words):
         load_tokenizer(folder)
+
+
+def test_the_first_file_that_names_a_special_token_counts(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    """Guards against another EOS than Transformers', and a null that hides the next file's."""
+    shutil.copytree(tokenizer_folder, folder := tmp_path / "named")
+    piece = load_tokenizer(folder).piece(300)
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": piece}))
+    for config, expected in (({"eos_token": "</s>"}, 2), ({"eos_token": None}, 300), ({}, 300)):
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": "<s>"}))
+        assert load_tokenizer(folder).eos_token_id == expected
 
 
 def test_special_tokens_of_a_lone_vocabulary_file(tmp_path: Path, tokenizer_folder: Path) -> None:
@@ -664,6 +715,10 @@ def test_what_is_saved_adds_bos_as_in_training(
     wanted = {"add_bos_token": True, "add_eos_token": False}
     assert {name: config[name] for name in asked} == {name: wanted[name] for name in asked}
     assert read_otherwise(folder, capsys) == ""
+    (tmp_path / "again").mkdir()  # as best is, after the first save of last
+    tokenizer.save(tmp_path / "again")
+    for name, content in read_files(folder).items():
+        assert (tmp_path / "again" / name).read_bytes() == content, name
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer.model"])
@@ -749,6 +804,19 @@ def test_added_tokens_of_any_form_are_read_or_refused(
     (folder / name).write_text(json.dumps(content))
     with pytest.raises(UserError, match=rf"its tokenizer can't be read \({name}: "):
         load_tokenizer(folder)
+
+
+def test_an_added_token_is_read_in_text_unless_it_is_special(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    """Guards against other ids than those that the base was trained with."""
+    shutil.copytree(tokenizer_folder, folder := tmp_path / "added")
+    size = len(load_tokenizer(folder))
+    mark = {"content": "####", "special": False, "normalized": False}
+    added = {size + 1: {"content": "<pad>"}, size: mark}
+    edit(folder / "tokenizer_config.json", lambda c: c.update(added_tokens_decoder=added))
+    [ids] = load_tokenizer(folder).ids_of(["It is <pad>.\n#### 7"])
+    assert ids.count(size) == 1 and size + 1 not in ids
 
 
 def test_a_tiktoken_file_beside_a_tokenizer_json_is_passed_over(
