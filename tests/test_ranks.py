@@ -23,6 +23,7 @@ from engine import sharding
 from engine.agreement import check_same_on_all
 from engine.footprint import gathered_bytes
 from engine.joining import part_of_this_start
+from engine.llama import Llama
 from engine.loading import load_model
 from engine.masking import Masking
 from engine.measure import measure
@@ -440,6 +441,15 @@ def gather_tied(folder: Path) -> None:
         decoding = gathered_model(model).pretrained
         assert decoding.lm_head.weight is decoding.model.embed_tokens.weight
         assert len(gathered) == 2 * len([*model.parameters()])
+
+
+def test_a_gathered_model_decodes_as_the_one_that_it_was_made_of(model: Llama) -> None:
+    """Guards against samples with dropout, or that go on after an EOS that the base lists."""
+    model.pretrained.generation_config.eos_token_id = [2, 5]
+    plain = gathered_model(model.train())
+    assert plain.pretrained.generation_config.eos_token_id == [2, 5]
+    assert not plain.training and not plain.pretrained.training
+    assert plain.pretrained is not model.pretrained
 
 
 def test_a_tied_head_is_gathered_once(tmp_path: Path, tokenizer: Tokenizer, make_llama) -> None:
