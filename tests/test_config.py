@@ -519,10 +519,17 @@ def test_values_are_shown_as_users_write_them(
         assert read == "null" if value is None else setting_types.parse(type(value), read) == value
 
 
-def resume(tmp_path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Go on with the settings ``now`` with a run of the settings ``before``."""
+def resume(
+    tmp_path: Path, before: Mapping[str, Any], now: Mapping[str, Any], unknown: str = ""
+) -> None:
+    """Go on with the settings ``now`` with a run of the settings ``before``.
+
+    Args:
+        unknown: the setting that there was not at that time.
+    """
     shipped, _ = config.read_settings(config.CONFIG_FILE)
     old, new = (asdict(config.merge({"shipped": shipped, "file": one})) for one in (before, now))
+    old.pop(unknown, None)
     content = {"step": 1, "epoch": 0.5, "wandb_run_id": "a", "data": {"train_sha256": "b"}}
     (tmp_path / "training.json").write_text(json.dumps(content | {"settings": old}))
     folder.check_same_run(tmp_path, new, "b")
@@ -538,6 +545,33 @@ def test_changed_settings_are_shown_as_users_write_them(
         resume(tmp_path, {}, {"learning_rate": "1e-5"})
     with pytest.raises(UserError, match="method: false must be 'full', 'lora' or 'qlora'"):
         resume(tmp_path, {}, {"method": False})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "change"),
+    [
+        ("method", "lora", "method was 'full' and is 'lora'"),
+        ("optimizer", "adamw_8bit", "optimizer was 'adamw' and is 'adamw_8bit'"),
+        ("mask_rate", "0.4", "mask_rate was 0.0 and is 0.4"),
+        ("fp8", "true", "fp8 was false and is true"),
+    ],
+)
+def test_a_run_from_before_a_setting_goes_on_as_it_was(
+    tmp_path: Path, key: str, value: str, change: str
+) -> None:
+    """Guards against steps of two kinds in one run, as the setting is not in its checkpoint."""
+    resume(tmp_path, {}, {}, key)
+    with pytest.raises(UserError, match=change):
+        resume(tmp_path, {}, {key: value}, key)
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear", "constant"])
+def test_epochs_may_change_where_no_rate_depends_on_them(tmp_path: Path, shape: str) -> None:
+    before = {"lr_schedule": shape, "warmup_ratio": "0"}
+    if shape == "constant":
+        return resume(tmp_path, before, before | {"epochs": "9"})
+    with pytest.raises(UserError, match="epochs was 3 and is 9"):
+        resume(tmp_path, before, before | {"epochs": "9"})
 
 
 # ---------------------------------------------------------------- settings without effect
