@@ -416,6 +416,17 @@ def test_a_fault_of_the_disk_is_not_taken_for_what_it_lacks(
     call(train, *flags(settings)).assert_user_error(os.strerror(number))
 
 
+def test_a_file_that_can_not_be_replaced_is_what_it_was_and_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against what fills a full disk further, under a name that nothing removes."""
+    files.replace_file(tmp_path / "file", "old")
+    monkeypatch.setattr(os, "fsync", fail(os.fsync, errno.EIO, lambda *_: True))
+    with pytest.raises(OSError, match="Input/output error"):
+        files.replace_file(tmp_path / "file", "new")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
 MOUNT = [
     "EIO",
     "EROFS",

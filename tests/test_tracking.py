@@ -29,6 +29,7 @@ from run.config import CONFIG_FILE, load_config
 from run.errors import NotFiniteError
 from run.locks import locked
 from run.manifest import FITTING_FILE
+from run.metrics_file import read_metrics
 from run.progress import Progress, Speed
 from run.run_log import RunLog, open_log
 from run.shell import evaluation_command
@@ -791,6 +792,17 @@ def test_metrics_of_a_killed_run_are_cut_at_the_resumed_step(tmp_path: Path) -> 
         metrics.write(3, 0.5, {"a": 30})
     lines = lines_of(tmp_path)
     assert [(line["step"], line.get("a")) for line in lines] == [(1, 1), (2, 2), (4, None), (3, 30)]
+
+
+def test_lines_that_are_none_are_left_out(tmp_path: Path) -> None:
+    """Guards against a score that can't be logged, or shown, for a line that a kill has cut."""
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n7\nnull\n[]\n{}\n' + "[" * 100_000 + '\n{"step": 2}\n{"st')
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+    file.unlink()
+    assert read_metrics(tmp_path) == []
+    file.mkdir()
+    assert read_metrics(tmp_path) == []
 
 
 def test_an_evaluation_drops_no_line_of_training(tmp_path: Path) -> None:
