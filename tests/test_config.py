@@ -82,13 +82,14 @@ def test_all_faults_are_reported_together_by_name(call, tmp_path: Path) -> None:
         ("dtype: bfloat16", "dtype: fp16"),
         ("warmup_ratio: 0.03", "warmup_ratio: .inf"),
     )
+    again = file.read_text().partition("epochs: 4")[0].count("\n") + 1
     outcome = call(train, "--config", str(file))
     outcome.assert_user_error(
         f"{file}: ",
         "batch_size: 'many' must be a positive integer",
         "learning_rate: '-2e-5' must be a positive, finite number",
         "unknown setting 'sead': did you mean 'seed'?",
-        "epochs is set twice",
+        f"epochs is set twice (again on line {again})",
         "dtype: 'fp16' must be 'bfloat16' or 'float32'",
         "warmup_ratio: '.inf' must be a number of at least 0 and below 1",
     )

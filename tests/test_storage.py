@@ -30,7 +30,16 @@ import train
 from engine.decoding import Completion
 from grading.dataset import Problem
 from grading.predictions import PredictionsFile, graded_row
-from run import checkpoint, errors, files, locks, manifest, model_source, training_json
+from run import (
+    checkpoint,
+    errors,
+    files,
+    locks,
+    manifest,
+    model_source,
+    new_folder,
+    training_json,
+)
 from run.config import CONFIG_FILE, read_files
 from run.evaluation import newest_description
 from run.manifest import BEST, FINISHED_FILE, LAST, PREVIOUS
@@ -425,6 +434,24 @@ def test_a_file_that_can_not_be_replaced_is_what_it_was_and_alone(
     with pytest.raises(OSError, match="Input/output error"):
         files.replace_file(tmp_path / "file", "new")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_folder_of_small_files_appears_whole_and_replaces_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against rows that a power cut empties, and files that came there in the meantime."""
+    folder, synced = tmp_path / "rows", []
+
+    def sync(path: Path) -> None:
+        synced.append((path.name.partition(".rows.")[1] or path.name, folder.exists()))
+
+    monkeypatch.setattr(new_folder, "sync", sync)
+    new_folder.write_folder(folder, {"train": b"1", "test": b"2"})
+    before = [("train", False), ("test", False), (".rows.", False)]
+    assert synced == [*before, (tmp_path.name, True)]
+    with pytest.raises(OSError, match="not empty"):
+        new_folder.write_folder(folder, {"train": b"3"})
+    assert tree(tmp_path) == {"rows/train": b"1", "rows/test": b"2"}
 
 
 MOUNT = [
