@@ -83,14 +83,14 @@ def log_scores(
             tables |= {prefix + name: rows for name, rows in score.tables.items()}
     if not unlogged:
         return
-    newest = newest_description(run_folder) or description
+    newest = newest_description(run_folder)
     # W&B mixes up what two processes log in one run. Training passes on what we add to its metrics.
     if wandb_mode != "disabled" and not is_free(run_folder, LOCKED_SECONDS):
         print("W&B: this run is being trained, and its training logs the score, without the table")
         wandb_mode = "disabled"
     tracker = start_tracker(
         wandb_mode,
-        run=saved_run(newest, wandb_project, trained.get("wandb_project")),
+        run=saved_run(newest or description, wandb_project, trained.get("wandb_project")),
         name=run_name,
         folder=run_folder,
         settings={},
@@ -98,7 +98,9 @@ def log_scores(
     # The run is locked only while the line is written, so that a training run that is about to
     # start does not have to wait for W&B.
     with ExitStack() as stack, locked_if_free(run_folder) as alone:
-        metrics = stack.enter_context(MetricsLog(run_folder, tracker, alone=alone))
+        ended = exit_code_of_training(newest)
+        log = MetricsLog(run_folder, tracker, alone=alone, exit_code=ended)
+        metrics = stack.enter_context(log)
         metrics.write(description["step"], description["epoch"], unlogged)
         for name, rows in tables.items():
             shown = [{column: row.get(column) for column in COLUMNS} for row in rows]
@@ -116,3 +118,12 @@ def newest_description(run_folder: Path) -> dict[str, Any] | None:
         except UserError:  # removed, to save disk space
             continue
     return None
+
+
+def exit_code_of_training(newest: Mapping[str, Any] | None) -> int:
+    """0 for a run whose steps are all done, or of which this is unknown; 1 for one that broke off.
+
+    Args:
+        newest: see `newest_description`.
+    """
+    return int(newest is not None and newest["epoch"] < newest["settings"].get("epochs", 0))

@@ -22,7 +22,12 @@ class MetricsLog:
     """``metrics.jsonl`` and the tracker together."""
 
     def __init__(
-        self, folder: Path, tracker: Tracker, resume_step: float = math.inf, alone: bool = True
+        self,
+        folder: Path,
+        tracker: Tracker,
+        resume_step: float = math.inf,
+        alone: bool = True,
+        exit_code: int | None = None,
     ):
         """Open the log of a run.
 
@@ -33,8 +38,10 @@ class MetricsLog:
             alone: whether this process is the only writer. If not, nothing is dropped. An
                 incomplete line may be one that training is writing at this moment, and if the file
                 were replaced, the next line from training would be lost.
+            exit_code: how the run has ended, for the tracker; None: it ends with this log, and as
+                this log does.
         """
-        self._tracker = tracker
+        self._tracker, self._exit_code = tracker, exit_code
         file = self._path = folder / METRICS_FILE
         try:
             lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
@@ -100,7 +107,8 @@ class MetricsLog:
         with suppress(OSError):  # `write` has reported it
             self._track_evaluations(os.fstat(self._file.fileno()).st_size)
             self._file.close()
-        self._tracker.finish(exit_code_of(error))
+        ended = self._exit_code
+        self._tracker.finish(exit_code_of(error) if ended is None else ended)
 
 
 class NoMetrics:
