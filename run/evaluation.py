@@ -1,24 +1,33 @@
 """Where the results of an evaluation go: their folder, and the scores in the run's log."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from run.errors import UserError
-from run.locks import is_free, locked_if_free
+from run.locks import is_free, locked, locked_if_free
 from run.manifest import BEST, FINISHED_FILE, LAST, check_no_links
 from run.metrics_log import MetricsLog, is_logged
 from run.paths import local_path
 from run.tracker import Tracker
 from run.training_json import read_description
-from run.wandb_run import saved_run, start_tracker
+from run.wandb_run import (
+    FINISH_SECONDS,
+    INIT_SECONDS,
+    WANDB_FOLDER,
+    is_off,
+    saved_run,
+    start_tracker,
+)
 
 # Of a prediction, what a table in W&B shows.
 COLUMNS = ("id", "correct", "label", "question", "gold", "completion", "answer", "stop")
 
 LOCKED_SECONDS = 1.0  # for how long another evaluation may lock a run, at most
+TURN_SECONDS = INIT_SECONDS + FINISH_SECONDS  # for how long it may log to W&B
+LONG_TURN = "another evaluation is still logging there; metrics.jsonl has the score"
 
 
 @dataclass(frozen=True)
@@ -83,28 +92,54 @@ def log_scores(
             tables |= {prefix + name: rows for name, rows in score.tables.items()}
     if not unlogged:
         return
-    newest = newest_description(run_folder)
-    # W&B mixes up what two processes log in one run. Training passes on what we add to its metrics.
-    if wandb_mode != "disabled" and not is_free(run_folder, LOCKED_SECONDS):
+    with turn_in_wandb(run_folder, wandb_mode) as mode:
+        newest = newest_description(run_folder)
+        tracker = start_tracker(
+            mode,
+            run=saved_run(newest or description, wandb_project, trained.get("wandb_project")),
+            name=run_name,
+            folder=run_folder,
+            settings={},
+        )
+        # The run is locked only while the line is written, so that a training run that is about to
+        # start does not have to wait for W&B.
+        with ExitStack() as stack, locked_if_free(run_folder) as alone:
+            ended = exit_code_of_training(newest)
+            log = MetricsLog(run_folder, tracker, alone=alone, exit_code=ended)
+            metrics = stack.enter_context(log)
+            metrics.write(description["step"], description["epoch"], unlogged)
+            for name, rows in tables.items():
+                shown = [{column: row.get(column) for column in COLUMNS} for row in rows]
+                tracker.table(description["step"], name, shown)
+
+
+@contextmanager
+def turn_in_wandb(run_folder: Path, wandb_mode: str | None) -> Iterator[str | None]:
+    """Wait until no other evaluation logs in the run's W&B run, and keep others out of it.
+
+    W&B mixes up what two processes log in one run.
+
+    Yields:
+        ``wandb_mode``, or ``disabled`` if the run is being trained, since its training passes on
+        what is added to its metrics, or if another evaluation takes too long.
+    """
+    if is_off(wandb_mode):
+        yield wandb_mode
+        return
+    with ExitStack() as turn:
+        try:
+            turn.enter_context(locked(run_folder / WANDB_FOLDER, LONG_TURN, TURN_SECONDS))
+        except UserError as error:
+            print(f"W&B: {error}")
+            yield "disabled"
+            return
+        except OSError:  # W&B itself would choose another folder
+            pass
+        if is_free(run_folder, LOCKED_SECONDS):
+            yield wandb_mode
+            return
         print("W&B: this run is being trained, and its training logs the score, without the table")
-        wandb_mode = "disabled"
-    tracker = start_tracker(
-        wandb_mode,
-        run=saved_run(newest or description, wandb_project, trained.get("wandb_project")),
-        name=run_name,
-        folder=run_folder,
-        settings={},
-    )
-    # The run is locked only while the line is written, so that a training run that is about to
-    # start does not have to wait for W&B.
-    with ExitStack() as stack, locked_if_free(run_folder) as alone:
-        ended = exit_code_of_training(newest)
-        log = MetricsLog(run_folder, tracker, alone=alone, exit_code=ended)
-        metrics = stack.enter_context(log)
-        metrics.write(description["step"], description["epoch"], unlogged)
-        for name, rows in tables.items():
-            shown = [{column: row.get(column) for column in COLUMNS} for row in rows]
-            tracker.table(description["step"], name, shown)
+        yield "disabled"
 
 
 def newest_description(run_folder: Path) -> dict[str, Any] | None:

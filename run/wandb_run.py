@@ -18,6 +18,8 @@ from run.tracker import NoTracker, RunPath, Tracker, WandbTracker
 # How many seconds a run waits for W&B when it starts, unless W&B's own WANDB_INIT_TIMEOUT is set.
 INIT_SECONDS = 15
 FINISH_SECONDS = 60  # how long a run waits at its end for the last numbers to be uploaded
+WANDB_FOLDER = "wandb"  # where W&B keeps its own files, in the folder of the run
+YES, NO = ("true", "1", "yes", "on", "y", "t"), ("", "false", "0", "no", "off", "n", "f")
 
 
 def new_run(project: str) -> RunPath:
@@ -137,13 +139,20 @@ def _drop_refused_run_id() -> None:
         )
 
 
+def is_off(mode: str | None) -> bool:
+    """Whether `start_tracker` would track nothing in this ``mode``, which it says itself."""
+    return (mode or os.environ.get("WANDB_MODE")) == "disabled" or (
+        os.environ.get("WANDB_DISABLED", "").strip().lower() in YES
+    )
+
+
 def _is_disabled() -> bool:
     """Whether WANDB_DISABLED is set, an older switch of W&B that other programs still obey."""
     value = os.environ.get("WANDB_DISABLED", "").strip()
-    if value.lower() in ("true", "1", "yes", "on", "y", "t"):
+    if value.lower() in YES:
         print(f"W&B: off, because WANDB_DISABLED={value}; metrics.jsonl has every number")
         return True
-    if value.lower() not in ("", "false", "0", "no", "off", "n", "f"):
+    if value.lower() not in NO:
         print(
             f"W&B: WANDB_DISABLED={one_line(value)[:60]} is ignored, since it is neither true "
             "nor false"

@@ -1,6 +1,7 @@
 """metrics.jsonl is the source of truth; W&B neither delays a run nor ends it."""
 
 import atexit
+import errno
 import json
 import logging
 import math
@@ -24,10 +25,10 @@ from conftest import Killed, flags, flip_a_byte, kill, processes, step_that
 import evaluate
 import train
 from engine.measure import Measurement
-from run import metrics_log, progress, tracker, wandb_run
+from run import evaluation, locks, metrics_log, progress, tracker, wandb_run
 from run.config import CONFIG_FILE, load_config
 from run.errors import NotFiniteError
-from run.locks import locked
+from run.locks import is_free, locked
 from run.manifest import FITTING_FILE
 from run.metrics_file import read_metrics
 from run.progress import Progress, Speed
@@ -248,6 +249,63 @@ def test_an_evaluation_leaves_the_run_to_its_training(call, settings: dict[str, 
     assert len(fake) == 1 and "eval/exact_match" in lines_of(folder)[-1]
     assert call(evaluate, *arguments, "--split", "validation").code == 0
     assert len(fake) == 2
+
+
+@pytest.mark.parametrize("variable", ["WANDB_MODE=disabled", "WANDB_DISABLED=true"])
+def test_a_score_that_wandb_is_not_to_have_is_promised_to_nobody(
+    call, settings: dict[str, str], fake, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    """Guards against a line that says where to find what is not there."""
+    settings |= {"wandb_mode": "null"}
+    monkeypatch.setenv(*variable.split("="))
+    stop_in_epoch_2(call, settings)
+    folder = folder_of(settings)
+    with locked(folder, "held"):
+        outcome = call(evaluate, "--ckpt", str(folder / "best"), "--verify-batching", "0")
+    assert outcome.code == 0 and "training logs" not in outcome.out and not fake
+    assert "eval/exact_match" in lines_of(folder)[-1]
+
+
+def test_evaluations_take_turns_in_wandb(
+    call, settings: dict[str, str], fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against two processes in one W&B run, one of which overwrites the other's lines."""
+    settings |= {"wandb_mode": "online"}
+    stop_in_epoch_2(call, settings)
+    folder = folder_of(settings)
+    arguments = ["--ckpt", str(folder / "best"), "--verify-batching", "0"]
+    in_turn: list[bool] = []
+    for name in ("__init__", "finish"):
+        original = getattr(FakeRun, name)
+
+        def noted(*words: Any, original: Any = original, **named: Any) -> None:
+            in_turn.append(not is_free(folder / "wandb"))
+            original(*words, **named)
+
+        monkeypatch.setattr(FakeRun, name, noted)
+    assert call(evaluate, *arguments).code == 0
+    assert in_turn == [True, True] and is_free(folder / "wandb")
+    monkeypatch.setattr(evaluation, "TURN_SECONDS", 0.05)
+    with locked(folder / "wandb", "held"):
+        outcome = call(evaluate, *arguments, "--split", "validation")
+    assert outcome.code == 0 and "W&B: another evaluation is still logging there" in outcome.out
+    assert len(in_turn) == 2 and "eval/validation_exact_match" in lines_of(folder)[-1]
+
+
+def test_without_locks_an_evaluation_is_logged_to_wandb(
+    call, settings: dict[str, str], fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a file system that has none, taken for another evaluation in its turn."""
+    settings |= {"wandb_mode": "online"}
+    stop_in_epoch_2(call, settings)
+
+    def flock(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    arguments = ["--ckpt", str(folder_of(settings) / "best"), "--verify-batching", "0"]
+    outcome = call(evaluate, *arguments)
+    assert outcome.code == 0 and len(fake) == 2 and "eval/exact_match" in fake[1][1].lines[-1]
 
 
 # ---------------------------------------------------------------- whose run it is
