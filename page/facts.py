@@ -102,7 +102,7 @@ def progress_of(newest: Mapping[str, Any]) -> str:
     made, epochs = newest.get("epoch"), newest.get("settings", {}).get("epochs")
     if not (is_number(made) and is_number(epochs) and made < epochs):
         return ""
-    hundredths = floor(100 * made)  # not rounded up to all of them
+    hundredths = floor(round(100 * made, 6))  # not rounded up, but 0.29 is 29 of them
     return f"{hundredths / 100:g} of {counted(epochs, 'epoch')}"
 
 

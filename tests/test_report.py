@@ -508,7 +508,7 @@ def test_the_recipe_says_in_what_a_run_computes(run: Path, fp8: bool | None) -> 
 @pytest.mark.parametrize(
     ("made", "epochs", "words"),
     [(0.537, 3, "0.53 of 3 epochs"), (2.999, 3, "2.99 of 3 epochs"), (0.5, 1, "0.5 of 1 epoch"),
-     (3.0, 3, ""), (3.0, None, ""), ("high", 3, "")],
+     (29 / 100, 3, "0.29 of 3 epochs"), (3.0, 3, ""), (3.0, None, ""), ("high", 3, "")],
 )  # fmt: skip
 def test_a_training_that_is_not_finished_says_so(
     run: Path, other: Path, made: float, epochs: int, words: str
