@@ -15,8 +15,8 @@ and number of files), the settings of a run and its deaths are drawn. Then
   dropout);
 - a merged adapter has the same loss.
 
-Settings that work alone and fail together are found so, which no list of tests can contain. Each
-process is forked, as in kill_sweep.py.
+So settings are found that work alone and fail together: no list of tests has all combinations.
+Each process is forked, as in kill_sweep.py.
 """
 
 import argparse

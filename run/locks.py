@@ -56,7 +56,7 @@ def locked(folder: Path, refusal: str, patience: float = 0.0) -> Iterator[bool]:
 
 
 @contextmanager
-def locked_if_free(folder: Path, patience: float = 0.0) -> Iterator[bool]:
+def locked_if_free(folder: Path) -> Iterator[bool]:
     """`locked`, but without an error if another process holds the lock.
 
     Yields:
@@ -64,7 +64,7 @@ def locked_if_free(folder: Path, patience: float = 0.0) -> Iterator[bool]:
     """
     with ExitStack() as stack:
         try:
-            is_locked = stack.enter_context(locked(folder, "held", patience))
+            is_locked = stack.enter_context(locked(folder, "held"))
         except (UserError, OSError):
             is_locked = False
         yield is_locked
