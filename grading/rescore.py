@@ -11,6 +11,7 @@ from grading.report import comparison_table, evaluation_report
 from grading.results import (
     CALCULATOR,
     IDENTITY_FILE,
+    NUMBERS,
     PREDICTIONS_FILE,
     SAMPLES,
     SCORES_FILE,
@@ -84,7 +85,7 @@ def _score_file(file: Path) -> Scored:
         identity = read_identity(file.with_name(IDENTITY_FILE)) or read_identity(
             file.with_name(SCORES_FILE)
         )
-        for name in (CALCULATOR, SAMPLES, "timing", *TIMING, "maj_at", "pass_at"):
+        for name in (CALCULATOR, SAMPLES, "timing", *TIMING, *NUMBERS):
             identity.pop(name, None)  # it is added again below, if these predictions have it
     if "num_problems" not in identity:
         identity["num_problems"] = len({row["id"] for row in rows})

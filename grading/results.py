@@ -28,6 +28,14 @@ PATHS = ("checkpoint", "dataset")
 # What scores.json records about the decoding itself, which can't be measured later, with its types.
 TIMING = {"seconds": (int, float), "tokens_per_second": (int, float), "verified_batching": dict}
 
+# What scoring counts in the predictions themselves, of greedy decoding or of samples. Some depend
+# on what the rows have, so an earlier scores.json may contain one that a later one must not.
+NUMBERS = (
+    *("exact_match", "num_correct", "ci95", "rules", "stopped_by_length", "stop_unknown"),
+    *("errors", "rules_disagree", "by_steps", "by_question_words"),
+    *("maj_at", "pass_at", "num_tokens"),
+)
+
 
 def folders_of(
     output: Path, split: str, with_calculator: bool, num_samples: int | None

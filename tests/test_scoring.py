@@ -633,6 +633,31 @@ def test_scores_that_someone_wrote_beside_the_settings_are_not_taken_over(
     assert scores.get(key) in (None, expected, 2.0)
 
 
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ([bare(0), bare(1, stop="eos")], [bare(0, stop="eos"), bare(1, stop="eos")]),
+        (
+            [bare(0) | {"sample": n, "num_tokens": 5} for n in (0, 1)],
+            [bare(0) | {"sample": n} for n in (0, 1)],
+        ),
+    ],
+)
+def test_what_earlier_scores_counted_is_counted_again_or_gone(
+    call, tmp_path: Path, before: list[dict], now: list[dict]
+) -> None:
+    """Guards against numbers of rows that are gone: "unknown for 1", and a count of tokens."""
+    found = []
+    for place, contents in ((tmp_path / "again", [before, now]), (tmp_path / "once", [now])):
+        place.mkdir()
+        for rows in contents:
+            write(place / "predictions.jsonl", rows)
+            outcome = call(evaluate, "--rescore", str(place / "predictions.jsonl"))
+            assert outcome.code == 0, outcome.err
+        found.append((place / "scores.json").read_text())
+    assert found[0] == found[1]
+
+
 # ---------------------------------------------------------------- scores.json
 
 
