@@ -210,7 +210,8 @@ def _is_true(expression: str, result: str) -> bool | None:
     exact, claimed = value_of(expression), value_of(result)
     if exact is None or claimed is None:
         return None
-    decimals = len(result.rstrip("% ").partition(".")[2])
+    number = re.sub(r"[^0-9]+$", "", result)  # whitespace, "%" and ")" are no decimals
+    decimals = len(number.partition(".")[2])
     tolerance = Fraction(1, 2 * 10**decimals) if decimals else Fraction(0)
     if not result.rstrip().endswith("%"):
         return abs(exact - claimed) <= tolerance
