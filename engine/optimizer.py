@@ -145,6 +145,8 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
         kind = type(optimizer).__name__
         raise TypeError(f"{kind} is unknown to engine/optimizer.py, make_state: add a case for it")
     for group in optimizer.param_groups:
+        if isinstance(optimizer, optimi.AdamW) and not group["setup"]:
+            group["setup"], group["step"] = True, torch.tensor(0, dtype=torch.int32)
         for parameter in group["params"]:
             if parameter.device.type == "cpu" and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

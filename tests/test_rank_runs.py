@@ -32,6 +32,7 @@ from engine.slices import FOLDER, read_slices
 from engine.together import complete_together
 from run import folder as run_folders
 from run import run_log
+from run.config import Config
 from run.manifest import BEST, FITTING_FILE, LAST, PREVIOUS, fault_of
 from run.progress import Progress, fitting_budget
 from run.script import run_script
@@ -50,6 +51,14 @@ def train_in_float64(settings: dict[str, str], parts: Callable[[], dict[str, Any
     """train.py as its last line runs it; no setting has float64."""
     config = make_config(settings)
     object.__setattr__(config, "dtype", "float64")
+    run_as_a_script(config, parts)
+
+
+def train_as_set(settings: dict[str, str], parts: Callable[[], dict[str, Any]] = dict) -> None:
+    run_as_a_script(make_config(settings), parts)
+
+
+def run_as_a_script(config: Config, parts: Callable[[], dict[str, Any]]) -> None:
     run_script(partial(train.main, config, **{"report": no_report} | parts()))
 
 
@@ -134,6 +143,38 @@ def test_any_number_of_processes_resumes_a_run(
     assert not any(fault_of(run_folder(settings) / name) for name in (BEST, LAST, PREVIOUS))
     if size > 1:
         check_files(run_folder(settings), run_folder(settings).with_name("alone"), size)
+
+
+def tensors_of(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
+    return {
+        (file.name, name): tensor
+        for file in folder.rglob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+
+
+def test_runs_in_bfloat16_are_resumed(tmp_path: Path, runs: dict[str, Any]) -> None:
+    """Guards against an optimizer whose state differs by what it makes in its first step only."""
+    ours = {"output_dir": str(tmp_path), "dtype": "bfloat16", "weight_decay": "0.1"}
+    whole, died = (runs["settings"] | ours | {"run_name": name} for name in ("whole", "died"))
+    jobs.run(2, tmp_path / "printed", train_as_set, whole)
+    ended = jobs.Job(2, tmp_path / "printed", train_as_set, died, partial(dying, 5)).end()
+    assert [each.code for each in ended] == [2, -9], ended
+    expected = numbers(run_folder(whole))
+    for size in (1, 2, 3):
+        settings = died | {"run_name": f"on-{size}"}
+        shutil.copytree(run_folder(died), run_folder(settings))
+        ended = jobs.run(size, tmp_path / "printed", train_as_set, settings)
+        assert f"{LAST} at step 3 of {STEPS}" in ended[0].out
+        found = numbers(run_folder(settings))
+        assert [each[:2] for each in found] == [each[:2] for each in expected]
+        assert [each[2] for each in found] == pytest.approx([each[2] for each in expected], rel=0.1)
+        if size == 2:
+            assert found == expected
+            for name in (BEST, LAST):
+                states = [tensors_of(run_folder(run) / name) for run in (settings, whole)]
+                assert states[0].keys() == states[1].keys()
+                assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
 @pytest.mark.parametrize("saved", [("0",), ("0", "1", "2"), ("1", "2"), ()])
