@@ -35,6 +35,8 @@ PACKAGES = (
     "rich",
 )
 
+SECONDS_UNTIL_RAISED = 0.01  # what could not be raised where a signal arrived
+
 
 def let_gpu_memory_grow(environment: MutableMapping[str, str]) -> None:
     """Let PyTorch's blocks of GPU memory grow, unless the user has set how it allocates.
@@ -125,6 +127,8 @@ def run_script(story: Callable[..., None], *arguments: object) -> None:
 def _run(story: Callable[..., None], *arguments: object) -> None:
     check_platform()
     streams.prepare()
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _raise_again
     StopSignal().listen().tell(_stop)
     try:
         story(*arguments)
@@ -173,6 +177,24 @@ def _stop(number: int) -> None:
 
 def _leave(number: int) -> None:
     sys.exit(_complain(f"stopped: {_name(number)}", 128 + number))
+
+
+def _raise_again(dropped: sys.UnraisableHookArgs) -> None:
+    """Raise a moment later what was to end the script, and report anything else that is dropped.
+
+    Python drops what is raised in a destructor or a weak reference's callback, in which a signal
+    may arrive.
+    """
+    error = dropped.exc_value
+    if not isinstance(error, (Stopped, SystemExit)):
+        sys.__unraisablehook__(dropped)
+        return
+
+    def raise_it(*_: object) -> NoReturn:
+        raise error
+
+    signal.signal(signal.SIGALRM, raise_it)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS_UNTIL_RAISED)
 
 
 def _name(number: int) -> str:

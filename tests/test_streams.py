@@ -345,6 +345,35 @@ def test_signals_outside_of_training(number: int) -> None:
     assert (result.returncode, result.stderr) == (128 + number, f"stopped: {name}\n")
 
 
+IN_A_CALLBACK = """
+import os, signal, time, weakref
+from run import script
+class Something:
+    pass
+def story():
+    one = Something()
+    kept = weakref.ref(one, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    del one
+    time.sleep(9)
+{run}
+"""
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        ("script.run_script(story)", "stopped: SIGTERM; what is saved is kept: type the same"),
+        ("script.run_script(int)\nstory()", "stopped: SIGTERM\n"),
+    ],
+)
+def test_a_signal_where_nothing_can_be_raised_ends_the_script(run: str, said: str) -> None:
+    """Guards against a signal that Python drops with a traceback, since it arrived in the callback
+    of a weak reference, of which imports and tensors have many."""
+    result = python(IN_A_CALLBACK.format(run=run))
+    assert result.returncode == 143 and result.stderr.startswith(said), result
+    assert result.stderr.count("\n") == 1
+
+
 def wait_for(file: Path) -> None:
     deadline = time.monotonic() + 300
     while not file.exists():
