@@ -13,6 +13,7 @@ is JSON, never a pickle.
 
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -205,6 +206,7 @@ def job(device: torch.device, given: Mapping[str, Any] | None = None) -> Iterato
             with suppress(RuntimeError):  # one of them has ended nevertheless
                 ranks.wait()
         ending = _lost(error) if _is_lost(error) else error
+        _ignore_torchrun()
         if not _is_first(store):
             _leave(getattr(ending, "exit_code", 1))
         if ending is not error:
@@ -259,6 +261,12 @@ def _lost(error: BaseException) -> UserError:
         f"longer answers ({gist(error)}): type the same command again, which goes on from what was "
         f"saved{'' if is_sure else '; if it fails again, NCCL_DEBUG=INFO shows more'}"
     )
+
+
+def _ignore_torchrun() -> None:
+    """Go on to the end of this process, which torchrun asks for once another one has ended."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _is_first(store: distributed.Store) -> bool:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import train
-from engine import sharding
+from engine import ranks, sharding
 from engine.agreement import check_same_on_all
 from engine.footprint import gathered_bytes
 from engine.joining import part_of_this_start
@@ -237,6 +237,26 @@ def test_a_failing_process_ends_all_with_one_line(
     assert line in written, ended
     assert how == "bug" or written.count("\n") == bool(line), ended
     assert [each.out for each in ended] == ["rank 0 is here\n", "", ""]
+
+
+def fail_as_torchrun_ends_the_others() -> None:
+    """Each rank but the first that reports gets SIGTERM while it finds out that it is not that."""
+    is_first = ranks._is_first
+
+    def signalled(store: torch.distributed.Store) -> bool:
+        if os.environ["RANK"] != "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return is_first(store)
+
+    ranks._is_first = signalled
+    fail("mistake", 1)
+
+
+def test_a_process_that_ends_after_another_is_not_said_to_be_stopped(tmp_path: Path) -> None:
+    """Guards against a second line, since torchrun ends the others as soon as one has ended."""
+    ended = jobs.Job(3, tmp_path, fail_as_torchrun_ends_the_others).end()
+    assert [each.code for each in ended] == [2, 2, 2], ended
+    assert "".join(each.err for each in ended) == "error: x: is wrong: mend it\n", ended
 
 
 def end_as_a_script_does(how: str) -> None:
