@@ -136,6 +136,11 @@ def _run(story: Callable[..., None], *arguments: object) -> None:
         _end(f"error: {one_line(error)}", error.exit_code)
     except (NotFiniteError, Stopped) as error:
         _end(f"stopped: {one_line(error)}", error.exit_code)
+    except RuntimeError as error:
+        if not isinstance(stop := error.__cause__, Stopped):
+            raise
+        # Python 3.11 wraps what is raised in __set_name__, as while a library defines its classes.
+        _end(f"stopped: {one_line(stop)}", stop.exit_code)
     except KeyboardInterrupt:  # from a library that installs its own handler to ask a question
         _end("stopped: SIGINT", 128 + signal.SIGINT)
     except OSError as error:

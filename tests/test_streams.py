@@ -374,6 +374,24 @@ def test_a_signal_where_nothing_can_be_raised_ends_the_script(run: str, said: st
     assert result.stderr.count("\n") == 1
 
 
+IN_A_CLASS = """
+import os, signal
+from run.script import run_script
+class Attribute:
+    def __set_name__(self, *_):
+        os.kill(os.getpid(), signal.SIGTERM)
+run_script(lambda: type("Owner", (), {"attribute": Attribute()}))
+"""
+
+
+def test_a_signal_while_a_class_is_defined_ends_the_script() -> None:
+    """Guards against Python 3.11's "Error calling __set_name__", with a traceback and code 1."""
+    result = python(IN_A_CLASS)
+    assert result.returncode == 143, result
+    assert result.stderr.startswith("stopped: SIGTERM; what is saved is kept: type the same ")
+    assert result.stderr.count("\n") == 1
+
+
 def wait_for(file: Path) -> None:
     deadline = time.monotonic() + 300
     while not file.exists():
