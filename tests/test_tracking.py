@@ -688,7 +688,8 @@ def test_a_log_of_wandb_that_can_not_be_written_shows_no_traceback(
     run = wandb_run.RunPath("full", "p")
     tracker = wandb_run.start_tracker("offline", run=run, name="n", folder=tmp_path, settings={})
     logger = logging.getLogger("wandb")
-    [handler] = [one for one in logger.handlers if isinstance(one, logging.FileHandler)]
+    # Its own, after those of runs that other tests did not finish.
+    *_, handler = (one for one in logger.handlers if isinstance(one, logging.FileHandler))
     with monkeypatch.context() as patch:
         patch.setattr(handler, "format", lambda _: os.write(-1, b""))
         logger.info("said")
