@@ -168,7 +168,9 @@ def test_runs_in_bfloat16_are_resumed(tmp_path: Path, runs: dict[str, Any]) -> N
         assert f"{LAST} at step 3 of {STEPS}" in ended[0].out
         found = numbers(run_folder(settings))
         assert [each[:2] for each in found] == [each[:2] for each in expected]
-        assert [each[2] for each in found] == pytest.approx([each[2] for each in expected], rel=0.1)
+        # By 4e-4 at most, on an AMD processor.
+        losses, others = ([each[2] for each in one] for one in (found, expected))
+        assert losses == pytest.approx(others, rel=2e-3)
         if size == 2:
             assert found == expected
             for name in (BEST, LAST):
