@@ -141,14 +141,17 @@ def _drop_refused_run_id() -> None:
 
 def is_off(mode: str | None) -> bool:
     """Whether `start_tracker` would track nothing in this ``mode``, which it says itself."""
-    return (mode or os.environ.get("WANDB_MODE")) == "disabled" or (
-        os.environ.get("WANDB_DISABLED", "").strip().lower() in YES
-    )
+    return (mode or os.environ.get("WANDB_MODE")) == "disabled" or _older_switch().lower() in YES
+
+
+def _older_switch() -> str:
+    """WANDB_DISABLED, which is no longer W&B's own, but which other programs still obey."""
+    return os.environ.get("WANDB_DISABLED", "").strip()
 
 
 def _is_disabled() -> bool:
-    """Whether WANDB_DISABLED is set, an older switch of W&B that other programs still obey."""
-    value = os.environ.get("WANDB_DISABLED", "").strip()
+    """Whether WANDB_DISABLED says so; prints that, or that its value says neither."""
+    value = _older_switch()
     if value.lower() in YES:
         print(f"W&B: off, because WANDB_DISABLED={value}; metrics.jsonl has every number")
         return True
